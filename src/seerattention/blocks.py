@@ -1,0 +1,75 @@
+"""Block geometry for padded batches, above the ops: blocks are anchored to content, not to padded slots.
+
+Inside the package a batch is always *right-padded*: the content of each row starts at position 0 and ``lengths[b]``
+tokens are valid. Causality then keeps padding out of every valid query's sight, and a row of a padded batch is cut into
+exactly the blocks that it would have alone. Left-padded batches are shifted on the way in and back on the way out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops.indices import BlockIndices, causal_block_mask, first_query_block, num_blocks, num_query_blocks
+
+__all__ = [
+    "BlockIndices",
+    "block_lengths",
+    "causal_block_mask",
+    "content_bounds",
+    "first_query_block",
+    "num_blocks",
+    "num_query_blocks",
+    "shift_left",
+    "shift_right",
+]
+
+
+def content_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and length of the content of each row of a 2-D attention mask.
+
+    Args:
+        attention_mask: ``[B, T]``, nonzero at valid tokens; each row is one contiguous run (padding left, right or both).
+
+    Returns:
+        ``starts`` and ``lengths``, int64 ``[B]``.
+
+    Raises:
+        ValueError: a row has a hole (masked tokens between valid ones) or no valid token.
+    """
+    valid = attention_mask.bool()
+    lengths = valid.sum(-1)
+    starts = valid.int().argmax(-1)
+    positions = torch.arange(valid.shape[-1], device=valid.device)
+    expected = (positions >= starts[:, None]) & (positions < (starts + lengths)[:, None])
+    if bool((expected != valid).any()) or bool((lengths == 0).any()):
+        raise ValueError(
+            "attention_mask must be one contiguous run of ones in each row (left and right padding are supported); "
+            "got a row with a hole or with no valid token"
+        )
+    return starts, lengths
+
+
+def shift_left(x: Tensor, starts: Tensor, dim: int = -2) -> Tensor:
+    """Rotate each batch row of ``x [B, ...]`` along ``dim`` so that the token at ``starts[b]`` comes first."""
+    return _rotate(x, starts, dim)
+
+
+def shift_right(x: Tensor, starts: Tensor, dim: int = -2) -> Tensor:
+    """Undo :func:`shift_left`."""
+    return _rotate(x, -starts, dim)
+
+
+def _rotate(x: Tensor, offsets: Tensor, dim: int) -> Tensor:
+    dim = dim % x.dim()
+    length = x.shape[dim]
+    index = (torch.arange(length, device=x.device)[None, :] + offsets[:, None]) % length
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = x.shape[0], length
+    return x.gather(dim, index.view(shape).expand(x.shape))
+
+
+def block_lengths(lengths: Tensor, num_key_blocks: int, block_size: int) -> Tensor:
+    """Valid tokens in each block, int64 ``[B, Nk]``, of right-padded rows with ``lengths [B]`` valid tokens."""
+    starts = torch.arange(num_key_blocks, device=lengths.device) * block_size
+    return (lengths[:, None] - starts).clamp(0, block_size)

@@ -1,0 +1,109 @@
+"""What a set of gates looks like: frozen, checked at construction, to and from plain dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BLOCK_SIZES = (32, 64, 128)
+POOLING_KINDS = ("max", "min", "avg")
+
+
+def _check_pooling(name: str, kinds: tuple[str, ...]) -> None:
+    unknown = [kind for kind in kinds if kind not in POOLING_KINDS]
+    if not kinds or unknown or len(set(kinds)) != len(kinds):
+        raise ValueError(f"{name} must be a non-empty set of {POOLING_KINDS} without repeats, got {kinds}")
+
+
+@dataclass(frozen=True)
+class PrefillGateConfig:
+    """The prefill gate of the SeerAttention paper (arXiv 2410.13276, section 3.1); the defaults are the published form.
+
+    Attributes:
+        k_pooling: how keys are pooled per block, concatenated in this order.
+        q_pooling: how queries are pooled per block, concatenated in this order.
+        hidden_size: width of the pooled and projected vectors; None is the model's head_dim.
+        q_linear: whether queries have a linear layer of their own. None chooses as the published checkpoints do: none
+            where the pooled query already has the gate's width (one pooling, hidden_size == head_dim), else one.
+        rope: re-apply the model's rotary embedding at block positions.
+    """
+
+    k_pooling: tuple[str, ...] = ("max", "min", "avg")
+    q_pooling: tuple[str, ...] = ("avg",)
+    hidden_size: int | None = None
+    q_linear: bool | None = None
+    rope: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k_pooling", tuple(self.k_pooling))
+        object.__setattr__(self, "q_pooling", tuple(self.q_pooling))
+        _check_pooling("k_pooling", self.k_pooling)
+        _check_pooling("q_pooling", self.q_pooling)
+        if self.hidden_size is not None and (self.hidden_size <= 0 or self.hidden_size % 2):
+            raise ValueError(f"hidden_size must be a positive even number or None (the model's head_dim), got {self.hidden_size}")
+
+    def resolve(self, head_dim: int) -> PrefillGateConfig:
+        """The same with ``hidden_size`` and ``q_linear`` filled in for a model with this head_dim.
+
+        Raises:
+            ValueError: ``q_linear=False`` where the pooled query does not have the gate's width.
+        """
+        hidden_size = self.hidden_size or head_dim
+        needs_linear = hidden_size != head_dim or len(self.q_pooling) > 1
+        q_linear = needs_linear if self.q_linear is None else self.q_linear
+        if needs_linear and not q_linear:
+            raise ValueError(
+                f"q_linear=False needs one query pooling and hidden_size == head_dim ({head_dim}), got "
+                f"q_pooling={self.q_pooling}, hidden_size={hidden_size}; leave q_linear=None"
+            )
+        return dataclasses.replace(self, hidden_size=hidden_size, q_linear=q_linear)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Gates for a whole model: the block size that mask and pooling share, and one gate spec per phase.
+
+    Attributes:
+        block_size: tokens a block: 32, 64 or 128.
+        prefill: the prefill gate, or None for no prefill gate.
+        decode: reserved for the decode gate, which this version does not have yet; must be None.
+    """
+
+    block_size: int = 64
+    prefill: PrefillGateConfig | None = dataclasses.field(default_factory=PrefillGateConfig)
+    decode: None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        if self.decode is not None:
+            raise NotImplementedError("decode gates are not part of this version; pass decode=None")
+        if self.prefill is None:
+            raise ValueError("GateConfig needs at least one gate; prefill and decode are both None")
+        if not isinstance(self.prefill, PrefillGateConfig):
+            raise TypeError(f"prefill must be a PrefillGateConfig, got {type(self.prefill).__name__}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
+        """Inverse of :meth:`to_dict`. Unknown keys warn, a missing ``block_size`` or ``prefill`` raises ValueError."""
+        missing = [key for key in ("block_size", "prefill") if key not in data]
+        if missing:
+            raise ValueError(f"gate config lacks {missing}; found {sorted(data)}")
+        known = _known_fields(cls, data, "gate config")
+        if known["prefill"] is not None:
+            known["prefill"] = PrefillGateConfig(**_known_fields(PrefillGateConfig, known["prefill"], "prefill gate config"))
+        return cls(**known)
+
+
+def _known_fields(cls: type, data: Mapping[str, Any], what: str) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - names)
+    if unknown:
+        warnings.warn(f"{what} has unknown keys {unknown}, which are ignored; a newer version may have written it", stacklevel=3)
+    return {key: value for key, value in data.items() if key in names}
