@@ -1,0 +1,140 @@
+"""What the interfaces of all ops share: choosing an implementation by name, checking shapes, warning once."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_DIM = 256
+BLOCK_SIZES = (32, 64, 128)
+
+
+@functools.cache
+def triton_importable() -> bool:
+    """Whether ``import triton`` works; nothing is imported before an op first asks."""
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter (``TRITON_INTERPRET=1``), that is, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it comes up in this process."""
+    logger.warning(message)
+
+
+def choose_implementation(
+    op: str, implementation: str | None, device: torch.device, *, names: Sequence[str], cpu: str = "reference"
+) -> str:
+    """Name of the implementation to run: the one asked for, or the best for the device.
+
+    Automatic choice: ``"triton"`` on CUDA and ROCm devices (the reference with one warning where triton is not
+    installed), ``cpu`` on the CPU, ``"reference"`` elsewhere.
+
+    Args:
+        op: name of the op, for messages.
+        implementation: what the caller asked for; None chooses.
+        device: device of the inputs.
+        names: implementations that the op has.
+        cpu: the automatic choice on the CPU.
+
+    Raises:
+        ValueError: no such implementation, or ``"triton"`` asked for with tensors that it cannot run on.
+    """
+    if implementation is None:
+        if device.type == "cpu":
+            return cpu
+        if device.type == "cuda" and "triton" in names:  # ROCm devices call themselves cuda too
+            if triton_importable():
+                return "triton"
+            warn_once(
+                f"{op}: triton cannot be imported, so the slow reference implementation runs on {device.type}; "
+                "install it with `pip install 'seerattention[triton]'`"
+            )
+        return "reference"
+    if implementation not in names:
+        raise ValueError(
+            f"{op} has no implementation {implementation!r}; choose one of {tuple(names)} or None (automatic)"
+        )
+    if implementation == "triton":
+        if not triton_importable():
+            raise ValueError(f"{op}: implementation='triton' needs triton; `pip install 'seerattention[triton]'`")
+        if device.type != "cuda" and not triton_interpreted():
+            raise ValueError(
+                f"{op}: implementation='triton' needs CUDA tensors, got {device.type}; set TRITON_INTERPRET=1 before "
+                "the first call to run it in Triton's interpreter, or pass implementation=None"
+            )
+    return implementation
+
+
+def check_query_key(op: str, q: Tensor, k: Tensor) -> None:
+    """Check ``q [B, Hq, Tq, D]`` against ``k [B, Hkv, Tk, D]``: shapes, GQA, dtype, device, contiguous last dimension.
+
+    Raises:
+        ValueError: shapes that do not fit each other, Tq > Tk, mixed devices, D above 256, a strided last dimension.
+        TypeError: dtypes that differ or are not float32, float16 or bfloat16.
+    """
+    check_floating(op, q=q, k=k)
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            f"{op}: q must be [B, Hq, Tq, D] and k [B, Hkv, Tk, D], got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{op}: q and k must agree in batch size and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} KV heads")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"{op}: got {q.shape[2]} queries for {k.shape[2]} keys; queries are the last positions of the keys"
+        )
+    if not 0 < q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Check that tensors share one device and one dtype out of float32, float16, bfloat16, last dimension contiguous.
+
+    Raises:
+        TypeError: another or a mixed dtype.
+        ValueError: mixed devices or a strided last dimension.
+    """
+    (first_name, first), *others = tensors.items()
+    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{op}: {first_name} must be float32, float16 or bfloat16, got {first.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; convert one of them")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}")
+    for name, tensor in tensors.items():
+        if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last dimension of {name} must be contiguous; call .contiguous() first")
+
+
+def check_block_size(op: str, block_size: int) -> None:
+    """Raise ValueError unless ``block_size`` is 32, 64 or 128."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{op}: block_size must be one of {BLOCK_SIZES}, got {block_size}")
+
+
+def default_scale(head_dim: int, scale: float | None) -> float:
+    """The softmax scale: the one given, or 1 / sqrt(head_dim)."""
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
