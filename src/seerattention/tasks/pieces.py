@@ -1,0 +1,213 @@
+"""The building blocks of retrieval tasks at token level: keys, values, statements, questions.
+
+Everything is composed from token pieces, so a sequence has exactly the asked length and the position of every answer is
+known, for any tokenizer. Pieces are cut where tokenizers cut anyway (line breaks, spaces before words, digits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .words import ADJECTIVES, NOUNS, TEST_SHARE, is_test_key
+
+#: Training weights of tokens: answers count most, what nobody could predict (keys, values when first stated) least.
+ANSWER_WEIGHT = 8.0
+COPY_WEIGHT = 3.0
+NOISE_WEIGHT = 0.1
+
+#: (statement, question) pairs; {key} is two words, {value} a number.
+NEEDLE_TEMPLATES = (
+    ("\nThe passcode of the{key} is {value}.\n", "\nQuestion: What is the passcode of the{key}? Answer: {value}\n"),
+    ("\nRemember that the number of the{key} is {value}.\n", "\nWhat is the number of the{key}? It is {value}.\n"),
+    (" (The special number for the{key} is {value}.) ", "\nThe special number for the{key}, as was said, is {value}.\n"),
+    ("\nNote: the{key} has the number {value}.\n", "\nAsked for the number of the{key}, he said {value}.\n"),
+)
+VARIABLE_TEMPLATES = (
+    (
+        "\nThe{key} has the same number as the{source}.\n",
+        "\nWhat is the number of the{key}? It is that of the{source}, which is {value}.\n",
+    ),
+    (
+        "\nTake for the{key} the number of the{source}.\n",
+        "\nThe number of the{key} is that of the{source}: {value}.\n",
+    ),
+)
+MULTIVALUE_QUESTION = ("\nAll numbers of the{key} are", " {value}", ",", ".\n")
+DICTIONARY = ("\n{", '\n "{key}": "{value}",', "}\n", '\nValue of "{key}" is "{value}".\n')
+
+
+@dataclass
+class Event:
+    """Tokens that go into the text as one piece.
+
+    Attributes:
+        tokens, weights: token ids and their training weights.
+        answers: (start, stop) inside ``tokens`` of each answer; empty for a statement.
+        position: where in the surrounding text, 0 (first) to 1 (last).
+        group: events that only make sense together share a number; -1 must not be dropped.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    position: float = 0.0
+    group: int = -1
+
+    def add(self, tokens: list[int], weight: float = 1.0, *, answer: bool = False) -> Event:
+        if answer:
+            self.answers.append((len(self.tokens), len(self.tokens) + len(tokens)))
+        self.tokens += tokens
+        self.weights += [weight] * len(tokens)
+        return self
+
+
+class Pieces:
+    """Encodes keys, values and templates with one tokenizer, and remembers the pieces.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer (anything with ``encode(text, add_special_tokens=False)``).
+        split: ``"train"`` or ``"test"``: which keys may be drawn.
+        rng: the source of all randomness.
+    """
+
+    def __init__(self, tokenizer: Any, split: str, rng: np.random.Generator) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        self.tokenizer = tokenizer
+        self.test = split == "test"
+        self.rng = rng
+        self._cache: dict[str, list[int]] = {}
+        # Sentencepiece tokenizers put a space before whatever comes first; encode after a line break and cut that off.
+        self._anchor = [] if self._raw("\n1") == self._raw("\n") + self._raw("1") else self._raw("\n")
+        groups = [self._raw(f"{i:03d}") for i in range(1000)]
+        self._groups = groups if all(len(g) == 1 for g in groups) and self._raw("123456") == groups[123] + groups[456] else None
+        self._keys = [(a, n) for a in ADJECTIVES for n in NOUNS if is_test_key((a, n)) == self.test]
+        self._loose_words: list[int] | None = None
+
+    def _raw(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text inside a longer text; remembered."""
+        if text not in self._cache:
+            ids = self._raw("\n" + text)[len(self._anchor) :] if self._anchor else self._raw(text)
+            self._cache[text] = ids
+        return list(self._cache[text])
+
+    def number(self, value: int) -> list[int]:
+        """Token ids of a six-digit number."""
+        if self._groups is None:
+            ids = self._raw(f"\n{value:06d}")[len(self._anchor) :] if self._anchor else self._raw(f"{value:06d}")
+            return ids
+        return self._groups[value // 1000] + self._groups[value % 1000]
+
+    def value(self) -> list[int]:
+        """A random six-digit number."""
+        return self.number(int(self.rng.integers(0, 1_000_000)))
+
+    def keys(self, count: int) -> list[list[int]]:
+        """``count`` different two-word keys of this split, each beginning with a space."""
+        chosen = self.rng.choice(len(self._keys), count, replace=False)
+        return [self.encode(f" {a}") + self.encode(f" {n}") for a, n in (self._keys[i] for i in chosen)]
+
+    def loose_keys(self, count: int) -> list[list[int]]:
+        """``count`` different keys of two arbitrary vocabulary words, for variety in training."""
+        if self.test:
+            raise ValueError("loose keys are for training only: they may contain any pair of words")
+        if self._loose_words is None:
+            texts = ((i, self.tokenizer.decode([i])) for i in range(len(self.tokenizer)))
+            self._loose_words = [i for i, t in texts if len(t) > 3 and t[0] == " " and t[1:].isalpha() and t[1:].islower()]
+        words = self._loose_words
+        if len(words) < 200:
+            return self.keys(count)
+        chosen = self.rng.choice(len(words) * len(words), count, replace=False)
+        pairs = [(words[i // len(words)], words[i % len(words)]) for i in chosen]
+        # A pair that evaluation uses as a key must not be one here.
+        return [self.keys(1)[0] if self._is_test_pair(pair) else list(pair) for pair in pairs]
+
+    def _is_test_pair(self, pair: tuple[int, int]) -> bool:
+        words = tuple(self.tokenizer.decode([i]).strip() for i in pair)
+        return words[0] in ADJECTIVES and words[1] in NOUNS and is_test_key(words)
+
+    def dictionary_keys(self, count: int) -> list[list[int]]:
+        """``count`` different six-digit keys of this split."""
+        share = 1_000_000 // TEST_SHARE
+        drawn = self.rng.choice(share if self.test else 1_000_000 - share, count, replace=False)
+        # Multiples of TEST_SHARE are the evaluation's, all others the training's.
+        numbers = drawn * TEST_SHARE if self.test else drawn + drawn // (TEST_SHARE - 1) + 1
+        return [self.number(int(n)) for n in numbers]
+
+    # ---------------------------------------------------------------- events
+    def fill(self, template: str, **parts: tuple[list[int], float, bool]) -> Event:
+        """Event of a template whose ``{name}`` fields are token pieces given as (tokens, weight, is an answer)."""
+        event = Event()
+        for literal, name in _split(template):
+            if literal:
+                event.add(self.encode(literal))
+            if name:
+                tokens, weight, answer = parts[name]
+                event.add(tokens, weight, answer=answer)
+        return event
+
+    def statement(self, template: int, key: list[int], value: list[int]) -> Event:
+        return self.fill(NEEDLE_TEMPLATES[template][0], key=_noise(key), value=_noise(value))
+
+    def question(self, template: int, key: list[int], value: list[int]) -> Event:
+        return self.fill(NEEDLE_TEMPLATES[template][1], key=_noise(key), value=_answer(value))
+
+    def alias(self, template: int, key: list[int], source: list[int]) -> Event:
+        return self.fill(VARIABLE_TEMPLATES[template][0], key=_noise(key), source=_noise(source))
+
+    def alias_question(self, template: int, key: list[int], source: list[int], value: list[int]) -> Event:
+        return self.fill(VARIABLE_TEMPLATES[template][1], key=_noise(key), source=_answer(source), value=_answer(value))
+
+    def multivalue_question(self, key: list[int], values: list[list[int]]) -> Event:
+        opening, item, comma, end = MULTIVALUE_QUESTION
+        event = self.fill(opening, key=_noise(key))
+        for i, value in enumerate(values):
+            if i:
+                event.add(self.encode(comma))
+            event.add(self.encode(item.split("{")[0]))
+            event.add(value, ANSWER_WEIGHT, answer=True)
+        return event.add(self.encode(end))
+
+    def dictionary(self, pairs: list[tuple[list[int], list[int]]]) -> Event:
+        opening, item, end, _ = DICTIONARY
+        event = Event().add(self.encode(opening))
+        for key, value in pairs:
+            entry = self.fill(item, key=_noise(key), value=_noise(value))
+            event.tokens += entry.tokens
+            event.weights += entry.weights
+        return event.add(self.encode(end))
+
+    def dictionary_question(self, key: list[int], value: list[int]) -> Event:
+        return self.fill(DICTIONARY[3], key=_noise(key), value=_answer(value))
+
+
+def _noise(tokens: list[int]) -> tuple[list[int], float, bool]:
+    return tokens, NOISE_WEIGHT, False
+
+
+def _answer(tokens: list[int]) -> tuple[list[int], float, bool]:
+    return tokens, ANSWER_WEIGHT, True
+
+
+_FIELDS = ("key", "value", "source")
+
+
+def _split(template: str) -> list[tuple[str, str]]:
+    """``"a{key}b"`` -> ``[("a", "key"), ("b", "")]``; braces that enclose no field name are literal text."""
+    parts: list[tuple[str, str]] = []
+    rest = template
+    while rest:
+        found = [(rest.find("{" + name + "}"), name) for name in _FIELDS if "{" + name + "}" in rest]
+        if not found:
+            parts.append((rest, ""))
+            break
+        at, name = min(found)
+        parts.append((rest[:at], name))
+        rest = rest[at + len(name) + 2 :]
+    return parts
