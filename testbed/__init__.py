@@ -1,0 +1,1 @@
+"""The recipe that trains the embedded long-context language model. Run ``python -m testbed --help``."""

@@ -1,0 +1,199 @@
+"""Texts in, token files out, and the worker processes that turn them into weighted training batches."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import queue
+import random
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+BOS, PAD = "<|bos|>", "<|pad|>"
+SHORTEST_BOOK = 20_000  # tokens; shorter ones leave no room for a long haystack
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters: float = 30e6, seed: int = 7) -> Any:
+    """A byte-level BPE whose numbers are groups of three digits, each group one token; saved for ``AutoTokenizer``.
+
+    ``texts`` is sampled in pieces until about ``characters`` characters were read.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{3}|\d{1,2}"), "isolated"),
+            pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    rng = random.Random(seed)
+
+    def sample() -> Iterator[str]:
+        numbers, seen = [f"{i:03d}" for i in range(1000)], 0
+        # Often enough that every three-digit group becomes one token.
+        for _ in range(60):
+            rng.shuffle(numbers)
+            yield " ".join(numbers)
+        for text in texts:
+            if seen >= characters:
+                return
+            if rng.random() < 0.35:
+                seen += len(text)
+                yield from (text[i : i + 20_000] for i in range(0, len(text), 20_000))
+
+    bpe.train_from_iterator(
+        sample(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[BOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    missing = [i for i in range(1000) if len(bpe.encode(f"{i:03d}").ids) != 1]
+    if missing:
+        raise RuntimeError(f"{len(missing)} three-digit groups are not single tokens; use a larger vocabulary than {vocab_size}")
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=BOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def tokenise(texts: Iterable[str], tokenizer: Any, path: Path) -> int:
+    """Write texts as one uint16 file in which every text begins with the BOS token; returns the number of tokens."""
+    backend = tokenizer.backend_tokenizer
+    bos = tokenizer.bos_token_id
+    total, partial = 0, path.with_suffix(".part")
+    with open(partial, "wb") as file:
+        for group in _groups(texts, 64):
+            # Long texts in pieces, so that every core has work; pieces end at line breaks.
+            pieces, ends = [], []
+            for text in group:
+                pieces += _cut(text, 30_000)
+                ends.append(len(pieces))
+            encoded = backend.encode_batch(pieces, add_special_tokens=False)
+            start = 0
+            for end in ends:
+                ids = np.array([bos, *(i for piece in encoded[start:end] for i in piece.ids)], dtype=np.uint16)
+                ids.tofile(file)
+                total, start = total + len(ids), end
+    partial.rename(path)
+    return total
+
+
+def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _cut(text: str, size: int) -> list[str]:
+    pieces, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start + size)
+        end = len(text) if end < 0 else end
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def load_books(files: Iterable[Path], shortest: int = SHORTEST_BOOK, bos: int = 0) -> list[np.ndarray]:
+    """Books of at least ``shortest`` tokens from token files, without their BOS; memory-mapped."""
+    books = []
+    for file in files:
+        tokens = np.memmap(file, dtype=np.uint16, mode="r")
+        starts = np.flatnonzero(tokens == bos)
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            if end - start > shortest:
+                books.append(tokens[start + 1 : end])
+    if not books:
+        raise ValueError(f"no book of at least {shortest} tokens found in {[str(f) for f in files]}")
+    return books
+
+
+def batch(mix: Any, context: int, tokens: int, tasks: float, drills: float) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32 and weights float16, ``[tokens // context, context + 1]``."""
+    rows = [mix.sequence(context + 1, tasks=tasks, drills=drills) for _ in range(tokens // context)]
+    return np.stack([row.input_ids for row in rows]).astype(np.int32), np.stack([row.weights for row in rows]).astype(np.float16)
+
+
+def _worker(out: Any, phase: Any, phases: list, folder: str, number: int, seed: int, options: dict) -> None:
+    from transformers import AutoTokenizer
+
+    from seerattention.tasks import TaskGenerator, TrainingMix
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mix, files = None, []
+    while True:
+        index = phase.value
+        found = sorted(Path(folder).glob("train*.u16"))
+        if found != files:  # more token files may arrive while training runs
+            files = found
+            books = load_books(files, options["shortest"], tokenizer.bos_token_id)
+            generator = TaskGenerator(tokenizer, books, split="train", seed=seed * 1000 + number + 97 * len(files))
+            mix = TrainingMix(generator, options["task_mix"], options["drill_mix"])
+        p = phases[index]
+        out.put((index, *batch(mix, p.context, p.tokens, p.tasks, p.drills)))
+
+
+class Batches:
+    """Batches for the current phase, made by worker processes and pinned by a thread.
+
+    Args:
+        phases: the phases of the run; a worker makes batches of phase ``set_phase``.
+        folder: where tokenizer and ``train*.u16`` files are.
+        workers: 0 makes batches in this process.
+        options: ``shortest`` (tokens), ``task_mix``, ``drill_mix`` (None: the package's).
+    """
+
+    def __init__(self, phases: list, folder: Path, workers: int, seed: int, options: dict, pin: bool) -> None:
+        context = mp.get_context("spawn")
+        self.phase = context.Value("i", 0)
+        self._queue: Any = context.Queue(2 * max(1, workers))
+        self._ready: queue.Queue = queue.Queue(3)
+        arguments = (self._queue, self.phase, phases, str(folder))
+        self._processes = [
+            context.Process(target=_worker, args=(*arguments, i, seed, options), daemon=True) for i in range(max(1, workers))
+        ]
+        for process in self._processes:
+            process.start()
+        self._pin = pin
+        threading.Thread(target=self._feed, daemon=True).start()
+
+    def _feed(self) -> None:
+        while True:
+            index, ids, weights = self._queue.get()
+            tensors = [torch.from_numpy(ids), torch.from_numpy(weights)]
+            self._ready.put((index, *(t.pin_memory() if self._pin else t for t in tensors)))
+
+    def get(self, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch of this phase or a later one (batches of earlier phases are dropped)."""
+        self.phase.value = phase
+        while True:
+            try:
+                index, ids, weights = self._ready.get(timeout=20)
+            except queue.Empty:
+                if not any(process.is_alive() for process in self._processes):
+                    raise RuntimeError("all data workers have died; see their error above") from None
+                continue
+            if index >= phase:
+                return ids, weights
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
