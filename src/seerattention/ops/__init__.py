@@ -1,0 +1,16 @@
+"""Tensor ops: torch, triton and the standard library only. Importing them needs no triton and initialises nothing."""
+
+from .block_pooling import block_pooling
+from .block_selection import dense_indices, select_threshold, select_topk, select_topp
+from .indices import BlockIndices
+from .pooled_attention import pooled_attention
+
+__all__ = [
+    "BlockIndices",
+    "block_pooling",
+    "dense_indices",
+    "pooled_attention",
+    "select_threshold",
+    "select_topk",
+    "select_topp",
+]

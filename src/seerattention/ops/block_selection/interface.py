@@ -1,0 +1,201 @@
+"""Public functions of block selection: argument checks and the choice of an implementation.
+
+Shared by all of them: scores are ``[B, H, Nq, Nk]`` (float32, float16 or bfloat16), query blocks are the last Nq of the
+Nk key blocks, and what lies above the block diagonal is ignored. The diagonal block is always kept, so a row is never
+empty, whatever the scores are (NaN counts as the lowest score). Rows of blocks that are wholly padding get count 0.
+Selection has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..indices import BlockIndices
+from . import reference
+from .reference import dense_indices
+
+__all__ = ["dense_indices", "select_threshold", "select_topk", "select_topp"]
+
+IMPLEMENTATIONS = ("reference", "triton")
+# A Triton program holds a whole row in registers.
+MAX_TRITON_BLOCKS = 16384
+
+
+@torch.no_grad()
+def select_threshold(
+    probabilities: Tensor,
+    threshold: float,
+    *,
+    block_size: int = 64,
+    lengths: Tensor | None = None,
+    last_blocks_dense: int = 0,
+    implementation: str | None = None,
+) -> BlockIndices:
+    """Keep the blocks whose probability is strictly above ``threshold``, and the diagonal.
+
+    The inference rule of the SeerAttention paper (arXiv 2410.13276, section 3.3).
+
+    Args:
+        probabilities: ``[B, H, Nq, Nk]``, block scores after the causal softmax.
+        threshold: compared in float32.
+        block_size: tokens a block.
+        lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all).
+        last_blocks_dense: the last this many valid query blocks of each row read all causal blocks.
+        implementation: ``"reference"``, ``"triton"`` or None (automatic).
+
+    Returns:
+        BlockIndices with capacity Nk.
+
+    Raises:
+        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``.
+        TypeError: scores that are not floating point.
+    """
+    op = "select_threshold"
+    lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
+    if _choose(op, implementation, probabilities) == "triton":
+        from . import triton
+
+        return triton.select_threshold(
+            probabilities, threshold, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
+        )
+    return reference.select_threshold(
+        probabilities, threshold, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
+    )
+
+
+@torch.no_grad()
+def select_topk(
+    scores: Tensor,
+    keep: Tensor | Sequence[int],
+    *,
+    block_size: int = 64,
+    lengths: Tensor | None = None,
+    last_blocks_dense: int = 0,
+    diagonal_extra: bool = False,
+    capacity: int | None = None,
+    implementation: str | None = None,
+) -> BlockIndices:
+    """Keep the ``keep[r]`` best causal blocks of each row; equal scores go to the lower block index.
+
+    Args:
+        scores: ``[B, H, Nq, Nk]``, logits or probabilities.
+        keep: integers ``[Nq]`` or ``[B, Nq]``; values below 1 count as 1. A list or a CPU tensor lets the op bound the
+            capacity of the lists without a device synchronisation.
+        block_size, lengths, last_blocks_dense, implementation: see :func:`select_threshold`.
+        diagonal_extra: False: the diagonal is one of the ``keep`` blocks (it and the best ``keep - 1`` others). True:
+            the ``keep`` best of all causal blocks, and the diagonal besides where it is not among them (the
+            published top-k rule with the diagonal added).
+        capacity: an upper bound of the list length that the caller knows; longer lists are cut to their best blocks.
+
+    Returns:
+        BlockIndices; the capacity is the longest list that ``keep`` allows where that is known, else Nk.
+
+    Raises:
+        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``.
+        TypeError: scores that are not floating point, ``keep`` that is not integer.
+    """
+    op = "select_topk"
+    lengths = _check(op, scores, block_size, lengths, last_blocks_dense)
+    batch, _, num_rows, num_keys = scores.shape
+    keep = torch.as_tensor(keep)
+    if keep.is_floating_point() or keep.is_complex() or keep.dtype == torch.bool:
+        raise TypeError(f"{op}: keep must hold integers, got {keep.dtype}")
+    if keep.shape not in ((num_rows,), (batch, num_rows)):
+        raise ValueError(f"{op}: keep must be [{num_rows}] or [{batch}, {num_rows}], got {tuple(keep.shape)}")
+    longest = num_keys if capacity is None else min(num_keys, max(1, capacity))
+    if keep.device.type == "cpu" and keep.numel():
+        longest = min(longest, max(1, int(keep.max())) + int(diagonal_extra))
+    most = max(1, longest - int(diagonal_extra)) if longest < num_keys else num_keys
+    keep = keep.to(scores.device, torch.int64).clamp(1, most).view(-1, num_rows)
+    if last_blocks_dense:
+        longest = num_keys
+    function = reference.select_topk
+    if _choose(op, implementation, scores) == "triton":
+        from . import triton
+
+        function = triton.select_topk
+    return function(
+        scores,
+        keep,
+        block_size=block_size,
+        lengths=lengths,
+        last_blocks_dense=last_blocks_dense,
+        diagonal_extra=diagonal_extra,
+        capacity=longest,
+    )
+
+
+@torch.no_grad()
+def select_topp(
+    probabilities: Tensor,
+    p: float,
+    *,
+    block_size: int = 64,
+    lengths: Tensor | None = None,
+    last_blocks_dense: int = 0,
+    implementation: str | None = None,
+) -> BlockIndices:
+    """Keep the fewest best blocks whose probabilities sum to at least ``p``, and the diagonal.
+
+    Sums are exact: probabilities are cut to multiples of 2^-40 (and to [0, 1]) and added as integers. A row whose
+    whole sum is below ``p`` keeps all its causal blocks, and so does every row for ``p >= 1``.
+
+    Args:
+        probabilities: ``[B, H, Nq, Nk]``, block scores after the causal softmax.
+        p: the mass to reach.
+        block_size, lengths, last_blocks_dense, implementation: see :func:`select_threshold`.
+
+    Returns:
+        BlockIndices with capacity Nk.
+
+    Raises:
+        ValueError: wrong shapes, more query blocks than key blocks, ``p`` not positive, a negative
+            ``last_blocks_dense``.
+        TypeError: scores that are not floating point.
+    """
+    op = "select_topp"
+    lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
+    if not p > 0:
+        raise ValueError(f"{op}: p must be positive, got {p}")
+    function = reference.select_topp
+    if _choose(op, implementation, probabilities) == "triton":
+        from . import triton
+
+        function = triton.select_topp
+    return function(probabilities, p, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense)
+
+
+def _choose(op: str, implementation: str | None, scores: Tensor) -> str:
+    name = dispatch.choose_implementation(op, implementation, scores.device, names=IMPLEMENTATIONS)
+    if name == "triton" and scores.shape[-1] > MAX_TRITON_BLOCKS:
+        if implementation == "triton":
+            raise ValueError(
+                f"{op}: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; "
+                "pass implementation=None or 'reference'"
+            )
+        return "reference"
+    return name
+
+
+def _check(op: str, scores: Tensor, block_size: int, lengths: Tensor | None, last_blocks_dense: int) -> Tensor | None:
+    """Check what all selections share; returns ``lengths`` on the device of the scores."""
+    dispatch.check_floating(op, scores=scores)
+    if scores.dim() != 4:
+        raise ValueError(f"{op}: scores must be [B, H, Nq, Nk], got {tuple(scores.shape)}")
+    if scores.shape[2] > scores.shape[3]:
+        raise ValueError(f"{op}: got {scores.shape[2]} query blocks but only {scores.shape[3]} key blocks")
+    if block_size <= 0:
+        raise ValueError(f"{op}: block_size must be positive, got {block_size}")
+    if last_blocks_dense < 0:
+        raise ValueError(f"{op}: last_blocks_dense must be 0 or more, got {last_blocks_dense}")
+    if lengths is None:
+        return None
+    if lengths.shape != scores.shape[:1] or lengths.is_floating_point():
+        raise ValueError(
+            f"{op}: lengths must be integers [{scores.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    return lengths.to(scores.device, torch.int64)

@@ -1,0 +1,54 @@
+"""Pooled attention on the CPU: one query block and KV head at a time, against the keys that it can see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..indices import num_blocks
+from .reference import finish
+
+
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    lengths: Tensor | None,
+    reduce: str,
+    normalize: bool,
+) -> Tensor:
+    batch, heads, query_length, head_dim = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    group = heads // kv_heads
+    num_keys = num_blocks(key_length, block_size)
+    offset = key_length - query_length
+    content = [key_length] * batch if lengths is None else lengths.tolist()
+    # Keys are padded to whole blocks; the causal mask hides the padding as it hides later keys.
+    keys = torch.nn.functional.pad(k.float(), (0, 0, 0, num_keys * block_size - key_length))
+    out = torch.zeros(batch, heads, rows.numel(), num_keys)
+    above_diagonal = torch.ones(block_size, block_size, dtype=torch.bool).triu_(1)
+
+    for slot, row in enumerate(rows.tolist()):
+        visible = (row + 1) * block_size
+        for b in range(batch):
+            start, end = max(row * block_size, offset), min(visible, content[b])
+            if start >= end:
+                continue  # a wholly padded block
+            queries = q[b, :, start - offset : end - offset].float() * scale
+            queries = queries.unflatten(0, (kv_heads, group))
+            masked = above_diagonal[start - row * block_size : end - row * block_size]
+            for head in range(kv_heads):
+                scores = torch.mm(queries[head].reshape(-1, head_dim), keys[b, head, :visible].T)
+                scores = scores.view(group, end - start, visible)
+                scores[..., -block_size:].masked_fill_(masked, float("-inf"))
+                probabilities = scores.softmax(-1)
+                # Queries first: this reduction runs over contiguous rows of keys.
+                if reduce == "max":
+                    tiles = probabilities.amax(1).unflatten(-1, (row + 1, block_size)).amax(-1)
+                else:
+                    tiles = probabilities.sum(1).unflatten(-1, (row + 1, block_size)).sum(-1)
+                out[b, head * group : (head + 1) * group, slot, : row + 1] = tiles
+    return finish(out, rows, block_size, key_length, query_length, lengths, reduce, normalize)

@@ -1,0 +1,105 @@
+"""Public function of pooled attention: argument checks and the choice of an implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..indices import first_query_block, num_blocks
+from . import cpu, reference
+
+__all__ = ["pooled_attention"]
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
+REDUCTIONS = ("max", "sum")
+
+
+@torch.no_grad()
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reduce: str = "max",
+    normalize: bool = True,
+    implementation: str | None = None,
+) -> Tensor:
+    """The causal attention map, reduced to one value per (query block, key block) tile.
+
+    ``reduce="max"`` with ``normalize=True`` is the distillation target of the SeerAttention paper (arXiv 2410.13276,
+    section 3.2): the largest attention probability in each tile, each row divided by its sum. ``reduce="sum"`` is the
+    attention mass of each tile, from which block recall is computed.
+
+    Two passes, neither of which stores more than the result: the log-sum-exp of each query, then Q K^T again, reduced
+    tile by tile. Only the query blocks in ``rows`` are computed. There is no gradient: the target is a constant.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``, after RoPE; float32, float16 or bfloat16, last dimension contiguous. Queries are the last
+            Tq of the Tk positions.
+        k: ``[B, Hkv, Tk, D]``, after RoPE; Hq is a multiple of Hkv, Tq <= Tk.
+        block_size: tokens a block: 32, 64 or 128.
+        scale: of the logits; None is 1 / sqrt(D).
+        rows: int64 ``[R]``, absolute query blocks in any order, each one of the blocks that hold queries; None: all of
+            them, ascending. Values on a CUDA device are not checked (that would synchronise it): keep them in range.
+        lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Padded queries take no part in the
+            reduction; rows of wholly padded blocks are 0.
+        reduce: ``"max"`` or ``"sum"``.
+        normalize: divide ``max`` rows by their sum, and ``sum`` rows by their number of valid queries; rows then sum
+            to 1.
+        implementation: ``"reference"``, ``"cpu"``, ``"triton"`` or None (automatic).
+
+    Returns:
+        float32 ``[B, Hq, R, Nk]``, 0 above the block diagonal.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown block size or reduction, rows out of range.
+        TypeError: unsupported dtypes.
+    """
+    op = "pooled_attention"
+    dispatch.check_query_key(op, q, k)
+    dispatch.check_block_size(op, block_size)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"{op}: reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    batch, _, query_length, head_dim = q.shape
+    key_length = k.shape[2]
+    rows = _check_rows(op, rows, query_length, key_length, block_size, q.device)
+    if lengths is not None:
+        if lengths.shape != (batch,) or lengths.is_floating_point():
+            raise ValueError(f"{op}: lengths must be integers [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
+        lengths = lengths.to(q.device, torch.int64)
+
+    function = reference.pooled_attention
+    name = dispatch.choose_implementation(op, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
+    if name == "cpu":
+        function = cpu.pooled_attention
+    elif name == "triton":
+        from . import triton
+
+        function = triton.pooled_attention
+    return function(
+        q,
+        k,
+        rows,
+        block_size=block_size,
+        scale=dispatch.default_scale(head_dim, scale),
+        lengths=lengths,
+        reduce=reduce,
+        normalize=normalize,
+    )
+
+
+def _check_rows(
+    op: str, rows: Tensor | None, query_length: int, key_length: int, block_size: int, device: torch.device
+) -> Tensor:
+    first, end = first_query_block(query_length, key_length, block_size), num_blocks(key_length, block_size)
+    if rows is None:
+        return torch.arange(first, end, device=device)
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"{op}: rows must be int64 [R], got {rows.dtype} {tuple(rows.shape)}")
+    if rows.device.type == "cpu" and rows.numel() and not (first <= int(rows.min()) and int(rows.max()) < end):
+        raise ValueError(f"{op}: rows must lie in [{first}, {end}), the blocks that hold queries, got {rows.tolist()}")
+    return rows.to(device)

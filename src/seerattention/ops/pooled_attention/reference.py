@@ -1,0 +1,66 @@
+"""Pooled attention in plain torch, float32, one query block after the other: the definition, not the fast way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..indices import num_blocks
+
+
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    lengths: Tensor | None,
+    reduce: str,
+    normalize: bool,
+) -> Tensor:
+    batch, heads, query_length, _ = q.shape
+    key_length = k.shape[2]
+    num_keys = num_blocks(key_length, block_size)
+    k = k.float().repeat_interleave(heads // k.shape[1], dim=1)
+    key_positions = torch.arange(key_length, device=q.device)
+    offset = key_length - query_length  # position of the first query
+    out = torch.zeros(batch, heads, rows.numel(), num_keys, device=q.device)
+    for slot, row in enumerate(rows.tolist()):
+        start, end = max(row * block_size, offset), min((row + 1) * block_size, key_length)
+        positions = torch.arange(start, end, device=q.device)
+        scores = q[:, :, start - offset : end - offset].float() @ k.transpose(-1, -2) * scale
+        scores = scores.masked_fill(key_positions > positions[:, None], float("-inf"))
+        probabilities = scores.softmax(-1)
+        if lengths is not None:
+            probabilities = probabilities * (positions < lengths[:, None])[:, None, :, None]
+        padded = torch.nn.functional.pad(probabilities, (0, num_keys * block_size - key_length))
+        tiles = padded.unflatten(-1, (num_keys, block_size))
+        out[:, :, slot] = tiles.amax(dim=(2, 4)) if reduce == "max" else tiles.sum(dim=(2, 4))
+    return finish(out, rows, block_size, key_length, query_length, lengths, reduce, normalize)
+
+
+def finish(
+    out: Tensor,
+    rows: Tensor,
+    block_size: int,
+    key_length: int,
+    query_length: int,
+    lengths: Tensor | None,
+    reduce: str,
+    normalize: bool,
+) -> Tensor:
+    """Divide ``out [B, H, R, Nk]`` in place: rows of tile maxima by their sum, of tile masses by the number of queries.
+
+    Rows without a valid query are 0 and stay 0.
+    """
+    if not normalize:
+        return out
+    if reduce == "max":
+        return out.div_(out.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
+    start = (rows * block_size).clamp(min=key_length - query_length)
+    end = ((rows + 1) * block_size).clamp(max=key_length)
+    if lengths is not None:
+        end = torch.minimum(end, lengths[:, None])  # [B, R]
+    queries = (end - start).clamp(min=1)
+    return out.div_(queries.view(-1, 1, rows.numel(), 1))

@@ -1,0 +1,252 @@
+"""Policies: which blocks a query block reads, given the block logits of a gate or of another scorer.
+
+A policy is a small frozen dataclass. ``policy.select(logits, block_size=...)`` gives :class:`BlockIndices`;
+``policy.to_dict()`` and :func:`policy_from_dict` take it through JSON. To add one, subclass :class:`Policy` in
+this file, give it a ``kind``, and list it in ``_POLICIES``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .ops.block_selection import dense_indices, select_threshold, select_topk, select_topp
+from .ops.indices import BlockIndices, causal_block_mask
+
+__all__ = ["Dense", "Policy", "Threshold", "TokenBudget", "TopK", "TopP", "causal_softmax", "policy_from_dict"]
+
+# Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
+_CEIL_SLACK = 1e-9
+
+
+class Policy(ABC):
+    """Turns block logits into block indices. The diagonal block is always kept, so no row of valid tokens is empty."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+        """Choose the key blocks of each query block.
+
+        Args:
+            logits: ``[B, H, Nq, Nk]``, block scores before the softmax; query blocks are the last Nq of the Nk key
+                blocks, and what lies above the block diagonal is ignored.
+            block_size: tokens a block.
+            lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Rows of blocks that are wholly
+                padding get count 0; every other row selects what it would select without the padding.
+
+        Returns:
+            BlockIndices on the device of the logits.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ``{"kind": ..., <arguments>}``, which :func:`policy_from_dict` turns back into the policy."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Threshold(Policy):
+    """Keep the blocks whose softmax probability is strictly above ``threshold`` (SeerAttention paper, section 3.3).
+
+    The density follows from the scores and falls with the length of the prompt: probabilities of a row sum to 1.
+
+    Attributes:
+        threshold: probability in [0, 1).
+        last_blocks_dense: the last this many query blocks of each sequence read everything.
+    """
+
+    threshold: float
+    last_blocks_dense: int = 0
+    kind: ClassVar[str] = "threshold"
+
+    def __post_init__(self) -> None:
+        _check_number("Threshold", "threshold", self.threshold)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold is a probability and must lie in [0, 1), got {self.threshold}")
+        _check_last_blocks(self.last_blocks_dense)
+
+    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+        return select_threshold(
+            causal_softmax(logits),
+            self.threshold,
+            block_size=block_size,
+            lengths=lengths,
+            last_blocks_dense=self.last_blocks_dense,
+        )
+
+
+@dataclass(frozen=True)
+class TopK(Policy):
+    """Keep a fixed share of the causal blocks of each row.
+
+    Row i, counted from 0, keeps ``max(1, ceil(density * (i + 1)))`` blocks, the diagonal among them.
+
+    Attributes:
+        density: share of the causal blocks to keep, in (0, 1].
+        last_blocks_dense: the last this many query blocks of each sequence read everything.
+        uniform: the rule of the published code (``nz_ratio``) instead: every row keeps the same
+            ``max(1, int((1 - sqrt(1 - density)) * n))`` best of n key blocks, and the diagonal where it is not
+            among them.
+    """
+
+    density: float
+    last_blocks_dense: int = 0
+    uniform: bool = False
+    kind: ClassVar[str] = "top_k"
+
+    def __post_init__(self) -> None:
+        _check_number("TopK", "density", self.density)
+        if not 0 < self.density <= 1:
+            raise ValueError(
+                f"density is the share of causal blocks to keep and must lie in (0, 1], got {self.density}"
+            )
+        _check_last_blocks(self.last_blocks_dense)
+        if not isinstance(self.uniform, bool):
+            raise TypeError(f"uniform must be True or False, got {self.uniform!r}")
+
+    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+        if self.density == 1:
+            return Dense().select(logits, block_size=block_size, lengths=lengths)
+        num_rows, num_keys = logits.shape[-2:]
+        if self.uniform:
+            # n counts the blocks of each sequence's own content, so padding does not change what it keeps.
+            share = 1.0 - math.sqrt(1.0 - self.density)
+            longest = max(1, int(share * num_keys))
+            if lengths is None:
+                keep = torch.full((num_rows,), longest)
+            else:
+                blocks = (lengths + (block_size - 1)) // block_size
+                keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
+            capacity = longest + 1
+        else:
+            causal = torch.arange(num_keys - num_rows + 1, num_keys + 1, dtype=torch.float64)
+            keep = (causal * self.density - _CEIL_SLACK).ceil().long().clamp(min=1)
+            capacity = None
+        return select_topk(
+            logits,
+            keep,
+            block_size=block_size,
+            lengths=lengths,
+            last_blocks_dense=self.last_blocks_dense,
+            diagonal_extra=self.uniform,
+            capacity=capacity,
+        )
+
+
+@dataclass(frozen=True)
+class TopP(Policy):
+    """Keep the fewest best blocks whose softmax probabilities sum to at least ``p``, and the diagonal.
+
+    Attributes:
+        p: probability mass in (0, 1]; 1 keeps every causal block.
+        last_blocks_dense: the last this many query blocks of each sequence read everything.
+    """
+
+    p: float
+    last_blocks_dense: int = 0
+    kind: ClassVar[str] = "top_p"
+
+    def __post_init__(self) -> None:
+        _check_number("TopP", "p", self.p)
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p is a probability mass and must lie in (0, 1], got {self.p}")
+        _check_last_blocks(self.last_blocks_dense)
+
+    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+        return select_topp(
+            causal_softmax(logits),
+            self.p,
+            block_size=block_size,
+            lengths=lengths,
+            last_blocks_dense=self.last_blocks_dense,
+        )
+
+
+@dataclass(frozen=True)
+class TokenBudget(Policy):
+    """Keep the best ``ceil(tokens / block_size)`` blocks of each row, the diagonal among them.
+
+    Attributes:
+        tokens: keys that a query block may read, at least 1.
+        last_blocks_dense: the last this many query blocks of each sequence read everything.
+    """
+
+    tokens: int
+    last_blocks_dense: int = 0
+    kind: ClassVar[str] = "token_budget"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ValueError(f"tokens must be an integer of at least 1, got {self.tokens!r}")
+        _check_last_blocks(self.last_blocks_dense)
+
+    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+        keep = torch.full((logits.shape[-2],), -(-self.tokens // block_size))
+        return select_topk(
+            logits, keep, block_size=block_size, lengths=lengths, last_blocks_dense=self.last_blocks_dense
+        )
+
+
+@dataclass(frozen=True)
+class Dense(Policy):
+    """Keep every causal block: the result is that of dense attention."""
+
+    kind: ClassVar[str] = "dense"
+
+    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+        return dense_indices(*logits.shape, block_size=block_size, lengths=lengths, device=logits.device)
+
+
+_POLICIES: dict[str, type[Policy]] = {policy.kind: policy for policy in (Threshold, TopK, TopP, TokenBudget, Dense)}
+
+
+def policy_from_dict(data: Mapping[str, Any]) -> Policy:
+    """The inverse of :meth:`Policy.to_dict`.
+
+    Raises:
+        ValueError: an unknown or missing ``kind``, unknown or missing arguments, or values out of range.
+    """
+    arguments = dict(data)
+    kind = arguments.pop("kind", None)
+    if kind not in _POLICIES:
+        raise ValueError(f"policy kind must be one of {sorted(_POLICIES)}, got {kind!r}")
+    policy = _POLICIES[kind]
+    fields = dataclasses.fields(policy)  # type: ignore[arg-type]
+    unknown = sorted(set(arguments) - {field.name for field in fields})
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in arguments]
+    if unknown or missing:
+        raise ValueError(
+            f"policy {kind!r} takes {[field.name for field in fields]}; unknown: {unknown}, missing: {missing}"
+        )
+    return policy(**arguments)
+
+
+def causal_softmax(logits: Tensor) -> Tensor:
+    """Softmax over the causal key blocks of each row.
+
+    Args:
+        logits: ``[B, H, Nq, Nk]``; query blocks are the last Nq of the Nk key blocks.
+
+    Returns:
+        float32 ``[B, H, Nq, Nk]``, exactly 0 above the block diagonal.
+    """
+    num_rows, num_keys = logits.shape[-2:]
+    causal = causal_block_mask(num_rows, num_keys, num_keys - num_rows, logits.device)
+    return logits.float().masked_fill(~causal, float("-inf")).softmax(-1)
+
+
+def _check_number(policy: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{policy}: {name} must be a finite number, got {value!r}")
+
+
+def _check_last_blocks(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"last_blocks_dense must be an integer of 0 or more, got {value!r}")
