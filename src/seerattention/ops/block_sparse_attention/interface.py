@@ -1,0 +1,124 @@
+"""Checks and dispatch of block-sparse attention."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..indices import BlockIndices, first_query_block, num_blocks
+from .cpu_flex import block_sparse_attention_cpu_flex, flex_usable
+from .cpu_gathered import block_sparse_attention_cpu_gathered
+from .reference import block_sparse_attention_reference
+
+OP = "block_sparse_attention"
+IMPLEMENTATIONS = ("reference", "triton", "cpu_flex", "cpu_gathered")
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockIndices,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in which each query block reads only the key blocks on its list (arXiv 2410.13276, section 3.3).
+
+    Query i (absolute position ``Tk - Tq + i``) of head h attends to the keys of the listed blocks, causally inside the
+    diagonal block. There is no backward.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``, float32, float16 or bfloat16, D at most 256; queries are the last Tq of Tk positions. Any
+            strides with a contiguous last dimension.
+        k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv.
+        v: like k.
+        blocks: lists ``[B, Hq or Hkv, Nq, capacity]`` with block size 32, 64 or 128. Lists must ascend and hold causal
+            blocks only, as ``BlockIndices.from_mask`` and the policies make them; this is not checked.
+        scale: positive softmax scale; None is ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        implementation: None chooses; ``"reference"``, ``"triton"``, ``"cpu_flex"`` (compiled FlexAttention, no LSE) or
+            ``"cpu_gathered"``.
+
+    Returns:
+        ``out [B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Tq]``, float32, natural
+        logarithm. A query that sees no key has output 0 and lse -inf.
+
+    Raises:
+        ValueError: shapes, devices, block size or scale that do not fit, or an implementation that cannot run here.
+        TypeError: dtypes that differ or are not supported.
+        NotImplementedError: an input requires grad while grad mode is on; LSE from ``"cpu_flex"``.
+    """
+    _check(q, k, v, blocks, scale)
+    scale = dispatch.default_scale(q.shape[-1], scale)
+    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu_gathered")
+    if implementation is None and name == "cpu_gathered" and not return_lse and flex_usable(q, blocks):
+        name = "cpu_flex"
+    if name.startswith("cpu_") and q.device.type != "cpu":
+        raise ValueError(f"{OP}: implementation={name!r} needs CPU tensors, got {q.device.type}")
+    if name == "cpu_flex" and return_lse:
+        raise NotImplementedError(
+            f"{OP}: FlexAttention returns no lse on the CPU; use implementation='cpu_gathered' or None"
+        )
+    lse: Tensor | None = None
+    with torch.no_grad(), _without_autocast(q.device.type):
+        if 0 in q.shape:
+            out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        elif name == "triton":
+            from .triton import block_sparse_attention_triton  # imported late: triton is an optional dependency
+
+            out, lse = block_sparse_attention_triton(q, k, v, blocks, scale, return_lse)
+        elif name == "cpu_flex":
+            out = block_sparse_attention_cpu_flex(q, k, v, blocks, scale, required=implementation is not None)
+        elif name == "cpu_gathered":
+            out, lse = block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)
+        else:
+            out, lse = block_sparse_attention_reference(q, k, v, blocks, scale)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast would round the float32 products inside the implementations."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> None:
+    dispatch.check_query_key(OP, q, k)
+    dispatch.check_floating(OP, q=q, v=v)
+    if v.shape != k.shape:
+        raise ValueError(f"{OP}: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            f"{OP} has no backward; call it under torch.no_grad() or on detached tensors, or use dense attention"
+        )
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{OP}: scale must be positive and finite or None, got {scale}")
+    if not isinstance(blocks, BlockIndices):
+        raise TypeError(f"{OP}: blocks must be BlockIndices, got {type(blocks).__name__}; see BlockIndices.from_mask")
+    dispatch.check_block_size(OP, blocks.block_size)
+    if blocks.indices.device != q.device or blocks.counts.device != q.device:
+        raise ValueError(f"{OP}: q is on {q.device} but blocks are on {blocks.indices.device}; move one of them")
+    batch, heads, rows = blocks.counts.shape
+    if batch != q.shape[0] or heads not in (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"{OP}: blocks must hold lists for batch {q.shape[0]} and {q.shape[1]} query heads or {k.shape[1]} KV heads, "
+            f"got batch {batch} and {heads} heads"
+        )
+    query_length, key_length = q.shape[2], k.shape[2]
+    num_key_blocks = num_blocks(key_length, blocks.block_size)
+    num_rows = num_key_blocks - first_query_block(query_length, key_length, blocks.block_size)
+    if query_length and (blocks.num_key_blocks, rows) != (num_key_blocks, num_rows):
+        raise ValueError(
+            f"{OP}: {query_length} queries and {key_length} keys have {num_rows} query blocks and {num_key_blocks} key "
+            f"blocks of {blocks.block_size}, but blocks hold {rows} rows over {blocks.num_key_blocks} key blocks"
+        )

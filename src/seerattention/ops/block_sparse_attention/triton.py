@@ -1,0 +1,240 @@
+"""Block-sparse FlashAttention forward in Triton: a loop over an index list, no test per block.
+
+Runs on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1 (float32 and float16).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..indices import BlockIndices
+
+# Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
+# stay specialised because their divisibility by 16 is what lets loads be vectorised.
+_RUNTIME_SCALARS = [
+    "s_indices_b",
+    "s_indices_h",
+    "s_indices_r",
+    "s_counts_b",
+    "s_counts_h",
+    "s_counts_r",
+    "num_heads",
+    "kv_group",
+    "list_group",
+    "query_length",
+    "key_length",
+    "first_row",
+]
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SCALARS)
+def block_sparse_attention_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_indices,
+    p_counts,
+    s_q_b,
+    s_q_h,
+    s_q_t,
+    s_k_b,
+    s_k_h,
+    s_k_t,
+    s_v_b,
+    s_v_h,
+    s_v_t,
+    s_out_b,
+    s_out_h,
+    s_out_t,
+    s_indices_b,
+    s_indices_h,
+    s_indices_r,
+    s_counts_b,
+    s_counts_h,
+    s_counts_r,
+    num_heads,
+    kv_group,
+    list_group,
+    query_length,
+    key_length,
+    first_row,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: TILE queries of one query block of one head; keys in tiles of TILE."""
+    SPLIT: tl.constexpr = BLOCK // TILE
+    # Later rows have longer lists: start them first, so that the short ones fill the tail of the grid.
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_row = i_tile // SPLIT
+    i_sub = i_tile % SPLIT
+    i_b = (tl.program_id(1) // num_heads).to(tl.int64)
+    i_h = (tl.program_id(1) % num_heads).to(tl.int64)
+    i_kv = i_h // kv_group
+    i_list = i_h // list_group
+
+    o_t = tl.arange(0, TILE)
+    o_d = tl.arange(0, PADDED_DIM)
+    m_d = o_d < HEAD_DIM
+    # Absolute positions; those before the first query or after the last key belong to partial blocks.
+    o_query = (first_row + i_row) * BLOCK + i_sub * TILE + o_t
+    o_local = o_query - (key_length - query_length)
+    m_query = (o_local >= 0) & (o_query < key_length)
+    p_q += i_b * s_q_b + i_h * s_q_h
+    b_q = tl.load(
+        p_q + o_local.to(tl.int64)[:, None] * s_q_t + o_d[None, :], mask=m_query[:, None] & m_d[None, :], other=0.0
+    )
+    p_k += i_b * s_k_b + i_kv * s_k_h
+    p_v += i_b * s_v_b + i_kv * s_v_h
+    o_k = o_t.to(tl.int64)[:, None] * s_k_t + o_d[None, :]
+    o_v = o_t.to(tl.int64)[:, None] * s_v_t + o_d[None, :]
+
+    count = tl.load(p_counts + i_b * s_counts_b + i_list * s_counts_h + i_row.to(tl.int64) * s_counts_r)
+    p_list = p_indices + i_b * s_indices_b + i_list * s_indices_h + i_row.to(tl.int64) * s_indices_r
+    # Lists ascend, so the diagonal block, if listed, is the last entry. Everything before it is visible as a whole, and
+    # so are the key tiles of the diagonal block that lie before this program's queries.
+    last = tl.load(p_list + tl.maximum(count - 1, 0))
+    has_diagonal = (count > 0) & (last == first_row + i_row)
+    num_tiles = count * SPLIT
+    if has_diagonal:
+        num_tiles = (count - 1) * SPLIT + i_sub
+
+    b_max = tl.full([TILE], float("-inf"), tl.float32)
+    b_sum = tl.zeros([TILE], tl.float32)
+    b_out = tl.zeros([TILE, PADDED_DIM], tl.float32)
+    # The next index is carried from iteration to iteration: only then can the loads of K and V be pipelined.
+    i_key = tl.load(p_list)
+    for i in tl.range(0, num_tiles, num_stages=STAGES):
+        o_key = (i_key * BLOCK + (i % SPLIT) * TILE).to(tl.int64)
+        i_key = tl.load(p_list + tl.minimum((i + 1) // SPLIT, count - 1))
+        if HEAD_DIM == PADDED_DIM:
+            b_k = tl.load(p_k + o_key * s_k_t + o_k)
+            b_v = tl.load(p_v + o_key * s_v_t + o_v)
+        else:
+            b_k = tl.load(p_k + o_key * s_k_t + o_k, mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_v + o_key * s_v_t + o_v, mask=m_d[None, :], other=0.0)
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale_log2)
+        b_p = tl.exp2(b_scores * scale_log2 - b_new_max[:, None])
+        b_decay = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+        b_max = b_new_max
+
+    if has_diagonal:
+        o_key = (first_row + i_row) * BLOCK + i_sub * TILE + o_t
+        m_key = o_key < key_length
+        start = (last * BLOCK + i_sub * TILE).to(tl.int64)
+        b_k = tl.load(p_k + start * s_k_t + o_k, mask=m_key[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v + start * s_v_t + o_v, mask=m_key[:, None] & m_d[None, :], other=0.0)
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        # Queries past the last key see every real key here; what they compute is never stored.
+        b_scores = tl.where((o_query[:, None] >= o_key[None, :]) & m_key[None, :], b_scores, float("-inf"))
+        # A tile that lies wholly past the last key (TILE < BLOCK) has no key at all: keep -inf - -inf out of exp2.
+        b_new_max = tl.maximum(tl.maximum(b_max, tl.max(b_scores, 1)), -1e30)
+        b_p = tl.exp2(b_scores - b_new_max[:, None])
+        b_decay = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+        b_max = b_new_max
+
+    # A row without keys has sum 0: output 0, lse -inf.
+    m_seen = b_sum > 0
+    b_out = b_out / tl.where(m_seen, b_sum, 1.0)[:, None]
+    p_out += i_b * s_out_b + i_h * s_out_h
+    tl.store(
+        p_out + o_local.to(tl.int64)[:, None] * s_out_t + o_d[None, :],
+        b_out.to(p_out.dtype.element_ty),
+        mask=m_query[:, None] & m_d[None, :],
+    )
+    if RETURN_LSE:
+        b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453, float("-inf"))
+        tl.store(p_lse + (i_b * num_heads + i_h) * query_length + o_local, b_lse, mask=m_query)
+
+
+def block_sparse_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel; arguments as checked by the interface.
+
+    Returns:
+        ``out [B, Hq, Tq, D]`` in the dtype and memory order of q, and the natural-log ``lse [B, Hq, Tq]`` in float32 or
+        None.
+    """
+    batch, num_heads, query_length, head_dim = q.shape
+    num_kv_heads, key_length = k.shape[1:3]
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device) if return_lse else None
+    if blocks.indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
+        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
+    indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
+    tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, _shared_memory(q.device))
+    grid = (blocks.num_rows * (blocks.block_size // tile), batch * num_heads)
+    guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        block_sparse_attention_fwd_kernel[grid](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            indices,
+            blocks.counts,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            *indices.stride()[:3],
+            *blocks.counts.stride(),
+            num_heads,
+            num_heads // num_kv_heads,
+            num_heads // blocks.counts.shape[1],
+            query_length,
+            key_length,
+            blocks.first_row,
+            scale * 1.4426950408889634,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK=blocks.block_size,
+            TILE=tile,
+            RETURN_LSE=return_lse,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            STAGES=num_stages,
+            num_warps=num_warps,
+        )
+    return out, lse
+
+
+def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_memory: int) -> tuple[int, int, int]:
+    """Tile size, warps and pipeline stages: fixed by head_dim and dtype, within the device's shared memory."""
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    # IEEE float32 products run on the ordinary cores and keep their operands in registers.
+    largest = 32 if dtype == torch.float32 and padded_dim > 64 else 64
+    tile = min(block_size, largest)
+    num_warps = 8 if padded_dim > 128 and tile == 64 else 4
+    tile_bytes = tile * padded_dim * dtype.itemsize
+    # q, and k and v once a stage; 4 KiB for reductions.
+    stages = (shared_memory - 4096 - tile_bytes) // (2 * tile_bytes)
+    return tile, num_warps, max(1, min(3, stages))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 1 << 17
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
