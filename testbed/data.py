@@ -38,9 +38,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
 
     def sample() -> Iterator[str]:
         numbers, seen = [f"{i:03d}" for i in range(1000)], 0
-        # Often enough that every three-digit group becomes one token.
-        for _ in range(60):
-            rng.shuffle(numbers)
+        # Often enough, against that much text, that every three-digit group becomes one token.
+        for _ in range(int(characters / 1e4)):
             yield " ".join(numbers)
         for text in texts:
             if seen >= characters:

@@ -54,8 +54,11 @@ class TrainingMix:
         shares = np.array([mix[name] for name in names])
         return names[int(self.rng.choice(len(names), p=shares / shares.sum()))]
 
-    def _log_uniform(self, low: int, high: int) -> int:
+    def _count(self, low: int, high: int) -> int:
+        """Between low and high: every order of magnitude as likely, or every number, so that few and many both occur."""
         high = max(low, high)
+        if self.rng.random() < 0.5:
+            return int(self.rng.integers(low, high + 1))
         return int(math.exp(self.rng.uniform(math.log(low), math.log(high + 1))))
 
     def _keys(self, count: int) -> list[list[int]]:
@@ -70,7 +73,7 @@ class TrainingMix:
     # ---------------------------------------------------------------- tasks in book text
     def _multikey(self, length: int, most: int | None = None) -> list[Event]:
         most = length // 36 if most is None else most
-        count = int(self.rng.integers(2, 29)) if length <= 1024 else self._log_uniform(2, min(400, most))
+        count = int(self.rng.integers(2, 29)) if length <= 1024 else self._count(2, min(600, most))
         count = min(count, max(1, most))
         template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
         events = []
@@ -88,7 +91,7 @@ class TrainingMix:
     def _multivalue(self, length: int) -> list[Event]:
         template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
         events = []
-        for group, key in enumerate(self._keys(self._log_uniform(1, max(1, min(40, length // 130))))):
+        for group, key in enumerate(self._keys(self._count(1, max(1, min(100, length // 130))))):
             positions = np.sort(self.rng.uniform(0, 0.95, int(self.rng.integers(2, 5))))
             values = [self.pieces.value() for _ in positions]
             for position, value in zip(positions, values, strict=True):
@@ -99,7 +102,7 @@ class TrainingMix:
         return events
 
     def _variable(self, length: int) -> list[Event]:
-        chains = self._log_uniform(1, max(1, min(120, length // 80)))
+        chains = self._count(1, max(1, min(200, length // 80)))
         keys = self._keys(2 * chains)
         template, needle = int(self.rng.integers(len(VARIABLE_TEMPLATES))), int(self.rng.integers(len(NEEDLE_TEMPLATES)))
         events = []
@@ -115,7 +118,7 @@ class TrainingMix:
 
     def _keyvalue(self, length: int) -> list[Event]:
         most = min(1500, length // 20)
-        count = int(self.rng.integers(6, max(7, most))) if length <= 1024 else self._log_uniform(4, most)
+        count = int(self.rng.integers(6, max(7, most))) if length <= 1024 else self._count(4, most)
         pairs = [(key, self.pieces.value()) for key in self.pieces.dictionary_keys(count)]
         dictionary = self.pieces.dictionary(pairs)
         dictionary.position = float(self.rng.uniform(0, 0.9))
