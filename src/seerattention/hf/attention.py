@@ -1,0 +1,264 @@
+"""The attention function and the mask function that transformers calls for the implementation named "seer".
+
+A whole prompt that arrives in one forward is attended block-sparsely; everything else (decoding, chunks on a cache,
+sliding windows, training, custom masks) goes to transformers' own ``sdpa`` function with the mask that it would have got,
+so dense results are those of the untouched model. What cannot be right raises; what is dense against expectation warns once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from ..blocks import BlockIndices, shift_left, shift_right
+from ..ops.block_sparse_attention import block_sparse_attention
+from ..policies import Dense
+from .state import NAME, Call, LayerInputs, LayerState
+
+DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
+"""Prompts shorter than this many tokens are attended densely when ``min_context`` is None, by device type."""
+
+_OTHER_DEVICES_MIN_CONTEXT = 4096
+
+# Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
+_DECODING = "it decodes one token"
+_SLIDING = "the layer attends to a sliding window"
+_SKIPPED_BY_OBSERVERS = (_DECODING, _SLIDING)
+
+
+def register() -> None:
+    """Make the implementation known to transformers; called on attach, never at import."""
+    AttentionInterface.register(NAME, seer_attention)
+    AttentionMaskInterface.register(NAME, seer_mask)
+
+
+def seer_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that :func:`seer_attention` gets, made once per forward.
+
+    Returns:
+        None: nothing but causality. Bool ``[B, T]``: causality and padding, each row one contiguous run of valid tokens.
+        Bool ``[B, 1, Tq, Tk]`` (the mask of ``sdpa``): anything else.
+    """
+    queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+    keys, window = kwargs["kv_length"], kwargs.get("local_size")
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function or (
+        window is not None and keys <= window
+    )
+    # transformers refuses to skip the mask where it is more than causal (packed sequences, mask overlays).
+    plain = plain and kwargs.get("allow_is_causal_skip", True)
+    if not plain or queries == 1 or queries != keys or kwargs.get("kv_offset", 0):
+        return sdpa_mask(*args, **kwargs)
+    padding = kwargs.get("attention_mask")
+    if padding is None or bool(padding.all()):
+        return None
+    padding = padding.bool()
+    if padding.shape[-1] != keys or not _contiguous(padding):
+        return sdpa_mask(*args, **kwargs)
+    return padding
+
+
+def _contiguous(padding: Tensor) -> bool:
+    """Whether each row is one run of valid tokens: it begins exactly once."""
+    begins = padding[:, :1].int().sum(-1) + (padding[:, 1:] & ~padding[:, :-1]).sum(-1)
+    return bool((begins == 1).all())
+
+
+def seer_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    seer_call: Call | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: the attention module.
+        query: ``[B, Hq, Tq, D]`` after RoPE; key, value: ``[B, Hkv, Tk, D]``, the cache included.
+        attention_mask: what :func:`seer_mask` made.
+        dropout, scaling: as in every attention function of transformers.
+        seer_call: what the layer's hooks saw; None in a module without gates, which is attended densely.
+
+    Returns:
+        ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where they were asked for, else None.
+    """
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+        raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
+    if seer_call is None:
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    layer, state = seer_call.layer, seer_call.layer.model
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    inputs: LayerInputs | None = None
+    blocks: BlockIndices | None = None
+    problem = _not_a_prompt(layer, seer_call, module, query, key, attention_mask, kwargs)
+    if problem is None:
+        wants_sparse = _wants_sparse(layer, query, dropout, kwargs)
+        if wants_sparse or state.observers:
+            inputs, starts = _layer_inputs(seer_call, query, key, value, attention_mask, scale)
+        if wants_sparse:
+            assert inputs is not None
+            blocks = _select(layer, inputs)
+    elif state.observers and problem not in _SKIPPED_BY_OBSERVERS:
+        raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
+    for statistics in state.statistics:
+        lengths = None if inputs is None else inputs.lengths
+        if inputs is None and attention_mask is not None and attention_mask.dim() == 2:
+            lengths = attention_mask.sum(-1)
+        statistics.add(layer.index, blocks, lengths, query, key.shape[2], state.block_size)
+    if inputs is not None:
+        for observer in tuple(state.observers):
+            observer(inputs, blocks)
+    if blocks is None:
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    assert inputs is not None
+    out = block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=scale)
+    if attention_mask is not None:
+        out = shift_right(out, starts).masked_fill(~attention_mask[:, None, :, None], 0.0)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _not_a_prompt(
+    layer: LayerState,
+    call: Call,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why these tensors are not one whole prompt per row under plain causal attention, or None. Warns where one might
+    expect sparsity."""
+    state, length = layer.model, query.shape[2]
+    if length == 1:
+        return _DECODING
+    window = kwargs.get("sliding_window")
+    window = layer.window if window is None else window
+    reason = None
+    if call.static_cache and length != key.shape[2]:
+        reason = "StaticCache prefill is not sparse yet"
+    elif length != key.shape[2]:
+        reason = "a chunk of a prompt on top of a cache (chunked prefill, multi-turn) is not sparse yet"
+    elif window is not None and length > window:
+        return "the layer attends to a sliding window"
+    elif not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
+        reason = "attention is not causal"
+    elif attention_mask is not None and attention_mask.dim() != 2:
+        reason = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
+    elif not state.positions_run_on(kwargs.get("position_ids"), attention_mask):
+        reason = "its position_ids restart or jump (packed sequences)"
+    if reason is not None:
+        state.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
+    return reason
+
+
+def _wants_sparse(layer: LayerState, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> bool:
+    """Whether a whole prompt is to be attended sparsely in this layer."""
+    state = layer.model
+    if state.dense_depth or (layer.gate is None and state.selector is None):
+        return False
+    if state.selector is None and isinstance(layer.policy or state.policy, Dense):
+        return False
+    minimum = state.min_context
+    if minimum is None:
+        minimum = DEFAULT_MIN_CONTEXT.get(query.device.type, _OTHER_DEVICES_MIN_CONTEXT)
+    if query.shape[2] < minimum:
+        return False
+    reason = None
+    checkpointed = getattr(layer.decoder_layer, "gradient_checkpointing", False) and layer.decoder_layer.training
+    if (torch.is_grad_enabled() and query.requires_grad) or checkpointed:
+        reason = (
+            "gradients are recorded and the sparse kernels have no backward pass (for inference, use torch.no_grad() or "
+            "torch.inference_mode())"
+        )
+    elif dropout > 0:
+        reason = "attention dropout is on (call model.eval() for inference)"
+    elif kwargs.get("output_attentions"):
+        reason = "output_attentions=True asks for the whole attention map"
+    if reason is not None:
+        state.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
+    return reason is None
+
+
+def _layer_inputs(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float
+) -> tuple[LayerInputs, Tensor]:
+    """The layer's tensors with content first in every row, and where the content started."""
+    layer = call.layer
+    layer.place_gate()
+    query_pre, key_pre = layer.take(call)
+    cos, sin = call.cos.to(query.device), call.sin.to(query.device)
+    lengths = starts = None
+    if padding is not None:
+        lengths, starts = padding.sum(-1), padding.int().argmax(-1)
+        query, key, value, query_pre, key_pre = (shift_left(x, starts) for x in (query, key, value, query_pre, key_pre))
+        cos, sin = (shift_left(x.expand(query.shape[0], -1, -1), starts) for x in (cos, sin))
+    inputs = LayerInputs(
+        layer=layer.index,
+        q=query,
+        k=key,
+        v=value,
+        q_pre=query_pre,
+        k_pre=key_pre,
+        cos=cos,
+        sin=sin,
+        lengths=lengths,
+        scale=scale,
+        gate=layer.gate,
+    )
+    return inputs, starts  # type: ignore[return-value]
+
+
+def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
+    state = layer.model
+    if state.selector is not None:
+        return state.selector(inputs.q, inputs.k, layer=layer.index, scale=inputs.scale, lengths=inputs.lengths)
+    policy = layer.policy or state.policy
+    return policy.select(inputs.gate_logits(), block_size=state.block_size, lengths=inputs.lengths)
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' own dense attention, given the mask that it would have got."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        length = attention_mask.shape[-1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        attention_mask = causal & attention_mask[:, None, None, :]
+    if kwargs.get("output_attentions"):
+        return _dense_with_weights(query, key, value, attention_mask, dropout, scaling)
+    return AttentionInterface()["sdpa"](
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+def _dense_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Dense attention written out, for ``output_attentions=True``."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if attention_mask is None:
+        rows, columns = scores.shape[-2:]
+        attention_mask = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + attention_mask
+    weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

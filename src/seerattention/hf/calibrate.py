@@ -1,0 +1,122 @@
+"""``calibrate``: find the threshold that reaches a target density on a model's own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import BlockIndices, causal_block_mask
+from ..policies import Threshold, causal_softmax
+from .attach import observe, set_policy
+from .state import LayerInputs, gated_layers, state_of
+
+# The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
+_SMALLEST = 1e-8
+_BINS = 1 << 14
+_STEPS = 60
+
+
+class _Probabilities:
+    """How many off-diagonal blocks of all layers, heads and rows have a probability above any value."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+        self.diagonal = 0
+        self.causal = 0
+
+    def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
+        if inputs.gate is None:
+            return
+        probabilities = causal_softmax(inputs.gate_logits())
+        batch, heads, rows, keys = probabilities.shape
+        off_diagonal = causal_block_mask(rows, keys, -1, probabilities.device).expand(batch, 1, rows, keys)
+        valid = torch.ones(batch, 1, rows, 1, dtype=torch.bool, device=probabilities.device)
+        if inputs.lengths is not None:
+            starts = torch.arange(rows, device=probabilities.device) * inputs.gate.block_size
+            valid = (starts < inputs.lengths[:, None])[:, None, :, None]
+            off_diagonal = off_diagonal & valid
+        kept = probabilities.masked_select(off_diagonal).clamp(min=_SMALLEST)
+        bins = (kept.log() / torch.tensor(_SMALLEST).log().item() * _BINS).long().clamp(0, _BINS - 1)
+        self.counts += torch.bincount(bins, minlength=_BINS).cpu()
+        self.diagonal += int(valid.sum()) * heads
+        self.causal += int(valid.sum() + off_diagonal.sum()) * heads
+
+    def density(self, threshold: float) -> float:
+        """Density of ``Threshold(threshold)``: the diagonal and everything above the threshold."""
+        edge = (
+            torch.tensor(max(threshold, _SMALLEST), dtype=torch.float64).log() / torch.tensor(_SMALLEST).log() * _BINS
+        )
+        above = int(self.counts[: int(edge)].sum())
+        return (self.diagonal + above) / self.causal
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], *, density: float, passes: int = 2
+) -> Threshold:
+    """Find the one ``Threshold`` for all layers whose density over the given prompts is ``density``, and set it.
+
+    Density counts the layers that have a gate, over all heads, rows and prompts. The first pass reads the gates along a
+    dense forward; later ones along the sparse forward of the threshold found so far, which is what the model will see.
+
+    Args:
+        model: a model attached with gates (a selector must not be set).
+        batches: prompts of the length that matters: dicts for ``model(**batch)``, or tensors of input_ids ``[B, T]``. A
+            threshold is good for about that length only: at a fixed threshold, longer prompts come out sparser.
+        density: the target, in (0, 1).
+        passes: forward passes over the batches.
+
+    Returns:
+        The policy, which is then in force for every layer; policies of single layers are taken away.
+
+    Raises:
+        ValueError: no gates, no batches, prompts that no gated layer reads as a whole, or a density below what the
+            always-kept diagonal needs.
+    """
+    if not 0 < density < 1:
+        raise ValueError(f"density must lie between 0 and 1, got {density}")
+    state = state_of(model)
+    if state.selector is not None or not any(True for _ in gated_layers(state)):
+        raise ValueError("calibrate needs a model attached with gates and without a selector")
+    prompts = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
+    if not prompts:
+        raise ValueError("calibrate needs at least one batch")
+    policy = None
+    for _ in range(max(1, passes)):
+        seen = _Probabilities()
+        with observe(model, seen):
+            for prompt in prompts:
+                if policy is None:
+                    state.dense_depth += 1
+                try:
+                    model(**{**prompt, "use_cache": False})
+                finally:
+                    if policy is None:
+                        state.dense_depth -= 1
+        if not seen.causal:
+            raise ValueError("calibrate saw no prompt in any gated layer; prompts must be longer than one token")
+        least = seen.density(1.0)
+        if density < least:
+            raise ValueError(
+                f"density {density} is out of reach on these prompts: the diagonal blocks, which are always kept, alone are "
+                f"{least:.4f}; use longer prompts or a higher density"
+            )
+        policy = Threshold(_threshold(seen, density))
+        set_policy(model, policy, layers={layer.index: None for layer in state.layers})
+    assert policy is not None
+    return policy
+
+
+def _threshold(seen: _Probabilities, density: float) -> float:
+    """Bisection, in log space because probabilities of blocks span many orders of magnitude."""
+    low, high = _SMALLEST, 1.0
+    for _ in range(_STEPS):
+        middle = (low * high) ** 0.5
+        if seen.density(middle) > density:
+            low = middle
+        else:
+            high = middle
+    return min(high, 1.0 - 1e-6)
