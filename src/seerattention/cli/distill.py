@@ -1,0 +1,278 @@
+"""``seer distill``: train gates for a model from text. Killed and started again, it continues where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Terminal, errors, load_model, resolve_device, token_count
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..distill import DistillConfig, DistillHistory
+    from ..distill.processes import Processes
+
+__all__ = ["distill"]
+
+
+def distill(
+    model: Annotated[str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help=".jsonl or .txt file (also .zst), a folder of them, or a dataset id (owner/name:config@split)."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the gates, the history and the state of the run.")],
+    length: Annotated[str, typer.Option(help="Tokens a sequence (4096, 16K).")] = "8K",
+    batch_size: Annotated[int, typer.Option(help="Sequences a step, process and accumulation step.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; 0: one pass over the data.")] = 500,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
+    clip_norm: Annotated[float, typer.Option(help="Largest gradient norm of a layer; 0: no clipping.")] = 1.0,
+    rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a count.")] = 0.25,
+    skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
+    reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
+    block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
+    k_pooling: Annotated[str, typer.Option(help="Key poolings, of max, min and avg.")] = "max,min,avg",
+    q_pooling: Annotated[str, typer.Option(help="Query poolings, of max, min and avg.")] = "avg",
+    gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
+    gates: Annotated[str | None, typer.Option(help="Start from these gates instead of fresh ones.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides fresh gates and the rows drawn.")] = 0,
+    dtype: Annotated[str, typer.Option(help="dtype of the model: auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    document_tokens: Annotated[int, typer.Option(help="Use at most so many tokens of each document; 0: all.")] = 0,
+    eval_sequences: Annotated[int, typer.Option(help="First sequences, held out for block recall; 0: no recall.")] = 4,
+    eval_every: Annotated[
+        int, typer.Option(help="Measure block recall every so many steps; 0: only before and after.")
+    ] = 100,
+    eval_density: Annotated[float, typer.Option(help="Density at which block recall is measured.")] = 0.1,
+    save_every: Annotated[int, typer.Option(help="Save the state every so many steps; 0: by time only.")] = 0,
+    save_seconds: Annotated[float, typer.Option(help="Save the state every so many seconds.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train gates by self-distillation.
+
+    The model stays as it is; small gates learn to predict its attention map. OUTPUT can then be given to
+    seer eval --gates and to seerattention.attach. The same command, started again after an interruption, continues
+    the run and ends with the same gates. Several GPUs: accelerate launch -m seerattention.cli.distill, same options.
+    """
+    with errors():
+        job = _Job(
+            model=model,
+            data=data,
+            length=token_count(length),
+            batch_size=batch_size,
+            text_field=text_field,
+            document_tokens=document_tokens,
+            eval_sequences=eval_sequences,
+            dtype=dtype,
+            device=device,
+            gates=gates,
+            gate={
+                "block_size": block_size,
+                "prefill": {
+                    "k_pooling": k_pooling.split(","),
+                    "q_pooling": q_pooling.split(","),
+                    "hidden_size": gate_hidden_size or None,
+                },
+            },
+        )
+        settings = {
+            "steps": steps or None,
+            "learning_rate": learning_rate,
+            "warmup": warmup,
+            "clip_norm": clip_norm or None,
+            "rows": int(rows) if rows > 1 else rows,
+            "skip_rows": skip_rows,
+            "reduction": reduction,
+            "accumulation": accumulation,
+            "seed": seed,
+            "eval_every": eval_every or None,
+            "eval_density": eval_density,
+        }
+        _distill(job, settings, output, save_every or None, save_seconds, Terminal(as_json))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained on what; all of it must be the same for a run to be continued."""
+
+    model: str
+    data: str
+    length: int
+    batch_size: int
+    text_field: str
+    document_tokens: int
+    eval_sequences: int
+    dtype: str
+    device: str
+    gates: str | None
+    gate: dict[str, Any]
+
+
+def _distill(
+    job: _Job, settings: dict[str, Any], output: Path, save_every: int | None, save_seconds: float, terminal: Terminal
+) -> None:
+    import torch
+
+    from .. import hf
+    from ..config import GateConfig
+    from ..distill import DistillationError, DistillConfig
+    from ..distill import distill as run_distillation
+    from ..distill.checkpoint import STATE_FILE
+    from ..distill.documents import open_documents
+    from ..distill.processes import Processes
+    from ..distill.progress import distill_progress
+
+    # Everything that can be wrong with the options is found before a model is loaded.
+    config = DistillConfig(**settings)
+    gate_config = GateConfig.from_dict(job.gate)
+    documents = open_documents(job.data, text_field=job.text_field)
+    device = resolve_device(job.device)
+    processes = Processes.join(cpu=device == "cpu")
+    if processes.world_size > 1 and device == "cuda":
+        device = f"cuda:{processes.local_rank}"
+    output.mkdir(parents=True, exist_ok=True)
+
+    model, tokenizer = load_model(job.model, device, job.dtype)
+    torch.manual_seed(config.seed)
+    hf.attach(model, job.gates if job.gates else gate_config, min_context=0)
+    batches, held_out = _text(job, documents, tokenizer, processes, repeat=config.steps is not None)
+    main = processes.is_main
+    if main:
+        terminal.say(
+            f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
+        )
+    try:
+        with distill_progress(terminal.err) if main else _silent() as on_step:
+            history = run_distillation(
+                model,
+                batches,
+                config,
+                eval_batches=held_out,
+                on_step=on_step,
+                state_path=output / STATE_FILE,
+                save_every=save_every,
+                save_seconds=save_seconds,
+                settings=asdict(job),
+            )
+    except DistillationError as error:
+        raise ValueError(str(error)) from error
+    if main:
+        _write_results(model, history, config, output, terminal, asdict(job))
+    processes.finish()
+
+
+def _text(job: _Job, documents: Any, tokenizer: Any, processes: Processes, *, repeat: bool) -> tuple[Any, list[Any]]:
+    """Training batches, and the held-out ones: the first sequences of the text, which training leaves out."""
+    from itertools import islice
+
+    from ..distill.data import PackedText, Position, tokenize_with
+
+    tokenize = tokenize_with(tokenizer)
+    common: dict[str, Any] = {"length": job.length, "document_tokens": job.document_tokens or None}
+    held_out, start = [], Position()
+    if job.eval_sequences:
+        first = PackedText(documents, tokenize, batch_size=1, prefetch=0, **common)
+        held_out = list(islice(first, job.eval_sequences))
+        start = first.position
+    batches = PackedText(
+        documents,
+        tokenize,
+        batch_size=job.batch_size,
+        start=start,
+        repeat=repeat,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        **common,
+    )
+    return batches, held_out
+
+
+class _silent:
+    """No progress: for the processes that are not the first."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+def _write_results(
+    model: nn.Module,
+    history: DistillHistory,
+    config: DistillConfig,
+    output: Path,
+    terminal: Terminal,
+    job: dict[str, Any],
+) -> None:
+    from .. import hf
+    from ..distill.checkpoint import replace_file, temporary_name, write_text
+    from ..evaluate.tables import Table
+
+    hf.save_gates(model, output)
+    result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}
+    write_text(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    picture = output / "curves.png"
+    _curves(history).savefig(temporary_name(picture), format="png", dpi=120)
+    replace_file(picture)
+
+    rows = []
+    for layer, losses in history.loss_per_layer.items():
+        recall = history.recall.get(layer, [])
+        rows.append(
+            (
+                layer,
+                f"{losses[0]:.4f}",
+                f"{losses[-1]:.4f}",
+                f"{recall[0]:.3f}" if recall else "-",
+                f"{recall[-1]:.3f}" if recall else "-",
+                history.not_learning.get(layer, ""),
+            )
+        )
+    headers = ("layer", "first loss", "last loss", "recall before", "recall after", "does not seem to learn")
+    shown = headers if history.not_learning else headers[:-1]
+    caption = f"block recall: share of the attention mass inside the selected blocks at density {config.eval_density:g}"
+    terminal.table(Table(shown, [row[: len(shown)] for row in rows], caption if history.recall else ""))
+    terminal.say(
+        f"{len(history.loss)} steps, {history.tokens:,} tokens, {history.seconds:.0f} s "
+        f"({history.tokens / max(history.seconds, 1e-9):,.0f} tokens/s). Gates, history and curves are in {output}"
+    )
+    terminal.emit({"output": str(output), **result})
+
+
+def _curves(history: DistillHistory) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    from ..evaluate.figures import COLORS, new_figure
+
+    figure, axes = new_figure(width=9.6, columns=2 if history.recall else 1)
+    for losses in history.loss_per_layer.values():
+        axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
+    axes[0].plot(
+        range(1, len(history.loss) + 1), history.loss, color=COLORS[0], linewidth=1.8, label="mean of the layers"
+    )
+    axes[0].set(xlabel="step", ylabel="KL divergence from the pooled attention map")
+    axes[0].legend(frameon=False)
+    if history.recall:
+        for layer, values in history.recall.items():
+            axes[1].plot(history.recall_steps, values, marker="o", markersize=3, linewidth=1.2, label=layer)
+        axes[1].set(xlabel="step", ylabel=f"block recall at density {history.recall_density:g}")
+        if len(history.recall) <= 12:
+            axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(distill)

@@ -1,0 +1,8 @@
+"""Self-distillation: gates learn to predict the attention map of the model that they are attached to."""
+
+from .config import DistillConfig
+from .history import DistillHistory
+from .run import StepReport, distill
+from .trainer import DistillationError
+
+__all__ = ["DistillConfig", "DistillHistory", "DistillationError", "StepReport", "distill"]

@@ -1,0 +1,85 @@
+"""What a distillation run measured, step by step and layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class DistillHistory:
+    """Losses and block recall of a run.
+
+    Attributes:
+        loss: one float per step, the mean over the layers of the losses that the step's gradient came from; the first
+            was measured before any update.
+        loss_per_layer: the same for each layer, by its name.
+        recall: block recall of each layer, by its name, at ``recall_steps``; empty without ``eval_batches``.
+        recall_steps: number of updates done when recall was measured; the first is 0 (the gates as they came).
+        recall_density: density at which recall was measured.
+        learning_rate: of each step.
+        tokens: prompt tokens read so far, all processes together.
+        seconds: time spent in training steps and evaluation, all parts of an interrupted run together.
+        not_learning: layer name -> why it is thought not to have learned; filled at the end of the run.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    loss_per_layer: dict[str, list[float]] = field(default_factory=dict)
+    recall: dict[str, list[float]] = field(default_factory=dict)
+    recall_steps: list[int] = field(default_factory=list)
+    recall_density: float | None = None
+    learning_rate: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    not_learning: dict[str, str] = field(default_factory=dict)
+
+    def add_step(self, losses: Mapping[str, float], learning_rate: float, tokens: int) -> None:
+        for layer, value in losses.items():
+            self.loss_per_layer.setdefault(layer, []).append(value)
+        self.loss.append(sum(losses.values()) / len(losses))
+        self.learning_rate.append(learning_rate)
+        self.tokens += tokens
+
+    def add_recall(self, step: int, recall: Mapping[str, float]) -> None:
+        for layer, value in recall.items():
+            self.recall.setdefault(layer, []).append(value)
+        self.recall_steps.append(step)
+
+    def mean_recall(self) -> float | None:
+        """The latest block recall, averaged over the layers; None where it was never measured."""
+        if not self.recall:
+            return None
+        return sum(values[-1] for values in self.recall.values()) / len(self.recall)
+
+    def find_not_learning(self, min_improvement: float, warmup: int) -> dict[str, str]:
+        """Fill :attr:`not_learning`: layers whose loss hardly fell, or whose block recall is not above where it began.
+
+        Rows and texts differ from step to step, so the end of the run is averaged over up to a tenth of it. Runs too
+        short to tell (the loss: fewer than 10 steps after the warm-up) report nothing about the loss.
+        """
+        self.not_learning = {}
+        for layer, losses in self.loss_per_layer.items():
+            reasons = []
+            window = max(1, len(losses) // 10)
+            first, last = _mean(losses[: min(window, 3)]), _mean(losses[-window:])
+            if len(losses) - warmup >= 10 and last > (1 - min_improvement) * first:
+                reasons.append(f"loss {first:.4g} -> {last:.4g}")
+            recall = self.recall.get(layer, [])
+            if len(recall) > 1 and recall[-1] <= recall[0]:
+                reasons.append(f"block recall {recall[0]:.3f} -> {recall[-1]:.3f}")
+            if reasons:
+                self.not_learning[layer] = ", ".join(reasons)
+        return self.not_learning
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DistillHistory:
+        return cls(**data)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

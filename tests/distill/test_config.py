@@ -1,0 +1,69 @@
+"""Settings: checked values, JSON, the learning-rate schedule, and the verdict on layers that do not learn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from seerattention.distill import DistillConfig, DistillHistory
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("steps", 0),
+        ("warmup", -1),
+        ("weight_decay", -0.1),
+        ("betas", (0.9, 1.0)),
+        ("clip_norm", 0.0),
+        ("rows", 0),
+        ("rows", 1.5),
+        ("rows", True),
+        ("skip_rows", 1.0),
+        ("reduction", "mean"),
+        ("accumulation", 0),
+        ("eval_every", 0),
+        ("eval_density", 0.0),
+        ("min_improvement", 1.0),
+    ],
+)
+def test_wrong_values_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        DistillConfig(**{field: value})
+
+
+def test_json_round_trip():
+    config = DistillConfig(steps=7, rows=0.5, betas=(0.9, 0.95), clip_norm=None)
+    assert DistillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="batchsize"):
+        DistillConfig.from_dict({"batchsize": 3})
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    config = DistillConfig(learning_rate=1.0, warmup=4)
+    rates = [config.learning_rate_at(step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.02
+    assert config.learning_rate_at(1000, None) == 1.0
+    # A short run does not spend itself on the warm-up.
+    assert DistillConfig(learning_rate=1.0, warmup=20).learning_rate_at(2, 4) == 1.0
+
+
+def test_layers_that_do_not_learn_are_named():
+    history = DistillHistory()
+    for step in range(40):
+        history.add_step({"layers.0": 1.0 / (1 + step), "layers.1": 1.0, "layers.2": 1.0 / (1 + step)}, 1e-3, 10)
+    history.add_recall(0, {"layers.0": 0.5, "layers.1": 0.5, "layers.2": 0.5})
+    history.add_recall(40, {"layers.0": 0.9, "layers.1": 0.6, "layers.2": 0.4})
+    found = history.find_not_learning(min_improvement=0.02, warmup=20)
+    assert set(found) == {"layers.1", "layers.2"}
+    assert "loss" in found["layers.1"]
+    assert "recall" in found["layers.2"]
+    assert history.mean_recall() == pytest.approx((0.9 + 0.6 + 0.4) / 3)
+    assert history.loss[0] == 1.0
+    assert DistillHistory.from_dict(json.loads(json.dumps(history.to_dict()))) == history
