@@ -102,8 +102,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """``seerattention.distill`` is a function although a subpackage of that name exists: importing the subpackage, which
-    binds it to its name here, must not hide the function."""
+    """``seerattention.distill`` is a function although a subpackage of that name exists: importing the subpackage,
+    which binds it to its name here, must not hide the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "distill" and isinstance(value, ModuleType):

@@ -122,8 +122,8 @@ class PrefillGate(BlockGate):
             float32 ``[B, Hq, R, N]``, scaled by width**-0.5 and not yet normalised, -inf above the block diagonal.
 
         Raises:
-            ValueError: shapes that do not fit the gate, or a rotary width that neither fits into the gate's width nor is
-                a multiple of it.
+            ValueError: shapes that do not fit the gate, or a rotary width that neither fits into the gate's width nor
+                is a multiple of it.
         """
         self._check(q, k, cos)
         pooled_q = block_pooling(q.detach(), self.config.q_pooling, block_size=self.block_size, lengths=lengths)
@@ -178,8 +178,8 @@ class PrefillGate(BlockGate):
         rotary = cos.shape[-1]
         if rotary > self.width and rotary % self.width:
             raise ValueError(
-                f"a gate of width {self.width} cannot take the rotary embedding of {rotary} channels: the width must be at "
-                "least the rotary width or divide it; change hidden_size or pass rope=False"
+                f"a gate of width {self.width} cannot take the rotary embedding of {rotary} channels: the width must be "
+                "at least the rotary width or divide it; change hidden_size or pass rope=False"
             )
 
 

@@ -42,8 +42,8 @@ def attach(
             ``selector``.
         prefill: which blocks to read; None is the policy stored with the gates, and ``Threshold(2e-3)`` for fresh ones.
         decode: None; decoding is dense in this version (``Dense()`` and ``TopK(1.0)`` say the same).
-        selector: chooses blocks instead of gates and policy: called as ``selector(q, k, layer=, scale=, lengths=)`` with
-            tensors after RoPE, right-padded. Gates may be given too; they are then loaded but not asked.
+        selector: chooses blocks instead of gates and policy: called as ``selector(q, k, layer=, scale=, lengths=)``
+            with tensors after RoPE, right-padded. Gates may be given too; they are then loaded but not asked.
         min_context: prompts of fewer tokens are attended densely. None takes the default of the device
             (:data:`~seerattention.hf.attention.DEFAULT_MIN_CONTEXT`), 0 is sparse at any length.
 
@@ -181,14 +181,14 @@ def dense(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def observe(model: nn.Module, fn: Observer) -> Iterator[nn.Module]:
-    """Call ``fn(inputs, blocks)`` in every attention layer of every prompt that the model reads while the context is open.
+    """Call ``fn(inputs, blocks)`` in every attention layer, for every prompt read while the context is open.
 
-    ``inputs`` is a :class:`LayerInputs`; ``blocks`` are the lists that attention is about to read, or None where the layer
-    is dense. Decoding steps, and layers while they attend to a sliding window shorter than the prompt, are not reported.
+    ``inputs`` is a :class:`LayerInputs`; ``blocks`` are the lists that attention is about to read, or None where the
+    layer is dense. Decoding steps, and layers whose sliding window is shorter than the prompt, are not reported.
 
     Raises:
-        ValueError: nothing is attached; or, inside a forward, the batch is not one whole prompt per row (chunked prefill,
-            packed sequences, 4-D masks), which cannot be described.
+        ValueError: nothing is attached; or, inside a forward, the batch is not one whole prompt per row (chunked
+            prefill, packed sequences, 4-D masks), which cannot be described.
     """
     state = state_of(model)
     state.observers.append(fn)

@@ -1,13 +1,14 @@
 """The attention function and the mask function that transformers calls for the implementation named "seer".
 
 A whole prompt that arrives in one forward is attended block-sparsely; everything else (decoding, chunks on a cache,
-sliding windows, training, custom masks) goes to transformers' own ``sdpa`` function with the mask that it would have got,
-so dense results are those of the untouched model. What cannot be right raises; what is dense against expectation warns once.
+sliding windows, training, custom masks) goes to transformers' own ``sdpa`` function with the mask that it would have
+got, so dense results are those of the untouched model. What cannot be right raises; what is dense against expectation
+warns once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def seer_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that :func:`seer_attention` gets, made once per forward.
 
     Returns:
-        None: nothing but causality. Bool ``[B, T]``: causality and padding, each row one contiguous run of valid tokens.
+        None: nothing but causality. Bool ``[B, T]``: causality and padding, each row one run of valid tokens.
         Bool ``[B, 1, Tq, Tk]`` (the mask of ``sdpa``): anything else.
     """
     queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
@@ -119,7 +120,7 @@ def seer_attention(
     if blocks is None:
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     assert inputs is not None
-    out = block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=scale)
+    out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=scale))
     if attention_mask is not None:
         out = shift_right(out, starts).masked_fill(~attention_mask[:, None, :, None], 0.0)
     return out.transpose(1, 2).contiguous(), None
@@ -175,8 +176,8 @@ def _wants_sparse(layer: LayerState, query: Tensor, dropout: float, kwargs: dict
     checkpointed = getattr(layer.decoder_layer, "gradient_checkpointing", False) and layer.decoder_layer.training
     if (torch.is_grad_enabled() and query.requires_grad) or checkpointed:
         reason = (
-            "gradients are recorded and the sparse kernels have no backward pass (for inference, use torch.no_grad() or "
-            "torch.inference_mode())"
+            "gradients are recorded and the sparse kernels have no backward pass (for inference, use torch.no_grad() "
+            "or torch.inference_mode())"
         )
     elif dropout > 0:
         reason = "attention dropout is on (call model.eval() for inference)"

@@ -101,8 +101,8 @@ def calibrate(
         least = seen.density(1.0)
         if density < least:
             raise ValueError(
-                f"density {density} is out of reach on these prompts: the diagonal blocks, which are always kept, alone are "
-                f"{least:.4f}; use longer prompts or a higher density"
+                f"density {density} is out of reach on these prompts: the diagonal blocks alone, which are always kept, "
+                f"are {least:.4f}; use longer prompts or a higher density"
             )
         policy = Threshold(_threshold(seen, density))
         set_policy(model, policy, layers={layer.index: None for layer in state.layers})

@@ -129,7 +129,7 @@ def fingerprint(config: Any) -> dict[str, Any]:
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the gates of an attached model to a folder, in their present dtype.
 
-    Each file is written beside its place, flushed to the disk and renamed, so a reader or a crash never meets half a file.
+    Each file is written beside its place, flushed to the disk and renamed, so nobody ever meets half a file.
 
     Args:
         model: an attached model.

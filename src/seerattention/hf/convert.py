@@ -1,4 +1,5 @@
-"""Reader and converter of the published AttnGates layout (``config.json`` with ``seerattn_*``, ``attn_gate_weights.pth``)."""
+"""Reader and converter of the published AttnGates layout: ``config.json`` with ``seerattn_*`` fields and
+``attn_gate_weights.pth``."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ def read_published(folder: Path) -> GateCheckpoint:
     """Read a published prefill checkpoint.
 
     The policy comes from the stored sparsity method: a positive threshold, or ``nz_ratio`` as ``TopK(uniform=True)``;
-    ``last_block_dense`` turns on the last two query blocks, as the published code does. A threshold of 0 is the published
-    code's placeholder for "given at run time" and becomes 2e-3.
+    ``last_block_dense`` turns on the last two query blocks, as the published code does. A threshold of 0 is the
+    published code's placeholder for "given at run time" and becomes 2e-3.
 
     Raises:
         FileNotFoundError: the weights are missing.
