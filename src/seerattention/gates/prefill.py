@@ -178,8 +178,8 @@ class PrefillGate(BlockGate):
         rotary = cos.shape[-1]
         if rotary > self.width and rotary % self.width:
             raise ValueError(
-                f"a gate of width {self.width} cannot take the rotary embedding of {rotary} channels: the width must be "
-                "at least the rotary width or divide it; change hidden_size or pass rope=False"
+                f"a gate of width {self.width} cannot take the rotary embedding of {rotary} channels: the width must "
+                "be at least the rotary width or divide it; change hidden_size or pass rope=False"
             )
 
 

@@ -101,7 +101,7 @@ def calibrate(
         least = seen.density(1.0)
         if density < least:
             raise ValueError(
-                f"density {density} is out of reach on these prompts: the diagonal blocks alone, which are always kept, "
+                f"density {density} is out of reach on these prompts: the diagonal blocks, always kept, alone "
                 f"are {least:.4f}; use longer prompts or a higher density"
             )
         policy = Threshold(_threshold(seen, density))

@@ -174,7 +174,7 @@ class LayerState:
         self._calls.clear()
 
     def place_gate(self) -> None:
-        """Move the gate where its layer went. Only a *change* of the layer moves it: trainers may keep it in float32."""
+        """Move the gate where its layer went. Only a *change* of the layer moves it: trainers may keep it float32."""
         if self.gate is None:
             return
         parameter = next((p for p in self.attention.parameters() if p.is_floating_point() and not p.is_meta), None)
@@ -189,8 +189,8 @@ class LayerState:
         """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
         if call.query is None or call.key is None:
             raise RuntimeError(
-                f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no "
-                f"longer calls its {self.model.family.query} and {self.model.family.key}. Detach before changing modules"
+                f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no longer "
+                f"calls its {self.model.family.query} and {self.model.family.key}; detach before changing modules"
             )
         layout, head_dim = self.model.family.layout, self.model.geometry.head_dim
         query, key = layout(call.query, head_dim), layout(call.key, head_dim)
@@ -206,8 +206,8 @@ class LayerState:
         if implementation != NAME:
             self.model.warn_once(
                 "implementation",
-                f"the attention implementation was changed to {implementation!r} after gates were attached, so attention "
-                f"is dense; call model.set_attn_implementation({NAME!r}) to go back or seerattention.detach(model)",
+                f"the attention implementation was changed to {implementation!r} after gates were attached, so "
+                f"attention is dense; call model.set_attn_implementation({NAME!r}) to go back or seerattention.detach(model)",
             )
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
