@@ -29,6 +29,8 @@ def pooled_attention(
     # Keys are padded to whole blocks; the causal mask hides the padding as it hides later keys.
     keys = torch.nn.functional.pad(k.float(), (0, 0, 0, num_keys * block_size - key_length))
     out = torch.zeros(batch, heads, rows.numel(), num_keys)
+    # Fresh memory for every step would cost more in page faults than the multiplication itself.
+    buffers = torch.empty(2, group * block_size * num_keys * block_size)
     above_diagonal = torch.ones(block_size, block_size, dtype=torch.bool).triu_(1)
 
     for slot, row in enumerate(rows.tolist()):
@@ -41,10 +43,13 @@ def pooled_attention(
             queries = queries.unflatten(0, (kv_heads, group))
             masked = above_diagonal[start - row * block_size : end - row * block_size]
             for head in range(kv_heads):
-                scores = torch.mm(queries[head].reshape(-1, head_dim), keys[b, head, :visible].T)
-                scores = scores.view(group, end - start, visible)
-                scores[..., -block_size:].masked_fill_(masked, float("-inf"))
-                probabilities = scores.softmax(-1)
+                flat = queries[head].reshape(-1, head_dim)
+                scores, probabilities = (buffer[: flat.shape[0] * visible].view(-1, visible) for buffer in buffers)
+                torch.mm(flat, keys[b, head, :visible].T, out=scores)
+                diagonal = scores.view(group, end - start, visible)[..., -block_size:]
+                diagonal.masked_fill_(masked, float("-inf"))
+                torch.softmax(scores, -1, out=probabilities)
+                probabilities = probabilities.view(group, end - start, visible)
                 # Queries first: this reduction runs over contiguous rows of keys.
                 if reduce == "max":
                     tiles = probabilities.amax(1).unflatten(-1, (row + 1, block_size)).amax(-1)

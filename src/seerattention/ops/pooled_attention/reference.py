@@ -33,7 +33,8 @@ def pooled_attention(
         scores = scores.masked_fill(key_positions > positions[:, None], float("-inf"))
         probabilities = scores.softmax(-1)
         if lengths is not None:
-            probabilities = probabilities * (positions < lengths[:, None])[:, None, :, None]
+            padded_queries = (positions >= lengths[:, None])[:, None, :, None]
+            probabilities = probabilities.masked_fill(padded_queries, 0.0)
         padded = torch.nn.functional.pad(probabilities, (0, num_keys * block_size - key_length))
         tiles = padded.unflatten(-1, (num_keys, block_size))
         out[:, :, slot] = tiles.amax(dim=(2, 4)) if reduce == "max" else tiles.sum(dim=(2, 4))
