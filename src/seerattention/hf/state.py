@@ -207,7 +207,7 @@ class LayerState:
             self.model.warn_once(
                 "implementation",
                 f"the attention implementation was changed to {implementation!r} after gates were attached, so "
-                f"attention is dense; call model.set_attn_implementation({NAME!r}) to go back or seerattention.detach(model)",
+                f"attention is dense; model.set_attn_implementation({NAME!r}) turns them on again",
             )
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
