@@ -7,7 +7,8 @@ To add a command, write ``cli/<module>.py`` with a typer function ``command`` (i
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 COMMANDS = [
@@ -21,36 +22,32 @@ COMMANDS = [
 ]
 
 
-def main() -> None:
-    """Entry point of ``seer``."""
-    import click
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``seer``; ``arguments`` default to those of the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = next((argument for argument in given if not argument.startswith("-")), None)
+    build(chosen)(given)
+
+
+def build(chosen: str | None) -> Any:
+    """The typer application; only the command named ``chosen`` is imported, the others are there to be listed."""
     import typer
 
-    class Commands(click.Group):
-        def list_commands(self, ctx: click.Context) -> list[str]:
-            return [name for name, module, _ in COMMANDS if _exists(module)]
-
-        def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-            module = next((module for known, module, _ in COMMANDS if known == name), None)
-            if module is None or not _exists(module):
-                return None
-            return _command(module, name)
-
-        def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-            with formatter.section("Commands"):
-                formatter.write_dl([(name, text) for name, module, text in COMMANDS if _exists(module)])
-
-    def _command(module: str, name: str) -> Any:
-        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command(name)(importlib.import_module(f".{module}", __name__).command)
-        return typer.main.get_command(app)
-
-    Commands(
+    app = typer.Typer(
         name="seer",
         help="SeerAttention: learned block-sparse attention for long prompts of Hugging Face models.",
         no_args_is_help=True,
-    )()
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+    for name, module, text in COMMANDS:
+        if name == chosen:
+            app.command(name)(importlib.import_module(f".{module}", __name__).command)
+        else:
+            app.command(name, help=text)(_listed_only)
+    return app
 
 
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(f"{__name__}.{module}") is not None
+def _listed_only() -> None:
+    raise RuntimeError("a command was run without having been imported")  # main() imports the one that it runs

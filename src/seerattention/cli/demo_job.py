@@ -1,0 +1,287 @@
+"""The main job in small: distil fresh gates, then measure dense, fresh and committed gates side by side.
+
+Knows nothing of terminals; ``seer demo`` shows its progress and writes its report.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import hf
+from ..config import GateConfig
+from ..distill import DistillConfig, DistillHistory, StepReport, distill
+from ..evaluate.maps import HeadMap, Inspection, inspect_attention
+from ..evaluate.perplexity import PerplexityResult, cut_documents, evaluate_perplexity
+from ..evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_samples
+from ..evaluate.settings import Setting
+from ..evaluate.timing import TimingResult, time_prefill
+from ..hf.recall import block_recall
+from ..policies import TopK
+from ..tasks import TaskGenerator
+
+__all__ = ["DemoPlan", "DemoResult", "run_demo"]
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+RECALL_DENSITY = 0.1
+_DISTILL_SHARE = 0.25  # of the time budget
+_STEP_COST = 2.0  # of a training step in dense forwards of its batch, before it is measured
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """How much the demo does.
+
+    Attributes:
+        length: tokens of the prompts that are measured.
+        train_length, batch_size: tokens and sequences of a training step.
+        max_steps: most steps of distillation; fewer where a quarter of ``seconds`` does not hold them.
+        max_rounds: most rounds of evaluation (a sample of each task and a document); fewer where the time is short.
+        questions: questions a sample.
+        repeats: timed prefills of each setting.
+        seconds: what the whole demo may take.
+        committed, fresh: densities of the committed and of the fresh gates.
+        tasks: retrieval tasks.
+        learning_rate: for the fresh gates.
+    """
+
+    length: int = 8192
+    train_length: int = 2048
+    batch_size: int = 1
+    max_steps: int = 60
+    max_rounds: int = 4
+    questions: int = 16
+    repeats: int = 2
+    seconds: float = 420.0
+    committed: Sequence[float] = (0.5, 0.2, 0.1)
+    fresh: Sequence[float] = (0.2, 0.1)
+    tasks: Sequence[str] = ("multikey", "keyvalue")
+    learning_rate: float = 3e-3
+
+    @classmethod
+    def choose(cls, device: str, fast: bool = False, seconds: float = 420.0) -> DemoPlan:
+        """What fits the device; ``fast`` is a smoke test of a few seconds whose numbers mean little."""
+        if fast:
+            return cls(
+                length=1024,
+                train_length=512,
+                max_steps=4,
+                max_rounds=1,
+                questions=2,
+                repeats=1,
+                seconds=seconds,
+                committed=(0.5, 0.2),
+                fresh=(0.2,),
+            )
+        if device.startswith("cuda"):
+            return cls(
+                length=16384,
+                train_length=8192,
+                batch_size=4,
+                max_steps=200,
+                max_rounds=12,
+                repeats=5,
+                seconds=seconds,
+                committed=(0.5, 0.2, 0.1, 0.05),
+                fresh=(0.5, 0.2, 0.1, 0.05),
+            )
+        return cls(seconds=seconds)
+
+
+@dataclass
+class DemoResult:
+    """Everything that the demo measured.
+
+    Attributes:
+        history: of the distillation of the fresh gates; its recall was measured before and after on held-out text.
+        committed_recall: layer index -> block recall of the committed gates on the same text.
+        settings: names in the order of the results; the first is dense.
+        timing, retrieval, perplexity: one result a setting.
+        maps: of the heads that look farthest, from the committed gates.
+        inspection: block recall of all heads in that prompt.
+        rounds: how many rounds of evaluation the time allowed.
+        seconds: of each stage.
+    """
+
+    history: DistillHistory
+    committed_recall: dict[int, float]
+    timing: list[TimingResult]
+    retrieval: list[RetrievalResult]
+    perplexity: list[PerplexityResult]
+    maps: list[HeadMap]
+    inspection: Inspection
+    rounds: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def fresh_recall(self) -> tuple[list[float], list[float]]:
+        """Block recall of the fresh gates by layer, before and after distillation."""
+        values = list(self.history.recall.values())
+        return [layer[0] for layer in values], [layer[-1] for layer in values]
+
+
+def run_demo(
+    model: nn.Module,
+    tokenizer: Any,
+    gates: Path,
+    train_books: Sequence[np.ndarray],
+    test_books: Sequence[np.ndarray],
+    plan: DemoPlan,
+    *,
+    folder: Path,
+    seed: int = 0,
+    progress: Progress,
+) -> DemoResult:
+    """Run the demo.
+
+    Args:
+        model, tokenizer: a model without gates, and its tokenizer.
+        gates: folder of the committed gates.
+        train_books, test_books: token ids of texts: for distillation, and for every measurement.
+        folder: the fresh gates are saved in ``folder / "fresh-gates"``.
+        progress: ``progress(what, total)`` is a context manager that gives ``advance(amount)``.
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    clock = _Clock()
+    held_out = [{"input_ids": cut_documents(test_books, plan.length, 1)}]
+    fresh = folder / "fresh-gates"
+    history = _distil_fresh_gates(model, train_books, held_out, plan, fresh, seed, progress)
+    hf.attach(model, gates, min_context=0)
+    try:
+        committed_recall = block_recall(model, held_out, TopK(RECALL_DENSITY))
+    finally:
+        hf.detach(model)
+    clock.lap("distillation")
+
+    settings = [
+        Setting.dense(),
+        *(Setting(f"committed gates, {density:g}", gates=gates, policy=TopK(density)) for density in plan.committed),
+        *(Setting(f"fresh gates, {density:g}", gates=fresh, policy=TopK(density)) for density in plan.fresh),
+    ]
+    documents = cut_documents(test_books, plan.length, plan.max_rounds)
+    with progress("timing prefill", (plan.repeats + 1) * len(settings) * plan.length) as advance:
+        timing = time_prefill(model, documents[:1], settings, repeats=plan.repeats, advance=advance)
+    clock.lap("timing")
+
+    generator = TaskGenerator(tokenizer, test_books, split="test", seed=seed)
+    retrieval, perplexity = _evaluate_rounds(model, generator, documents, settings, plan, started, progress)
+    clock.lap("evaluation")
+
+    prompt = make_samples(generator, ["multikey"], min(plan.length, 4096), 1, plan.questions)["multikey"][0]
+    hf.attach(model, gates, prefill=TopK(RECALL_DENSITY), min_context=0)
+    try:
+        inspection = inspect_attention(model, torch.as_tensor(prompt.input_ids)[None])
+    finally:
+        hf.detach(model)
+    clock.lap("maps")
+    rounds = int(next(iter(retrieval[0].correct.values())).shape[0])
+    far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
+    return DemoResult(history, committed_recall, timing, retrieval, perplexity, far, inspection, rounds, clock.laps)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _distil_fresh_gates(
+    model: nn.Module,
+    books: Sequence[np.ndarray],
+    held_out: list[dict[str, Tensor]],
+    plan: DemoPlan,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> DistillHistory:
+    text = torch.from_numpy(np.concatenate([np.asarray(book, dtype=np.int64) for book in books]))
+    generator = torch.Generator().manual_seed(seed)
+    pieces = text[: len(text) // plan.train_length * plan.train_length].view(-1, plan.train_length)
+    pieces = pieces[torch.randperm(len(pieces), generator=generator)]
+    batches = [{"input_ids": batch} for batch in pieces.split(plan.batch_size)]
+    hf.attach(model, GateConfig(), min_context=0)
+    try:
+        steps = _affordable_steps(model, batches[0]["input_ids"], plan)
+        config = DistillConfig(
+            learning_rate=plan.learning_rate,
+            steps=steps,
+            warmup=max(1, steps // 10),
+            rows=0.5,
+            seed=seed,
+            eval_density=RECALL_DENSITY,
+        )
+        with progress(f"distilling fresh gates ({steps} steps)", steps) as advance:
+
+            def show(report: StepReport) -> None:
+                if report.step:
+                    advance(1)
+
+            history = distill(model, batches, config, eval_batches=held_out, on_step=show)
+        hf.save_gates(model, folder)
+    finally:
+        hf.detach(model)
+    return history
+
+
+@torch.inference_mode()
+def _affordable_steps(model: nn.Module, input_ids: Tensor, plan: DemoPlan) -> int:
+    """Steps that fit a share of the time, judged by two dense forwards (the first one warms up)."""
+    from ..evaluate.timing import prefill_seconds
+
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    with hf.dense(model):
+        seconds = [prefill_seconds(model, input_ids.to(device)) for _ in range(2)][-1]
+    affordable = int(_DISTILL_SHARE * plan.seconds / (_STEP_COST * seconds))
+    return max(2, min(plan.max_steps, affordable))
+
+
+def _evaluate_rounds(
+    model: nn.Module,
+    generator: TaskGenerator,
+    documents: Tensor,
+    settings: Sequence[Setting],
+    plan: DemoPlan,
+    started: float,
+    progress: Progress,
+) -> tuple[list[RetrievalResult], list[PerplexityResult]]:
+    """Rounds of a sample of each task and a document, each through every setting, as long as time allows (one at
+    least).
+    """
+    retrieval: list[RetrievalResult] = []
+    perplexity: list[PerplexityResult] = []
+    tokens = (len(plan.tasks) + 1) * len(settings) * plan.length
+    slowest = 0.0
+    for index in range(plan.max_rounds):
+        begun = time.monotonic()
+        if index and begun - started + slowest > plan.seconds:
+            break
+        samples = make_samples(generator, plan.tasks, plan.length, 1, plan.questions)
+        with progress(f"evaluating, round {index + 1} of up to {plan.max_rounds}", tokens) as advance:
+            answered = evaluate_retrieval(model, samples, settings, advance=advance)
+            read = evaluate_perplexity(model, documents[index : index + 1], settings, advance=advance)
+        retrieval = [a.joined(b) for a, b in zip(retrieval, answered, strict=True)] if index else answered
+        perplexity = [a.joined(b) for a, b in zip(perplexity, read, strict=True)] if index else read
+        slowest = max(slowest, time.monotonic() - begun)
+    return retrieval, perplexity
+
+
+def _far_share(item: HeadMap) -> float:
+    """How much of the map lies neither on the diagonal, nor beside it, nor in the first block."""
+    rows, columns = np.indices(item.target.shape)
+    near = (rows - columns <= 1) | (columns == 0)
+    share = float(np.where(near, 0.0, item.target).sum() / item.target.shape[0])
+    return share if math.isfinite(share) else 0.0

@@ -1,0 +1,320 @@
+"""What the demo measured, as one table and as one HTML page."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..evaluate.environment import environment
+from ..evaluate.figures import bar_figure, line_figure
+from ..evaluate.maps import draw_maps, draw_recall
+from ..evaluate.report import Report
+from ..evaluate.tables import Table, format_density, format_length, format_percent, retrieval_table
+from .demo_job import RECALL_DENSITY, DemoPlan, DemoResult
+
+__all__ = ["build_report", "demo_to_dict", "recall_table", "result_table"]
+
+
+def result_table(result: DemoResult, plan: DemoPlan) -> Table:
+    """The one table: density, time, quality, one row a setting."""
+    dense = result.timing[0]
+    rows = []
+    for timing, retrieval, perplexity in zip(result.timing, result.retrieval, result.perplexity, strict=True):
+        rows.append(
+            [
+                timing.setting,
+                format_density(retrieval.density),
+                f"{timing.median:.2f} s",
+                f"{dense.median / timing.median:.2f}x",
+                _with_error(*perplexity.last_quarter()),
+                *(format_percent(retrieval.accuracy([task]), retrieval.standard_error(task)) for task in plan.tasks),
+            ]
+        )
+    questions = {task: retrieval.correct[task].size for task in plan.tasks}
+    caption = (
+        f"Prompts of {format_length(plan.length)} tokens. Prefill: median of {len(dense.seconds)}, whole model. "
+        "Perplexity: last quarter of "
+        f"{result.rounds} {_plural('document', result.rounds)}, lower is better. Retrieval: share of "
+        + ", ".join(f"{count} {task}" for task, count in questions.items())
+        + f" questions answered exactly. Every row of attention is sparse. ± is a standard error over {result.rounds} "
+        + f"{_plural('sample', result.rounds)}"
+        + (" (none from a single sample)." if result.rounds == 1 else "; few samples make it rough.")
+    )
+    headers = ["setting", "density", "prefill", "speed", "perplexity", *plan.tasks]
+    return Table(headers, rows, caption)
+
+
+def recall_table(result: DemoResult) -> Table:
+    """Block recall of the three kinds of gates, averaged over the layers."""
+    before, after = result.fresh_recall()
+    committed = list(result.committed_recall.values())
+    rows = [
+        ["fresh gates, before distillation", _mean(before), f"{min(before):.3f}"],
+        [f"fresh gates, after {len(result.history.loss)} steps", _mean(after), f"{min(after):.3f}"],
+        ["committed gates", _mean(committed), f"{min(committed):.3f}"],
+    ]
+    caption = (
+        f"Block recall at density {RECALL_DENSITY:g}: share of the true attention mass inside the selected blocks, on "
+        "held-out text "
+        "(1 would be perfect)."
+    )
+    return Table(["gates", "mean recall", "worst layer"], rows, caption)
+
+
+def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any]:
+    """Every number, for JSON."""
+    before, after = result.fresh_recall()
+    return {
+        "length": plan.length,
+        "seed": seed,
+        "rounds": result.rounds,
+        "seconds": result.seconds,
+        "distillation": {
+            "steps": len(result.history.loss),
+            "tokens": result.history.tokens,
+            "seconds": result.history.seconds,
+            "loss": result.history.loss,
+            "recall_density": RECALL_DENSITY,
+            "recall_before": before,
+            "recall_after": after,
+            "recall_committed": list(result.committed_recall.values()),
+        },
+        "timing": [item.to_dict() for item in result.timing],
+        "retrieval": [item.to_dict() for item in result.retrieval],
+        "perplexity": [item.to_dict() for item in result.perplexity],
+        "environment": environment(),
+    }
+
+
+def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, fast: bool) -> Report:
+    """The whole page."""
+    length = format_length(plan.length)
+    report = Report(
+        "SeerAttention at work",
+        f"Learned block-sparse attention on a small language model, measured on this machine with prompts of {length} "
+        "tokens.",
+    )
+    _headline(report, result, plan)
+    if fast:
+        report.section("A smoke test")
+        report.text(
+            "This report was made with --fast: a few steps, short prompts, a question or two. Its numbers mean "
+            "little; run seer demo."
+        )
+
+    report.section("What was saved, and what it cost")
+    report.text(
+        "Attention compares every token with every earlier one. Here small gates predict which 64 x 64 blocks of that "
+        "comparison matter, and only "
+        "those are computed. The model itself is frozen. 'Fresh' gates were distilled a moment ago on this machine, in "
+        f"{len(result.history.loss)} steps on {format_length(result.history.tokens)} tokens; 'committed' gates come "
+        "with the package and were "
+        "trained for far longer, so expect the fresh ones to be weaker. The number after a setting is the density its "
+        "policy was asked for."
+    )
+    table = result_table(result, plan)
+    report.table(table, strong=[0])
+    report.definitions(
+        [
+            (
+                "density",
+                "selected blocks / all causal blocks, over every layer, head and row; 1 is dense. Rounding up on "
+                "short rows puts it a little above the one asked for.",
+            ),
+            (
+                "prefill",
+                "wall time from the prompt's tokens to the logits of the next token, through the whole model; "
+                "settings interleaved, compilation kept out.",
+            ),
+            (
+                "perplexity",
+                "of held-out books in the last quarter of the prompt, where most context lies behind; lower is better.",
+            ),
+            ("multikey", "one of many named numbers hidden in a book is asked for; names were never used in training."),
+            ("keyvalue", "the value of one key of a long JSON dictionary is asked for."),
+        ][: 3 + len(plan.tasks)]
+    )
+    report.figures(_result_figures(result, plan))
+
+    report.section("Distilling fresh gates")
+    report.text(
+        "The gates learn from the model's own attention map, max-pooled per block; no labels, no gradient through the "
+        "model. Block recall says how much "
+        "of the true attention the selected blocks hold."
+    )
+    report.table(recall_table(result), strong=[2])
+    report.figures(_distillation_figures(result))
+
+    report.section("What a few heads look at")
+    report.text(
+        "The three heads that look farthest, in a prompt with many keys. Left: the true map, max-pooled per block. "
+        "Middle: what the committed gate "
+        f"predicts from pooled queries and keys. Right: the blocks that are read at density {RECALL_DENSITY:g}, "
+        "coloured by the true map."
+    )
+    block_size = result.inspection.block_size
+    report.figure(
+        draw_maps(result.maps, block_size), alt="true attention map, gate prediction and selected blocks of three heads"
+    )
+    report.figure(
+        draw_recall(result.inspection.recall),
+        caption="Block recall in per cent of every head in the same prompt; each layer sees what the sparse layers "
+        "before it produced.",
+        alt="block recall of each layer and head",
+    )
+
+    report.section("How it was measured")
+    report.text(
+        f"Retrieval: {result.rounds} {_plural('sample', result.rounds)} of each task with {plan.questions} questions "
+        "each, greedy exact match, the same samples for every row. "
+        f"Perplexity: {result.rounds} {_plural('document', result.rounds)} from books held out from training. The "
+        "number of samples is what the time allowed; seer eval measures "
+        "with as many as you like. Question and answer rows are as sparse as all others: no last blocks are kept dense."
+    )
+    report.table(retrieval_table(result.retrieval))
+    report.definitions(
+        [
+            *_facts(device, seed),
+            *((f"seconds for {name}", f"{seconds:.0f}") for name, seconds in result.seconds.items()),
+        ]
+    )
+    return report
+
+
+def _headline(report: Report, result: DemoResult, plan: DemoPlan) -> None:
+    chosen = min(range(1, 1 + len(plan.committed)), key=lambda i: abs(plan.committed[i - 1] - 0.1))
+    dense, timing = result.timing[0], result.timing[chosen]
+    perplexity = result.perplexity
+    report.headline(
+        [
+            (
+                format_density(result.retrieval[chosen].density),
+                f"of attention computed (committed gates, {plan.committed[chosen - 1]:g})",
+            ),
+            (f"{dense.median / timing.median:.2f}x", f"prefill speed: {dense.median:.2f} s to {timing.median:.2f} s"),
+            (f"{perplexity[chosen].last_quarter()[0]:.2f}", f"perplexity, dense {perplexity[0].last_quarter()[0]:.2f}"),
+            (
+                format_percent(result.retrieval[chosen].accuracy()),
+                f"retrieval, dense {format_percent(result.retrieval[0].accuracy())}",
+            ),
+        ]
+    )
+
+
+def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, str]]:
+    committed = slice(1, 1 + len(plan.committed))
+    fresh = slice(committed.stop, None)
+    groups = {"committed gates": committed, "fresh gates": fresh}
+
+    def series(values: list[float]) -> dict[str, tuple[list[float], list[float], None]]:
+        return {
+            name: ([item.density for item in result.retrieval[part]], values[part], None)
+            for name, part in groups.items()
+        }
+
+    accuracy = [100 * item.accuracy() for item in result.retrieval]
+    added = [item.loss_increase(result.perplexity[0], plan.length * 3 // 4)[0] for item in result.perplexity]
+    buckets = result.perplexity[0].buckets()
+    smallest = committed.stop - 1
+    by_position = {
+        result.perplexity[i].setting: (
+            [float(stop) for _, stop in buckets],
+            [result.perplexity[i].loss(*bucket)[0] for bucket in buckets],
+            None,
+        )
+        for i in dict.fromkeys((0, smallest, len(result.perplexity) - 1))
+    }
+    return [
+        (
+            bar_figure(
+                [_short(item.setting) for item in result.timing],
+                {"prefill": [item.median for item in result.timing]},
+                x_label="",
+                y_label="seconds",
+            ),
+            "Prefill time (median).",
+            "prefill time of each setting",
+        ),
+        (
+            line_figure(
+                series(accuracy),
+                x_label="density",
+                y_label="retrieval, %",
+                reference=("dense", accuracy[0]),
+                y_limits=(-3, 103),
+            ),
+            "Retrieval accuracy, mean of the tasks.",
+            "retrieval accuracy over density",
+        ),
+        (
+            line_figure(series(added), x_label="density", y_label="added loss, nats", reference=("dense", 0.0)),
+            "Loss added in the last quarter of the prompt.",
+            "added loss over density",
+        ),
+        (
+            line_figure(
+                by_position,
+                x_label="position in the prompt",
+                y_label="loss, nats",
+                log_x=True,
+                x_ticks={float(stop): format_length(stop) for _, stop in buckets},
+            ),
+            "Loss by position: it should keep falling as context grows.",
+            "loss by position",
+        ),
+    ]
+
+
+def _distillation_figures(result: DemoResult) -> list[tuple[Any, str, str]]:
+    loss = result.history.loss
+    before, after = result.fresh_recall()
+    layers = [float(layer) for layer in result.committed_recall]
+    recall = {"committed": list(result.committed_recall.values()), "fresh, after": after, "fresh, before": before}
+    return [
+        (
+            line_figure(
+                {"loss": ([float(i + 1) for i in range(len(loss))], loss, None)},
+                x_label="step",
+                y_label="KL to the pooled map",
+            ),
+            "Distillation loss, mean over layers.",
+            "distillation loss",
+        ),
+        (
+            line_figure(
+                {name: (layers, values, None) for name, values in recall.items()},
+                x_label="layer",
+                y_label=f"block recall at {RECALL_DENSITY:g}",
+            ),
+            "Block recall by layer.",
+            "block recall by layer",
+        ),
+    ]
+
+
+def _facts(device: str, seed: int) -> list[tuple[str, str]]:
+    facts = environment()
+    devices = ", ".join(item["name"] for item in facts["devices"]) if device.startswith("cuda") else facts["processor"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    return [
+        ("device", f"{device} ({devices}, {facts['threads']} threads)"),
+        ("versions", versions),
+        ("git commit", facts["git_commit"] or "not a source checkout"),
+        ("seed", str(seed)),
+    ]
+
+
+def _short(setting: str) -> str:
+    return setting.replace(" gates, ", "\n")
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"

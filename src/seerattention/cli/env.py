@@ -1,0 +1,107 @@
+"""``seer env``: what is installed, what it runs on, what each op would use, what is supported. For bug reports."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .common import Terminal, errors
+
+_OPS = ("block_sparse_attention", "pooled_attention", "block_pooling", "block_selection")
+
+SUPPORT = (
+    ("model families", "{families}; full-attention layers (sliding-window layers stay dense)"),
+    ("prefill", "one forward of the whole prompt, generate(); left and right padding; any length"),
+    ("dense for now", "decoding, chunked prefill, multi-turn (one warning says so)"),
+    ("block size", "32, 64, 128"),
+    ("head_dim", "32, 64, 128; others up to 256 through padding or the reference"),
+    ("dtypes", "bfloat16, float16, float32"),
+    ("policies", "{policies}"),
+    ("gate checkpoints", "gate_config.json + gates.safetensors; published AttnGates folders"),
+)
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Write everything to stdout as JSON.")] = False,
+) -> None:
+    """Show versions, devices, the compiler, the implementation that each op would use, and what is supported.
+
+    Paste the output into bug reports.
+    """
+    with errors():
+        terminal = Terminal(as_json)
+        data = collect()
+        if as_json:
+            terminal.emit(data)
+            return
+        from ..evaluate.tables import Table
+
+        facts = data["environment"]
+        rows = [[name, version or "not installed"] for name, version in facts["versions"].items()]
+        rows += [
+            ["platform", facts["platform"]],
+            [
+                "processor",
+                f"{facts['processor']}, {facts['cpus']} CPUs, {facts['threads']} torch threads, {facts['memory_gib']} "
+                "GiB",
+            ],
+            *(
+                ["GPU", f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"]
+                for gpu in facts["devices"]
+            ),
+            ["CUDA of torch", facts["cuda"] or "none (CPU build)"],
+            ["C++ compiler", facts["compiler"] or "none found (CPU attention falls back to gathered plain torch)"],
+            ["git commit", facts["git_commit"] or "not a source checkout"],
+        ]
+        terminal.table(Table(["what", "found"], rows), numbers=False)
+        devices = list(data["implementations"])
+        rows = [[op, *(data["implementations"][device][op] for device in devices)] for op in _OPS]
+        terminal.table(
+            Table(["op", *devices], rows, caption="Implementation that each op chooses on each device found here."),
+            numbers=False,
+        )
+        terminal.table(Table(["supported", ""], [list(item) for item in data["support"].items()]), numbers=False)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that the command shows."""
+    import torch
+
+    from ..evaluate.environment import environment
+    from ..hf.architectures import FAMILIES
+    from ..policies import Dense, Threshold, TokenBudget, TopK, TopP
+
+    policies = ", ".join(policy.__name__ for policy in (Threshold, TopK, TopP, TokenBudget, Dense))
+    support = {name: text.format(families=", ".join(sorted(FAMILIES)), policies=policies) for name, text in SUPPORT}
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    facts = environment()
+    implementations = {
+        device: {op: _implementation(op, device, facts["compiler"]) for op in _OPS} for device in devices
+    }
+    return {"environment": facts, "implementations": implementations, "support": support}
+
+
+def _implementation(op: str, device: str, compiler: str | None) -> str:
+    """What the op would choose on a device; see ``ops/dispatch.py``."""
+    import importlib
+
+    from ..ops import dispatch
+
+    names = importlib.import_module(f"seerattention.ops.{op}.interface").IMPLEMENTATIONS
+    if device == "cuda":
+        return (
+            "triton" if "triton" in names and dispatch.triton_importable() else "reference (triton cannot be imported)"
+        )
+    if "cpu_flex" in names:
+        import torch
+
+        from ..ops.block_sparse_attention.cpu_flex import MIN_QUERIES, flex_usable
+        from ..ops.indices import BlockIndices
+
+        if compiler is None:
+            return "cpu_gathered (no C++ compiler)"
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        usable = flex_usable(torch.empty(1, 1, MIN_QUERIES, 1), BlockIndices.from_mask(mask))
+        return f"cpu_flex from {MIN_QUERIES} tokens, else cpu_gathered" if usable else "cpu_gathered"
+    return next((name for name in names if name.startswith("cpu")), "reference")

@@ -1,0 +1,101 @@
+"""Plots for reports: one restrained style, colours that colour-blind readers can tell apart (Okabe and Ito)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["COLORS", "bar_figure", "line_figure", "new_figure"]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_INK = "#1d2329"
+_SOFT = "#5b6670"
+
+
+def new_figure(width: float = 6.4, height: float = 3.6, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure without pyplot's global state, and its axes in reading order."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#b8c0c8")
+        axis.tick_params(colors=_SOFT, labelsize=9)
+        axis.title.set_color(_INK)
+    return figure, axes
+
+
+def line_figure(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]],
+    *,
+    x_label: str,
+    y_label: str,
+    reference: tuple[str, float] | None = None,
+    log_x: bool = False,
+    x_ticks: Mapping[float, str] | None = None,
+    y_limits: tuple[float, float] | None = None,
+    reverse_x: bool = False,
+) -> Figure:
+    """Lines with markers.
+
+    Args:
+        series: name -> (x, y, standard errors or None).
+        reference: name and value of a horizontal line (the dense model).
+        x_ticks: value -> label, where the automatic ticks do not fit.
+    """
+    figure, (axis,) = new_figure()
+    for i, (name, (x, y, errors)) in enumerate(series.items()):
+        color = COLORS[i % len(COLORS)]
+        marker = _MARKERS[i % len(_MARKERS)] if len(x) <= 24 else None
+        axis.errorbar(
+            x,
+            y,
+            yerr=errors,
+            color=color,
+            marker=marker,
+            markersize=5,
+            linewidth=1.6,
+            capsize=2.5,
+            elinewidth=1,
+            label=name,
+        )
+    if reference is not None:
+        axis.axhline(reference[1], color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label=reference[0])
+    if log_x:
+        axis.set_xscale("log", base=2)
+    if x_ticks:
+        axis.set_xticks(list(x_ticks), list(x_ticks.values()))
+        axis.minorticks_off()
+    if y_limits:
+        axis.set_ylim(*y_limits)
+    if reverse_x:
+        axis.invert_xaxis()
+    _label(axis, x_label, y_label)
+    if len(series) + (reference is not None) > 1:
+        axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def bar_figure(labels: Sequence[str], series: Mapping[str, Sequence[float]], *, x_label: str, y_label: str) -> Figure:
+    """Groups of bars: one group a label, one bar a series."""
+    figure, (axis,) = new_figure()
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        positions = [j + (i - (len(series) - 1) / 2) * width for j in range(len(labels))]
+        axis.bar(positions, values, width=width * 0.92, color=COLORS[i % len(COLORS)], label=name)
+    axis.set_xticks(range(len(labels)), labels)
+    _label(axis, x_label, y_label)
+    if len(series) > 1:
+        axis.legend(
+            frameon=False, fontsize=9, ncols=min(3, len(series)), loc="upper center", bbox_to_anchor=(0.5, 1.16)
+        )
+    return figure
+
+
+def _label(axis: Axes, x_label: str, y_label: str) -> None:
+    axis.set_xlabel(x_label, color=_INK, fontsize=10)
+    axis.set_ylabel(y_label, color=_INK, fontsize=10)
+    axis.grid(axis="y", color="#e8ebee", linewidth=0.8)
+    axis.set_axisbelow(True)

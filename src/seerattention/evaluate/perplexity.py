@@ -1,0 +1,163 @@
+"""Perplexity by length: one forward of each document gives the loss at every position.
+
+Attention is causal and every policy decides row by row, so the losses of the first n tokens of a long document are
+those of a prompt of n tokens (n a multiple of the block size); one pass over the longest length gives the whole curve.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .forward import iterate_token_losses
+from .settings import Setting
+
+__all__ = ["PerplexityResult", "cut_documents", "document_losses", "evaluate_perplexity"]
+
+
+@dataclass
+class PerplexityResult:
+    """Perplexity of one setting.
+
+    Attributes:
+        setting: its name.
+        density: ``total_density`` over all documents.
+        losses: float32 ``[documents, T - 1]``, cross entropy in nats of tokens 1..T-1.
+    """
+
+    setting: str
+    density: float
+    losses: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens a document."""
+        return self.losses.shape[1] + 1
+
+    def loss(self, start: int = 0, stop: int | None = None) -> tuple[float, float]:
+        """Mean loss of positions ``start <= position < stop``, and its standard error over documents (one: NaN)."""
+        return _mean_and_error(self._per_document(start, stop))
+
+    def perplexity(self, start: int = 0, stop: int | None = None) -> tuple[float, float]:
+        """exp of :meth:`loss`, and its standard error (first order)."""
+        mean, error = self.loss(start, stop)
+        return math.exp(mean), math.exp(mean) * error
+
+    def last_quarter(self) -> tuple[float, float]:
+        """Perplexity of the last quarter of the positions: where long context, and the lack of it, shows."""
+        return self.perplexity(self.length * 3 // 4)
+
+    def loss_increase(
+        self, reference: PerplexityResult, start: int = 0, stop: int | None = None
+    ) -> tuple[float, float]:
+        """Mean loss minus that of ``reference`` on the same documents, and the standard error of that difference."""
+        return _mean_and_error(self._per_document(start, stop) - reference._per_document(start, stop))
+
+    def joined(self, other: PerplexityResult) -> PerplexityResult:
+        """This and another result of the same setting and length as one."""
+        mine, theirs = self.losses.shape[0], other.losses.shape[0]
+        density = (self.density * mine + other.density * theirs) / (mine + theirs)
+        return PerplexityResult(self.setting, density, np.concatenate([self.losses, other.losses]))
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """Position ranges that double in length: 0-256, 256-512, 512-1K, ..."""
+        edges = [0] + [edge for edge in (2**i for i in range(8, 40)) if edge < self.length] + [self.length]
+        return list(itertools.pairwise(edges))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        quarter, quarter_error = self.last_quarter()
+        by_position, by_length = [], []
+        for start, stop in self.buckets():
+            loss, error = self.loss(start, stop)
+            by_position.append({"start": start, "stop": stop, "loss": loss, "standard_error": _finite(error)})
+            perplexity, error = self.perplexity(0, stop)
+            by_length.append({"length": stop, "perplexity": perplexity, "standard_error": _finite(error)})
+        return {
+            "setting": self.setting,
+            "density": self.density,
+            "length": self.length,
+            "documents": int(self.losses.shape[0]),
+            "last_quarter": {"perplexity": quarter, "standard_error": _finite(quarter_error)},
+            "by_position": by_position,
+            "by_length": by_length,
+        }
+
+    def _per_document(self, start: int, stop: int | None) -> np.ndarray:
+        # The loss at index i is that of the token at position i + 1.
+        part = self.losses[:, max(start - 1, 0) : None if stop is None else stop - 1]
+        if part.shape[1] == 0:
+            raise ValueError(
+                f"no predicted token between positions {start} and {stop} of documents of {self.length} tokens"
+            )
+        return part.mean(-1, dtype=np.float64)
+
+
+def cut_documents(texts: Sequence[np.ndarray | Tensor | Sequence[int]], length: int, count: int) -> Tensor:
+    """``count`` documents of ``length`` tokens, int64 ``[count, length]``: the first pieces of every text in turn.
+
+    Raises:
+        ValueError: the texts do not hold that many disjoint pieces.
+    """
+    arrays = [np.asarray(text, dtype=np.int64) for text in texts]
+    pieces: list[np.ndarray] = []
+    round_ = 0
+    while len(pieces) < count:
+        found = [text[round_ * length : (round_ + 1) * length] for text in arrays if len(text) >= (round_ + 1) * length]
+        if not found:
+            raise ValueError(
+                f"the text gives only {len(pieces)} documents of {length} tokens, {count} were asked for; "
+                "use fewer or shorter documents, or more text"
+            )
+        pieces += found
+        round_ += 1
+    return torch.from_numpy(np.stack(pieces[:count]))
+
+
+@torch.inference_mode()
+def document_losses(
+    model: nn.Module, documents: Tensor, batch_size: int = 1, advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Token losses float32 ``[documents, T - 1]`` of ``documents [documents, T]``, with the model as it is."""
+    if documents.dim() != 2 or documents.shape[1] < 2:
+        raise ValueError(f"documents must be [documents, T] with T >= 2, got {tuple(documents.shape)}")
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    rows = []
+    for batch in documents.split(batch_size):
+        rows.append(torch.cat([losses.cpu() for losses in iterate_token_losses(model, batch.to(device))], dim=1))
+        if advance is not None:
+            advance(batch.numel())
+    return torch.cat(rows).numpy()
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    documents: Tensor,
+    settings: Sequence[Setting],
+    *,
+    batch_size: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> list[PerplexityResult]:
+    """Perplexity of every setting on the same documents ``[documents, T]``; one result a setting, in order."""
+    results = []
+    for setting in settings:
+        with setting.applied(model) as measurement:
+            losses = document_losses(model, documents, batch_size, advance)
+        results.append(PerplexityResult(setting.name, measurement.density, losses))
+    return results
+
+
+def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

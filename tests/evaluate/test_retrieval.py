@@ -1,0 +1,101 @@
+"""Teacher-forced scoring must equal what greedy decoding produces."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from seerattention import TopK, baselines
+from seerattention.evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_samples, score_samples
+from seerattention.evaluate.settings import Setting
+
+
+@dataclass
+class FakeQuestion:
+    answers: tuple
+
+
+@dataclass
+class FakeSample:
+    input_ids: np.ndarray
+    questions: tuple
+
+
+def greedy(model, prompt, count):
+    ids = torch.tensor(prompt)[None]
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=1)
+    return out[0, len(prompt) :].numpy()
+
+
+def sample_with_right_and_wrong_answers(model, length=200):
+    """Random text; spans at 60, 100, 150 hold what the model itself would say, and the last one is then spoilt."""
+    ids = np.random.default_rng(0).integers(2, 300, length)
+    spans = [(60, 64), (100, 103), (150, 155)]
+    for start, stop in spans:
+        ids[start:stop] = greedy(model, ids[:start], stop - start)
+    ids[153] = (ids[153] + 1) % 300
+    return FakeSample(ids, (FakeQuestion((spans[0],)), FakeQuestion((spans[1], spans[2])), FakeQuestion((spans[1],))))
+
+
+def test_score_equals_greedy_generation(model):
+    sample = sample_with_right_and_wrong_answers(model)
+    expected = [
+        all((greedy(model, sample.input_ids[:a], b - a) == sample.input_ids[a:b]).all() for a, b in question.answers)
+        for question in sample.questions
+    ]
+    assert expected == [True, False, True]
+    assert score_samples(model, [sample]).tolist() == [expected]
+
+
+def test_score_does_not_depend_on_the_batch(model, generator):
+    spoilt = sample_with_right_and_wrong_answers(model)
+    other = FakeSample(np.roll(spoilt.input_ids, 1), spoilt.questions)
+    alone = [score_samples(model, [sample])[0] for sample in (spoilt, other, spoilt)]
+    assert np.array_equal(score_samples(model, [spoilt, other, spoilt], batch_size=2), np.stack(alone))
+
+
+def test_every_setting_sees_the_same_samples(model, generator):
+    samples = make_samples(generator, ["multikey", "multivalue"], length=768, count=2, questions=2)
+    advanced = []
+    results = evaluate_retrieval(
+        model,
+        samples,
+        [
+            Setting.dense(),
+            Setting("all", selector=baselines.Oracle(TopK(1.0))),
+            Setting("oracle", selector=baselines.Oracle(TopK(0.5))),
+        ],
+        batch_size=2,
+        advance=advanced.append,
+    )
+    dense, everything, oracle = results
+    assert dense.density == everything.density == 1.0
+    # 12 block rows, ceil(i / 2) blocks each
+    assert oracle.density == pytest.approx(sum(-(-i // 2) for i in range(1, 13)) / sum(range(1, 13)))
+    for task in samples:
+        assert np.array_equal(dense.correct[task], everything.correct[task])
+    assert advanced == [2 * 768] * 6
+
+
+def test_standard_error_counts_samples_not_questions():
+    result = RetrievalResult("x", 100, 1.0, {"a": np.array([[1, 1], [0, 0], [1, 0]], dtype=bool)})
+    assert result.accuracy() == 0.5
+    assert result.standard_error("a") == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)
+    assert result.to_dict()["tasks"]["a"] == {
+        "accuracy": 0.5,
+        "standard_error": pytest.approx(result.standard_error("a")),
+        "samples": 3,
+        "questions": 6,
+    }
+    single = RetrievalResult("x", 100, 1.0, {"a": np.array([[True]])})
+    assert single.to_dict()["tasks"]["a"]["standard_error"] is None
+
+
+def test_mistakes_are_named(model, generator):
+    with pytest.raises(ValueError, match="unknown tasks"):
+        make_samples(generator, ["haystack"])
+    short, long = (make_samples(generator, ["multikey"], length, 1, questions=1)["multikey"] for length in (768, 832))
+    mixed = {"short": short, "long": long}
+    with pytest.raises(ValueError, match="one length"):
+        evaluate_retrieval(model, mixed, [Setting.dense()])
