@@ -14,6 +14,8 @@ from seerattention.distill.batches import BatchWalk
 from seerattention.distill.data import PackedText, Position, tokenize_with
 from seerattention.distill.documents import open_documents
 
+from .tiny import tiny_tokenizer
+
 TEXTS = ["one two", "", "drei vier fünf", "six"]
 
 
@@ -116,7 +118,8 @@ def test_packing_leaves_no_gaps():
     assert batch.dtype == torch.int64
 
 
-def test_tokens_between_bos_and_eos(tokenizer):
+def test_tokens_between_bos_and_eos():
+    tokenizer = tiny_tokenizer()
     tokenize = tokenize_with(tokenizer)
     ids = tokenize("w0 w1 nothing")
     assert ids == [tokenizer.bos_token_id, 3, 4, tokenizer.unk_token_id, tokenizer.eos_token_id]

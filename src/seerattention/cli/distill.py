@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from ..distill import DistillConfig, DistillHistory
     from ..distill.processes import Processes
 
-__all__ = ["distill"]
+__all__ = ["command"]
 
 
-def distill(
+def command(
     model: Annotated[str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")],
     data: Annotated[
         str,
@@ -132,7 +132,7 @@ def _distill(
     from ..distill.processes import Processes
     from ..distill.progress import distill_progress
 
-    # Everything that can be wrong with the options is found before a model is loaded.
+    # What can be wrong with the options is found before a model is loaded.
     config = DistillConfig(**settings)
     gate_config = GateConfig.from_dict(job.gate)
     documents = open_documents(job.data, text_field=job.text_field)
@@ -275,4 +275,4 @@ def _curves(history: DistillHistory) -> Any:
 
 
 if __name__ == "__main__":
-    typer.run(distill)
+    typer.run(command)

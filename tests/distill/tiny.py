@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,6 +50,21 @@ def random_batches(count: int, batch: int = 2, length: int = 320, seed: int = 5)
     return [{"input_ids": torch.randint(0, VOCABULARY, (batch, length), generator=generator)} for _ in range(count)]
 
 
+def topic_batches(count: int, seed: int = 5) -> list[dict[str, torch.Tensor]]:
+    """Every block repeats one token, so that the pooled maps can be predicted from pooled queries and keys."""
+    generator = torch.Generator().manual_seed(seed)
+    topics = [torch.randint(0, 64, (2, 10), generator=generator) for _ in range(count)]
+    return [{"input_ids": topic.repeat_interleave(32, 1)} for topic in topics]
+
+
+def forget(model) -> None:
+    """Fresh gates begin with a good guess; start from gates that know nothing."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.k_linear.normal_(std=0.02)
+
+
 def gate_tensors(model) -> dict[str, torch.Tensor]:
     return {
         f"{layer}.{name}": parameter.detach().clone()
@@ -72,8 +86,3 @@ def write_text(path, documents: int = 30, words: int = 300, seed: int = 0) -> li
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(words // 2, words))) for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return texts
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    return tiny_tokenizer()
