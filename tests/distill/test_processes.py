@@ -80,7 +80,7 @@ def main(output: str) -> None:
     state = Path(output) / "state.safetensors"
     history = distill(model, shares, CONFIG, eval_batches=held_out, state_path=state)
     loss = torch.tensor(history.loss)
-    recall = torch.tensor([values for values in history.recall.values()])
+    recall = torch.tensor(list(history.recall.values()))
     save_file({**gate_tensors(model), "loss": loss, "recall": recall}, f"{output}/rank{rank}.safetensors")
     # One process runs out of batches before the other: nobody hangs, nothing is lost.
     model = attached_llama()
@@ -97,7 +97,7 @@ def test_two_processes_equal_one(tmp_path):
     model = attached_llama()
     history = distill(model, global_batches(), CONFIG, eval_batches=random_batches(3, seed=9))
     torch.testing.assert_close(ranks[0].pop("loss"), torch.tensor(history.loss), rtol=1e-5, atol=0)
-    expected_recall = torch.tensor([values for values in history.recall.values()])
+    expected_recall = torch.tensor(list(history.recall.values()))
     torch.testing.assert_close(ranks[0].pop("recall"), expected_recall, rtol=1e-4, atol=0)
     fresh = gate_tensors(attached_llama())
     for name, expected in gate_tensors(model).items():

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+
 from seerattention.config import GateConfig
 from seerattention.distill import DistillationError, DistillConfig, checkpoint, distill
 from seerattention.distill.checkpoint import load_state, save_state, temporary_name
@@ -229,8 +230,8 @@ def test_resuming_another_run_is_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     config = DistillConfig(steps=1)
     distill(attached_llama(), random_batches(1), config, state_path=path, settings={"data": "a.jsonl"})
+    other = DistillConfig(steps=1, learning_rate=2e-3)
     with pytest.raises(ValueError, match=r"learning_rate: was 0\.001, now 0\.002.*another output directory"):
-        other = DistillConfig(steps=1, learning_rate=2e-3)
         distill(attached_llama(), random_batches(1), other, state_path=path, settings={"data": "a.jsonl"})
     with pytest.raises(ValueError, match=r"data: was 'a\.jsonl', now 'b\.jsonl'"):
         distill(attached_llama(), random_batches(1), config, state_path=path, settings={"data": "b.jsonl"})

@@ -26,8 +26,8 @@ class DistillConfig:
             slow the others); None: no clipping.
         rows: how many query-block rows enter the loss of a step, drawn anew each step: a share of the rows (a float in
             (0, 1]), a count (an int), or None for all of them. The cost of the target is proportional to it.
-        skip_rows: share of the rows at the start of each sequence that never enters the loss (the paper: a quarter;
-            they see few blocks, so there is little to select).
+        skip_rows: share of the rows at the start that never enters the loss (the paper: a quarter; they see few blocks,
+            so there is little to select). In a padded batch it is a share of the padded width.
         reduction: "row": the mean over rows and heads of the KL divergence of a row; "official": also divided by the
             number of key blocks, as the published code does (its mean counts masked entries).
         accumulation: batches a step.

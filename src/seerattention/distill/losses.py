@@ -48,7 +48,7 @@ def draw_rows(num_blocks: int, rows: float | int | None, skip_rows: float, seed:
     """The query-block rows of one batch: a random subset, ascending, int64 ``[R]`` on the CPU.
 
     Args:
-        num_blocks: blocks of the longest sequence.
+        num_blocks: blocks of the padded batch.
         rows: share (float), count (int) or all (None) of the rows that are left after ``skip_rows``.
         skip_rows: share of the rows at the start that is never drawn.
         seed, draw: together they decide the subset; nothing else does, so every process of a run draws the same rows

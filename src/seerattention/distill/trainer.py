@@ -113,7 +113,8 @@ class Trainer:
         mask: Tensor | None = batch.get("attention_mask")
         lengths = torch.full((batch_size,), width) if mask is None else content_bounds(mask.cpu())[1]
         block_size, heads = self._geometry()
-        rows = draw_rows(num_blocks(int(lengths.max()), block_size), config.rows, config.skip_rows, config.seed, draw)
+        # From the padded width, which all processes share: a global batch draws the same rows however it is dealt out.
+        rows = draw_rows(num_blocks(width, block_size), config.rows, config.skip_rows, config.seed, draw)
         valid = rows * block_size < lengths[:, None]
         seen: set[int] = set()
 
@@ -170,8 +171,9 @@ class Trainer:
         losses = torch.stack([value.to(self.device) for value in sums.values()])
         if self.processes.world_size > 1:
             losses, count, tokens = self._sum_over_processes(losses, count, tokens)
-        if count == 0:
+        if tokens == 0:
             return None
+        count = max(count, 1)  # all rows that were drawn may be padding
         norms = []
         for master in self.masters.values():
             grads = [_gradient(parameter).div_(count) for parameter in master.parameters()]
