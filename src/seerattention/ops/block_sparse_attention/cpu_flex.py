@@ -1,7 +1,7 @@
 """Block-sparse attention on the CPU through compiled FlexAttention.
 
-The block mask is built from the lists as they are: no dense mask, no sorting. What was learned about FlexAttention on the
-CPU (torch 2.11 to 2.13):
+The block mask is built from the lists as they are: no dense mask, no sorting. What was learned about FlexAttention on
+the CPU:
 
 * it computes bfloat16 at half the speed of float32 where the CPU has no AMX, so every call runs in float32;
 * it returns no log-sum-exp;
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MIN_QUERIES = 2048
 # Sizes of the warm-up: unequal on purpose, and marked dynamic.
 _WARM_UP_QUERIES, _WARM_UP_KEYS = 333, 777
+# Dynamo's default of 8 compiles a function is meant to find accidental ones; here each is a head configuration.
+_MAX_CONFIGURATIONS = 64
 
 
 def flex_usable(q: Tensor, blocks: BlockIndices) -> bool:
@@ -55,13 +57,18 @@ def block_sparse_attention_cpu_flex(
         RuntimeError: the compile failed and ``required`` is set.
     """
     compiled = _compiled(
-        q.shape[1], k.shape[1], q.shape[3], blocks.block_size, torch.get_num_threads(), torch.is_inference_mode_enabled()
+        q.shape[1],
+        k.shape[1],
+        q.shape[3],
+        blocks.block_size,
+        torch.get_num_threads(),
+        torch.is_inference_mode_enabled(),
     )
     if compiled is None:
         if required:
             raise RuntimeError(
-                "block_sparse_attention: FlexAttention could not be compiled on this CPU (the warning logged before says "
-                "why); use implementation='cpu_gathered' or None"
+                "block_sparse_attention: FlexAttention could not be compiled on this CPU (the warning logged before "
+                "says why); use implementation='cpu_gathered' or None"
             )
         return block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)[0]
     out = torch.empty_like(q)
@@ -88,17 +95,23 @@ def _attend(compiled: Callable, q: Tensor, k: Tensor, v: Tensor, blocks: BlockIn
     offset = k.shape[2] - q.shape[2]
     front = offset % block_size
     out = compiled(
-        F.pad(q.float(), (0, 0, front, 0)).contiguous(),
-        k.float().contiguous(),
-        v.float().contiguous(),
-        diagonal.contiguous(),
+        _plain(F.pad(q.float(), (0, 0, front, 0)) if front else q.float()),
+        _plain(k.float()),
+        _plain(v.float()),
+        _plain(diagonal),
         query_blocks[:, None].expand(1, q.shape[1], num_rows, max(2, num_key_blocks)),
-        (counts - diagonal).contiguous(),
-        indices.contiguous(),
+        _plain(counts - diagonal),
+        _plain(indices),
         torch.tensor(offset - front),
         scale,
     )
     return out[:, :, front:]
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A contiguous tensor that is no view: strides and the base of a view are guarded, and would compile again."""
+    x = x.contiguous()
+    return x.clone() if x._is_view() else x
 
 
 @functools.cache
@@ -141,7 +154,8 @@ def _compiled(
     # a cached binary of another thread count must not be picked up.
     compiled = torch.compile(attention, dynamic=True, fullgraph=True, options={"cpp.threads": num_threads})
     try:
-        _warm_up(compiled, num_heads, num_kv_heads, head_dim, block_size)
+        with torch._dynamo.config.patch(recompile_limit=_MAX_CONFIGURATIONS):
+            _warm_up(compiled, num_heads, num_kv_heads, head_dim, block_size)
     except Exception as error:  # whatever goes wrong in a compiler, there is a path without it
         first_line = (str(error).strip().splitlines() or [""])[0]
         logger.warning(
@@ -158,7 +172,8 @@ def _warm_up(compiled: Callable, num_heads: int, num_kv_heads: int, head_dim: in
     """Compile on a small input, and do not trust the binary before it has computed that input correctly."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, num_heads, _WARM_UP_QUERIES, head_dim, generator=generator)
-    k, v = torch.randn(2, 1, num_kv_heads, _WARM_UP_KEYS, head_dim, generator=generator).unbind(0)
+    k = torch.randn(1, num_kv_heads, _WARM_UP_KEYS, head_dim, generator=generator)
+    v = torch.randn(1, num_kv_heads, _WARM_UP_KEYS, head_dim, generator=generator)
     first_row = (_WARM_UP_KEYS - _WARM_UP_QUERIES) // block_size
     num_key_blocks = -(-_WARM_UP_KEYS // block_size)
     mask = torch.rand(1, num_heads, num_key_blocks - first_row, num_key_blocks, generator=generator) < 0.5

@@ -111,8 +111,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float |
     batch, heads, rows = blocks.counts.shape
     if batch != q.shape[0] or heads not in (q.shape[1], k.shape[1]):
         raise ValueError(
-            f"{OP}: blocks must hold lists for batch {q.shape[0]} and {q.shape[1]} query heads or {k.shape[1]} KV heads, "
-            f"got batch {batch} and {heads} heads"
+            f"{OP}: blocks must hold lists for batch {q.shape[0]} and {q.shape[1]} query heads or {k.shape[1]} KV "
+            f"heads, got batch {batch} and {heads} heads"
         )
     query_length, key_length = q.shape[2], k.shape[2]
     num_key_blocks = num_blocks(key_length, blocks.block_size)
