@@ -2,12 +2,14 @@
 
 from .block_pooling import block_pooling
 from .block_selection import dense_indices, select_threshold, select_topk, select_topp
+from .block_sparse_attention import block_sparse_attention
 from .indices import BlockIndices
 from .pooled_attention import pooled_attention
 
 __all__ = [
     "BlockIndices",
     "block_pooling",
+    "block_sparse_attention",
     "dense_indices",
     "pooled_attention",
     "select_threshold",
