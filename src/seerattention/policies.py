@@ -142,7 +142,7 @@ class TopK(Policy):
 
 @dataclass(frozen=True)
 class TopP(Policy):
-    """Keep the fewest best blocks whose softmax probabilities sum to at least ``p``, and the diagonal.
+    """Keep the diagonal and the fewest best other blocks with which the softmax probabilities sum to at least ``p``.
 
     Attributes:
         p: probability mass in (0, 1]; 1 keeps every causal block.

@@ -139,7 +139,7 @@ def select_topp(
     last_blocks_dense: int = 0,
     implementation: str | None = None,
 ) -> BlockIndices:
-    """Keep the fewest best blocks whose probabilities sum to at least ``p``, and the diagonal.
+    """Keep the diagonal and the fewest best other blocks with which the probabilities sum to at least ``p``.
 
     Sums are exact: probabilities are cut to multiples of 2^-40 (and to [0, 1]) and added as integers. A row whose
     whole sum is below ``p`` keeps all its causal blocks, and so does every row for ``p >= 1``.

@@ -54,14 +54,16 @@ def select_topp(
     probabilities: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int
 ) -> BlockIndices:
     num_rows, num_keys = probabilities.shape[-2:]
-    causal = causal_block_mask(num_rows, num_keys, num_keys - num_rows, probabilities.device)
+    first_row = num_keys - num_rows
     values = probabilities.float().nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0)
-    values = torch.where(causal, values, -1.0)  # sorts after every causal block
+    # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
+    diagonal = (values.diagonal(first_row, -2, -1).double() * PROBABILITY_UNITS).long()
+    candidates = causal_block_mask(num_rows, num_keys, first_row - 1, probabilities.device)
+    values = torch.where(candidates, values, -1.0)  # sorts after every candidate
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     units = (ordered.clamp(min=0.0).double() * PROBABILITY_UNITS).long()
-    mass_before = units.cumsum(-1) - units
-    mask = torch.zeros_like(causal).expand(values.shape).clone()
-    mask.scatter_(-1, order, mass_before < topp_target(p))
+    mass_before = diagonal[..., None] + units.cumsum(-1) - units
+    mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, mass_before < topp_target(p))
     return _finish(mask, block_size, lengths, last_blocks_dense)
 
 

@@ -122,11 +122,14 @@ def select_topp_kernel(
     b_x = _load(x, i_query, num_rows, num_keys, heads, stride_b, stride_h, stride_r, o_key)
     b_x = tl.where(b_x > 0.0, tl.minimum(b_x, 1.0), 0.0)
     b_units = (b_x * UNITS).to(tl.int64)
-    b_key = tl.where(o_key <= i_query, _ordered(b_x), LOWEST)
-    boundary = _boundary(b_key, b_units, target)
+    # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
+    diagonal = tl.sum(tl.where(o_key == i_query, b_units, 0), 0)
+    m_candidate = o_key < i_query
+    b_key = tl.where(m_candidate, _ordered(b_x), LOWEST)
+    boundary = _boundary(b_key, b_units, target - diagonal)
     m_above = b_key > boundary
-    m_equal = b_key == boundary
-    mass = tl.sum(tl.where(m_above, b_units, 0), 0)
+    m_equal = (b_key == boundary) & m_candidate
+    mass = diagonal + tl.sum(tl.where(m_above, b_units, 0), 0)
     b_before = mass + (tl.cumsum(m_equal.to(tl.int64), 0) - 1) * b_units
     _pack(
         m_above | (m_equal & (b_before < target)), i_query, o_row, o_key, lengths, heads, num_keys, indices, counts,

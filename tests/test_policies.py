@@ -1,0 +1,216 @@
+"""Policies: what each keeps, what all guarantee, and the way through JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seerattention.baselines import Oracle, Selector
+from seerattention.ops import BlockIndices, pooled_attention
+from seerattention.policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP, causal_softmax, policy_from_dict
+
+last = st.integers(0, 3)
+policies = st.one_of(
+    st.builds(Threshold, st.floats(0, 0.5), last),
+    st.builds(TopK, st.floats(0.01, 1), last, st.booleans()),
+    st.builds(TopP, st.floats(0.01, 1), last),
+    st.builds(TokenBudget, st.integers(1, 2000), last),
+    st.just(Dense()),
+)
+
+
+def make_logits(num_rows, num_keys, batch=2, heads=2, seed=0):
+    return torch.randn(batch, heads, num_rows, num_keys, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@given(
+    policy=policies, num_keys=st.integers(1, 20), missing=st.integers(0, 19), seed=st.integers(0, 99), data=st.data()
+)
+@settings(max_examples=200, deadline=None)
+def test_every_policy_keeps_the_rules(policy, num_keys, missing, seed, data):
+    """Valid rows hold their diagonal, ascending and causal; padded rows are empty; what is above is ignored."""
+    num_rows = max(1, num_keys - missing)
+    lengths = torch.tensor([data.draw(st.integers(1, num_keys * 32)), num_keys * 32])
+    logits = make_logits(num_rows, num_keys, seed=seed)
+    blocks = policy.select(logits, block_size=32, lengths=lengths)
+    assert isinstance(blocks, BlockIndices)
+    assert (blocks.block_size, blocks.num_key_blocks, blocks.num_rows) == (32, num_keys, num_rows)
+    for b, length in enumerate(lengths.tolist()):
+        for row in range(num_rows):
+            query = num_keys - num_rows + row
+            for head in range(2):
+                entries = blocks.indices[b, head, row, : blocks.counts[b, head, row]].tolist()
+                if query * 32 >= length:
+                    assert entries == []
+                else:
+                    assert entries == sorted(set(entries))
+                    assert entries[-1] == query
+                    assert entries[0] >= 0
+    causal = torch.ones(num_rows, num_keys, dtype=torch.bool).tril(num_keys - num_rows)
+    hidden = logits.masked_fill(~causal, float("-inf"))
+    assert torch.equal(policy.select(hidden, block_size=32, lengths=lengths).to_mask(), blocks.to_mask())
+
+
+@given(policy=policies, num_keys=st.integers(2, 20), seed=st.integers(0, 99), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_padding_changes_nothing(policy, num_keys, seed, data):
+    content = data.draw(st.integers(1, num_keys))
+    logits = make_logits(num_keys, num_keys, batch=1, seed=seed)
+    alone = policy.select(logits[:, :, :content, :content], block_size=32).to_mask()
+    padded = policy.select(logits, block_size=32, lengths=torch.tensor([content * 32])).to_mask()
+    assert torch.equal(padded[:, :, :content, :content], alone)
+    assert not padded[:, :, content:].any()
+
+
+@given(policy=policies)
+def test_json_round_trip(policy):
+    assert policy_from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+@pytest.mark.parametrize(
+    "policy", [Threshold(0.01), TopK(0.3), TopK(0.3, uniform=True), TopP(0.9), TokenBudget(128), Dense()]
+)
+def test_nan_and_empty_rows(policy):
+    logits = make_logits(6, 6)
+    logits[0] = float("nan")
+    logits[1] = float("-inf")
+    blocks = policy.select(logits, block_size=64)
+    assert (blocks.counts >= 1).all()
+    assert blocks.to_mask().diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("density", ["0.1", "0.3", "0.05", "0.7", "0.001", "0.12"])
+def test_topk_counts(density):
+    """ceil(density * (i + 1)) of the decimal number, not of its rounded float: 0.1 of 30 blocks are 3."""
+    num = 150
+    counts = TopK(float(density)).select(make_logits(num, num, 1, 1), block_size=64).counts[0, 0].tolist()
+    assert counts == [max(1, math.ceil(Fraction(density) * (row + 1))) for row in range(num)]
+    chunk = TopK(float(density)).select(make_logits(20, num, 1, 1), block_size=64).counts[0, 0].tolist()
+    assert chunk == counts[-20:]
+
+
+@given(density=st.floats(0.02, 1), num=st.integers(64, 200))
+@settings(max_examples=30, deadline=None)
+def test_topk_density_is_close_to_the_one_asked_for(density, num):
+    measured = TopK(density).select(make_logits(num, num, 1, 1), block_size=64).density()
+    # Rounding up adds less than one block a row, of (num + 1) / 2 on average.
+    assert density - 1e-9 <= measured <= density + 2 / (num + 1)
+
+
+def test_topk_takes_the_best():
+    logits = make_logits(20, 20, 1, 1)
+    mask = TopK(0.2).select(logits, block_size=64).to_mask()[0, 0]
+    row = logits[0, 0, 19, :19]
+    assert set(mask[19].nonzero().flatten().tolist()) == {19, *row.topk(3).indices.tolist()}
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("num", [1, 5, 8, 40])
+def test_uniform_topk_is_the_published_rule(density, num):
+    logits = make_logits(num, num)
+    keep = max(1, int((1 - math.sqrt(1 - density)) * num))
+    causal = torch.ones(num, num, dtype=torch.bool).tril()
+    masked = logits.masked_fill(~causal, torch.finfo(torch.float32).min)
+    official = torch.zeros_like(causal).expand(logits.shape).clone()
+    official.scatter_(-1, masked.topk(keep, dim=-1).indices, True)
+    expected = (official & causal) | torch.eye(num, dtype=torch.bool)
+    assert torch.equal(TopK(density, uniform=True).select(logits, block_size=64).to_mask(), expected)
+
+
+def test_threshold_is_strict_on_the_causal_softmax():
+    logits = make_logits(16, 16)
+    probabilities = causal_softmax(logits)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 2, 16))
+    assert (probabilities.triu(1) == 0).all()
+    expected = (probabilities > 0.05) | torch.eye(16, dtype=torch.bool)
+    assert torch.equal(Threshold(0.05).select(logits, block_size=64).to_mask(), expected)
+
+
+@given(p=st.floats(0.05, 0.99), seed=st.integers(0, 20))
+@settings(max_examples=30, deadline=None)
+def test_topp_reaches_its_mass_and_no_more(p, seed):
+    logits = make_logits(16, 16, seed=seed)
+    probabilities = causal_softmax(logits)
+    mask = TopP(p).select(logits, block_size=64).to_mask()
+    mass = (probabilities * mask).sum(-1)
+    assert (mass >= p - 1e-6).all()
+    # Without its least block (the diagonal aside) a row falls short.
+    optional = mask & ~torch.eye(16, dtype=torch.bool)
+    least = torch.where(optional, probabilities, 2.0).amin(-1)
+    assert (((mass - least) < p + 1e-6) | ~optional.any(-1)).all()
+
+
+def test_token_budget():
+    assert TokenBudget(129).select(make_logits(6, 6), block_size=64).counts[0, 0].tolist() == [1, 2, 3, 3, 3, 3]
+    assert TokenBudget(129).select(make_logits(6, 6), block_size=128).counts[0, 0].tolist() == [1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("policy", [Dense(), TopK(1.0), TopK(1.0, uniform=True), TopP(1.0)])
+def test_policies_that_keep_everything(policy):
+    assert policy.select(make_logits(7, 9), block_size=64).density() == 1.0
+
+
+@pytest.mark.parametrize(
+    "policy", [Threshold(0.3, 2), TopK(0.1, 2), TopK(0.1, 2, uniform=True), TopP(0.1, 2), TokenBudget(1, 2)]
+)
+def test_last_blocks_dense(policy):
+    """Counted from the last valid block of each batch row."""
+    counts = policy.select(make_logits(8, 8), block_size=64, lengths=torch.tensor([512, 321])).counts
+    assert counts[0, :, 6:].tolist() == [[7, 8]] * 2
+    assert counts[1, :, 4:].tolist() == [[5, 6, 0, 0]] * 2
+    assert (counts[0, :, 5] < 6).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Threshold(1.0),
+        lambda: Threshold(-0.1),
+        lambda: Threshold(float("nan")),
+        lambda: Threshold("0.1"),
+        lambda: TopK(0.0),
+        lambda: TopK(1.1),
+        lambda: TopK(0.1, last_blocks_dense=-1),
+        lambda: TopP(0.0),
+        lambda: TopP(1.5),
+        lambda: TokenBudget(0),
+        lambda: TokenBudget(64.0),
+        lambda: policy_from_dict({"kind": "top_q"}),
+        lambda: policy_from_dict({"density": 0.1}),
+        lambda: policy_from_dict({"kind": "top_k"}),
+        lambda: policy_from_dict({"kind": "top_k", "density": 0.1, "ratio": 1}),
+        lambda: policy_from_dict({"kind": "top_k", "density": 2}),
+    ],
+)
+def test_wrong_values(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_policy_cannot_be_made_without_select():
+    with pytest.raises(TypeError):
+        Policy()
+
+
+def test_oracle_selects_by_the_true_maxima():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 300, 32, generator=generator)
+    k = torch.randn(2, 2, 300, 32, generator=generator)
+    lengths = torch.tensor([300, 130])
+    oracle = Oracle(Threshold(0.15), block_size=32)
+    assert isinstance(oracle, Selector)
+    blocks = oracle(q, k, layer=3, scale=0.5, lengths=lengths)
+    target = pooled_attention(q, k, block_size=32, scale=0.5, lengths=lengths)
+    rows = torch.arange(10)
+    valid = (rows * 32 < lengths[:, None])[:, None, :, None]
+    expected = ((target > 0.15) | torch.eye(10, dtype=torch.bool)) & valid
+    differs = blocks.to_mask() != expected
+    # The way through logarithm and softmax may move a probability by a rounding.
+    assert (target[differs] - 0.15).abs().max() < 1e-6 if differs.any() else True
+    assert 0 < blocks.density() < 0.9
