@@ -1,0 +1,170 @@
+"""``seer distill`` killed from outside, again and again: nothing breaks, and the gates come out bit for bit the same.
+
+SEER_KILLS says how often (default 4). Half of the kills come at random moments, the other half while a file is being
+written: as soon as a temporary file shows up beside the outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seerattention.distill.checkpoint import STATE_FILE, load_state, temporary_name
+
+from .tiny import tiny_llama, tiny_tokenizer, write_text
+
+KILLS = int(os.environ.get("SEER_KILLS", "4"))
+STEPS = 40
+
+
+def command(model: Path, data: Path, output: Path, **options) -> list[str]:
+    settings = {
+        "length": 320,
+        "batch-size": 2,
+        "block-size": 32,
+        "steps": STEPS,
+        "rows": 0.5,
+        "eval-sequences": 2,
+        "eval-every": 7,
+        "save-every": 1,
+        "device": "cpu",
+        "seed": 3,
+        **options,
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return [
+        sys.executable,
+        "-m",
+        "seerattention.cli.distill",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        *flags,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, **options), env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    write_text(folder / "text.jsonl", documents=40)
+    return folder / "model", folder / "text.jsonl"
+
+
+def check_every_file_loads(output: Path) -> int:
+    """Whatever carries its final name is whole; returns the step of the saved state, -1 if there is none yet."""
+    step = -1
+    for file in output.glob("*") if output.exists() else ():
+        if file.name.startswith("."):
+            continue  # temporary: may be anything
+        if file.name == STATE_FILE:
+            tensors, meta = load_state(file)
+            assert all(torch.isfinite(tensor.float()).all() for tensor in tensors.values())
+            assert len(meta["history"]["loss"]) == meta["step"]
+            step = meta["step"]
+        elif file.suffix == ".safetensors":
+            assert load_file(file)
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".png":
+            assert file.read_bytes()[-8:-4] == b"IEND"
+    return step
+
+
+def kill_at(process: subprocess.Popen, output: Path, delay: float, inside_write: bool) -> None:
+    """SIGKILL after ``delay`` seconds of training, or in the next write after that."""
+    state = output / STATE_FILE
+    before = state.stat().st_mtime_ns if state.exists() else None
+    while process.poll() is None:  # until this process has begun to train
+        if state.exists() and state.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.002)
+    time.sleep(delay)
+    if inside_write:
+        temporary = str(temporary_name(state))
+        while process.poll() is None and not os.path.exists(temporary):
+            pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_end_like_an_unbroken_one(inputs, tmp_path):
+    unbroken = run(*inputs, tmp_path / "unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
+
+    rng = random.Random(20)
+    output = tmp_path / "killed"
+    kills = inside = attempts = 0
+    while kills < KILLS:
+        attempts += 1
+        assert attempts <= 3 * KILLS, "the run ends too early to be killed so often"
+        process = subprocess.Popen(command(*inputs, output), env=environment(), stderr=subprocess.PIPE, text=True)
+        # Early in the run, so that all kills find it still training; a few even before the first step.
+        if rng.random() < 0.15:
+            time.sleep(rng.uniform(0.0, 3.0))
+            process.kill()
+            process.wait()
+        else:
+            kill_at(process, output, delay=rng.uniform(0.0, 0.15), inside_write=kills % 2 == 0)
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+            inside += temporary_name(output / STATE_FILE).exists()
+        step = check_every_file_loads(output)
+        if step >= STEPS:
+            break
+    assert kills >= min(KILLS, 2)
+    assert inside >= 1, "no kill fell into a write"
+
+    finished = run(*inputs, output)
+    assert finished.returncode == 0, finished.stderr
+    assert check_every_file_loads(output) == STEPS
+    expected, gates = load_file(tmp_path / "unbroken" / "gates.safetensors"), load_file(output / "gates.safetensors")
+    assert expected.keys() == gates.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, gates[name]), name
+    histories = [
+        json.loads((tmp_path / name / "history.json").read_text())["history"] for name in ("unbroken", "killed")
+    ]
+    for key in ("loss", "loss_per_layer", "recall", "recall_steps", "tokens"):
+        assert histories[0][key] == histories[1][key], key
+    assert {"gate_config.json", "gates.safetensors", "history.json", "curves.png", STATE_FILE} <= set(
+        os.listdir(output)
+    )
+    print(f"{kills} kills, {inside} inside a write")
+
+
+def test_mistakes_are_one_sentence(inputs, tmp_path):
+    model, data = inputs
+    missing = run(model, tmp_path / "nothing.jsonl", tmp_path / "out")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: no such file or folder")
+    done = run(model, data, tmp_path / "out", steps=1)
+    assert done.returncode == 0, done.stderr
+    other = run(model, data, tmp_path / "out", steps=2)
+    assert other.returncode == 1
+    assert "steps: was 1, now 2" in other.stderr
+    assert "Traceback" not in missing.stderr + other.stderr
