@@ -1,4 +1,4 @@
-"""Scores, masks and logits of the official implementation, from its own checkpoint layout; see tests/golden/README.md."""
+"""Scores, masks and logits of the official implementation, from its checkpoint layout; see tests/golden/README.md."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import seerattention as seer
+from seerattention.hf import convert
+from seerattention.hf.state import state_of
 from seerattention.policies import causal_softmax
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -55,8 +57,6 @@ class Golden:
     @staticmethod
     def _base_model(weights: dict[str, torch.Tensor], folder: Path) -> torch.nn.Module:
         """Weights that no stored output depends on are not in the fixture; zeros take their place."""
-        from transformers import AutoConfig
-
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             shapes = {
@@ -160,7 +160,7 @@ def test_end_to_end(golden, length):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_layer_by_layer(golden, length):
-    """Runs that lost a diagonal block: official masks go to attention; our scores and policy must agree in every layer."""
+    """Runs that lost a diagonal block: official masks go to attention; scores and policy must agree in every layer."""
     for spec in golden.meta["runs"]:
         run = spec["name"]
         if min(golden.diag_kept(length, run)) == 1.0:
@@ -208,8 +208,6 @@ def test_published_layout_is_read_as_it_is(golden):
     """The placeholder threshold of 0 becomes the default; the dense last rows are kept."""
     seer.attach(golden.model, str(golden.gate_folder))
     try:
-        from seerattention.hf.state import state_of
-
         assert state_of(golden.model).policy == seer.Threshold(2e-3, last_blocks_dense=2)
         assert state_of(golden.model).gate_config.block_size == 64
     finally:
@@ -217,8 +215,6 @@ def test_published_layout_is_read_as_it_is(golden):
 
 
 def test_converted_gates_select_the_same(golden, tmp_path):
-    from seerattention.hf import convert
-
     converted = convert(golden.gate_folder, tmp_path / "converted")
     results = []
     for folder in (golden.gate_folder, converted):

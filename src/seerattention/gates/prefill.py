@@ -43,6 +43,10 @@ class BlockGate(nn.Module, ABC):
     ) -> Tensor:
         """Block logits of a whole prompt; see :meth:`PrefillGate.forward`."""
 
+    @abstractmethod
+    def check_rotary(self, rotary_dim: int) -> None:
+        """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""
+
 
 class PrefillGate(BlockGate):
     """The published gate: queries and keys pooled per block, linear layers, RoPE at block starts, one product.
@@ -175,10 +179,13 @@ class PrefillGate(BlockGate):
             return
         if cos.dim() != 3 or cos.shape[1] != length or cos.shape[0] not in (1, batch):
             raise ValueError(f"cos and sin must be [B or 1, {length}, rotary_dim], got {tuple(cos.shape)}")
-        rotary = cos.shape[-1]
-        if rotary > self.width and rotary % self.width:
+        self.check_rotary(cos.shape[-1])
+
+    def check_rotary(self, rotary_dim: int) -> None:
+        """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""
+        if self.config.rope and rotary_dim > self.width and rotary_dim % self.width:
             raise ValueError(
-                f"a gate of width {self.width} cannot take the rotary embedding of {rotary} channels: the width must "
+                f"a gate of width {self.width} cannot take the rotary embedding of {rotary_dim} channels: the width must "
                 "be at least the rotary width or divide it; change hidden_size or pass rope=False"
             )
 

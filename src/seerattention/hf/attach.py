@@ -97,6 +97,10 @@ def attach(
     )
     layers: Any = decoder.layers
     built = _build_gates(state, config, len(layers), checkpoint) if gate_config is not None else {}
+    frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
+    if frequencies is not None:
+        for gate in built.values():
+            gate.check_rotary(2 * len(frequencies))
     register()
     for index, decoder_layer in enumerate(layers):
         layer = LayerState(state, index, decoder_layer, sliding_window(config, index))

@@ -103,7 +103,8 @@ class ModelState:
     statistics: list[Statistics] = field(default_factory=list)
     dense_depth: int = 0
     warned: set[str] = field(default_factory=set)
-    _positions: tuple[tuple[Callable[[], Tensor | None], ...], bool] | None = None
+    # The positions and mask last looked at (weakly), their in-place versions, and the answer.
+    _positions: tuple[tuple[Callable[[], Tensor | None], ...], tuple[int, ...], bool] | None = None
 
     @property
     def block_size(self) -> int:
@@ -124,14 +125,16 @@ class ModelState:
             return True
         if position_ids.dim() != 2:
             return False
-        key = (position_ids, attention_mask)
-        if self._positions is not None and all(ref() is x for ref, x in zip(self._positions[0], key, strict=True)):
-            return self._positions[1]
+        seen = (position_ids, attention_mask)
+        versions = tuple(0 if x is None or x.is_inference() else x._version for x in seen)
+        memo = self._positions
+        if memo is not None and memo[1] == versions and all(ref() is x for ref, x in zip(memo[0], seen, strict=True)):
+            return memo[2]
         consecutive = position_ids.diff(dim=-1) == 1
         if attention_mask is not None:
             consecutive = consecutive | ~(attention_mask[:, 1:] & attention_mask[:, :-1])
         answer = bool(consecutive.all())
-        self._positions = (tuple((lambda: None) if x is None else weakref.ref(x) for x in key), answer)
+        self._positions = (tuple((lambda: None) if x is None else weakref.ref(x) for x in seen), versions, answer)
         return answer
 
 

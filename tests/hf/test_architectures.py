@@ -1,0 +1,118 @@
+"""Probe of each family: the captured tensors, rotated, are what attention receives; and where decoders are found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import seerattention as seer
+from seerattention.hf import FAMILIES, find_decoder
+
+SCALINGS = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def probe(model: nn.Module, ids: torch.Tensor, **inputs: torch.Tensor) -> list[seer.LayerInputs]:
+    seen: list[seer.LayerInputs] = []
+    with torch.inference_mode(), seer.observe(model, lambda layer_inputs, blocks: seen.append(layer_inputs)):
+        model(ids, **inputs)
+    return seen
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_captured_tensors_rotated_are_the_attention_inputs(model_of, ids_of, family, scaling):
+    model = model_of(family, rope_parameters=SCALINGS[scaling])
+    seer.attach(model, seer.GateConfig(), min_context=0)
+    seen = probe(model, ids_of(130, batch=2))
+    assert [inputs.layer for inputs in seen] == [0, 1]
+    for inputs in seen:
+        q, k = apply_rotary_pos_emb(inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin)
+        assert torch.equal(q, inputs.q)
+        assert torch.equal(k, inputs.k)
+        assert inputs.lengths is None
+        assert inputs.scale == pytest.approx(inputs.q.shape[-1] ** -0.5)
+    if scaling == "yarn":  # YaRN scales the rotary table itself
+        assert seen[0].cos.max() > 1.0
+
+
+def test_captured_tensors_of_a_left_padded_batch_begin_with_the_content(model_of, ids_of, family):
+    model = model_of(family)
+    seer.attach(model, seer.GateConfig(), min_context=0)
+    ids, mask = ids_of(130, batch=2), torch.ones(2, 130, dtype=torch.long)
+    mask[0, :51] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded = probe(model, ids, attention_mask=mask, position_ids=positions)[0]
+    alone = probe(model, ids[:1, 51:])[0]
+    assert padded.lengths is not None
+    assert padded.lengths.tolist() == [79, 130]
+    for name in ("q", "k", "v", "q_pre", "k_pre"):
+        torch.testing.assert_close(getattr(padded, name)[:1, :, :79], getattr(alone, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded.cos[:1, :79], alone.cos)
+
+
+def test_unsupported_family_is_named_with_the_supported_ones():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=10))
+    with pytest.raises(ValueError, match=r"'gpt2'.*llama.*mistral.*qwen2.*qwen3"):
+        seer.attach(model, seer.GateConfig())
+
+
+def test_no_model_is_a_type_error():
+    with pytest.raises(TypeError, match="Module"):
+        seer.attach("meta-llama/Llama-3.1-8B", seer.GateConfig())  # type: ignore[arg-type]
+
+
+def test_decoder_is_found_through_wrappers(model_of):
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+    model = model_of()
+    assert find_decoder(model) is model.model
+    assert find_decoder(Wrapper(Wrapper(model))) is model.model
+    assert find_decoder(torch.compile(model)) is model.model
+
+
+def test_two_decoders_are_refused(model_of):
+    with pytest.raises(ValueError, match="2 decoders"):
+        find_decoder(nn.ModuleList([model_of(), model_of()]))
+
+
+def test_adapters_that_come_after_attach_are_followed(model_of, ids_of):
+    """An adapter replaces q_proj by a module that adds to it: gates must see the sum."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear):
+            super().__init__()
+            self.base = base
+            self.down = nn.Linear(base.in_features, 2, bias=False)
+            self.up = nn.Linear(2, base.out_features, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    model = model_of()
+    seer.attach(model, seer.GateConfig(), min_context=0)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    inputs = probe(model, ids_of(100))[1]
+    q, _ = apply_rotary_pos_emb(inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin)
+    assert torch.equal(q, inputs.q)
