@@ -39,7 +39,7 @@ def block_sparse_attention_cpu_gathered(
     k_blocks = F.pad(k.float(), (0, 0, 0, back)).reshape(-1, block_size, head_dim)
     v_blocks = F.pad(v.float(), (0, 0, 0, back)).reshape(-1, block_size, head_dim)
 
-    indices = blocks.indices.reshape(-1, blocks.indices.shape[-1]).long()
+    indices = blocks.indices.flatten(0, 2).long()
     counts = blocks.counts.reshape(-1).long()
     last = indices.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0] if indices.shape[1] else counts
     query_block = torch.arange(blocks.first_row, num_key_blocks, device=q.device).repeat(batch * list_heads)

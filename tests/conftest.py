@@ -1,0 +1,22 @@
+"""Set up before any test module is imported: Triton's interpreter where there is no GPU, and shared fixtures."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Kernels look at this variable when they are decorated, so it must be set before the first import of one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import helpers` from any test directory
+
+import helpers
+
+
+@pytest.fixture
+def nan_filled_empty(monkeypatch):
+    """Within the test, torch.empty and torch.empty_like give NaN: what a kernel forgets to write shows."""
+    helpers.fill_empty_with_nan(monkeypatch)

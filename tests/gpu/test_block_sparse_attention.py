@@ -1,0 +1,156 @@
+"""The Triton kernel on a GPU: the full product of shapes, dtypes and lists, very long inputs, repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import (
+    LIST_KINDS,
+    assert_as_accurate_as,
+    assert_lse_close,
+    exact_attention,
+    make_blocks,
+    make_qkv,
+    masked_sdpa,
+)
+from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.indices import BlockIndices
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LENGTHS = [(1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (1000, 1000), (37, 200), (300, 1000)]
+
+
+def run_and_check(q, k, v, blocks):
+    exact, exact_lse = exact_attention(q, k, v, blocks)
+    out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="triton")
+    assert_lse_close(lse, exact_lse)
+    assert_as_accurate_as(out, masked_sdpa(q, k, v, blocks), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_full_product(head_dim, group, dtype, nan_filled_empty):
+    """Head_dim x GQA x dtype as parameters, lengths x list kinds inside: one compile per head_dim and dtype."""
+    for seed, lengths in enumerate(LENGTHS):
+        q, k, v = make_qkv(
+            *lengths, heads=2 * group, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda", seed=seed
+        )
+        for kind in LIST_KINDS:
+            run_and_check(q, k, v, make_blocks(kind, q, k, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "dtype"),
+    [
+        (16, 64, torch.bfloat16),
+        (32, 32, torch.bfloat16),
+        (32, 128, torch.float32),
+        (64, 32, torch.float16),
+        (64, 128, torch.bfloat16),
+        (80, 64, torch.bfloat16),
+        (80, 32, torch.float32),
+        (96, 128, torch.float16),
+        (128, 32, torch.bfloat16),
+        (128, 128, torch.bfloat16),
+        (128, 128, torch.float32),
+        (256, 64, torch.bfloat16),
+        (256, 128, torch.float32),
+    ],
+    ids=str,
+)
+def test_other_head_dims_and_block_sizes(head_dim, block_size, dtype, nan_filled_empty):
+    for lengths in ((65, 65), (1000, 1000), (37, 200)):
+        q, k, v = make_qkv(*lengths, batch=2, head_dim=head_dim, dtype=dtype, device="cuda")
+        for kind in LIST_KINDS:
+            run_and_check(q, k, v, make_blocks(kind, q, k, block_size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_blocks_equal_sdpa(dtype):
+    q, k, v = make_qkv(1000, 1000, head_dim=128, dtype=dtype, device="cuda")
+    blocks = make_blocks("all", q, k)
+    out = block_sparse_attention(q, k, v, blocks)
+    dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
+    assert_as_accurate_as(out, dense, exact_attention(q, k, v, blocks)[0])
+
+
+def test_automatic_choice_is_triton_and_lse_is_optional(nan_filled_empty):
+    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    blocks = make_blocks("random", q, k)
+    with_lse, _ = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="triton")
+    assert torch.equal(block_sparse_attention(q, k, v, blocks), with_lse)
+
+
+def _long_lists(heads, rows, per_row, generator):
+    """Ascending lists of at most per_row blocks that hold block 0, the diagonal and random ones between."""
+    diagonal = torch.arange(rows, device="cuda")
+    draws = torch.rand(1, heads, rows, per_row, device="cuda", generator=generator) * (diagonal[:, None] + 1)
+    draws = draws.long().clamp(max=diagonal[:, None])
+    draws[..., 0] = 0
+    draws[..., -1] = diagonal
+    draws = draws.sort(-1).values
+    repeated = torch.zeros_like(draws, dtype=torch.bool)
+    repeated[..., 1:] = draws[..., 1:] == draws[..., :-1]
+    packed = draws.masked_fill(repeated, rows).sort(-1).values  # repeats move to the end, past the counts
+    counts = (~repeated).sum(-1, dtype=torch.int32)
+    return BlockIndices(packed.int(), counts, rows, 64)
+
+
+def _check_rows(q, k, v, blocks, out, rows):
+    """Compare single query blocks with exact attention over the keys up to them."""
+    for row in rows:
+        end = (row + 1) * 64
+        listed = BlockIndices(
+            blocks.indices[:, :, row : row + 1, :].contiguous(), blocks.counts[:, :, row : row + 1], row + 1, 64
+        )
+        one = q[:, :, end - 64 : end]
+        exact, _ = exact_attention(one, k[:, :, :end], v[:, :, :end], listed)
+        baseline = masked_sdpa(one, k[:, :, :end], v[:, :, :end], listed)
+        assert_as_accurate_as(out[:, :, end - 64 : end], baseline, exact)
+
+
+def test_64k_tokens_sampled(nan_filled_empty):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = make_qkv(65536, 65536, heads=4, kv_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    blocks = _long_lists(4, 1024, 52, generator)
+    out = block_sparse_attention(q, k, v, blocks)
+    assert not out.isnan().any()
+    _check_rows(q, k, v, blocks, out, [0, 1, 17, 333, 512, 1000, 1023])
+
+
+def test_repeats_are_bit_identical():
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = make_qkv(16384, 16384, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    blocks = _long_lists(8, 256, 26, generator)
+    first, first_lse = block_sparse_attention(q, k, v, blocks, return_lse=True)
+    for _ in range(20):
+        out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True)
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Addresses past 2^31 elements: the last head of a large input equals the same head alone."""
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    length, heads = 1 << 18, 66
+    q = torch.randn(1, heads, length, 128, dtype=torch.bfloat16, device="cuda")
+    k, v = torch.randn(2, 1, 1, length, 128, dtype=torch.bfloat16, device="cuda").unbind(0)
+    lists = _long_lists(1, length // 64, 2, torch.Generator("cuda").manual_seed(0))
+    blocks = BlockIndices(
+        lists.indices.expand(1, heads, -1, -1), lists.counts.expand(1, heads, -1), lists.num_key_blocks, 64
+    )
+    assert q.numel() > 2**31
+    out = block_sparse_attention(q, k, v, blocks)
+    alone = block_sparse_attention(q[:, -1:].clone(), k, v, lists)
+    assert torch.equal(out[:, -1:], alone)
+
+
+def test_another_current_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = make_qkv(100, 100, dtype=torch.bfloat16, device="cuda:1")
+    run_and_check(q, k, v, make_blocks("random", q, k))

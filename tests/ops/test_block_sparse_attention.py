@@ -1,0 +1,354 @@
+"""Every implementation of block-sparse attention that runs without a GPU, against masked dense attention."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import (
+    LIST_KINDS,
+    assert_as_accurate_as,
+    assert_lse_close,
+    exact_attention,
+    make_blocks,
+    make_qkv,
+    masked_sdpa,
+)
+from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.indices import BlockIndices
+
+MODULE = "seerattention.ops.block_sparse_attention"
+LENGTHS = [(1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (1000, 1000), (1, 65), (37, 200), (130, 333), (64, 192)]
+
+
+def run_and_check(implementation, q, k, v, blocks, with_lse=True):
+    """One call against the exact result, held to the error of masked SDPA in the same dtype."""
+    exact, exact_lse = exact_attention(q, k, v, blocks)
+    if with_lse:
+        out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
+        assert_lse_close(lse, exact_lse)
+    else:
+        out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    assert_as_accurate_as(out, masked_sdpa(q, k, v, blocks), exact)
+
+
+# -- the reference itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LIST_KINDS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_reference(lengths, kind, nan_filled_empty):
+    q, k, v = make_qkv(*lengths, batch=2)
+    blocks = make_blocks(kind, q, k)
+    run_and_check("reference", q, k, v, blocks)
+    _, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="reference")
+    assert bool((lse == float("-inf")).any()) == bool((blocks.counts == 0).any())
+
+
+def test_reference_in_chunks_is_the_same(monkeypatch):
+    q, k, v = make_qkv(300, 433, batch=2)
+    blocks = make_blocks("random", q, k)
+    whole = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="reference")
+    monkeypatch.setattr(importlib.import_module(f"{MODULE}.reference"), "MAX_SCORES", 1)
+    for a, b in zip(
+        block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="reference"), whole, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_reference_lse_is_the_log_of_the_sum():
+    q, k, v = make_qkv(70, 70, heads=1, kv_heads=1, head_dim=8)
+    blocks = make_blocks("all", q, k)
+    _, lse = block_sparse_attention(q, k, v, blocks, scale=0.3, return_lse=True, implementation="reference")
+    expected = torch.log(torch.exp(0.3 * (q[0, 0, 69] @ k[0, 0].T)).sum())
+    torch.testing.assert_close(lse[0, 0, 69], expected)
+
+
+# -- gathered ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LIST_KINDS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gathered_lengths(lengths, kind, nan_filled_empty):
+    q, k, v = make_qkv(*lengths, batch=2)
+    run_and_check("cpu_gathered", q, k, v, make_blocks(kind, q, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("kind", ["random", "shared"])
+def test_gathered_groups_and_dtypes(group, dtype, kind, nan_filled_empty):
+    q, k, v = make_qkv(150, 260, heads=2 * group, kv_heads=2, dtype=dtype)
+    run_and_check("cpu_gathered", q, k, v, make_blocks(kind, q, k))
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+def test_gathered_head_dims_and_block_sizes(head_dim, block_size, nan_filled_empty):
+    q, k, v = make_qkv(200, 300, head_dim=head_dim)
+    run_and_check("cpu_gathered", q, k, v, make_blocks("empty_rows", q, k, block_size))
+
+
+def test_gathered_in_buckets_of_one_row(monkeypatch):
+    monkeypatch.setattr(importlib.import_module(f"{MODULE}.cpu_gathered"), "BUCKET_ELEMENTS", 1)
+    q, k, v = make_qkv(300, 333)
+    run_and_check("cpu_gathered", q, k, v, make_blocks("random", q, k))
+
+
+# -- FlexAttention -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_flex_compiles_once_for_all_lengths_lists_and_dtypes(nan_filled_empty):
+    q, k, v = make_qkv(64, 64)
+    block_sparse_attention(q, k, v, make_blocks("all", q, k), implementation="cpu_flex")
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for lengths in LENGTHS:
+            for kind in LIST_KINDS:
+                q, k, v = make_qkv(*lengths, batch=2, dtype=dtype)
+                run_and_check("cpu_flex", q, k, v, make_blocks(kind, q, k), with_lse=False)
+    contiguous = [x.contiguous() for x in make_qkv(256, 256)]
+    run_and_check("cpu_flex", *contiguous, make_blocks("random", *contiguous[:2]), with_lse=False)
+    narrow = make_blocks("single", *contiguous[:2])
+    narrow = BlockIndices(narrow.indices[..., :1], narrow.counts, narrow.num_key_blocks, narrow.block_size)
+    run_and_check("cpu_flex", *contiguous, narrow, with_lse=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(7, 1, 80, 32), (2, 2, 128, 128)])
+def test_flex_head_configurations(heads, kv_heads, head_dim, block_size, nan_filled_empty):
+    for kind in LIST_KINDS:
+        q, k, v = make_qkv(250, 333, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        run_and_check("cpu_flex", q, k, v, make_blocks(kind, q, k, block_size), with_lse=False)
+
+
+@pytest.mark.slow
+def test_flex_with_another_number_of_threads():
+    """The number of threads is compiled into FlexAttention's buffers: changing it must not reuse the binary."""
+    threads = torch.get_num_threads()
+    q, k, v = make_qkv(500, 500)
+    blocks = make_blocks("random", q, k)
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            run_and_check("cpu_flex", q, k, v, blocks, with_lse=False)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_short_prompts_never_compile(monkeypatch):
+    def fail(*args):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(importlib.import_module(f"{MODULE}.cpu_flex"), "_compiled", fail)
+    q, k, v = make_qkv(2047, 2047, heads=1, kv_heads=1, head_dim=16)
+    blocks = make_blocks("random", q, k)
+    block_sparse_attention(q, k, v, blocks)
+    q, k, v = make_qkv(2048, 2048, heads=1, kv_heads=1, head_dim=16)
+    blocks = make_blocks("random", q, k)
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        with pytest.raises(AssertionError, match="compiled"):
+            block_sparse_attention(q, k, v, blocks)
+    block_sparse_attention(q, k, v, blocks, return_lse=True)
+
+
+WITHOUT_COMPILER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import logging
+logging.basicConfig(level=logging.WARNING, format="LOG %(name)s %(message)s")
+import torch
+from helpers import make_blocks, make_qkv
+from seerattention.ops import block_sparse_attention
+q, k, v = make_qkv(2100, 2100, heads=2, kv_heads=1, head_dim=32)
+blocks = make_blocks("random", q, k)
+reference = block_sparse_attention(q, k, v, blocks, implementation="reference")
+for _ in range(2):
+    torch.testing.assert_close(block_sparse_attention(q, k, v, blocks), reference, rtol=1e-5, atol=2e-6)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("case", ["CXX points to nothing", "CXX unset, no compiler on PATH"])
+def test_without_a_compiler_the_gathered_path_runs_with_one_warning(case, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # no binary of an earlier run
+    if case.startswith("CXX points"):
+        environment["CXX"] = "/nonexistent/g++"
+    else:
+        environment["PATH"] = str(tmp_path)
+    here = os.path.dirname(os.path.dirname(__file__))
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER, here], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "same" in result.stdout
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("LOG seerattention")]
+    assert len(warnings) == (1 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 0), result.stderr
+
+
+# -- Triton, interpreted: a fixed subset in which values of the columns meet pairwise ---------------------------------
+
+# (Tq, Tk), heads, KV heads, head_dim, block size, dtype, kind
+TRITON_CASES = [
+    ((1, 1), 4, 4, 64, 64, torch.float32, "all"),
+    ((63, 63), 4, 2, 32, 64, torch.float16, "random"),
+    ((64, 64), 7, 1, 80, 32, torch.float32, "shared"),
+    ((65, 65), 8, 1, 128, 64, torch.float16, "empty_rows"),
+    ((127, 127), 2, 2, 256, 64, torch.float32, "single"),
+    ((127, 127), 4, 1, 64, 128, torch.float16, "shared"),
+    ((1, 65), 8, 2, 16, 64, torch.float32, "random"),
+    ((37, 200), 4, 2, 80, 64, torch.float16, "random"),
+    ((37, 200), 7, 1, 64, 32, torch.float32, "empty_rows"),
+    ((130, 333), 2, 1, 32, 128, torch.float32, "random"),
+    ((64, 192), 2, 2, 128, 128, torch.float32, "all"),
+    ((64, 192), 4, 4, 80, 64, torch.float16, "single"),
+    ((200, 200), 2, 1, 256, 32, torch.float16, "all"),
+    ((200, 200), 4, 2, 64, 64, torch.float32, "empty_rows"),
+    ((1, 129), 8, 1, 128, 32, torch.float16, "shared"),
+    ((1000, 1000), 1, 1, 64, 64, torch.float32, "random"),
+]
+
+
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_triton_interpreted(case, nan_filled_empty):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu covers it")
+    lengths, heads, kv_heads, head_dim, block_size, dtype, kind = case
+    q, k, v = make_qkv(*lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    run_and_check("triton", q, k, v, make_blocks(kind, q, k, block_size))
+
+
+def test_triton_batch_and_no_lse(nan_filled_empty):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu covers it")
+    q, k, v = make_qkv(70, 100, batch=2, heads=2, kv_heads=1)
+    blocks = make_blocks("random", q, k)
+    run_and_check("triton", q, k, v, blocks, with_lse=False)
+    padded = torch.cat([blocks.indices, blocks.indices], -1)[..., : blocks.num_key_blocks + 1]
+    strided = BlockIndices(padded, blocks.counts, blocks.num_key_blocks, 64)  # a capacity above Nk
+    run_and_check("triton", q, k, v, strided)
+
+
+# -- all implementations -----------------------------------------------------------------------------------------------
+
+PORTABLE = ["reference", "cpu_gathered", "triton"]
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_all_blocks_equal_sdpa(implementation):
+    q, k, v = make_qkv(130, 130)
+    out = block_sparse_attention(q, k, v, make_blocks("all", q, k), implementation=implementation)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, dense, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_lists_without_room_give_empty_rows(implementation):
+    q, k, v = make_qkv(70, 70)
+    counts = torch.zeros(1, 4, 2, dtype=torch.int32)
+    blocks = BlockIndices(torch.zeros(1, 4, 2, 0, dtype=torch.int32), counts, 2)
+    out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert bool((lse == float("-inf")).all())
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_scale_and_large_logits(implementation):
+    q, k, v = make_qkv(100, 100)
+    blocks = make_blocks("random", q, k)
+    for factor, scale in ((1.0, 0.02), (60.0, None)):
+        reference = block_sparse_attention(q * factor, k, v, blocks, scale=scale, implementation="reference")
+        out = block_sparse_attention(q * factor, k, v, blocks, scale=scale, implementation=implementation)
+        torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_does_not_lower_the_precision():
+    q, k, v = make_qkv(200, 200)
+    blocks = make_blocks("random", q, k)
+    expected = block_sparse_attention(q, k, v, blocks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block_sparse_attention(q, k, v, blocks), expected)
+
+
+def test_output_keeps_the_memory_order_of_q():
+    q, k, v = make_qkv(100, 100)
+    out = block_sparse_attention(q, k, v, make_blocks("random", q, k))
+    assert out.stride() == q.stride()
+
+
+def _arguments():
+    q, k, v = make_qkv(100, 150)
+    return {"q": q, "k": k, "v": v, "blocks": make_blocks("random", q, k)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda a: a | {"q": a["q"].double()}, TypeError, "float64"),
+        (lambda a: a | {"k": a["k"].half()}, TypeError, "float16"),
+        (lambda a: a | {"v": a["v"].half()}, TypeError, "float16"),
+        (lambda a: a | {"v": a["v"][:, :, :99]}, ValueError, "k and v"),
+        (lambda a: a | {"q": a["q"][:, :3]}, ValueError, "multiple"),
+        (lambda a: a | {"q": a["q"][0]}, ValueError, r"\[B, Hq, Tq, D\]"),
+        (lambda a: a | {"q": a["q"].repeat(1, 1, 2, 1)}, ValueError, "200 queries for 150 keys"),
+        (lambda a: a | {"q": a["q"].mT.contiguous().mT}, ValueError, "last dimension of q"),
+        (lambda a: a | {"q": a["q"][:, :, :10]}, ValueError, "query blocks"),
+        (lambda a: a | {"blocks": a["blocks"].indices}, TypeError, "BlockIndices"),
+        (lambda a: a | {"scale": -1.0}, ValueError, "scale"),
+        (lambda a: a | {"implementation": "fast"}, ValueError, "fast"),
+        (lambda a: a | {"implementation": "cpu_flex", "return_lse": True}, NotImplementedError, "lse"),
+        (lambda a: a | {"q": a["q"].requires_grad_()}, NotImplementedError, "no_grad"),
+    ],
+)
+def test_errors_say_what_is_wrong(change, error, words):
+    arguments = change(_arguments())
+    with pytest.raises(error, match=words):
+        block_sparse_attention(**arguments)
+
+
+def test_wrong_block_size_and_wrong_heads():
+    q, k, v = make_qkv(100, 100)
+    mask = torch.ones(1, 4, 7, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match="block_size"):
+        block_sparse_attention(q, k, v, BlockIndices.from_mask(mask, 16))
+    with pytest.raises(ValueError, match="3 heads"):
+        block_sparse_attention(q, k, v, BlockIndices.from_mask(mask[:, :3, :2, :2]))
+
+
+def test_inputs_that_require_grad_are_fine_without_grad_mode():
+    q, k, v = make_qkv(100, 100)
+    blocks = make_blocks("random", q, k)
+    with torch.no_grad():
+        out = block_sparse_attention(q.requires_grad_(), k, v, blocks)
+    assert not out.requires_grad
+
+
+def test_a_gpu_without_triton_warns_once_and_takes_the_reference(monkeypatch, caplog):
+    dispatch = importlib.import_module("seerattention.ops.dispatch")
+    monkeypatch.setattr(dispatch, "triton_importable", lambda: False)
+    dispatch.warn_once.cache_clear()
+    device = torch.device("cuda")
+    with caplog.at_level(logging.WARNING, logger="seerattention"):
+        for _ in range(2):
+            name = dispatch.choose_implementation("op", None, device, names=("reference", "triton"))
+            assert name == "reference"
+    assert len(caplog.records) == 1
+    with pytest.raises(ValueError, match="needs triton"):
+        dispatch.choose_implementation("op", "triton", device, names=("reference", "triton"))
+
+
+def test_importing_the_package_imports_neither_triton_nor_the_compiler():
+    code = "import sys, torch, seerattention.ops\nassert 'triton' not in sys.modules\nassert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
