@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import seerattention as seer
-from seerattention.hf import FAMILIES, find_decoder
+from seerattention.hf import find_decoder
 
 SCALINGS = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

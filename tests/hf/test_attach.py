@@ -205,10 +205,11 @@ def test_contexts_close_on_errors(model_of, ids_of):
     def broken(inputs, blocks):
         raise RuntimeError("broken observer")
 
-    for context in (seer.observe(model, broken), seer.dense(model), seer.record(model)):
-        with pytest.raises(RuntimeError, match="broken"), context:
-            logits_of(model, ids)
-            raise RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"), seer.observe(model, broken):
+        logits_of(model, ids)
+    for context in (seer.dense(model), seer.record(model)):
+        with pytest.raises(RuntimeError, match="inside"), context:
+            raise RuntimeError("inside")
     with seer.record(model) as stats:
         logits_of(model, ids)
     assert (stats.sparse_calls, stats.dense_calls) == (2, 0)

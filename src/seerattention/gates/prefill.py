@@ -185,8 +185,8 @@ class PrefillGate(BlockGate):
         """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""
         if self.config.rope and rotary_dim > self.width and rotary_dim % self.width:
             raise ValueError(
-                f"a gate of width {self.width} cannot take the rotary embedding of {rotary_dim} channels: the width must "
-                "be at least the rotary width or divide it; change hidden_size or pass rope=False"
+                f"a gate of width {self.width} cannot take the rotary embedding of {rotary_dim} channels: the width "
+                "must be at least the rotary width or divide it; change hidden_size or pass rope=False"
             )
 
 
