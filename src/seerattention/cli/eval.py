@@ -180,11 +180,12 @@ def _settings(gates: Any, densities: Sequence[float], thresholds: Sequence[float
     from ..evaluate import Setting
     from ..policies import Threshold, TopK
 
+    policies = {f"{density:g}": TopK(density) for density in densities}
     settings = [Setting.dense()]
     if oracle:
-        settings += [Setting(f"oracle {density:g}", selector=Oracle(TopK(density))) for density in densities]
+        settings += [Setting(f"oracle {name}", selector=Oracle(policy)) for name, policy in policies.items()]
     if gates is not None:
-        settings += [Setting(f"gates {density:g}", gates=gates, policy=TopK(density)) for density in densities]
+        settings += [Setting(f"gates {name}", gates=gates, policy=policy) for name, policy in policies.items()]
         settings += [Setting(f"gates > {value:g}", gates=gates, policy=Threshold(value)) for value in thresholds]
     elif thresholds:
         raise ValueError("--thresholds needs --gates")

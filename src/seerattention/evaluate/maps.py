@@ -178,6 +178,8 @@ def draw_recall(recall: np.ndarray) -> Figure:
                         fontsize=7,
                         color="black" if value > 0.6 else "white",
                     )
+        axis.set_xticks(range(heads))
+        axis.set_yticks(range(layers))
     axis.set_xlabel("query head", fontsize=9)
     axis.set_ylabel("layer", fontsize=9)
     axis.tick_params(labelsize=8)

@@ -162,4 +162,6 @@ def _figure(figure: Any, caption: str, alt: str, dpi: int) -> str:
     figure.savefig(buffer, format="png", dpi=dpi)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     note = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{_escape(alt or caption)}" src="data:image/png;base64,{data}">{note}</figure>'
+    width = round(96 * figure.get_figwidth())  # CSS pixels; the picture itself is finer
+    image = f'<img width="{width}" alt="{_escape(alt or caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}{note}</figure>"

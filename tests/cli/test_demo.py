@@ -1,0 +1,59 @@
+"""The demo's whole path, on a tiny model."""
+
+import json
+
+import pytest
+
+import seerattention as seer
+from seerattention.cli.demo_job import DemoPlan, _affordable_steps
+
+from ..evaluate.tiny import make_model
+
+
+def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
+    result = seer_command("demo", "--fast", "--device", "cpu", "--output", tmp_path / "report", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    plan = DemoPlan.choose("cpu", fast=True)
+    names = ["dense", "committed gates, 0.5", "committed gates, 0.2", "fresh gates, 0.2"]
+    for part in ("timing", "retrieval", "perplexity"):
+        assert [item["setting"] for item in data[part]] == names
+    densities = [item["density"] for item in data["retrieval"]]
+    assert densities[0] == 1.0
+    assert densities[2] == densities[3] < densities[1] < 1
+    distillation = data["distillation"]
+    assert 2 <= distillation["steps"] <= plan.max_steps
+    assert len(distillation["loss"]) == distillation["steps"]
+    assert distillation["tokens"] == distillation["steps"] * plan.train_length
+    for kind in ("before", "after", "committed"):
+        assert all(0 < recall < 1 for recall in distillation[f"recall_{kind}"])
+    assert distillation["recall_before"] != distillation["recall_after"]
+    # What was distilled is there to be used.
+    model = make_model(seer.testbed.load()[0].config.vocab_size)
+    seer.attach(model, tmp_path / "report" / "fresh-gates")
+    page = (tmp_path / "report" / "index.html").read_text()
+    for text in (*names, "smoke test", "Block recall", "git commit"):
+        assert text in page
+    assert json.loads((tmp_path / "report" / "results.json").read_text()) == data
+    # Progress and tables went to stderr.
+    assert "distilling fresh gates" in result.stderr
+    assert "committed gates, 0.5" in result.stderr
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 1e6])
+def test_steps_follow_the_time_there_is(seconds):
+    import torch
+
+    model = make_model(300)
+    seer.attach(model, seer.GateConfig(), min_context=0)
+    plan = DemoPlan(train_length=128, max_steps=50, seconds=seconds)
+    steps = _affordable_steps(model, torch.randint(0, 300, (1, 128)), plan)
+    assert steps == (2 if seconds < 1 else 50)
+
+
+def test_plans_fit_their_device():
+    assert DemoPlan.choose("cpu").length == 8192
+    assert DemoPlan.choose("cuda:1").length == 16384
+    for plan in (DemoPlan.choose("cpu"), DemoPlan.choose("cuda"), DemoPlan.choose("cpu", fast=True)):
+        assert set(plan.fresh) <= set(plan.committed)
+        assert plan.train_length <= plan.length

@@ -1,0 +1,119 @@
+"""``seer eval`` and ``seer inspect`` on a tiny model from disk."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture
+def common(folder):
+    return ["--model", folder / "model", "--gates", folder / "gates", "--data", folder / "text.txt", "--device", "cpu"]
+
+
+def test_eval_measures_every_setting(seer_command, folder, common, tmp_path):
+    result = seer_command(
+        "eval", *common, "--tasks", "single,multivalue", "--lengths", "768,1K", "--densities", "0.5,0.2", "--oracle",
+        "--thresholds", "0.1", "--samples", 2, "--questions", 2, "--documents", 2, "--repeats", 1, "--batch-size", 2,
+        "--measure", "retrieval,perplexity,timing", "--output", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    names = ["dense", "oracle 0.5", "oracle 0.2", "gates 0.5", "gates 0.2", "gates > 0.1"]
+    assert [item["setting"] for item in data["retrieval"]] == names * 2
+    assert [item["length"] for item in data["retrieval"]] == [768] * 6 + [1024] * 6
+    assert [item["setting"] for item in data["perplexity"]] == names
+    assert [item["setting"] for item in data["timing"]] == [name for name in names if "oracle" not in name] * 2
+    for item in data["retrieval"] + data["perplexity"] + data["timing"]:
+        assert 0 < item["density"] <= 1
+        assert (item["density"] == 1) == (item["setting"] == "dense")
+    by_name = {item["setting"]: item["density"] for item in data["perplexity"]}
+    assert by_name["oracle 0.2"] == by_name["gates 0.2"] < by_name["gates 0.5"]
+    assert data["retrieval"][0]["tasks"]["multivalue"]["questions"] == 4
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == data
+    page = (tmp_path / "out" / "index.html").read_text()
+    for text in (*names[:5], "gates &gt; 0.1", "Retrieval at 768", "Prefill time at 1K", "added loss"):
+        assert text in page
+
+
+def test_eval_perplexity_is_that_of_the_model(seer_command, folder):
+    arguments = ["--model", folder / "model", "--gates", "none", "--data", folder / "text.txt", "--device", "cpu"]
+    result = seer_command(
+        "eval",
+        *arguments,
+        "--measure",
+        "perplexity",
+        "--lengths",
+        "512",
+        "--documents",
+        "1",
+        "--densities",
+        "1",
+        "--json",
+    )
+    data = json.loads(result.stdout)
+    assert [item["setting"] for item in data["perplexity"]] == ["dense"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer((folder / "text.txt").read_text(), add_special_tokens=False, return_tensors="pt").input_ids[:, :512]
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert data["perplexity"][0]["by_length"][-1]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_eval_prints_tables_in_plain_text(seer_process, common):
+    result = seer_process(
+        "eval",
+        *common,
+        "--tasks",
+        "keyvalue",
+        "--lengths",
+        "1K",
+        "--densities",
+        "0.2",
+        "--samples",
+        "1",
+        "--documents",
+        "1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\x1b[" not in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert [line.split("|")[1].strip() for line in result.stdout.splitlines() if "gates 0.2" in line] == [
+        "gates 0.2"
+    ] * 2
+    assert "last quarter" in result.stdout
+    assert "retrieval at 1K" in result.stderr
+
+
+def test_inspect_draws_maps_and_tells_recall(seer_command, folder, common, tmp_path):
+    result = seer_command(
+        "inspect", *common, "--length", "512", "--layers", "1", "--heads", "0,2", "--output", tmp_path, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["tokens"] == 512
+    assert len(data["recall"]) == 2
+    assert all(len(layer) == 4 and all(0 < recall < 1 for recall in layer) for layer in data["recall"])
+    assert data["density"][0] == [pytest.approx(20 / 36)] * 4  # the stored policy, TopK(0.5)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["index.html", "layer-01.png"]
+    assert (tmp_path / "layer-01.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    sparse = seer_command(
+        "inspect", *common, "--length", "512", "--layers", "1", "--density", "0.2", "--output", tmp_path, "--json"
+    )
+    assert json.loads(sparse.stdout)["density"][0][0] < 0.4
+
+
+def test_inspect_reads_a_text_file(seer_command, folder, common, tmp_path):
+    text = tmp_path / "prompt.txt"
+    text.write_text("the quiet house of a captain stood near the silver river " * 8)
+    result = seer_command("inspect", *common, "--text", text, "--layers", "0", "--output", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert json.loads(result.stdout)["tokens"] == len(tokenizer(text.read_text()).input_ids)
+    refused = seer_command("inspect", *common, "--layers", "7", "--output", tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "layers 0 to 1" in refused.stderr
