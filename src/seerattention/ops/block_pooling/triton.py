@@ -12,7 +12,7 @@ from torch import Tensor
 from ..indices import num_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length"])  # another length must not compile it again
 def block_pooling_fwd_kernel(
     x,
     lengths,

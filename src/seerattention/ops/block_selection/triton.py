@@ -19,6 +19,8 @@ from .reference import PROBABILITY_UNITS, topp_target
 UNITS = tl.constexpr(float(PROBABILITY_UNITS))
 # Sorts below every float: for blocks that are not candidates.
 LOWEST = tl.constexpr(-(1 << 31))
+# Not specialised, so that a prompt of another length does not compile the kernels again.
+SIZES = ["heads", "num_rows", "num_keys", "stride_b", "stride_h", "stride_r", "capacity", "last", "block_size"]
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _pack(
     tl.store(counts + o_row, tl.sum(m_take.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def select_threshold_kernel(
     x, lengths, indices, counts, threshold, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
     block_size, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +87,7 @@ def select_threshold_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "stride_keep"])
 def select_topk_kernel(
     x, keep, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, stride_keep, capacity,
     last, block_size, DIAGONAL_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr,
@@ -112,7 +114,7 @@ def select_topk_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["target"])
+@triton.jit(do_not_specialize=[*SIZES, "target"])
 def select_topp_kernel(
     x, lengths, indices, counts, target, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
     block_size, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr,

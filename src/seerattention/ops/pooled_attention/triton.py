@@ -17,8 +17,9 @@ from torch import Tensor
 from ..indices import num_blocks
 from .reference import finish
 
-# A tile of keys takes at most this much shared memory per pipeline stage.
-MAX_TILE_BYTES = 32768
+# A strip of keys takes at most this much shared memory per pipeline stage. float32 products are unrolled multiply-adds,
+# not tensor core instructions: with larger strips they take minutes to compile.
+MAX_STRIP_BYTES = {torch.float16: 32768, torch.bfloat16: 32768, torch.float32: 8192}
 
 
 @triton.jit
@@ -54,7 +55,8 @@ def _reduce_tile(b_tile, b_lse, m_valid, SUM: tl.constexpr):
     return tl.exp2(tl.max(tl.where(m_valid, b_tile - b_lse, float("-inf")), 0))
 
 
-@triton.jit
+# Lengths are not specialised: a prompt of another length must not compile the kernel again.
+@triton.jit(do_not_specialize=["heads", "group", "query_length", "key_length", "num_keys"])
 def pooled_attention_fwd_kernel(
     q,
     k,
@@ -117,10 +119,13 @@ def pooled_attention_fwd_kernel(
         initial = 0.0 if SUM else float("-inf")
         for i_key in range(0, i_row):
             b_tile = tl.full([BLOCK], initial, tl.float32)
-            for i_strip in tl.static_range(BLOCK // BLOCK_N):
-                start = i_key * BLOCK + i_strip * BLOCK_N
-                b_s = _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
+            if BLOCK_N == BLOCK:  # no inner loop, so that the outer one is pipelined
+                b_s = _scores(b_q, p_k, i_key * BLOCK, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
                 b_tile = _reduce_step(b_s, b_lse, b_tile, SUM)
+            else:
+                for start in range(i_key * BLOCK, i_key * BLOCK + BLOCK, BLOCK_N):
+                    b_s = _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
+                    b_tile = _reduce_step(b_s, b_lse, b_tile, SUM)
             tl.store(p_out + i_key, _reduce_tile(b_tile, b_lse, m_valid, SUM))
         b_tile = tl.full([BLOCK], initial, tl.float32)
         for start in range(diagonal, diagonal + BLOCK, BLOCK_N):
@@ -149,7 +154,7 @@ def pooled_attention(
         return out
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_n = block_size
-    while block_n > 16 and block_n * block_d * q.element_size() > MAX_TILE_BYTES:
+    while block_n > 16 and block_n * block_d * q.element_size() > MAX_STRIP_BYTES[q.dtype]:
         block_n //= 2
     rows = rows.contiguous()
     with torch.cuda.device_of(q):
