@@ -22,7 +22,7 @@ __all__ = ["dense_indices", "select_threshold", "select_topk", "select_topp"]
 
 IMPLEMENTATIONS = ("reference", "triton")
 # A Triton program holds a whole row in registers.
-MAX_TRITON_BLOCKS = 16384
+MAX_TRITON_BLOCKS = 8192
 
 
 @torch.no_grad()
