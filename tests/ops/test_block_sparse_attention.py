@@ -107,12 +107,12 @@ def test_gathered_in_buckets_of_one_row(monkeypatch):
 
 @pytest.mark.slow
 def test_flex_compiles_once_for_all_lengths_lists_and_dtypes(nan_filled_empty):
-    q, k, v = make_qkv(64, 64)
+    q, k, v = make_qkv(100, 100)
     block_sparse_attention(q, k, v, make_blocks("all", q, k), implementation="cpu_flex")
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for lengths in LENGTHS:
-            for kind in LIST_KINDS:
+            for kind in LIST_KINDS if dtype == torch.float32 else ("random", "shared"):
                 q, k, v = make_qkv(*lengths, batch=2, dtype=dtype)
                 run_and_check("cpu_flex", q, k, v, make_blocks(kind, q, k), with_lse=False)
     contiguous = [x.contiguous() for x in make_qkv(256, 256)]
@@ -350,5 +350,6 @@ def test_a_gpu_without_triton_warns_once_and_takes_the_reference(monkeypatch, ca
 
 
 def test_importing_the_package_imports_neither_triton_nor_the_compiler():
-    code = "import sys, torch, seerattention.ops\nassert 'triton' not in sys.modules\nassert not torch.cuda.is_initialized()"
+    checks = ["'triton' not in sys.modules", "not torch.cuda.is_initialized()"]
+    code = "import sys, torch, seerattention.ops; assert " + " and ".join(checks)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

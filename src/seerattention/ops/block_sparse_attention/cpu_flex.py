@@ -48,7 +48,7 @@ def block_sparse_attention_cpu_flex(
     """``out [B, Hq, Tq, D]`` in the dtype of q; arguments as checked by the interface.
 
     The first call for a head configuration compiles. Where that fails (no C++ compiler), a warning is logged once and
-    the gathered path computes the result.
+    the gathered path computes the result; so it does for a single query block.
 
     Args:
         required: raise instead of falling back.
@@ -56,14 +56,10 @@ def block_sparse_attention_cpu_flex(
     Raises:
         RuntimeError: the compile failed and ``required`` is set.
     """
-    compiled = _compiled(
-        q.shape[1],
-        k.shape[1],
-        q.shape[3],
-        blocks.block_size,
-        torch.get_num_threads(),
-        torch.is_inference_mode_enabled(),
-    )
+    if blocks.num_rows < 2:  # dynamic sizes are at least 2: a single query block would be one more compile
+        return block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)[0]
+    inference = torch.is_inference_mode_enabled()
+    compiled = _compiled(q.shape[1], k.shape[1], q.shape[3], blocks.block_size, torch.get_num_threads(), inference)
     if compiled is None:
         if required:
             raise RuntimeError(
