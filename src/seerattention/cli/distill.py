@@ -261,7 +261,7 @@ def _curves(history: DistillHistory) -> Any:
     axes[0].plot(
         range(1, len(history.loss) + 1), history.loss, color=COLORS[0], linewidth=1.8, label="mean of the layers"
     )
-    axes[0].set(xlabel="step", ylabel="KL divergence from the pooled attention map")
+    axes[0].set(xlabel="step", ylabel="loss (KL divergence)")
     axes[0].legend(frameon=False)
     if history.recall:
         for layer, values in history.recall.items():

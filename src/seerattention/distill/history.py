@@ -57,14 +57,16 @@ class DistillHistory:
         """Fill :attr:`not_learning`: layers whose loss hardly fell, or whose block recall is not above where it began.
 
         Rows and texts differ from step to step, so the end of the run is averaged over up to a tenth of it. Runs too
-        short to tell (the loss: fewer than 10 steps after the warm-up) report nothing about the loss.
+        short to tell (fewer than 10 steps after the warm-up) report nothing.
         """
         self.not_learning = {}
+        if len(self.loss) - warmup < 10:
+            return self.not_learning
         for layer, losses in self.loss_per_layer.items():
             reasons = []
             window = max(1, len(losses) // 10)
             first, last = _mean(losses[: min(window, 3)]), _mean(losses[-window:])
-            if len(losses) - warmup >= 10 and last > (1 - min_improvement) * first:
+            if last > (1 - min_improvement) * first:
                 reasons.append(f"loss {first:.4g} -> {last:.4g}")
             recall = self.recall.get(layer, [])
             if len(recall) > 1 and recall[-1] <= recall[0]:

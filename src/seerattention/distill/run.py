@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class _Run:
     ):
         self.config, self.processes, self.on_step = config, processes, on_step
         total = config.steps
-        if total is None and hasattr(batches, "__len__"):
+        if total is None and isinstance(batches, Sized):
             total = math.ceil(len(batches) / config.accumulation)
         self.walk = BatchWalk(batches, passes=1 if config.steps is None else None)
         self.trainer = Trainer(model, config, total_steps=total, processes=processes)
