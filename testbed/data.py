@@ -124,10 +124,11 @@ def load_books(files: Iterable[Path], shortest: int = SHORTEST_BOOK, bos: int = 
     return books
 
 
-def batch(mix: Any, context: int, tokens: int, tasks: float, drills: float) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 and weights float16, ``[tokens // context, context + 1]``."""
+def batch(mix: Any, context: int, tokens: int, tasks: float, drills: float) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Token ids int32 and weights float16, both ``[tokens // context, context + 1]``, and the kind of each row."""
     rows = [mix.sequence(context + 1, tasks=tasks, drills=drills) for _ in range(tokens // context)]
-    return np.stack([row.input_ids for row in rows]).astype(np.int32), np.stack([row.weights for row in rows]).astype(np.float16)
+    ids, weights = (np.stack([getattr(row, name) for row in rows]) for name in ("input_ids", "weights"))
+    return ids.astype(np.int32), weights.astype(np.float16), [row.task for row in rows]
 
 
 def _worker(out: Any, phase: Any, phases: list, folder: str, number: int, seed: int, options: dict) -> None:
@@ -176,22 +177,22 @@ class Batches:
 
     def _feed(self) -> None:
         while True:
-            index, ids, weights = self._queue.get()
+            index, ids, weights, kinds = self._queue.get()
             tensors = [torch.from_numpy(ids), torch.from_numpy(weights)]
-            self._ready.put((index, *(t.pin_memory() if self._pin else t for t in tensors)))
+            self._ready.put((index, *(t.pin_memory() if self._pin else t for t in tensors), kinds))
 
-    def get(self, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def get(self, phase: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """The next batch of this phase or a later one (batches of earlier phases are dropped)."""
         self.phase.value = phase
         while True:
             try:
-                index, ids, weights = self._ready.get(timeout=20)
+                index, ids, weights, kinds = self._ready.get(timeout=20)
             except queue.Empty:
                 if not any(process.is_alive() for process in self._processes):
                     raise RuntimeError("all data workers have died; see their error above") from None
                 continue
             if index >= phase:
-                return ids, weights
+                return ids, weights, kinds
 
     def close(self) -> None:
         for process in self._processes:

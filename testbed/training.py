@@ -44,12 +44,12 @@ class Phase:
 
 
 PHASES = (
-    Phase(128, 0.065, 16_384, 3e-4, drills=1.0),
-    Phase(512, 0.055, 16_384, 3e-4, tasks=0.75, drills=0.9),
-    Phase(1024, 0.09, 131_072, 8e-4, tasks=0.75),
-    Phase(4096, 0.20, 131_072, 1e-3),
-    Phase(16_384, 0.38, 131_072, 1e-3),
-    Phase(32_768, 0.21, 131_072, 1e-3),
+    Phase(128, 0.08, 16_384, 3e-4, drills=1.0),
+    Phase(512, 0.10, 32_768, 5e-4, tasks=0.75, drills=0.95),
+    Phase(1024, 0.15, 65_536, 8e-4, tasks=0.75, drills=0.4),
+    Phase(4096, 0.23, 131_072, 1e-3, tasks=0.7, drills=0.2),
+    Phase(16_384, 0.31, 131_072, 1e-3, tasks=0.65, drills=0.1),
+    Phase(32_768, 0.13, 131_072, 1e-3, tasks=0.65, drills=0.05),
 )
 
 
@@ -201,7 +201,7 @@ def _loop(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     start, before = time.perf_counter(), state["elapsed"]
-    next_save, parts = before + config.checkpoint_every, {}
+    next_save, parts, losses = before + config.checkpoint_every, {}, Losses(device)
     drills_end = sum(p.share for p in config.phases[:2]) * config.seconds
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with open(folder / "log.jsonl", "a") as curve, Progress(*columns, console=Console(stderr=True)) as progress:
@@ -211,8 +211,8 @@ def _loop(
             phase = config.phases[index]
             if config.optimizer == "muon" and index >= 2 and optimizers.muon is None:
                 optimizers.start_muon()
-            ids, weights = (t.to(device, non_blocking=True) for t in batches.get(index))
-            ids, weights = ids.long(), weights.float()
+            ids, weights, kinds = batches.get(index)
+            ids, weights = ids.to(device, non_blocking=True).long(), weights.to(device, non_blocking=True).float()
             rate = phase.rate * (config.rate_scale if index >= 2 else 1.0)
             state["rate"] += (rate - state["rate"]) * 0.02
             loss, each = model(ids[:, :-1], ids[:, 1:], weights[:, 1:])
@@ -220,11 +220,12 @@ def _loop(
             optimizers.step(state["rate"] * factor)
             model.zero_grad(set_to_none=True)
             state |= {"elapsed": elapsed, "step": state["step"] + 1, "tokens": state["tokens"] + ids[:, 1:].numel()}
+            losses.add(each.view(len(ids), -1), weights[:, 1:], kinds)
             if state["step"] % 50 == 0:
-                parts = _parts(each, weights[:, 1:].reshape(-1))
+                parts = losses.report()
                 curve.write(json.dumps({**state, "context": phase.context, "rate": state["rate"] * factor, **parts}) + "\n")
                 curve.flush()
-                text = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+                text = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if " " not in name)
                 progress.update(bar, completed=elapsed, description=f"context {phase.context}: {text}")
                 _watch(parts, elapsed, drills_end, config)
             if elapsed > next_save:
@@ -236,10 +237,35 @@ def _loop(
     return summary
 
 
-def _parts(each: Tensor, weights: Tensor) -> dict[str, float]:
-    """Loss of answers, of copies and of ordinary text apart: a healthy text loss hides look-ups that never form."""
-    chosen = {"answers": weights > 4, "copies": (weights > 1.5) & (weights < 4), "text": (weights > 0.5) & (weights < 1.5)}
-    return {name: each[mask].mean().item() for name, mask in chosen.items() if bool(mask.any())}
+class Losses:
+    """Mean losses between two reports, of answers by kind of task, of copies and of ordinary text apart.
+
+    A healthy text loss hides look-ups that never form. Sums stay on the device: one synchronisation a report.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.names: dict[str, int] = {}
+        self.sums = torch.zeros(2, 64, device=device)
+
+    def add(self, each: Tensor, weights: Tensor, kinds: list[str]) -> None:
+        """``each`` and ``weights`` ``[B, T]``, ``kinds`` one name a row."""
+        chosen = (("answers", weights > 4), ("copies", (weights > 1.5) & (weights < 4)), ("text", (weights > 0.5) & (weights < 1.5)))
+        for part, mask in chosen:
+            rows = [self.names.setdefault(part if part != "answers" else f"answers {kind}", len(self.names)) for kind in kinds]
+            index = torch.tensor(rows, device=self.device)
+            self.sums[0].index_add_(0, index, (each * mask).sum(1))
+            self.sums[1].index_add_(0, index, mask.sum(1, dtype=torch.float32))
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report; "answers" is the mean over all kinds."""
+        sums, counts = self.sums.tolist()
+        self.sums.zero_()
+        means = {name: sums[i] / counts[i] for name, i in self.names.items() if counts[i]}
+        asked = [i for name, i in self.names.items() if name.startswith("answers ") and counts[i]]
+        if asked:
+            means["answers"] = sum(sums[i] for i in asked) / sum(counts[i] for i in asked)
+        return dict(sorted(means.items()))
 
 
 def _watch(parts: dict[str, float], elapsed: float, drills_end: float, config: TrainConfig) -> None:

@@ -15,9 +15,12 @@ from .pieces import COPY_WEIGHT, NEEDLE_TEMPLATES, NOISE_WEIGHT, VARIABLE_TEMPLA
 
 #: How often each form of training sequence is drawn, among sequences that are not plain book text.
 TASK_MIX = {"multikey": 3.0, "keyvalue": 2.0, "multivalue": 1.5, "variable": 1.5, "few": 1.0, "copy": 1.0}
-DRILL_MIX = {"copy": 3.0, "keyvalue": 4.0, "needles": 3.0}
-#: Shares of needle sequences whose keys are arbitrary vocabulary words rather than listed ones.
-LOOSE_KEYS = 0.5
+DRILL_MIX = {"copy": 2.0, "keyvalue": 2.5, "needles": 4.0, "multivalue": 1.0, "variable": 1.0}
+#: Drills that fit into any length; the others join from ``LONG_DRILL`` tokens on.
+SHORT_DRILLS = ("copy", "keyvalue", "needles")
+LONG_DRILL = 256
+#: Share of task sequences whose keys are arbitrary vocabulary words rather than listed ones.
+LOOSE_KEYS = 0.15
 
 
 class TrainingMix:
@@ -165,7 +168,10 @@ class TrainingMix:
 
     # ---------------------------------------------------------------- drills
     def _drill(self, length: int) -> Sample:
-        kind = self._draw(self.drill_mix)
+        kinds = self.drill_mix
+        if length < LONG_DRILL:
+            kinds = {kind: share for kind, share in kinds.items() if kind in SHORT_DRILLS}
+        kind = self._draw(kinds)
         bos = self.generator.bos
         opening = [] if bos is None else [bos]
         room = length - len(opening)
@@ -190,10 +196,29 @@ class TrainingMix:
     def _drill_needles(self, room: int) -> list[Event]:
         count = int(self.rng.integers(2, max(4, room // 30)))
         template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
-        needles = [(key, self.pieces.value()) for key in self._keys(count)]
+        needles = [(key, self.pieces.value()) for key in self.pieces.keys(count)]
         statements = [self.pieces.statement(template, key, value) for key, value in needles]
-        asked = [lambda n=n: self.pieces.question(template, *n) for n in needles]
+        return statements + self._repeat(room, [lambda n=n: self.pieces.question(template, *n) for n in needles])
+
+    def _drill_multivalue(self, room: int) -> list[Event]:
+        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        keys = self.pieces.keys(int(self.rng.integers(1, max(2, room // 90))))
+        values = [[self.pieces.value() for _ in range(int(self.rng.integers(2, 5)))] for _ in keys]
+        order = [i for i, own in enumerate(values) for _ in own]
+        self.rng.shuffle(order)
+        said = [iter(own) for own in values]
+        statements = [self.pieces.statement(template, keys[i], next(said[i])) for i in order]
+        asked = [lambda k=k, v=v: self.pieces.multivalue_question(k, v) for k, v in zip(keys, values, strict=True)]
         return statements + self._repeat(room, asked)
+
+    def _drill_variable(self, room: int) -> list[Event]:
+        template, needle = int(self.rng.integers(len(VARIABLE_TEMPLATES))), int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        keys = self.pieces.keys(2 * int(self.rng.integers(1, max(2, room // 55))))
+        chains = [(alias, source, self.pieces.value()) for source, alias in zip(keys[::2], keys[1::2], strict=True)]
+        statements = [self.pieces.statement(needle, source, value) for _, source, value in chains]
+        aliases = [self.pieces.alias(template, alias, source) for alias, source, _ in chains]
+        self.rng.shuffle(aliases)
+        return statements + aliases + self._repeat(room, [lambda c=c: self.pieces.alias_question(template, *c) for c in chains])
 
     def _repeat(self, room: int, makers: list) -> list[Event]:
         """Questions in random order, round after round, until ``room`` tokens are surely filled."""
