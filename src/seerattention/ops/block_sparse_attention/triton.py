@@ -221,10 +221,12 @@ def block_sparse_attention_triton(
 def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_memory: int) -> tuple[int, int, int]:
     """Tile size, warps and pipeline stages: fixed by head_dim and dtype, within the device's shared memory."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    # IEEE float32 products run on the ordinary cores and keep their operands in registers.
-    largest = 32 if dtype == torch.float32 and padded_dim > 64 else 64
-    tile = min(block_size, largest)
-    num_warps = 8 if padded_dim > 128 and tile == 64 else 4
+    if dtype == torch.float32:
+        # IEEE float32 products run on the ordinary cores with operands in registers: small tiles spill least.
+        tile, num_warps = (32, 8) if padded_dim <= 128 else (16, 4)
+    else:
+        tile = min(block_size, 64)
+        num_warps = 8 if padded_dim > 128 and tile == 64 else 4
     tile_bytes = tile * padded_dim * dtype.itemsize
     # q, and k and v once a stage; 4 KiB for reductions.
     stages = (shared_memory - 4096 - tile_bytes) // (2 * tile_bytes)
