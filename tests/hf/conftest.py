@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family."""
+"""Tiny random models of every supported family, as fixtures."""
 
 from __future__ import annotations
 
@@ -7,39 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-VOCABULARY = 97
-
-_SHARED = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    # The default 0.02 makes attention almost uniform, and wrong blocks would go unnoticed.
-    "initializer_range": 0.3,
-}
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-HEAD_DIMS = {"llama": 16, "mistral": 32, "qwen2": 16, "qwen3": 32}
-
-
-def make_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    """A random model in eval mode; ``options`` are entries of its config."""
-    head_dim = {} if family == "qwen2" else {"head_dim": HEAD_DIMS[family]}
-    torch.manual_seed(seed)
-    config = CONFIGS[family](**{**_SHARED, **head_dim, **options})
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def make_ids(length: int, *, batch: int = 1, seed: int = 0) -> torch.Tensor:
-    """Random tokens ``[batch, length]`` without special ones."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+from tiny_models import CONFIGS, make_ids, make_model
 
 
 @pytest.fixture

@@ -310,3 +310,79 @@ def test_a_gate_that_rope_cannot_fit_is_refused_early(model_of):
     with pytest.raises(ValueError, match="rotary"):
         seer.attach(model, seer.GateConfig(prefill=seer.PrefillGateConfig(hidden_size=12)))
     assert not is_attached(model)
+
+
+def test_a_failed_attach_leaves_no_hooks(model_of):
+    model = model_of()
+    del model.model.layers[1].self_attn.k_proj
+    with pytest.raises(AttributeError, match="k_proj"):
+        seer.attach(model, seer.GateConfig())
+    assert not is_attached(model)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_selector_must_return_block_indices(model_of, ids_of):
+    model = seer.attach(model_of(), selector=lambda *args, **kwargs: [[0]], min_context=0)
+    with pytest.raises(TypeError, match="BlockIndices"):
+        logits_of(model, ids_of(100))
+
+
+def test_a_compiled_model(model_of, ids_of):
+    model, ids = model_of(), ids_of(100)
+    attach(model, seer.TokenBudget(32))
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(logits_of(compiled, ids), logits_of(model, ids))
+    with seer.record(compiled) as stats:
+        logits_of(compiled, ids)
+    assert stats.sparse_calls == 2
+
+
+def test_offloaded_weights(model_of, ids_of):
+    from accelerate import cpu_offload
+
+    model, ids = model_of(), ids_of(100)
+    attach(model, seer.TokenBudget(32))
+    expected = logits_of(model, ids)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.model.layers[0].self_attn.parameters()).is_meta
+    assert torch.equal(logits_of(model, ids), expected)
+
+
+def test_a_vision_language_model_attaches_to_its_language_model(ids_of):
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from tiny_models import CONFIGS
+
+    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config=CONFIGS["llama"](**text, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3),
+        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+        image_token_index=96,
+    )
+    torch.manual_seed(0)
+    model, ids = LlavaForConditionalGeneration(config).eval(), ids_of(100).clamp(max=90)
+    expected = logits_of(model, ids)
+    attach(model, seer.TopK(1.0))
+    with seer.record(model) as stats:
+        torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
+    assert stats.sparse_calls == 2
+    pixels = torch.randn(1, 3, 28, 28)
+    with_image = torch.cat((torch.full((1, 4), 96), ids), dim=1)
+    sparse = logits_of(model, with_image, pixel_values=pixels)
+    seer.detach(model)
+    torch.testing.assert_close(sparse, logits_of(model, with_image, pixel_values=pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_peft(model_of, ids_of):
+    peft = pytest.importorskip("peft")
+    model, ids = model_of(), ids_of(100)
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config).eval()
+    expected = logits_of(wrapped, ids)
+    attach(wrapped, seer.TopK(1.0))
+    with seer.record(wrapped) as stats:
+        torch.testing.assert_close(logits_of(wrapped, ids), expected, rtol=1e-4, atol=1e-4)
+    assert stats.sparse_calls == 2

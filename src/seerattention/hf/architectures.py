@@ -6,7 +6,7 @@ To add a family:
    *before* ``apply_rotary_pos_emb`` (usually ``q_norm``/``k_norm`` where they exist, else ``q_proj``/``k_proj``), and
    whether those outputs are flat (``[B, T, H * D]``) or split into heads (``[B, T, H, D]``).
 2. Register one line below, under the ``model_type`` of the config of the decoder.
-3. Add a tiny config of it to ``tests/hf/conftest.py``. The probe test then rotates the captured tensors and compares
+3. Add a tiny config of it to ``tests/tiny_models.py``. The probe test then rotates the captured tensors and compares
    them with what the attention function receives; it must pass exactly.
 
 Requirements: attention goes through transformers' attention interface, decoder layers are

@@ -102,11 +102,17 @@ def attach(
         for gate in built.values():
             gate.check_rotary(2 * len(frequencies))
     register()
-    for index, decoder_layer in enumerate(layers):
-        layer = LayerState(state, index, decoder_layer, sliding_window(config, index))
-        layer.gate = built.get(index)
-        layer.place_gate()
-        state.layers.append(layer)
+    try:
+        for index, decoder_layer in enumerate(layers):
+            layer = LayerState(state, index, decoder_layer, sliding_window(config, index))
+            state.layers.append(layer)
+            layer.gate = built.get(index)
+            layer.place_gate()
+            layer.attach_hooks()
+    except BaseException:
+        for layer in state.layers:
+            layer.remove_hooks()
+        raise
     # A config of its own: another model built from the same config object keeps its attention implementation.
     own_config = copy.deepcopy(config)
     _swap_config(model, config, own_config)

@@ -93,8 +93,24 @@ def seer_attention(
     """
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
-    if seer_call is None:
+    if seer_call is None or (query.shape[2] == 1 and not seer_call.layer.model.statistics):
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    return _attend(module, query, key, value, attention_mask, dropout, scaling, seer_call, kwargs)
+
+
+@torch.compiler.disable(reason="block lists have data-dependent sizes, and the kernels are compiled already")
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    seer_call: Call,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Decide, select, count, report, attend: everything but plain decoding."""
     layer, state = seer_call.layer, seer_call.layer.model
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     inputs: LayerInputs | None = None
@@ -193,7 +209,7 @@ def _layer_inputs(
 ) -> tuple[LayerInputs, Tensor]:
     """The layer's tensors with content first in every row, and where the content started."""
     layer = call.layer
-    layer.place_gate()
+    layer.place_gate(query.device)
     query_pre, key_pre = layer.take(call)
     cos, sin = call.cos.to(query.device), call.sin.to(query.device)
     lengths = starts = None
@@ -220,7 +236,10 @@ def _layer_inputs(
 def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
     state = layer.model
     if state.selector is not None:
-        return state.selector(inputs.q, inputs.k, layer=layer.index, scale=inputs.scale, lengths=inputs.lengths)
+        blocks = state.selector(inputs.q, inputs.k, layer=layer.index, scale=inputs.scale, lengths=inputs.lengths)
+        if not isinstance(blocks, BlockIndices):
+            raise TypeError(f"a selector must return BlockIndices, got {type(blocks).__name__}")
+        return blocks
     policy = layer.policy or state.policy
     return policy.select(inputs.gate_logits(), block_size=state.block_size, lengths=inputs.lengths)
 

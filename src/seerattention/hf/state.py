@@ -153,7 +153,6 @@ class LayerState:
         self._calls: dict[int, Call] = {}
         self._hooks: list[Any] = []
         self._captured: tuple[nn.Module, nn.Module] | None = None
-        self.attach_hooks()
 
     @property
     def attention(self) -> nn.Module:
@@ -176,17 +175,20 @@ class LayerState:
         self._hooks, self._captured = [], None
         self._calls.clear()
 
-    def place_gate(self) -> None:
-        """Move the gate where its layer went. Only a *change* of the layer moves it: trainers may keep it float32."""
+    def place_gate(self, device: torch.device | None = None) -> None:
+        """Move the gate where its layer went, or at least to ``device`` (offloaded layers have no place of their own).
+
+        Only a *change* of the layer changes the dtype: trainers may keep the gate in float32.
+        """
         if self.gate is None:
             return
         parameter = next((p for p in self.attention.parameters() if p.is_floating_point() and not p.is_meta), None)
-        if parameter is None:
-            return
-        placement = (parameter.device, parameter.dtype)
-        if placement != self._placement:
+        placement = None if parameter is None else (parameter.device, parameter.dtype)
+        if placement is not None and placement != self._placement:
             self._placement = placement
             self.gate.to(device=placement[0], dtype=placement[1])
+        if device is not None and next(self.gate.parameters()).device != device:
+            self.gate.to(device)
 
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
         """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
@@ -236,13 +238,13 @@ class LayerState:
             ]
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(threading.get_ident())
+        call = self._calls.get(threading.get_ident()) if self._calls else None
         if call is not None:
             call.query = output
             self._release(call)
 
     def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(threading.get_ident())
+        call = self._calls.get(threading.get_ident()) if self._calls else None
         if call is not None:
             call.key = output
             self._release(call)

@@ -1,0 +1,97 @@
+"""An attached model on a GPU: the same contracts as on the CPU, through the Triton kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seerattention as seer
+from seerattention.hf import gates
+from tiny_models import make_ids, make_model
+
+
+@torch.inference_mode()
+def logits_of(model, ids, **inputs):
+    return model(ids, **inputs).logits
+
+
+def attached(family="llama", dtype=torch.bfloat16, policy=None, **options):
+    # head_dim 64, as real models have
+    model = make_model(family, dtype=dtype, hidden_size=256).cuda() if family == "qwen2" else None
+    model = model or make_model(family, dtype=dtype, head_dim=64).cuda()
+    torch.manual_seed(1)
+    return seer.attach(model, seer.GateConfig(), prefill=policy, **{"min_context": 0, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("length", [5, 64, 65, 1000])
+def test_all_blocks_are_as_near_to_float32_as_dense(family, dtype, length):
+    ids = make_ids(length, batch=2).cuda()
+    model = attached(family, dtype, seer.TopK(1.0))
+    exact = attached(family, torch.float32, seer.TopK(1.0)).float()
+    with seer.dense(model), seer.dense(exact):
+        dense, reference = logits_of(model, ids).float(), logits_of(exact, ids)
+    sparse = logits_of(model, ids).float()
+    error = (sparse - reference).norm() / reference.norm()
+    baseline = (dense - reference).norm() / reference.norm()
+    assert error <= 2 * baseline + 1e-5
+
+
+def test_gates_follow_the_model_to_the_gpu():
+    model = make_model(dtype=torch.bfloat16)
+    seer.attach(model, seer.GateConfig())
+    assert gates(model)[0].k_linear.device.type == "cpu"
+    model.cuda()
+    assert gates(model)[0].k_linear.device.type == "cuda"
+    assert gates(model)[0].k_linear.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_the_row_alone(side):
+    model = attached(dtype=torch.float32, policy=seer.TopK(0.4))
+    ids, mask = make_ids(700, batch=3).cuda(), torch.zeros(3, 700, dtype=torch.long, device="cuda")
+    spans = []
+    for row, length in enumerate((700, 333, 64)):
+        start = 700 - length if side == "left" else 0
+        mask[row, start : start + length] = 1
+        spans.append(slice(start, start + length))
+    batched = logits_of(model, ids, attention_mask=mask)
+    assert torch.isfinite(batched).all()
+    for row, span in enumerate(spans):
+        alone = logits_of(model, ids[row : row + 1, span])
+        torch.testing.assert_close(batched[row : row + 1, span], alone, rtol=1e-2, atol=1e-2)
+
+
+def test_default_min_context():
+    model = attached(policy=seer.TokenBudget(256), min_context=None)
+    with seer.record(model) as stats:
+        logits_of(model, make_ids(4095).cuda())
+        assert stats.sparse_calls == 0
+        logits_of(model, make_ids(4096).cuda())
+    assert stats.sparse_calls == 2
+
+
+def test_generate():
+    model, ids = attached(dtype=torch.float32, policy=seer.TopK(1.0)), make_ids(300, batch=2).cuda()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ours = model.generate(ids, **options)
+    with seer.dense(model):
+        assert torch.equal(model.generate(ids, **options), ours)
+
+
+def test_counting_does_not_wait_for_the_device():
+    """Statistics are read at the end only; a forward with them must not synchronise more than one without."""
+    model, ids = attached(policy=seer.TopK(0.5)), make_ids(512).cuda()
+
+    def waits() -> int:
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            logits_of(model, ids)
+        names = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize")
+        return sum(event.count for event in profile.key_averages() if event.key in names)
+
+    waits()
+    without = waits()
+    with seer.record(model):
+        assert waits() == without
