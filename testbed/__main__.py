@@ -115,7 +115,30 @@ def evaluate(
 
 
 @app.command()
-def curves(out: Out, picture: Path) -> None:
+def gates(
+    model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
+    books: Annotated[list[Path], typer.Option(help="Token files (.u16) of training books. Repeatable.")],
+    held_out: Annotated[list[Path], typer.Option(help="Token files of books not used in training. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for the gates.")],
+    steps: int = 300,
+    length: int = 16_384,
+    batch_size: int = 8,
+    rate: float = 1e-3,
+    rows: Annotated[float, typer.Option(help="Share of query-block rows in each step's loss.")] = 0.5,
+    seed: int = 0,
+    device: str = "cuda",
+) -> None:
+    """Distil the gates of a trained testbed model."""
+    from .gates import distil
+
+    summary = distil(
+        model, books, held_out, out, steps=steps, length=length, batch_size=batch_size, rate=rate, rows=rows, seed=seed, device=device
+    )
+    typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1], "recall": summary["recall"]}))
+
+
+@app.command()
+def curves(out: Out, picture: Annotated[Path, typer.Option(help="PNG to write.")]) -> None:
     """Draw the curves of OUT/log.jsonl."""
     from .evaluate import draw_curves
 

@@ -1,0 +1,89 @@
+"""Distils the testbed model's gates on its own training texts and tasks."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from seerattention.tasks import TASKS, TaskGenerator, TrainingMix
+
+from .data import load_books
+
+
+class TaskBatches:
+    """Batches ``{"input_ids": [batch_size, length]}`` of training keys and books, the same ones each time it is iterated.
+
+    Half of the sequences are the training mix, half look like evaluation samples (a few questions near the end, text
+    between them), because a gate must find the few rows that ask among many that do not.
+    """
+
+    def __init__(self, tokenizer: Any, books: list[np.ndarray], length: int, batch_size: int, count: int, seed: int, split: str = "train") -> None:
+        self.arguments = (tokenizer, books)
+        self.length, self.batch_size, self.count, self.seed, self.split = length, batch_size, count, seed, split
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        ready: queue.Queue = queue.Queue(4)
+        threading.Thread(target=self._make, args=(ready,), daemon=True).start()
+        for _ in range(self.count):
+            yield {"input_ids": torch.from_numpy(ready.get())}
+
+    def _make(self, ready: queue.Queue) -> None:
+        generator = TaskGenerator(*self.arguments, split=self.split, seed=self.seed)
+        mix = TrainingMix(generator) if self.split == "train" else None
+        for _ in range(self.count):
+            ready.put(np.stack([self._sequence(generator, mix) for _ in range(self.batch_size)]))
+
+    def _sequence(self, generator: TaskGenerator, mix: TrainingMix | None) -> np.ndarray:
+        rng = generator.rng
+        if mix is not None and rng.random() < 0.5:
+            return mix.sequence(self.length, tasks=0.7).input_ids
+        task = TASKS[int(rng.integers(len(TASKS)))]
+        return generator.sample(task, self.length, 1 if task == "single" else int(rng.integers(1, 9))).input_ids
+
+
+def distil(
+    model_folder: Path,
+    books: list[Path],
+    held_out: list[Path],
+    out: Path,
+    *,
+    steps: int,
+    length: int,
+    batch_size: int,
+    rate: float,
+    rows: float,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """Train fresh gates of the paper's form, save them in ``out`` with their history; returns a summary."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import seerattention as seer
+    from seerattention.cli.common import Terminal
+
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    bos = tokenizer.bos_token_id
+    train = TaskBatches(tokenizer, load_books(books, length, bos), length, batch_size, steps, seed)
+    test = list(TaskBatches(tokenizer, load_books(held_out, length, bos), length, batch_size, 1, seed, split="test"))
+    seer.attach(model, seer.GateConfig(), prefill=seer.TopK(0.1))
+    config = seer.DistillConfig(learning_rate=rate, steps=steps, rows=rows, seed=seed, skip_rows=0.0)
+    with Terminal(False).progress("distilling", steps) as advance:
+        history = seer.distill(model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0))
+    out.mkdir(parents=True, exist_ok=True)
+    seer.save_gates(model, out)
+    summary = history.to_dict()
+    (out / "history.json").write_text(json.dumps(summary))
+    return summary
