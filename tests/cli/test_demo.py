@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import seerattention as seer
 from seerattention.cli.demo_job import DemoPlan, _affordable_steps
@@ -42,13 +43,11 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
 
 @pytest.mark.parametrize("seconds", [1e-3, 1e6])
 def test_steps_follow_the_time_there_is(seconds):
-    import torch
-
     model = make_model(300)
-    seer.attach(model, seer.GateConfig(), min_context=0)
     plan = DemoPlan(train_length=128, max_steps=50, seconds=seconds)
-    steps = _affordable_steps(model, torch.randint(0, 300, (1, 128)), plan)
-    assert steps == (2 if seconds < 1 else 50)
+    batches = [{"input_ids": torch.randint(0, 300, (1, 128))}] * 2
+    assert _affordable_steps(model, batches, plan) == (2 if seconds < 1 else 50)
+    assert not seer.hf.is_attached(model)
 
 
 def test_plans_fit_their_device():

@@ -16,6 +16,8 @@ def test_times_every_setting(model):
         assert min(result.seconds) <= result.median <= max(result.seconds)
     assert dense.density == 1.0
     assert oracle.density == pytest.approx((1 + 1 + 2 + 2) / 10)
+    (short,) = time_prefill(model, ids, settings[1:], repeats=1, warmup_length=64)
+    assert short.density == oracle.density  # not that of the warm-up, which is one block
     with pytest.raises(ValueError, match="repeats"):
         time_prefill(model, ids, settings, repeats=0)
 

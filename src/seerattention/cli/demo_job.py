@@ -35,7 +35,9 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 RECALL_DENSITY = 0.1
 _DISTILL_SHARE = 0.25  # of the time budget
-_STEP_COST = 2.0  # of a training step in dense forwards of its batch, before it is measured
+_ROWS = 0.5  # of the query blocks of a training sequence enter each step
+_RECALL_LENGTH = 4096  # at most; the true map of a prompt costs as much as its attention
+_WARMUP_LENGTH = 2048  # what is compiled for it serves all longer prompts
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class DemoPlan:
     questions: int = 16
     repeats: int = 2
     seconds: float = 420.0
-    committed: Sequence[float] = (0.5, 0.2, 0.1)
+    committed: Sequence[float] = (0.2, 0.1, 0.05)
     fresh: Sequence[float] = (0.2, 0.1)
     tasks: Sequence[str] = ("multikey", "keyvalue")
     learning_rate: float = 3e-3
@@ -153,7 +155,7 @@ def run_demo(
     started = time.monotonic()
     torch.manual_seed(seed)
     clock = _Clock()
-    held_out = [{"input_ids": cut_documents(test_books, plan.length, 1)}]
+    held_out = [{"input_ids": cut_documents(test_books, min(plan.length, _RECALL_LENGTH), 1)}]
     fresh = folder / "fresh-gates"
     history = _distil_fresh_gates(model, train_books, held_out, plan, fresh, seed, progress)
     hf.attach(model, gates, min_context=0)
@@ -169,8 +171,11 @@ def run_demo(
         *(Setting(f"fresh gates, {density:g}", gates=fresh, policy=TopK(density)) for density in plan.fresh),
     ]
     documents = cut_documents(test_books, plan.length, plan.max_rounds)
-    with progress("timing prefill", (plan.repeats + 1) * len(settings) * plan.length) as advance:
-        timing = time_prefill(model, documents[:1], settings, repeats=plan.repeats, advance=advance)
+    warmup = min(plan.length, _WARMUP_LENGTH)
+    with progress("timing prefill", (plan.repeats * plan.length + warmup) * len(settings)) as advance:
+        timing = time_prefill(
+            model, documents[:1], settings, repeats=plan.repeats, warmup_length=warmup, advance=advance
+        )
     clock.lap("timing")
 
     generator = TaskGenerator(tokenizer, test_books, split="test", seed=seed)
@@ -213,14 +218,14 @@ def _distil_fresh_gates(
     pieces = text[: len(text) // plan.train_length * plan.train_length].view(-1, plan.train_length)
     pieces = pieces[torch.randperm(len(pieces), generator=generator)]
     batches = [{"input_ids": batch} for batch in pieces.split(plan.batch_size)]
+    steps = _affordable_steps(model, batches, plan)
     hf.attach(model, GateConfig(), min_context=0)
     try:
-        steps = _affordable_steps(model, batches[0]["input_ids"], plan)
         config = DistillConfig(
             learning_rate=plan.learning_rate,
             steps=steps,
             warmup=max(1, steps // 10),
-            rows=0.5,
+            rows=_ROWS,
             seed=seed,
             eval_density=RECALL_DENSITY,
         )
@@ -237,15 +242,16 @@ def _distil_fresh_gates(
     return history
 
 
-@torch.inference_mode()
-def _affordable_steps(model: nn.Module, input_ids: Tensor, plan: DemoPlan) -> int:
-    """Steps that fit a share of the time, judged by two dense forwards (the first one warms up)."""
-    from ..evaluate.timing import prefill_seconds
-
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    with hf.dense(model):
-        seconds = [prefill_seconds(model, input_ids.to(device)) for _ in range(2)][-1]
-    affordable = int(_DISTILL_SHARE * plan.seconds / (_STEP_COST * seconds))
+def _affordable_steps(model: nn.Module, batches: Sequence[dict[str, Tensor]], plan: DemoPlan) -> int:
+    """Steps that fit a share of the time, judged by the second of two steps of gates that are thrown away."""
+    times: list[float] = []
+    hf.attach(model, GateConfig(), min_context=0)
+    try:
+        config = DistillConfig(steps=2, rows=_ROWS)
+        distill(model, batches[:2], config, on_step=lambda report: times.append(time.monotonic()))
+    finally:
+        hf.detach(model)
+    affordable = int(_DISTILL_SHARE * plan.seconds / (times[-1] - times[-2]))
     return max(2, min(plan.max_steps, affordable))
 
 

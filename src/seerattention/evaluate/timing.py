@@ -27,7 +27,7 @@ class TimingResult:
         batch: prompts at once.
         first_seconds: the first call of all, with whatever was compiled for it.
         seconds: the timed repeats that followed.
-        density: ``total_density`` of the first call.
+        density: ``total_density`` of one call.
     """
 
     setting: str
@@ -62,12 +62,18 @@ def time_prefill(
     settings: Sequence[Setting],
     *,
     repeats: int = 3,
+    warmup_length: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[TimingResult]:
     """Time prefill of ``input_ids [B, T]``: the whole model, logits of the last position only, as serving does.
 
     One untimed call of each setting comes first (its time is reported apart: it holds compilation); then ``repeats``
-    rounds through all settings.
+    rounds through all settings. Density is measured in the untimed call.
+
+    Args:
+        warmup_length: tokens of the untimed call, where a whole prompt would take too long; None: all. What is compiled
+            serves every length from 2048 tokens on. Density is then measured in the last round.
+        advance: called with the number of tokens of each call (for progress bars).
 
     Raises:
         ValueError: fewer than one repeat.
@@ -77,22 +83,27 @@ def time_prefill(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     input_ids = input_ids.to(device)
     batch, length = input_ids.shape
+    warmup = input_ids[:, :warmup_length]
+    measured_round = 0 if warmup.shape == input_ids.shape else repeats
     results = [TimingResult(setting.name, length, batch) for setting in settings]
     for round_ in range(repeats + 1):
         for setting, result in zip(settings, results, strict=True):
-            with setting.applied(model, measure=round_ == 0) as measurement:
-                seconds = prefill_seconds(model, input_ids)
-            if round_ == 0:
+            prompt = input_ids if round_ else warmup
+            with setting.applied(model, measure=round_ == measured_round) as measurement:
+                seconds = prefill_seconds(model, prompt)
+            if round_ == measured_round:
                 result.density = measurement.density
+            if round_ == 0:
                 result.first_seconds = seconds
             else:
                 result.seconds.append(seconds)
             if advance is not None:
-                advance(input_ids.numel())
+                advance(prompt.numel())
     return results
 
 
 def prefill_seconds(model: nn.Module, input_ids: Tensor) -> float:
+    """Seconds of one prefill."""
     _synchronize(input_ids.device)
     start = time.perf_counter()
     token_logits(model, decoder_states(model, input_ids)[:, -1:])
