@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -152,7 +153,7 @@ def _distill(
             f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
         )
     try:
-        with distill_progress(terminal.err) if main else _silent() as on_step:
+        with distill_progress(terminal.err) if main else nullcontext() as on_step:
             history = run_distillation(
                 model,
                 batches,
@@ -195,16 +196,6 @@ def _text(job: _Job, documents: Any, tokenizer: Any, processes: Processes, *, re
         **common,
     )
     return batches, held_out
-
-
-class _silent:
-    """No progress: for the processes that are not the first."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
 
 
 def _write_results(
