@@ -146,9 +146,8 @@ class Trainer:
         missing = [name for layer, name in self.names.items() if layer not in seen]
         if missing:
             raise DistillationError(
-                f"these layers have gates but their attention was not seen: {', '.join(missing)}. Either the model does "
-                f"not run them, or they attend to a sliding window shorter than the prompt ({width} tokens), which takes "
-                "shorter sequences"
+                f"these layers have gates but their attention was not seen: {', '.join(missing)}. Either the model "
+                f"does not run them, or their sliding window is below {width} tokens: use shorter sequences"
             )
         count = kl_count(int(valid.sum()), heads, num_blocks(width, block_size), config.reduction)
         return count, int(lengths.sum())
