@@ -167,6 +167,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     chosen = resolve_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"--dtype {dtype!r} is not a torch dtype; try auto, bfloat16, float16 or float32")
+    from transformers.utils import logging as transformers_logging
+
+    if name == _TESTBED or not sys.stderr.isatty():  # loading is quick, or its bar would fill a log
+        transformers_logging.disable_progress_bar()
     if name == _TESTBED:
         from .. import testbed
 

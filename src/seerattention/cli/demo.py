@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,8 @@ def command(
     """
     with errors():
         terminal = Terminal(as_json)
+        # A run this short leaves layers that "do not seem to learn"; the table of block recall says so better.
+        logging.getLogger("seerattention.distill").setLevel(logging.ERROR)
         chosen = resolve_device(device)
         terminal.say(f"loading the testbed model on {chosen}")
         model, tokenizer = load_model("testbed", chosen)
