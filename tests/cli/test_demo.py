@@ -26,7 +26,7 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     assert 2 <= distillation["steps"] <= plan.max_steps
     assert len(distillation["loss"]) == distillation["steps"]
     assert distillation["tokens"] == distillation["steps"] * plan.train_length
-    for kind in ("before", "after", "committed"):
+    for kind in ("before", "after", "committed", "oracle"):
         assert all(0 < recall < 1 for recall in distillation[f"recall_{kind}"])
     assert distillation["recall_before"] != distillation["recall_after"]
     # What was distilled is there to be used.

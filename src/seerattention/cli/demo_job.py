@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hf
+from ..baselines import Oracle
 from ..config import GateConfig
 from ..distill import DistillConfig, DistillHistory, StepReport, distill
 from ..evaluate.maps import HeadMap, Inspection, inspect_attention
@@ -68,7 +69,7 @@ class DemoPlan:
     committed: Sequence[float] = (0.2, 0.1, 0.05)
     fresh: Sequence[float] = (0.2, 0.1)
     tasks: Sequence[str] = ("multikey", "keyvalue")
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
 
     @classmethod
     def choose(cls, device: str, fast: bool = False, seconds: float = 420.0) -> DemoPlan:
@@ -107,6 +108,7 @@ class DemoResult:
     Attributes:
         history: of the distillation of the fresh gates; its recall was measured before and after on held-out text.
         committed_recall: layer index -> block recall of the committed gates on the same text.
+        oracle_recall: the same for selection from the true block maxima, which gates learn to predict.
         settings: names in the order of the results; the first is dense.
         timing, retrieval, perplexity: one result a setting.
         maps: of the heads that look farthest, from the committed gates.
@@ -117,6 +119,7 @@ class DemoResult:
 
     history: DistillHistory
     committed_recall: dict[int, float]
+    oracle_recall: dict[int, float]
     timing: list[TimingResult]
     retrieval: list[RetrievalResult]
     perplexity: list[PerplexityResult]
@@ -155,12 +158,23 @@ def run_demo(
     started = time.monotonic()
     torch.manual_seed(seed)
     clock = _Clock()
-    held_out = [{"input_ids": cut_documents(test_books, min(plan.length, _RECALL_LENGTH), 1)}]
+    recall_length = min(plan.length, _RECALL_LENGTH)
+    asker = TaskGenerator(tokenizer, test_books, split="test", seed=seed + 1)
+    task = make_samples(asker, plan.tasks[-1:], recall_length, 1, plan.questions)[plan.tasks[-1]][0]
+    held_out = [
+        {"input_ids": cut_documents(test_books, recall_length, 1)},
+        {"input_ids": torch.as_tensor(task.input_ids)[None]},
+    ]
     fresh = folder / "fresh-gates"
-    history = _distil_fresh_gates(model, train_books, held_out, plan, fresh, seed, progress)
+    history = _distil_fresh_gates(model, tokenizer, train_books, held_out, plan, fresh, seed, progress)
     hf.attach(model, gates, min_context=0)
     try:
         committed_recall = block_recall(model, held_out, TopK(RECALL_DENSITY))
+    finally:
+        hf.detach(model)
+    hf.attach(model, selector=Oracle(TopK(RECALL_DENSITY)), min_context=0)
+    try:
+        oracle_recall = block_recall(model, held_out)
     finally:
         hf.detach(model)
     clock.lap("distillation")
@@ -191,7 +205,9 @@ def run_demo(
     clock.lap("maps")
     rounds = int(next(iter(retrieval[0].correct.values())).shape[0])
     far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
-    return DemoResult(history, committed_recall, timing, retrieval, perplexity, far, inspection, rounds, clock.laps)
+    return DemoResult(
+        history, committed_recall, oracle_recall, timing, retrieval, perplexity, far, inspection, rounds, clock.laps
+    )
 
 
 class _Clock:
@@ -206,6 +222,7 @@ class _Clock:
 
 def _distil_fresh_gates(
     model: nn.Module,
+    tokenizer: Any,
     books: Sequence[np.ndarray],
     held_out: list[dict[str, Tensor]],
     plan: DemoPlan,
@@ -213,11 +230,7 @@ def _distil_fresh_gates(
     seed: int,
     progress: Progress,
 ) -> DistillHistory:
-    text = torch.from_numpy(np.concatenate([np.asarray(book, dtype=np.int64) for book in books]))
-    generator = torch.Generator().manual_seed(seed)
-    pieces = text[: len(text) // plan.train_length * plan.train_length].view(-1, plan.train_length)
-    pieces = pieces[torch.randperm(len(pieces), generator=generator)]
-    batches = [{"input_ids": batch} for batch in pieces.split(plan.batch_size)]
+    batches = _training_batches(tokenizer, books, plan, seed)
     steps = _affordable_steps(model, batches, plan)
     hf.attach(model, GateConfig(), min_context=0)
     try:
@@ -240,6 +253,27 @@ def _distil_fresh_gates(
     finally:
         hf.detach(model)
     return history
+
+
+def _training_batches(
+    tokenizer: Any, books: Sequence[np.ndarray], plan: DemoPlan, seed: int
+) -> list[dict[str, Tensor]]:
+    """Book text and retrieval tasks in turn (names and books that no measurement uses)."""
+    text = torch.from_numpy(np.concatenate([np.asarray(book, dtype=np.int64) for book in books]))
+    pieces = text[: len(text) // plan.train_length * plan.train_length].view(-1, plan.train_length)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    generator = TaskGenerator(tokenizer, books, split="train", seed=seed)
+    batches = []
+    for step in range(plan.max_steps):
+        if step % 2:
+            task = plan.tasks[step // 2 % len(plan.tasks)]
+            made = make_samples(generator, [task], plan.train_length, plan.batch_size, min(4, plan.questions))[task]
+            rows = torch.stack([torch.as_tensor(sample.input_ids) for sample in made])
+        else:
+            first = step // 2 * plan.batch_size + torch.arange(plan.batch_size)
+            rows = pieces[order[first % len(pieces)]]
+        batches.append({"input_ids": rows})
+    return batches
 
 
 def _affordable_steps(model: nn.Module, batches: Sequence[dict[str, Tensor]], plan: DemoPlan) -> int:

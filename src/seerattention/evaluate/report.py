@@ -45,8 +45,7 @@ th, td { padding: .38rem .7rem; border-bottom: 1px solid var(--line); text-align
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.strong td { background: #eef5fa; font-weight: 600; }
-caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .87rem; padding-top: .5rem;
-  white-space: normal; }
+.caption { color: var(--soft); font-size: .87rem; }
 figure { margin: .9rem 0; }
 figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .87rem; margin-top: .3rem; max-width: 46rem; }
@@ -98,9 +97,10 @@ class Report:
         """A table whose first column is left-aligned; rows numbered in ``strong`` are set off."""
         head = "".join(f"<th>{_escape(header)}</th>" for header in table.headers)
         body = "".join(_row(row, i in strong) for i, row in enumerate(table.rows))
-        note = f"<caption>{_escape(table.caption)}</caption>" if table.caption else ""
+        # The caption stays outside of what scrolls sideways on a phone.
+        note = f'<p class="caption">{_escape(table.caption)}</p>' if table.caption else ""
         self._parts.append(
-            f'<div class="scroll"><table>{note}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
         )
 
     def figure(self, figure: Any, caption: str = "", alt: str = "", dpi: int = 150) -> None:
