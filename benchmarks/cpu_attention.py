@@ -1,7 +1,7 @@
 """Block-sparse attention on the CPU against dense SDPA: the op alone, correctness first, then medians.
 
     python benchmarks/cpu_attention.py --threads 2
-    python benchmarks/cpu_attention.py --lists lists.pt   # lists of trained gates, see load_lists
+    python benchmarks/cpu_attention.py --trained   # also lists of the testbed's trained gates
 
 Dense is the faster of SDPA in float32 and bfloat16, each with K and V as they are (GQA) and repeated per query head.
 Writes a JSON file with the machine and versions beside the times.
@@ -52,10 +52,20 @@ def make_lists(kind: str, heads: int, rows: int, density: float, block_size: int
     return top_lists(stripes + 0.5 * (distance < 4) + 0.3 * noise, density, block_size)
 
 
-def load_lists(path: str) -> list[tuple[str, BlockIndices]]:
-    """Lists saved by ``torch.save({name: {"indices", "counts", "num_key_blocks", "block_size"}}, path)``, batch 1."""
-    saved = torch.load(path, weights_only=True)
-    return [(name, BlockIndices(**fields)) for name, fields in saved.items()]
+def trained_lists(length: int, density: float) -> list[tuple[str, BlockIndices]]:
+    """Lists that the embedded testbed's trained gates make of a book, of its first, a middle and its last layer."""
+    import seerattention as seer
+    from seerattention import testbed
+
+    model, tokenizer = testbed.load("cpu")
+    seer.attach(model, testbed.gates_path(), prefill=seer.TopK(density), min_context=0)
+    text = "\n".join(testbed.book_texts("test"))
+    ids = torch.tensor([tokenizer.encode(text[: 8 * length])[:length]])
+    lists: dict[int, BlockIndices] = {}
+    with torch.no_grad(), seer.observe(model, lambda inputs, blocks: lists.update({inputs.layer: blocks})):
+        model(ids, use_cache=False, logits_to_keep=1)
+    last = max(lists)
+    return [(f"trained layer {layer} {density:g}", lists[layer]) for layer in (0, last // 2, last)]
 
 
 def median_time(fn, repeats: int) -> float:
@@ -131,23 +141,22 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--lists", help="file of saved lists, measured instead of the generated ones")
+    parser.add_argument("--trained", action="store_true", help="also lists of the embedded testbed's gates (8/2 heads)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     cases: dict[int, list[tuple[str, BlockIndices]]] = {}
-    if options.lists:
-        for name, blocks in load_lists(options.lists):
-            cases.setdefault(blocks.num_key_blocks * blocks.block_size, []).append((name, blocks))
-    else:
-        for length in options.lengths:
-            rows = -(-length // options.block_size)
-            cases[length] = [
-                (f"{kind} {density:g}", make_lists(kind, options.heads, rows, density, options.block_size))
-                for kind in ("random", "structured")
-                for density in options.densities
-            ]
+    for length in options.lengths:
+        rows = -(-length // options.block_size)
+        cases[length] = [
+            (f"{kind} {density:g}", make_lists(kind, options.heads, rows, density, options.block_size))
+            for kind in ("random", "structured")
+            for density in options.densities
+        ]
+        if options.trained:
+            for density in options.densities:
+                cases[length] += trained_lists(length, density)
 
     results = []
     table = Table(title=f"Attention alone, {options.threads} threads, ms (speed-up over the faster dense SDPA)")

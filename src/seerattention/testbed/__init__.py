@@ -13,6 +13,7 @@ import torch
 
 __all__ = ["book_texts", "gates_path", "load", "model_path"]
 
+NAME = "seerattention-testbed"
 _ROOT = Path(__file__).parent
 
 
@@ -41,6 +42,8 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype).to(device).eval()
+    # Gates remember the model that they were trained for by name; where the package is installed must not matter.
+    model.config._name_or_path = NAME
     return model, AutoTokenizer.from_pretrained(model_path())
 
 
