@@ -3,7 +3,7 @@
     python benchmarks/cpu_attention.py --threads 2
     python benchmarks/cpu_attention.py --trained   # also lists of the testbed's trained gates
 
-Dense is the faster of SDPA in float32 and bfloat16, each with K and V as they are (GQA) and repeated per query head.
+Dense is the fastest of SDPA in float32 and bfloat16, each with K and V as they are (GQA) and repeated per query head.
 Writes a JSON file with the machine and versions beside the times.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from seerattention.evaluate.environment import environment
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.indices import BlockIndices, causal_block_mask
 
@@ -68,79 +69,55 @@ def trained_lists(length: int, density: float) -> list[tuple[str, BlockIndices]]
     return [(f"trained layer {layer} {density:g}", lists[layer]) for layer in (0, last // 2, last)]
 
 
-def median_time(fn, repeats: int) -> float:
-    fn()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def median_times(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each; they take turns, so that a busy moment of the machine hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first turn is a warm-up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def time_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of SDPA by dtype, the faster of native GQA and repeated K and V."""
-    group = q.shape[1] // k.shape[1]
-    times = {}
+def dense_functions(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """SDPA in float32 and bfloat16, each with K and V as they are (GQA) and repeated per query head."""
+    functions: dict[str, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b, c = (x.to(dtype) for x in (q, k, v))
-        wide_b, wide_c = b.repeat_interleave(group, 1), c.repeat_interleave(group, 1)
-        native = median_time(lambda: F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True), repeats)  # noqa: B023
-        repeated = median_time(lambda: F.scaled_dot_product_attention(a, wide_b, wide_c, is_causal=True), repeats)  # noqa: B023
-        times[str(dtype).removeprefix("torch.")] = min(native, repeated)
-    return times
+        wide = tuple(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (b, c))
+        name = str(dtype).removeprefix("torch.")
+        functions[f"{name} gqa"] = partial(F.scaled_dot_product_attention, a, b, c, is_causal=True, enable_gqa=True)
+        functions[f"{name} repeated"] = partial(F.scaled_dot_product_attention, a, *wide, is_causal=True)
+    return functions
 
 
-def time_sparse(q, k, v, blocks: BlockIndices, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds by implementation and dtype, after a check against the reference."""
+def sparse_functions(q, k, v, blocks: BlockIndices) -> dict[str, Callable[[], object]]:
+    """Every CPU implementation in both dtypes, each checked against the reference first."""
     expected = block_sparse_attention(q, k, v, blocks, implementation="reference")
-    times: dict[str, dict[str, float]] = {}
+    functions: dict[str, Callable[[], object]] = {}
     for name in SPARSE:
-        times[name] = {}
         for dtype in (torch.float32, torch.bfloat16):
             a, b, c = (x.to(dtype) for x in (q, k, v))
-            out = block_sparse_attention(a, b, c, blocks, implementation=name).float()
-            error = float((out - expected).norm() / expected.norm())
-            allowed = 1e-5 if dtype == torch.float32 else 1e-2
-            if not error < allowed:
+            function = partial(block_sparse_attention, a, b, c, blocks, implementation=name)
+            error = float((function().float() - expected).norm() / expected.norm())
+            if not error < (1e-5 if dtype == torch.float32 else 1e-2):
                 raise SystemExit(f"{name} in {dtype} is wrong by {error:.1e} (relative): no times on wrong results")
-            seconds = median_time(lambda: block_sparse_attention(a, b, c, blocks, implementation=name), repeats)  # noqa: B023
-            times[name][str(dtype).removeprefix("torch.")] = seconds
-    return times
-
-
-def machine(threads: int) -> dict[str, object]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
+            functions[f"{name} {str(dtype).removeprefix('torch.')}"] = function
+    return functions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.12, 0.2])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.11, 0.2])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--trained", action="store_true", help="also lists of the embedded testbed's gates (8/2 heads)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -159,35 +136,50 @@ def main() -> None:
                 cases[length] += trained_lists(length, density)
 
     results = []
-    table = Table(title=f"Attention alone, {options.threads} threads, ms (speed-up over the faster dense SDPA)")
-    for column in ("tokens", "lists", "density", "dense fp32", "dense bf16", *SPARSE):
-        table.add_column(column, justify="left" if column == "lists" else "right")
+    table = Table(title=f"Attention alone, {options.threads} threads, ms (speed-up over the fastest dense SDPA)")
+    for column in ("tokens", "lists", "density", "dense", *SPARSE):
+        table.add_column(column, justify="left" if column == "lists" else "right", no_wrap=True)
     console = Console()
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=sum(len(lists) for lists in cases.values()))
+        task = progress.add_task("measuring", total=len(cases))
         for length, lists in cases.items():
             generator = torch.Generator().manual_seed(0)
             q = torch.randn(1, options.heads, length, options.head_dim, generator=generator)
             k = torch.randn(1, options.kv_heads, length, options.head_dim, generator=generator)
             v = torch.randn(1, options.kv_heads, length, options.head_dim, generator=generator)
-            dense = time_dense(q, k, v, options.repeats)
+            functions = dense_functions(q, k, v)
             for name, blocks in lists:
-                sparse = time_sparse(q, k, v, blocks, options.repeats)
-                results.append(
-                    {"tokens": length, "lists": name, "density": blocks.density(), "dense_s": dense, "sparse_s": sparse}
-                )
-                cells = []
-                for implementation in SPARSE:
-                    slower = max(sparse[implementation].values())  # of the two dtypes: the one that must still win
-                    cells.append(f"{1e3 * slower:.0f} ({min(dense.values()) / slower:.1f}x)")
-                milliseconds = [f"{1e3 * dense[dtype]:.0f}" for dtype in ("float32", "bfloat16")]
-                table.add_row(str(length), name, f"{blocks.density():.3f}", *milliseconds, *cells)
-                progress.advance(task)
+                made = sparse_functions(q, k, v, blocks)
+                functions |= {f"{name}: {implementation}": function for implementation, function in made.items()}
+            times = median_times(functions, options.repeats)
+            dense = {name: seconds for name, seconds in times.items() if ":" not in name}
+            for name, blocks in lists:
+                sparse = {key.split(": ")[1]: t for key, t in times.items() if key.startswith(f"{name}: ")}
+                row = {
+                    "tokens": length,
+                    "lists": name,
+                    "density": blocks.density(),
+                    "dense_s": dense,
+                    "sparse_s": sparse,
+                }
+                results.append(row)
+                # Of the two dtypes the slower one counts: it must still win against the fastest dense one.
+                slower = [
+                    max(t for key, t in sparse.items() if key.startswith(implementation)) for implementation in SPARSE
+                ]
+                cells = [f"{1e3 * seconds:.0f} ({min(dense.values()) / seconds:.1f}x)" for seconds in slower]
+                table.add_row(str(length), name, f"{blocks.density():.3f}", f"{1e3 * min(dense.values()):.0f}", *cells)
+            progress.advance(task)
     console.print(table)
-    shape = {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": options.head_dim}
+    shape = {
+        "heads": options.heads,
+        "kv_heads": options.kv_heads,
+        "head_dim": options.head_dim,
+        "repeats": options.repeats,
+    }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
-        json.dumps({"machine": machine(options.threads), "shape": shape, "results": results}, indent=1) + "\n"
+        json.dumps({"environment": environment(), "shape": shape, "results": results}, indent=1) + "\n"
     )
     console.print(f"written to {options.output}")
 

@@ -39,6 +39,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "devices": _devices(),
         "cuda": torch.version.cuda,
+        "driver": _driver(),
         "compiler": _compiler(),
         "git_commit": _git_commit(),
     }
@@ -81,6 +82,18 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, or None."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return answer.split("\n")[0].strip() or None
+
+
 def _compiler() -> str | None:
     """The C++ compiler that torch.compile would use on the CPU, or None."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
@@ -89,8 +102,10 @@ def _compiler() -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the source checkout that the package runs from, with ``+`` where files are changed; None when
-    installed.
+    installed. ``SEER_GIT_COMMIT`` names it where a copy of the sources runs without its history.
     """
+    if os.environ.get("SEER_GIT_COMMIT"):
+        return os.environ["SEER_GIT_COMMIT"]
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
