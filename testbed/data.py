@@ -56,7 +56,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
     )
     missing = [i for i in range(1000) if len(bpe.encode(f"{i:03d}").ids) != 1]
     if missing:
-        raise RuntimeError(f"{len(missing)} three-digit groups are not single tokens; use a larger vocabulary than {vocab_size}")
+        raise RuntimeError(
+            f"{len(missing)} three-digit groups are not single tokens; use a larger vocabulary than {vocab_size}"
+        )
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
@@ -131,48 +133,67 @@ def batch(mix: Any, context: int, tokens: int, tasks: float, drills: float) -> t
     return ids.astype(np.int32), weights.astype(np.float16), [row.task for row in rows]
 
 
-def _worker(out: Any, phase: Any, phases: list, folder: str, number: int, seed: int, options: dict) -> None:
-    from transformers import AutoTokenizer
+class _Maker:
+    """Makes batches from the token files in a folder, also from those that arrive while training runs."""
 
-    from seerattention.tasks import TaskGenerator, TrainingMix
+    def __init__(self, folder: str, number: int, seed: int, options: dict[str, Any]) -> None:
+        from transformers import AutoTokenizer
 
+        self.folder, self.number, self.seed, self.options = Path(folder), number, seed, options
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.files: list[Path] = []
+        self.mix: Any = None
+
+    def make(self, phase: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        from seerattention.tasks import TaskGenerator, TrainingMix
+
+        found = sorted(self.folder.glob("train*.u16"))
+        if self.mix is None or found != self.files:
+            self.files = found
+            books = load_books(found, self.options["shortest"], self.tokenizer.bos_token_id)
+            seed = self.seed * 1000 + self.number + 97 * len(found)
+            generator = TaskGenerator(self.tokenizer, books, split="train", seed=seed)
+            self.mix = TrainingMix(generator, self.options["task_mix"], self.options["drill_mix"])
+        return batch(self.mix, phase.context, phase.tokens, phase.tasks, phase.drills)
+
+
+def _worker(out: Any, phase: Any, phases: list, *arguments: Any) -> None:
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    mix, files = None, []
+    maker = _Maker(*arguments)
     while True:
         index = phase.value
-        found = sorted(Path(folder).glob("train*.u16"))
-        if found != files:  # more token files may arrive while training runs
-            files = found
-            books = load_books(files, options["shortest"], tokenizer.bos_token_id)
-            generator = TaskGenerator(tokenizer, books, split="train", seed=seed * 1000 + number + 97 * len(files))
-            mix = TrainingMix(generator, options["task_mix"], options["drill_mix"])
-        p = phases[index]
-        out.put((index, *batch(mix, p.context, p.tokens, p.tasks, p.drills)))
+        out.put((index, *maker.make(phases[index])))
 
 
 class Batches:
     """Batches for the current phase, made by worker processes and pinned by a thread.
 
     Args:
-        phases: the phases of the run; a worker makes batches of phase ``set_phase``.
+        phases: the phases of the run.
         folder: where tokenizer and ``train*.u16`` files are.
-        workers: 0 makes batches in this process.
+        workers: 0 makes batches in this process, when they are asked for.
+        seed: each worker's batches are a function of it, the worker's number and the token files.
         options: ``shortest`` (tokens), ``task_mix``, ``drill_mix`` (None: the package's).
+        pin: pin the memory, for copies to a GPU.
     """
 
-    def __init__(self, phases: list, folder: Path, workers: int, seed: int, options: dict, pin: bool) -> None:
+    def __init__(
+        self, phases: list, folder: Path, workers: int, seed: int, options: dict[str, Any], pin: bool = False
+    ) -> None:
+        self._phases, self._pin = phases, pin
+        self._maker = None if workers else _Maker(str(folder), 0, seed, options)
+        if not workers:
+            return
         context = mp.get_context("spawn")
-        self.phase = context.Value("i", 0)
-        self._queue: Any = context.Queue(2 * max(1, workers))
+        self._phase = context.Value("i", 0)
+        self._queue: Any = context.Queue(2 * workers)
         self._ready: queue.Queue = queue.Queue(3)
-        arguments = (self._queue, self.phase, phases, str(folder))
+        shared = (self._queue, self._phase, phases, str(folder))
         self._processes = [
-            context.Process(target=_worker, args=(*arguments, i, seed, options), daemon=True) for i in range(max(1, workers))
+            context.Process(target=_worker, args=(*shared, i, seed, options), daemon=True) for i in range(workers)
         ]
         for process in self._processes:
             process.start()
-        self._pin = pin
         threading.Thread(target=self._feed, daemon=True).start()
 
     def _feed(self) -> None:
@@ -182,18 +203,26 @@ class Batches:
             self._ready.put((index, *(t.pin_memory() if self._pin else t for t in tensors), kinds))
 
     def get(self, phase: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """The next batch of this phase or a later one (batches of earlier phases are dropped)."""
-        self.phase.value = phase
+        """The next batch of this phase: ids int32 and weights float16 ``[rows, context + 1]``, the kind of each row.
+
+        Raises:
+            RuntimeError: all workers have died.
+        """
+        if self._maker is not None:
+            ids, weights, kinds = self._maker.make(self._phases[phase])
+            return torch.from_numpy(ids), torch.from_numpy(weights), kinds
+        self._phase.value = phase
         while True:
             try:
-                index, ids, weights, kinds = self._ready.get(timeout=20)
+                index, *rest = self._ready.get(timeout=5)
             except queue.Empty:
                 if not any(process.is_alive() for process in self._processes):
                     raise RuntimeError("all data workers have died; see their error above") from None
                 continue
-            if index >= phase:
-                return ids, weights, kinds
+            if index == phase:  # batches of the phase before are dropped
+                return tuple(rest)  # type: ignore[return-value]
 
     def close(self) -> None:
-        for process in self._processes:
+        """Stop the workers."""
+        for process in [] if self._maker is not None else self._processes:
             process.terminate()

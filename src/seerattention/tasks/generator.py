@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .pieces import NEEDLE_TEMPLATES, VARIABLE_TEMPLATES, Event, Pieces
+from .pieces import VARIABLE_TEMPLATES, Event, Pieces
 
 TASKS = ("single", "multikey", "multivalue", "variable", "keyvalue")
 
@@ -64,14 +64,23 @@ class TaskGenerator:
         books: token ids of book texts (1-D integer arrays), the haystack. Use other books than in training.
         split: ``"train"`` or ``"test"``, which chooses disjoint sets of keys.
         seed: samples are a function of the arguments, the seed and the order of calls.
+        templates: other sentences for the needles, see :class:`Pieces` (None: the package's).
     """
 
-    def __init__(self, tokenizer: Any, books: Sequence[np.ndarray], *, split: str = "test", seed: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        books: Sequence[np.ndarray],
+        *,
+        split: str = "test",
+        seed: int = 0,
+        templates: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
         books = [np.asarray(book) for book in books if len(book)]
         if not books:
             raise ValueError("TaskGenerator needs at least one non-empty book as the haystack")
         self.rng = np.random.default_rng(seed)
-        self.pieces = Pieces(tokenizer, split, self.rng)
+        self.pieces = Pieces(tokenizer, split, self.rng, templates)
         self.books = books
         self.bos = getattr(tokenizer, "bos_token_id", None)
         self._book_weights = np.array([len(book) for book in books], dtype=np.float64)
@@ -102,7 +111,10 @@ class TaskGenerator:
         used = sum(len(event.tokens) for event in statements + asked) + int(gaps.sum())
         room = length - used - (self.bos is not None)
         if room < 0:
-            raise ValueError(f"{task} with {questions} questions needs {used + 1} tokens, got length {length}; use longer samples or fewer questions")
+            raise ValueError(
+                f"{task} with {questions} questions needs {length - room} tokens, got length {length}; "
+                "use longer samples or fewer questions"
+            )
         body = self.book_text(room + int(gaps.sum()))
         # Statements lie anywhere before the first question; positions count book tokens.
         places = [(int(event.position * room), event) for event in statements]
@@ -114,7 +126,7 @@ class TaskGenerator:
 
     # ---------------------------------------------------------------- tasks
     def _needles(self, keys: list[list[int]], questions: int) -> tuple[list[Event], list[Event]]:
-        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        template = int(self.rng.integers(len(self.pieces.templates)))
         values = [self.pieces.value() for _ in keys]
         statements = [self.pieces.statement(template, k, v) for k, v in zip(keys, values, strict=True)]
         asked = [self.pieces.question(template, k, v) for k, v in zip(keys[:questions], values, strict=False)]
@@ -122,14 +134,16 @@ class TaskGenerator:
 
     def _single(self, length: int, questions: int) -> tuple[list[Event], list[Event]]:
         if questions != 1:
-            raise ValueError(f"task 'single' has one needle and so one question, got questions={questions}; use 'multikey'")
+            raise ValueError(
+                f"task 'single' has one needle and so one question, got questions={questions}; use 'multikey'"
+            )
         return self._needles(self.pieces.keys(1), 1)
 
     def _multikey(self, length: int, questions: int) -> tuple[list[Event], list[Event]]:
         return self._needles(self.pieces.keys(max(questions + 1, length // TOKENS_PER_NAME)), questions)
 
     def _multivalue(self, length: int, questions: int) -> tuple[list[Event], list[Event]]:
-        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        template = int(self.rng.integers(len(self.pieces.templates)))
         statements, asked = [], []
         for key in self.pieces.keys(questions):
             values = [self.pieces.value() for _ in range(VALUES_PER_NAME)]
@@ -140,11 +154,16 @@ class TaskGenerator:
     def _variable(self, length: int, questions: int) -> tuple[list[Event], list[Event]]:
         chains = max(questions + 1, length // TOKENS_PER_ALIAS)
         keys = self.pieces.keys(2 * chains)
-        template, needle = int(self.rng.integers(len(VARIABLE_TEMPLATES))), int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        template, needle = (
+            int(self.rng.integers(len(VARIABLE_TEMPLATES))),
+            int(self.rng.integers(len(self.pieces.templates))),
+        )
         statements, asked = [], []
         for i in range(chains):
             source, alias, value = keys[2 * i], keys[2 * i + 1], self.pieces.value()
-            statements += self.scatter([self.pieces.statement(needle, source, value), self.pieces.alias(template, alias, source)])
+            statements += self.scatter(
+                [self.pieces.statement(needle, source, value), self.pieces.alias(template, alias, source)]
+            )
             if i < questions:
                 asked.append(self.pieces.alias_question(template, alias, source, value))
         return statements, asked

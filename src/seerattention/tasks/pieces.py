@@ -6,6 +6,8 @@ known, for any tokenizer. Pieces are cut where tokenizers cut anyway (line break
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +19,17 @@ from .words import ADJECTIVES, NOUNS, TEST_SHARE, is_test_key
 ANSWER_WEIGHT = 8.0
 COPY_WEIGHT = 3.0
 NOISE_WEIGHT = 0.1
+#: With fewer single-token words than this in a vocabulary, loose words are not used.
+FEWEST_LOOSE_WORDS = 200
 
 #: (statement, question) pairs; {key} is two words, {value} a number.
 NEEDLE_TEMPLATES = (
     ("\nThe passcode of the{key} is {value}.\n", "\nQuestion: What is the passcode of the{key}? Answer: {value}\n"),
     ("\nRemember that the number of the{key} is {value}.\n", "\nWhat is the number of the{key}? It is {value}.\n"),
-    (" (The special number for the{key} is {value}.) ", "\nThe special number for the{key}, as was said, is {value}.\n"),
+    (
+        " (The special number for the{key} is {value}.) ",
+        "\nThe special number for the{key}, as was said, is {value}.\n",
+    ),
     ("\nNote: the{key} has the number {value}.\n", "\nAsked for the number of the{key}, he said {value}.\n"),
 )
 VARIABLE_TEMPLATES = (
@@ -71,11 +78,25 @@ class Pieces:
         tokenizer: a Hugging Face tokenizer (anything with ``encode(text, add_special_tokens=False)``).
         split: ``"train"`` or ``"test"``: which keys may be drawn.
         rng: the source of all randomness.
+        templates: (statement, question) pairs like ``NEEDLE_TEMPLATES`` (None: those); each text has ``{key}`` and
+            behind it ``{value}``, once, and the key follows a word without a space, which keys bring along.
     """
 
-    def __init__(self, tokenizer: Any, split: str, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        split: str,
+        rng: np.random.Generator,
+        templates: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        self.templates = tuple((s, q) for s, q in (NEEDLE_TEMPLATES if templates is None else templates))
+        for text in (text for pair in self.templates for text in pair):
+            if not 0 <= text.find("{key}") < text.find("{value}") or text.count("{key}") + text.count("{value}") != 2:
+                raise ValueError(f"a template needs {{key}} and behind it {{value}}, each once, got {text!r}")
+        if not self.templates:
+            raise ValueError("templates must hold at least one (statement, question) pair, got none")
         self.tokenizer = tokenizer
         self.test = split == "test"
         self.rng = rng
@@ -83,9 +104,12 @@ class Pieces:
         # Sentencepiece tokenizers put a space before whatever comes first; encode after a line break and cut that off.
         self._anchor = [] if self._raw("\n1") == self._raw("\n") + self._raw("1") else self._raw("\n")
         groups = [self._raw(f"{i:03d}") for i in range(1000)]
-        self._groups = groups if all(len(g) == 1 for g in groups) and self._raw("123456") == groups[123] + groups[456] else None
-        self._keys = [(a, n) for a in ADJECTIVES for n in NOUNS if is_test_key((a, n)) == self.test]
-        self._loose_words: list[int] | None = None
+        in_threes = all(len(group) == 1 for group in groups) and self._raw("123456") == groups[123] + groups[456]
+        self._groups = groups if in_threes else None
+        #: Which (adjective, noun) may be a key in this split.
+        self._allowed = np.array([[is_test_key((a, n)) == self.test for n in NOUNS] for a in ADJECTIVES])
+        self._keys = np.argwhere(self._allowed)
+        self._loose_words: list[list[int]] | None = None
 
     def _raw(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -108,29 +132,75 @@ class Pieces:
         """A random six-digit number."""
         return self.number(int(self.rng.integers(0, 1_000_000)))
 
-    def keys(self, count: int) -> list[list[int]]:
-        """``count`` different two-word keys of this split, each beginning with a space."""
-        chosen = self.rng.choice(len(self._keys), count, replace=False)
-        return [self.encode(f" {a}") + self.encode(f" {n}") for a, n in (self._keys[i] for i in chosen)]
+    def keys(self, count: int, *, close: bool = False) -> list[list[int]]:
+        """``count`` different two-word keys of this split, each beginning with a space.
+
+        ``close`` draws them from few adjectives and few nouns where enough are to be had, so that neither word alone
+        tells two keys apart.
+        """
+        pairs = self._close_pairs(count) if close else self._keys
+        chosen = pairs[self.rng.choice(len(pairs), count, replace=False)]
+        return [self.encode(f" {ADJECTIVES[a]}") + self.encode(f" {NOUNS[n]}") for a, n in chosen]
+
+    def _close_pairs(self, count: int) -> np.ndarray:
+        side = math.ceil(math.sqrt(2 * count)) + 1
+        if side > min(len(ADJECTIVES), len(NOUNS)):
+            return self._keys
+        adjectives = self.rng.choice(len(ADJECTIVES), side, replace=False)
+        nouns = self.rng.choice(len(NOUNS), side, replace=False)
+        places = np.argwhere(self._allowed[np.ix_(adjectives, nouns)])
+        pairs = np.stack([adjectives[places[:, 0]], nouns[places[:, 1]]], 1)
+        return pairs if len(pairs) >= count else self._keys
+
+    def single_keys(self, count: int) -> list[list[int]]:
+        """``count`` different keys of one word each: a step towards keys of two words, which evaluation uses."""
+        return [self.encode(f" {NOUNS[i]}") for i in self.rng.choice(len(NOUNS), count, replace=False)]
+
+    def number_keys(self, count: int) -> list[list[int]]:
+        """``count`` different six-digit keys of this split, each after a space as words are."""
+        return [self.encode(" ") + key for key in self.dictionary_keys(count)]
 
     def loose_keys(self, count: int) -> list[list[int]]:
-        """``count`` different keys of two arbitrary vocabulary words, for variety in training."""
+        """``count`` different keys of two arbitrary vocabulary words, for variety in training.
+
+        Raises:
+            ValueError: the split is "test", whose keys are listed ones only.
+        """
         if self.test:
             raise ValueError("loose keys are for training only: they may contain any pair of words")
-        if self._loose_words is None:
-            texts = ((i, self.tokenizer.decode([i])) for i in range(len(self.tokenizer)))
-            self._loose_words = [i for i, t in texts if len(t) > 3 and t[0] == " " and t[1:].isalpha() and t[1:].islower()]
-        words = self._loose_words
-        if len(words) < 200:
+        words = self.loose_words()
+        if len(words) < FEWEST_LOOSE_WORDS:
             return self.keys(count)
         chosen = self.rng.choice(len(words) * len(words), count, replace=False)
-        pairs = [(words[i // len(words)], words[i % len(words)]) for i in chosen]
-        # A pair that evaluation uses as a key must not be one here.
-        return [self.keys(1)[0] if self._is_test_pair(pair) else list(pair) for pair in pairs]
+        return [words[i // len(words)] + words[i % len(words)] for i in chosen]
 
-    def _is_test_pair(self, pair: tuple[int, int]) -> bool:
-        words = tuple(self.tokenizer.decode([i]).strip() for i in pair)
-        return words[0] in ADJECTIVES and words[1] in NOUNS and is_test_key(words)
+    def loose_words(self) -> list[list[int]]:
+        """Every vocabulary word that is one token, but for the listed nouns: so no pair can be a key of evaluation."""
+        if self._loose_words is None:
+            before = self._raw("\n")
+            start = len(self.tokenizer.decode(before))
+            # After a line break, because a decoder may drop the space of a first word.
+            texts = ((i, self.tokenizer.decode([*before, i])[start:]) for i in range(len(self.tokenizer)))
+            self._loose_words = [
+                [i]
+                for i, text in texts
+                if len(text) > 3 and text[0] == " " and text[1:].isalpha() and text.islower() and text[1:] not in NOUNS
+            ]
+        return self._loose_words
+
+    def random_words(self, count: int) -> list[int]:
+        """``count`` token ids of random listed or loose words; no two words in a row are a key of the other split."""
+        words = self.loose_words() if self.rng.random() < 0.5 else []
+        if len(words) >= FEWEST_LOOSE_WORDS:
+            return [words[i][0] for i in self.rng.integers(0, len(words), count)]
+        drawn = self.rng.integers(0, len(ADJECTIVES) + len(NOUNS), count).tolist()
+        tokens: list[int] = []
+        for i, index in enumerate(drawn):
+            before, noun = drawn[i - 1] if i else len(ADJECTIVES), index - len(ADJECTIVES)
+            if noun >= 0 and before < len(ADJECTIVES) and not self._allowed[before, noun]:
+                drawn[i] = index = before  # an adjective where the noun would have made a foreign key
+            tokens += self.encode(f" {(ADJECTIVES + NOUNS)[index]}")
+        return tokens[:count]
 
     def dictionary_keys(self, count: int) -> list[list[int]]:
         """``count`` different six-digit keys of this split."""
@@ -153,10 +223,10 @@ class Pieces:
         return event
 
     def statement(self, template: int, key: list[int], value: list[int]) -> Event:
-        return self.fill(NEEDLE_TEMPLATES[template][0], key=_noise(key), value=_noise(value))
+        return self.fill(self.templates[template][0], key=_noise(key), value=_noise(value))
 
     def question(self, template: int, key: list[int], value: list[int]) -> Event:
-        return self.fill(NEEDLE_TEMPLATES[template][1], key=_noise(key), value=_answer(value))
+        return self.fill(self.templates[template][1], key=_noise(key), value=_answer(value))
 
     def alias(self, template: int, key: list[int], source: list[int]) -> Event:
         return self.fill(VARIABLE_TEMPLATES[template][0], key=_noise(key), source=_noise(source))

@@ -1,7 +1,13 @@
 """Training sequences from the same tasks: many questions each, random sizes, and drills that teach look-up itself.
 
-*Drills* contain no book text at all: copies of random numbers, key-value look-ups, statements with questions. A model that
-begins with short drills forms its look-up circuits within minutes; one that begins with long texts may never do.
+*Drills* contain no book text at all: copies, look-ups, statements with questions. A model that begins with short drills
+forms its look-up circuits within minutes; one that begins with long texts may never do.
+
+Matching is learned token by token: a model that looks numbers up perfectly can be at chance with words, because nothing
+has taught it that two occurrences of a word are the same. So the drills lead from what forms at once to what does not:
+copies of random words beside copies of numbers, dictionaries keyed by words, sentences keyed by numbers or single
+words, and needles whose number of candidates grows within each sequence (a guess among few is soon no worse than a look-up,
+and so teaches nothing).
 """
 
 from __future__ import annotations
@@ -11,16 +17,30 @@ import math
 import numpy as np
 
 from .generator import Sample, TaskGenerator
-from .pieces import COPY_WEIGHT, NEEDLE_TEMPLATES, NOISE_WEIGHT, VARIABLE_TEMPLATES, Event
+from .pieces import COPY_WEIGHT, NOISE_WEIGHT, VARIABLE_TEMPLATES, Event
+from .words import NOUNS
 
 #: How often each form of training sequence is drawn, among sequences that are not plain book text.
 TASK_MIX = {"multikey": 3.0, "keyvalue": 2.0, "multivalue": 1.5, "variable": 1.5, "few": 1.0, "copy": 1.0}
-DRILL_MIX = {"copy": 2.0, "keyvalue": 2.5, "needles": 4.0, "multivalue": 1.0, "variable": 1.0}
+DRILL_MIX = {
+    "copy": 2.0,
+    "keyvalue": 1.5,
+    "wordvalue": 2.0,
+    "steps": 1.5,
+    "needles": 3.0,
+    "multivalue": 1.0,
+    "variable": 1.0,
+}
 #: Drills that fit into any length; the others join from ``LONG_DRILL`` tokens on.
-SHORT_DRILLS = ("copy", "keyvalue", "needles")
+SHORT_DRILLS = ("copy", "keyvalue", "wordvalue", "steps", "needles")
 LONG_DRILL = 256
-#: Share of task sequences whose keys are arbitrary vocabulary words rather than listed ones.
-LOOSE_KEYS = 0.15
+#: How often each kind of key is used: listed pairs of words, listed pairs that share words, pairs of arbitrary words.
+PAIR_KEYS = {"listed": 0.6, "close": 0.25, "loose": 0.15}
+#: Keys of drills that lead up to pairs of words.
+STEP_KEYS = {"single": 0.5, "number": 0.5}
+WORD_KEYS = {"listed": 0.4, "close": 0.2, "loose": 0.1, "single": 0.3}
+#: Share of drill questions that are put in the words of another template than the statement.
+OTHER_TEMPLATE = 0.25
 
 
 class TrainingMix:
@@ -44,7 +64,7 @@ class TrainingMix:
         self.drill_mix = dict(DRILL_MIX if drill_mix is None else drill_mix)
 
     def sequence(self, length: int, *, tasks: float = 0.6, drills: float = 0.0) -> Sample:
-        """A training sequence: a drill with probability ``drills``, else a task in book text with ``tasks``, else book text."""
+        """A drill with probability ``drills``, else a task in book text with probability ``tasks``, else book text."""
         if self.rng.random() < drills:
             return self._drill(length)
         if self.rng.random() >= tasks:
@@ -58,14 +78,21 @@ class TrainingMix:
         return names[int(self.rng.choice(len(names), p=shares / shares.sum()))]
 
     def _count(self, low: int, high: int) -> int:
-        """Between low and high: every order of magnitude as likely, or every number, so that few and many both occur."""
+        """Between low and high: all magnitudes as likely, or all numbers, so that few and many both occur."""
         high = max(low, high)
         if self.rng.random() < 0.5:
             return int(self.rng.integers(low, high + 1))
         return int(math.exp(self.rng.uniform(math.log(low), math.log(high + 1))))
 
-    def _keys(self, count: int) -> list[list[int]]:
-        return self.pieces.loose_keys(count) if self.rng.random() < LOOSE_KEYS else self.pieces.keys(count)
+    def _keys(self, count: int, kinds: dict[str, float] = PAIR_KEYS) -> list[list[int]]:
+        kind = self._draw(kinds)
+        if kind in ("listed", "close"):
+            return self.pieces.keys(count, close=kind == "close")
+        if kind == "single" and count > len(NOUNS):
+            return self.pieces.keys(count)
+        return {"loose": self.pieces.loose_keys, "single": self.pieces.single_keys, "number": self.pieces.number_keys}[
+            kind
+        ](count)
 
     def _ask(self, question: Event, after: float, group: int) -> Event:
         """Place a question: most often at the end, else anywhere after its statement."""
@@ -78,7 +105,7 @@ class TrainingMix:
         most = length // 36 if most is None else most
         count = int(self.rng.integers(2, 29)) if length <= 1024 else self._count(2, min(600, most))
         count = min(count, max(1, most))
-        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        template = int(self.rng.integers(len(self.pieces.templates)))
         events = []
         for group, key in enumerate(self._keys(count)):
             value = self.pieces.value()
@@ -92,7 +119,7 @@ class TrainingMix:
         return self._multikey(length, most=min(8, max(1, length // 64)))
 
     def _multivalue(self, length: int) -> list[Event]:
-        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        template = int(self.rng.integers(len(self.pieces.templates)))
         events = []
         for group, key in enumerate(self._keys(self._count(1, max(1, min(100, length // 130))))):
             positions = np.sort(self.rng.uniform(0, 0.95, int(self.rng.integers(2, 5))))
@@ -107,7 +134,10 @@ class TrainingMix:
     def _variable(self, length: int) -> list[Event]:
         chains = self._count(1, max(1, min(200, length // 80)))
         keys = self._keys(2 * chains)
-        template, needle = int(self.rng.integers(len(VARIABLE_TEMPLATES))), int(self.rng.integers(len(NEEDLE_TEMPLATES)))
+        template, needle = (
+            int(self.rng.integers(len(VARIABLE_TEMPLATES))),
+            int(self.rng.integers(len(self.pieces.templates))),
+        )
         events = []
         for group in range(chains):
             source, alias, value = keys[2 * group], keys[2 * group + 1], self.pieces.value()
@@ -127,7 +157,8 @@ class TrainingMix:
         dictionary.position = float(self.rng.uniform(0, 0.9))
         asked = self.rng.choice(count, min(count, max(1, length // 34)), replace=False)
         questions = [
-            self._ask(self.pieces.dictionary_question(*pairs[i]), dictionary.position, group) for group, i in enumerate(asked)
+            self._ask(self.pieces.dictionary_question(*pairs[i]), dictionary.position, group)
+            for group, i in enumerate(asked)
         ]
         return [dictionary, *questions]
 
@@ -136,9 +167,12 @@ class TrainingMix:
         events = []
         for group in range(int(self.rng.integers(1, 4))):
             count = int(self.rng.integers(8, min(400, max(16, length // 8))))
-            random_numbers = self.rng.random() < 0.5
-            body = self._numbers(count) if random_numbers else [int(t) for t in self.generator.book_text(count)]
-            first = Event(list(body), [NOISE_WEIGHT if random_numbers else 1.0] * len(body), [], float(self.rng.uniform(0, 0.9)), group)
+            chance = self.rng.random()
+            if chance < 0.5:
+                body, weight = [int(t) for t in self.generator.book_text(count)], 1.0
+            else:
+                body, weight = self._numbers(count) if chance < 0.75 else self.pieces.random_words(count), NOISE_WEIGHT
+            first = Event(list(body), [weight] * len(body), [], float(self.rng.uniform(0, 0.9)), group)
             events.append(first)
             for _ in range(int(self.rng.integers(1, 3))):
                 again = Event(list(body), _copied(len(body)), [], float(self.rng.uniform(first.position, 1.0)), group)
@@ -183,26 +217,57 @@ class TrainingMix:
         return Sample(f"drill_{kind}", np.array(tokens[:length], np.int64), (), np.array(weights[:length], np.float32))
 
     def _drill_copy(self, room: int) -> list[Event]:
+        """Random numbers or words, again and again: teaches that a token matches its own earlier occurrence."""
         count = int(self.rng.integers(12, max(13, room // 2)))
-        body = self._numbers(count)
+        body = self._numbers(count) if self.rng.random() < 0.35 else self.pieces.random_words(count)
         again = [Event(list(body), _copied(count)) for _ in range(room // count + 1)]
         return [Event(list(body), [NOISE_WEIGHT] * count), *again]
 
     def _drill_keyvalue(self, room: int) -> list[Event]:
-        count = int(self.rng.integers(4, max(6, room // 17)))
-        pairs = [(key, self.pieces.value()) for key in self.pieces.dictionary_keys(count)]
-        return [self.pieces.dictionary(pairs), *self._repeat(room, [lambda p=p: self.pieces.dictionary_question(*p) for p in pairs])]
+        return self._dictionary_drill(room, self.pieces.dictionary_keys(int(self.rng.integers(4, max(6, room // 17)))))
+
+    def _drill_wordvalue(self, room: int) -> list[Event]:
+        """A dictionary whose keys are words: as dense in look-ups as numbers are, with the keys of sentences."""
+        return self._dictionary_drill(
+            room, self._keys(int(self.rng.integers(3, max(5, min(80, room // 17)))), WORD_KEYS)
+        )
+
+    def _dictionary_drill(self, room: int, keys: list[list[int]]) -> list[Event]:
+        pairs = [(key, self.pieces.value()) for key in keys]
+        return [
+            self.pieces.dictionary(pairs),
+            *self._repeat(room, [lambda p=p: self.pieces.dictionary_question(*p) for p in pairs]),
+        ]
 
     def _drill_needles(self, room: int) -> list[Event]:
-        count = int(self.rng.integers(2, max(4, room // 30)))
-        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
-        needles = [(key, self.pieces.value()) for key in self.pieces.keys(count)]
+        return self._needles_drill(room, PAIR_KEYS)
+
+    def _drill_steps(self, room: int) -> list[Event]:
+        """Needles keyed by a number or a single word, on the way to pairs of words."""
+        return self._needles_drill(room, STEP_KEYS)
+
+    def _needles_drill(self, room: int, kinds: dict[str, float]) -> list[Event]:
+        """Statements and questions; half of the time in turn, so that the candidates grow from one to many."""
+        in_turn = self.rng.random() < 0.5
+        template = int(self.rng.integers(len(self.pieces.templates)))
+        needles = [
+            (key, self.pieces.value()) for key in self._keys(int(self.rng.integers(2, max(5, room // 26))), kinds)
+        ]
         statements = [self.pieces.statement(template, key, value) for key, value in needles]
-        return statements + self._repeat(room, [lambda n=n: self.pieces.question(template, *n) for n in needles])
+        askers = [lambda n=n: self.pieces.question(self._template(template), *n) for n in needles]
+        events: list[Event] = []
+        for number, statement in enumerate(statements, 1):
+            events.append(statement)
+            if in_turn:
+                events.append(askers[int(self.rng.integers(number))]())
+        return events + self._repeat(room, askers)
+
+    def _template(self, stated: int) -> int:
+        return stated if self.rng.random() >= OTHER_TEMPLATE else int(self.rng.integers(len(self.pieces.templates)))
 
     def _drill_multivalue(self, room: int) -> list[Event]:
-        template = int(self.rng.integers(len(NEEDLE_TEMPLATES)))
-        keys = self.pieces.keys(int(self.rng.integers(1, max(2, room // 90))))
+        template = int(self.rng.integers(len(self.pieces.templates)))
+        keys = self._keys(int(self.rng.integers(1, max(2, room // 90))))
         values = [[self.pieces.value() for _ in range(int(self.rng.integers(2, 5)))] for _ in keys]
         order = [i for i, own in enumerate(values) for _ in own]
         self.rng.shuffle(order)
@@ -212,23 +277,30 @@ class TrainingMix:
         return statements + self._repeat(room, asked)
 
     def _drill_variable(self, room: int) -> list[Event]:
-        template, needle = int(self.rng.integers(len(VARIABLE_TEMPLATES))), int(self.rng.integers(len(NEEDLE_TEMPLATES)))
-        keys = self.pieces.keys(2 * int(self.rng.integers(1, max(2, room // 55))))
+        template, needle = (
+            int(self.rng.integers(len(VARIABLE_TEMPLATES))),
+            int(self.rng.integers(len(self.pieces.templates))),
+        )
+        keys = self._keys(2 * int(self.rng.integers(1, max(2, min(50, room // 55)))))
         chains = [(alias, source, self.pieces.value()) for source, alias in zip(keys[::2], keys[1::2], strict=True)]
         statements = [self.pieces.statement(needle, source, value) for _, source, value in chains]
         aliases = [self.pieces.alias(template, alias, source) for alias, source, _ in chains]
         self.rng.shuffle(aliases)
-        return statements + aliases + self._repeat(room, [lambda c=c: self.pieces.alias_question(template, *c) for c in chains])
+        return (
+            statements
+            + aliases
+            + self._repeat(room, [lambda c=c: self.pieces.alias_question(template, *c) for c in chains])
+        )
 
     def _repeat(self, room: int, makers: list) -> list[Event]:
-        """Questions in random order, round after round, until ``room`` tokens are surely filled."""
+        """Questions drawn at random until ``room`` tokens are surely filled.
+
+        Each draw is independent: in rounds, the last question of a round could be answered by elimination.
+        """
         events, used = [], 0
         while used < room:
-            for i in self.rng.permutation(len(makers)):
-                events.append(makers[i]())
-                used += len(events[-1].tokens)
-                if used >= room:
-                    break
+            events.append(makers[int(self.rng.integers(len(makers)))]())
+            used += len(events[-1].tokens)
         return events
 
 

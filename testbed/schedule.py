@@ -1,0 +1,175 @@
+"""Phases of growing context under one time budget; drill phases last until the model has learnt to look things up."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class NotFormed(RuntimeError):
+    """The look-up circuits did not form within the time that the drills may take."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training.
+
+    Attributes:
+        context: tokens a sequence.
+        share: share of the time budget; of a phase with ``most``, the least. The phases without ``most`` divide what
+            the others leave in proportion to their shares.
+        tokens: tokens a step.
+        rate: AdamW learning rate; the rate glides from one phase's to the next's.
+        tasks: share of sequences with a task, among those that are not drills.
+        drills: share of sequences that are drills (no book text).
+        most: the phase ends before this share of the budget as soon as every kind of drill is below
+            ``TrainConfig.formed_below``; 0: it always takes its share.
+        stop_above: give up if a kind of drill is still above this when ``most`` is reached.
+    """
+
+    context: int
+    share: float
+    tokens: int
+    rate: float
+    tasks: float = 0.6
+    drills: float = 0.0
+    most: float = 0.0
+    stop_above: float = float("inf")
+
+
+# Losses that bound the drill phases: blind guesses cost 6.9; guesses among the two to four needles of 128 tokens about
+# 0.5, among the up to nineteen of 512 tokens 0.8 to 1.4; look-up costs less than 0.05.
+PHASES = (
+    Phase(128, 0.06, 16_384, 3e-4, drills=1.0, most=0.12, stop_above=2.0),
+    Phase(512, 0.05, 32_768, 5e-4, tasks=0.75, drills=0.95, most=0.25, stop_above=0.4),
+    Phase(1024, 0.16, 65_536, 8e-4, tasks=0.75, drills=0.6),
+    Phase(4096, 0.20, 131_072, 1e-3, tasks=0.8, drills=0.3),
+    Phase(16_384, 0.40, 131_072, 1e-3, tasks=0.75, drills=0.2),
+    Phase(32_768, 0.12, 131_072, 1e-3, tasks=0.7, drills=0.1),
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run.
+
+    Attributes:
+        seconds: length of the training loop (compilation and start-up come before it).
+        optimizer: "adamw", or "muon": Muon for the matrices of the phases that always take their share, AdamW else.
+        rate_scale: multiplies the learning rates of the phases that always take their share (the long ones).
+        muon_ratio: Muon's learning rate over AdamW's (Muon's update has 0.2 of AdamW's size).
+        decay_from: share of the time after which the rate falls linearly to 3 %.
+        formed_below: loss of answers below which a kind of drill counts as learnt.
+        retries: how often to begin again with the next seed, in what is left of ``seconds``, if look-up did not form.
+        workers: processes that make batches; 0 makes them in the training process.
+        checkpoint_every: seconds between checkpoints.
+        shortest_book: tokens; shorter books are left out.
+        task_mix, drill_mix: relative frequencies of the forms of tasks and drills (None: the package's).
+    """
+
+    seconds: float = 600.0
+    phases: tuple[Phase, ...] = PHASES
+    optimizer: str = "adamw"
+    rate_scale: float = 1.3
+    muon_ratio: float = 5.0
+    weight_decay: float = 0.05
+    decay_from: float = 0.68
+    warmup_steps: int = 100
+    formed_below: float = 0.15
+    retries: int = 1
+    seed: int = 11
+    workers: int = 14
+    checkpoint_every: float = 60.0
+    report_every: int = 50
+    shortest_book: int = 20_000
+    task_mix: dict[str, float] | None = None
+    drill_mix: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
+        if not self.phases or self.phases[-1].most:
+            raise ValueError("phases must end with one that has no 'most', which takes the time that is left")
+        for phase in self.phases:
+            if phase.most and not 0 <= phase.share <= phase.most < 1:
+                raise ValueError(f"a phase needs 0 <= share <= most < 1, got share={phase.share}, most={phase.most}")
+
+
+@dataclass
+class Schedule:
+    """Which phase a run is in, and its learning rate; ``state()`` goes into the checkpoint.
+
+    Attributes:
+        config: the settings of the run.
+        begin: seconds at which this attempt began (0 but for a later attempt).
+        phase: index of the current phase.
+        started: seconds at which that phase began.
+        smooth: running mean loss of answers of each kind of drill in this phase.
+    """
+
+    config: TrainConfig
+    begin: float = 0.0
+    phase: int = 0
+    started: float = 0.0
+    smooth: dict[str, float] = field(default_factory=dict)
+    reports: int = 0
+
+    def __post_init__(self) -> None:
+        self.started = max(self.started, self.begin)
+
+    def state(self) -> dict[str, Any]:
+        names = ("begin", "phase", "started", "smooth", "reports")
+        return {name: getattr(self, name) for name in names}
+
+    def report(self, losses: dict[str, float]) -> None:
+        """Take in the mean losses since the last report, with the names that ``Losses.report`` gives them."""
+        for name, value in losses.items():
+            if name.startswith("answers drill_"):
+                self.smooth[name] = 0.6 * self.smooth.get(name, value) + 0.4 * value
+        self.reports += 1
+
+    @property
+    def formed(self) -> bool:
+        """Whether every kind of drill of this phase is learnt."""
+        return self.reports > 1 and all(value < self.config.formed_below for value in self.smooth.values())
+
+    def at(self, elapsed: float) -> int:
+        """Index of the phase after ``elapsed`` seconds; moves on to the next one where this one is over.
+
+        Raises:
+            NotFormed: a drill phase is over and the model cannot do the drills.
+        """
+        while self.phase < len(self.config.phases) - 1 and elapsed >= self._end():
+            self._check(elapsed)
+            log.info(
+                "%.0f s: context %d is over, drills %s", elapsed, self.config.phases[self.phase].context, self.smooth
+            )
+            self.phase, self.started, self.smooth, self.reports = self.phase + 1, elapsed, {}, 0
+        return self.phase
+
+    def factor(self, elapsed: float, step: int) -> float:
+        """Warm-up and decay of the learning rate."""
+        c = self.config
+        done = (elapsed - self.begin) / (c.seconds - self.begin)
+        decay = 1.0 if done < c.decay_from else max(0.03, (1 - done) / (1 - c.decay_from))
+        return min(1.0, (step + 1) / c.warmup_steps) * decay
+
+    def _end(self) -> float:
+        phases, phase = self.config.phases, self.config.phases[self.phase]
+        if phase.most:
+            return self.started + (phase.share if self.formed else phase.most) * (self.config.seconds - self.begin)
+        later = sum(p.share for p in phases[self.phase :] if not p.most)
+        return self.started + (self.config.seconds - self.started) * phase.share / later
+
+    def _check(self, elapsed: float) -> None:
+        phase = self.config.phases[self.phase]
+        failed = {name: round(value, 3) for name, value in self.smooth.items() if value > phase.stop_above}
+        if phase.most and failed:
+            raise NotFormed(
+                f"look-up did not form in the drills of {phase.context} tokens by {elapsed:.0f} s: loss {failed}, where "
+                f"{self.config.formed_below} would show it; try another seed, more time for the drills (most), or a "
+                "lower learning rate"
+            )
