@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops.block_selection import dense_indices
 from .ops.indices import BlockIndices, causal_block_mask, first_query_block, num_blocks, num_query_blocks
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "block_lengths",
     "causal_block_mask",
     "content_bounds",
+    "dense_indices",
     "first_query_block",
     "num_blocks",
     "num_query_blocks",
@@ -29,7 +31,7 @@ def content_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Start and length of the content of each row of a 2-D attention mask.
 
     Args:
-        attention_mask: ``[B, T]``, nonzero at valid tokens; each row is one contiguous run (padding left, right or both).
+        attention_mask: ``[B, T]``, nonzero at valid tokens, which are one contiguous run in each row.
 
     Returns:
         ``starts`` and ``lengths``, int64 ``[B]``.

@@ -43,7 +43,9 @@ class PrefillGateConfig:
         _check_pooling("k_pooling", self.k_pooling)
         _check_pooling("q_pooling", self.q_pooling)
         if self.hidden_size is not None and (self.hidden_size <= 0 or self.hidden_size % 2):
-            raise ValueError(f"hidden_size must be a positive even number or None (the model's head_dim), got {self.hidden_size}")
+            raise ValueError(
+                f"hidden_size must be a positive even number or None (the model's head_dim), got {self.hidden_size}"
+            )
 
     def resolve(self, head_dim: int) -> PrefillGateConfig:
         """The same with ``hidden_size`` and ``q_linear`` filled in for a model with this head_dim.
@@ -97,7 +99,9 @@ class GateConfig:
             raise ValueError(f"gate config lacks {missing}; found {sorted(data)}")
         known = _known_fields(cls, data, "gate config")
         if known["prefill"] is not None:
-            known["prefill"] = PrefillGateConfig(**_known_fields(PrefillGateConfig, known["prefill"], "prefill gate config"))
+            known["prefill"] = PrefillGateConfig(
+                **_known_fields(PrefillGateConfig, known["prefill"], "prefill gate config")
+            )
         return cls(**known)
 
 
@@ -105,5 +109,7 @@ def _known_fields(cls: type, data: Mapping[str, Any], what: str) -> dict[str, An
     names = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(data) - names)
     if unknown:
-        warnings.warn(f"{what} has unknown keys {unknown}, which are ignored; a newer version may have written it", stacklevel=3)
+        warnings.warn(
+            f"{what} has unknown keys {unknown}, which are ignored; a newer version may have written it", stacklevel=3
+        )
     return {key: value for key, value in data.items() if key in names}

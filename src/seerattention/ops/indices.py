@@ -38,7 +38,9 @@ def num_query_blocks(query_length: int, key_length: int, block_size: int) -> int
     return num_blocks(key_length, block_size) - first_query_block(query_length, key_length, block_size)
 
 
-def causal_block_mask(num_rows: int, num_key_blocks: int, first_row: int = 0, device: torch.device | str | None = None) -> Tensor:
+def causal_block_mask(
+    num_rows: int, num_key_blocks: int, first_row: int = 0, device: torch.device | str | None = None
+) -> Tensor:
     """Bool ``[num_rows, num_key_blocks]``: True where key block j is visible to absolute query block first_row + i."""
     rows = torch.arange(first_row, first_row + num_rows, device=device)
     return torch.arange(num_key_blocks, device=device)[None, :] <= rows[:, None]
@@ -49,8 +51,8 @@ class BlockIndices:
     """Left-packed, ascending lists of key blocks, one list per (batch, head, query block).
 
     Attributes:
-        indices: int32 ``[B, H, Nq, capacity]``. Entries past ``counts`` are undefined (``from_mask`` fills them with -1).
-        counts: int32 ``[B, H, Nq]``, the number of valid entries of each list; 0 is allowed (such a row has no output).
+        indices: int32 ``[B, H, Nq, capacity]``. Entries past ``counts`` are undefined (-1 from ``from_mask``).
+        counts: int32 ``[B, H, Nq]``, the number of valid entries of each list; 0 is allowed (such a row's output is 0).
         num_key_blocks: Nk, the number of key blocks that the lists index.
         block_size: tokens a block.
 

@@ -1,6 +1,6 @@
 """The embedded testbed: a small long-context Llama with trained gates and book text, so that nothing needs a download.
 
-The model was trained from scratch by the recipe in the repository's ``testbed/`` folder; its card lies beside the weights.
+The model was trained from scratch by the recipe in the repository's ``testbed/``; its card lies beside the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
 
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype)
+    model.to(device).eval()
     # Gates remember the model that they were trained for by name; where the package is installed must not matter.
     model.config._name_or_path = NAME
     return model, AutoTokenizer.from_pretrained(model_path())

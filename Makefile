@@ -1,0 +1,93 @@
+# One command each: `make demo` and `make test` make their own virtual environment on a fresh Linux or macOS machine.
+#
+#   PYTHON=python3.12     which Python the environment is made from (3.10 or newer)
+#   VENV=.venv            where the environment goes
+#   PIP_ARGS="..."        passed to every pip install: an extra index with CPU or CUDA wheels of torch, a proxy, ...
+#   ARGS="..."            passed to the command of the target: make test ARGS="-k policies", make demo ARGS=--fast
+#
+# If $(PYTHON) has a torch already, the environment sees it and uses it instead of the version in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Environments with what a user needs, and with what a developer needs on top of it.
+USER_ENV := $(VENV)/.user-installed
+DEV_ENV := $(VENV)/.dev-installed
+SOURCES := src tests testbed benchmarks examples
+# Two processes that share a machine must not both take all its cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test test-cpu test-lowest test-gpu lint format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: $(USER_ENV)  ## the package in $(VENV)
+install-dev: $(DEV_ENV)  ## the package, test tools and linters in $(VENV)
+
+demo: $(USER_ENV)  ## distil gates, prefill sparsely, compare with dense: writes report/index.html
+	$(BIN)/seer demo $(ARGS)
+
+test: lint test-cpu  ## what a change must pass: linters, and all tests that need no GPU
+
+test-cpu: $(DEV_ENV)  ## the tests that need no GPU
+	$(PYTEST) $(ARGS)
+
+test-gpu: $(DEV_ENV)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest tests/gpu tests/distill/test_gpu.py $(ARGS)
+
+lint: $(DEV_ENV)  ## ruff, ruff format and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(DEV_ENV)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:  ## remove environments, caches and reports
+	rm -rf $(VENV) $(VENV)-lowest build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds.
+LOWEST := $(VENV)-lowest
+LOWEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\(.*\)",/\1/p' pyproject.toml)
+
+test-lowest: $(LOWEST)/.installed  ## the Hugging Face tests with the lowest supported transformers
+	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__)'
+	PYTHONPATH=$(LOWEST) $(PYTEST) tests/hf tests/test_public_api.py $(ARGS)
+
+$(LOWEST)/.installed: $(DEV_ENV)
+	rm -rf $(LOWEST)
+	grep -vE '^(transformers|huggingface-hub|tokenizers|typer|click)==' $(VENV)/constraints.txt > $(VENV)/constraints-lowest.txt
+	$(PIP) install -q $(PIP_ARGS) -c $(VENV)/constraints-lowest.txt --target $(LOWEST) \
+		"transformers==$(LOWEST_TRANSFORMERS).*"
+	touch $@
+
+# The environment. A target is a stamp: once it exists, and until pyproject.toml or constraints.txt change, it costs nothing.
+# torch that lies outside the environment stays as it is, and so does the triton that belongs to it: neither is pinned then.
+$(VENV)/constraints.txt: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; '$(PYTHON)' is not. Choose another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+		{ echo "'$(PYTHON)' cannot make virtual environments: install its venv module" \
+		"(Debian and Ubuntu: apt install python3-venv), or choose another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; then \
+		echo "$(PYTHON) has torch: using it"; \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && grep -vE '^(torch|triton)==' constraints.txt > $@; \
+	else \
+		$(PYTHON) -m venv $(VENV) && cp constraints.txt $@; \
+	fi
+
+$(USER_ENV): $(VENV)/constraints.txt
+	$(PIP) install $(PIP_ARGS) -c $< -e .
+	@touch $@
+
+$(DEV_ENV): $(USER_ENV)
+	$(PIP) install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
