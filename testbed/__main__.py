@@ -1,8 +1,12 @@
-"""``python -m testbed``: from texts to a long-context language model, step by step or in one command."""
+"""``python -m testbed``: from texts to a long-context language model with gates, in one command or step by step.
+
+A run has one folder. ``all`` fills it: tokenizer.json, train.u16 and test.u16 (tokens), data.json (what they are made
+of), log.jsonl, checkpoint.pt, summary.json, model/, curves.png, dense.json, gates/. ``package`` makes of it what the
+seerattention package embeds.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -13,8 +17,25 @@ import typer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
-Data = Annotated[list[str], typer.Option(help="Texts: .jsonl, .txt (also .zst), a folder of them, or a Hugging Face dataset id. Repeatable.")]
+Data = Annotated[
+    list[str],
+    typer.Option(help="Texts: .jsonl, .txt (also .zst), a folder of them, or a Hugging Face dataset id. Repeatable."),
+]
+HeldOut = Annotated[list[str], typer.Option(help="Texts for evaluation only, as --data.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run.")]
+Seed = Annotated[int, typer.Option(help="Of weights, batches and gates.")]
+Width = Annotated[int, typer.Option(help="Hidden size.")]
+MlpWidth = Annotated[int, typer.Option(help="0: two and a half times the width.")]
+Optimizer = Annotated[str, typer.Option(help="adamw or muon")]
+RateScale = Annotated[float, typer.Option(help="Scales the learning rates of the long phases.")]
+Phases = Annotated[
+    str, typer.Option(help='JSON list, e.g. [{"context":128,"share":1,"tokens":4096,"rate":3e-4,"drills":1}]')
+]
+Mix = Annotated[str, typer.Option(help="JSON object: how often each form is drawn (default: the package's).")]
+Templates = Annotated[
+    Path | None, typer.Option(help="JSON list of [statement, question] with {key} and {value}: other needle sentences.")
+]
+Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
 
 
 def _texts(sources: list[str], text_field: str) -> Iterator[str]:
@@ -24,24 +45,30 @@ def _texts(sources: list[str], text_field: str) -> Iterator[str]:
         yield from open_documents(source, text_field=text_field)(0)
 
 
+def _in_turn(sources: list[str], text_field: str) -> Iterator[str]:
+    streams = [_texts([source], text_field) for source in sources]
+    while streams:
+        for stream in list(streams):
+            text = next(stream, None)
+            if text is None:
+                streams.remove(stream)
+            else:
+                yield text
+
+
+def _read(path: Path | None) -> Any:
+    return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+
 @app.command()
-def tokenizer(data: Data, out: Out, vocab_size: int = 8192, characters: float = 30e6, text_field: str = "text", seed: int = 7) -> None:
+def tokenizer(
+    data: Data, out: Out, vocab_size: int = 8192, characters: float = 30e6, text_field: str = "text", seed: int = 7
+) -> None:
     """Train the tokenizer on a sample of the texts, taken in turn from every source."""
     from .data import train_tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-
-    def in_turn() -> Iterator[str]:
-        streams = [_texts([source], text_field) for source in data]
-        while streams:
-            for stream in list(streams):
-                text = next(stream, None)
-                if text is None:
-                    streams.remove(stream)
-                else:
-                    yield text
-
-    train_tokenizer(in_turn(), vocab_size, out, characters, seed)
+    train_tokenizer(_in_turn(data, text_field), vocab_size, out, characters, seed)
 
 
 @app.command()
@@ -52,46 +79,75 @@ def tokens(data: Data, out: Out, name: str = "train", text_field: str = "text") 
     from .data import tokenise
 
     total = tokenise(_texts(data, text_field), AutoTokenizer.from_pretrained(out), out / f"{name}.u16")
+    known = _read(out / "data.json") or {}
+    known[name] = {"sources": [Path(source).name for source in data], "tokens": total}
+    (out / "data.json").write_text(json.dumps(known, indent=1))
     typer.echo(f"{out / name}.u16: {total / 1e6:.1f} M tokens")
 
 
 @app.command()
 def train(
     out: Out,
-    minutes: float = 10.0,
-    seed: int = 11,
-    width: int = 384,
+    minutes: float = 8.0,
+    seed: Seed = 11,
+    width: Width = 384,
     layers: int = 8,
     heads: int = 8,
     kv_heads: int = 2,
     head_dim: int = 64,
-    mlp_width: int = 960,
-    optimizer: Annotated[str, typer.Option(help="adamw or muon")] = "adamw",
-    rate_scale: Annotated[float, typer.Option(help="Scales the learning rates of the long phases.")] = 1.0,
+    mlp_width: MlpWidth = 0,
+    optimizer: Optimizer = "adamw",
+    rate_scale: RateScale = 1.3,
     muon_ratio: float = 5.0,
-    phases: Annotated[str, typer.Option(help='JSON list of phases, e.g. [{"context":128,"share":1,"tokens":4096,"rate":3e-4,"drills":1}]')] = "",
-    task_mix: Annotated[str, typer.Option(help="JSON object: relative frequencies of task forms.")] = "",
+    phases: Phases = "",
+    task_mix: Mix = "",
+    drill_mix: Mix = "",
+    templates: Templates = None,
+    retries: Retries = 1,
+    start: Annotated[
+        Path | None, typer.Option(help="Train this model on, instead of a new one; its shape counts.")
+    ] = None,
+    decay_from: Annotated[float, typer.Option(help="Share of the time after which the rate falls.")] = 0.68,
+    report_every: Annotated[int, typer.Option(help="Steps between two lines of log.jsonl.")] = 50,
     device: str = "cuda",
     workers: int = 14,
-    stop_above: float = 5.5,
 ) -> None:
-    """Train (or resume) in OUT, which holds the tokenizer and train*.u16. About 17 M parameters by default."""
+    """Train (or resume) in OUT, which holds the tokenizer and train*.u16. 16 M parameters by default."""
     from transformers import AutoTokenizer
 
-    from .model import ModelConfig
-    from .training import Phase, TrainConfig
+    from .model import ModelConfig, read
+    from .schedule import PHASES, Phase, TrainConfig
     from .training import train as run
 
-    extra: dict[str, Any] = {}
-    if phases:
-        extra["phases"] = tuple(Phase(**phase) for phase in json.loads(phases))
-    if task_mix:
-        extra["task_mix"] = json.loads(task_mix)
     config = TrainConfig(
-        seconds=minutes * 60, seed=seed, optimizer=optimizer, rate_scale=rate_scale, muon_ratio=muon_ratio, workers=workers, stop_above=stop_above, **extra
+        seconds=minutes * 60,
+        phases=tuple(Phase(**phase) for phase in json.loads(phases)) if phases else PHASES,
+        optimizer=optimizer,
+        rate_scale=rate_scale,
+        muon_ratio=muon_ratio,
+        retries=retries,
+        seed=seed,
+        workers=workers,
+        decay_from=decay_from,
+        report_every=report_every,
+        task_mix=json.loads(task_mix) if task_mix else None,
+        drill_mix=json.loads(drill_mix) if drill_mix else None,
+        templates=_read(templates),
     )
-    vocabulary = len(AutoTokenizer.from_pretrained(out))
-    model = ModelConfig(vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width, max_context=max(p.context for p in config.phases))
+    model: Any = (
+        read(start)
+        if start
+        else ModelConfig(
+            len(AutoTokenizer.from_pretrained(out)),
+            width,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            mlp_width or width * 5 // 2,
+            max_context=max(phase.context for phase in config.phases),
+        )
+    )
     summary = run(out, model, config, device)
     typer.echo(json.dumps({k: v for k, v in summary.items() if k != "settings"}))
 
@@ -103,6 +159,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     lengths: Annotated[list[int] | None, typer.Option(help="Context lengths; default 16384 and 32768.")] = None,
     samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 512,
+    templates: Templates = None,
     batch_tokens: int = 131_072,
     device: str = "cuda",
 ) -> None:
@@ -110,7 +167,7 @@ def evaluate(
     from .evaluate import evaluate as run
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = run(model, books, lengths or [16_384, 32_768], samples, batch_tokens, device)
+    results = run(model, books, lengths or [16_384, 32_768], samples, batch_tokens, device, _read(templates))
     out.write_text(json.dumps(results, indent=1))
 
 
@@ -120,21 +177,21 @@ def gates(
     books: Annotated[list[Path], typer.Option(help="Token files (.u16) of training books. Repeatable.")],
     held_out: Annotated[list[Path], typer.Option(help="Token files of books not used in training. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the gates.")],
-    steps: int = 300,
+    steps: int = 150,
     length: int = 16_384,
     batch_size: int = 8,
-    rate: float = 1e-3,
-    rows: Annotated[float, typer.Option(help="Share of query-block rows in each step's loss.")] = 0.5,
-    seed: int = 0,
+    rate: float = 8e-3,
+    rows: Annotated[float, typer.Option(help="Share of query-block rows in each step's loss.")] = 1.0,
+    seed: Seed = 0,
+    templates: Templates = None,
     device: str = "cuda",
 ) -> None:
     """Distil the gates of a trained testbed model."""
     from .gates import distil
 
-    summary = distil(
-        model, books, held_out, out, steps=steps, length=length, batch_size=batch_size, rate=rate, rows=rows, seed=seed, device=device
-    )
-    typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1], "recall": summary["recall"]}))
+    options: dict[str, Any] = {"steps": steps, "length": length, "batch_size": batch_size, "rate": rate, "rows": rows}
+    summary = distil(model, books, held_out, out, **options, seed=seed, device=device, templates=_read(templates))
+    typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1]}))
 
 
 @app.command()
@@ -145,37 +202,100 @@ def curves(out: Out, picture: Annotated[Path, typer.Option(help="PNG to write.")
     draw_curves(out / "log.jsonl", picture)
 
 
+@app.command()
+def package(
+    out: Out,
+    target: Annotated[
+        Path | None, typer.Option(help="Default: the embedded folder of the seerattention package.")
+    ] = None,
+    sparse: Annotated[list[Path] | None, typer.Option(help="results.json of `seer eval`, for the card.")] = None,
+) -> None:
+    """Copy OUT's model and gates into the package, with the model card and the curves."""
+    from .card import package as run
+
+    if target is None:
+        from seerattention.testbed import model_path
+
+        target = model_path().parent
+    run(out, target, sparse or ())
+    typer.echo(f"packaged into {target}")
+
+
 @app.command(name="all")
 def everything(
     data: Data,
     out: Out,
-    held_out: Annotated[list[str], typer.Option(help="Texts for evaluation, as --data.")],
-    minutes: float = 10.0,
+    held_out: HeldOut,
+    minutes: Annotated[float, typer.Option(help="Of training; the rest takes about 5 more.")] = 8.0,
     vocab_size: int = 8192,
-    seed: int = 11,
-    width: int = 384,
+    seed: Seed = 11,
+    width: Width = 384,
     layers: int = 8,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    mlp_width: MlpWidth = 0,
+    optimizer: Optimizer = "adamw",
+    rate_scale: RateScale = 1.3,
+    phases: Phases = "",
+    task_mix: Mix = "",
+    drill_mix: Mix = "",
+    templates: Templates = None,
+    retries: Retries = 1,
+    lengths: Annotated[list[int] | None, typer.Option(help="Of the evaluation; default 16384 and 32768.")] = None,
+    samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 512,
+    gate_steps: int = 150,
+    gate_length: int = 16_384,
     text_field: str = "text",
+    workers: int = 14,
     device: str = "cuda",
+    embed: Annotated[bool, typer.Option(help="Replace the model that the package embeds.")] = False,
 ) -> None:
-    """Tokenizer, tokens, training, curves and evaluation in one go."""
-    tokenizer(data, out, vocab_size=vocab_size, text_field=text_field)
-    tokens(data, out, name="train", text_field=text_field)
-    tokens(held_out, out, name="test", text_field=text_field)
-    train(out, minutes=minutes, seed=seed, width=width, layers=layers, device=device)
-    AutoCopy.tokenizer(out)
+    """Tokenizer, tokens, training, evaluation, gates and packaging (into OUT/package) in one go.
+
+    What an earlier call finished is kept, so a stopped run goes on where it was.
+    """
+    if not (out / "tokenizer.json").exists():
+        tokenizer(data, out, vocab_size=vocab_size, text_field=text_field)
+    for name, sources in (("train", data), ("test", held_out)):
+        if not (out / f"{name}.u16").exists():
+            tokens(sources, out, name=name, text_field=text_field)
+    if not (out / "summary.json").exists():
+        train(
+            out,
+            minutes=minutes,
+            seed=seed,
+            width=width,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            mlp_width=mlp_width,
+            optimizer=optimizer,
+            rate_scale=rate_scale,
+            phases=phases,
+            task_mix=task_mix,
+            drill_mix=drill_mix,
+            templates=templates,
+            retries=retries,
+            device=device,
+            workers=workers,
+        )
+    model, test = out / "model", [out / "test.u16"]
     curves(out, out / "curves.png")
-    evaluate(out / "model", [out / "test.u16"], out / "dense.json", device=device)
-
-
-class AutoCopy:
-    """Puts the tokenizer beside the exported model."""
-
-    @staticmethod
-    def tokenizer(out: Path) -> None:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(out).save_pretrained(out / "model")
+    evaluate(model, test, out / "dense.json", lengths=lengths, samples=samples, templates=templates, device=device)
+    gates(
+        model,
+        [out / "train.u16"],
+        test,
+        out / "gates",
+        steps=gate_steps,
+        length=gate_length,
+        seed=seed,
+        templates=templates,
+        device=device,
+    )
+    package(out, target=None if embed else out / "package")
 
 
 if __name__ == "__main__":

@@ -150,9 +150,11 @@ class _Maker:
         found = sorted(self.folder.glob("train*.u16"))
         if self.mix is None or found != self.files:
             self.files = found
-            books = load_books(found, self.options["shortest"], self.tokenizer.bos_token_id)
+            books = load_books(found, self.options["shortest_book"], self.tokenizer.bos_token_id)
             seed = self.seed * 1000 + self.number + 97 * len(found)
-            generator = TaskGenerator(self.tokenizer, books, split="train", seed=seed)
+            generator = TaskGenerator(
+                self.tokenizer, books, split="train", seed=seed, templates=self.options["templates"]
+            )
             self.mix = TrainingMix(generator, self.options["task_mix"], self.options["drill_mix"])
         return batch(self.mix, phase.context, phase.tokens, phase.tasks, phase.drills)
 
@@ -173,7 +175,7 @@ class Batches:
         folder: where tokenizer and ``train*.u16`` files are.
         workers: 0 makes batches in this process, when they are asked for.
         seed: each worker's batches are a function of it, the worker's number and the token files.
-        options: ``shortest`` (tokens), ``task_mix``, ``drill_mix`` (None: the package's).
+        options: ``shortest_book``, ``task_mix``, ``drill_mix`` and ``templates`` of ``TrainConfig``.
         pin: pin the memory, for copies to a GPU.
     """
 

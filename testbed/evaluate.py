@@ -20,15 +20,34 @@ QUESTIONS = 4
 
 
 @torch.inference_mode()
-def evaluate(folder: Path, books: list[Path], lengths: list[int], samples: int, batch_tokens: int, device: str) -> dict[str, Any]:
-    """Exact match of each task at each length (with standard errors) and loss of book text by position."""
+def evaluate(
+    folder: Path,
+    books: list[Path],
+    lengths: list[int],
+    samples: int,
+    batch_tokens: int,
+    device: str,
+    templates: list | None = None,
+) -> dict[str, Any]:
+    """Exact match of each task at each length (with standard errors) and loss of book text by position.
+
+    Args:
+        folder: the model, with the tokenizer in it or in the folder above.
+        books: token files.
+        lengths: of the samples, in tokens; the loss by position is taken at the shortest.
+        samples: least number of questions for each task and length.
+        batch_tokens: tokens in one forward pass.
+        device: "cuda" or "cpu".
+        templates: the sentences of the needles, where training used others than the package's.
+    """
     from rich.console import Console
     from rich.table import Table
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else folder.parent)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model.to(device).eval()
     texts = load_books(books, shortest=min(lengths), bos=tokenizer.bos_token_id)
     results: dict[str, Any] = {"retrieval": {}, "samples": samples, "books": len(texts)}
     table = Table(title="dense model, greedy exact match")
@@ -38,24 +57,31 @@ def evaluate(folder: Path, books: list[Path], lengths: list[int], samples: int, 
         row = {}
         for length in lengths:
             started = time.perf_counter()
-            right, asked = _retrieval(model, tokenizer, texts, task, length, samples, max(1, batch_tokens // length), device)
+            generator = TaskGenerator(tokenizer, texts, split="test", seed=length, templates=templates)
+            right, asked = _retrieval(model, generator, task, length, samples, max(1, batch_tokens // length), device)
             share = right / asked
-            row[str(length)] = {"exact": share, "error": math.sqrt(share * (1 - share) / asked), "questions": asked, "seconds": time.perf_counter() - started}
+            row[str(length)] = {
+                "exact": share,
+                "error": math.sqrt(share * (1 - share) / asked),
+                "questions": asked,
+                "seconds": time.perf_counter() - started,
+            }
         results["retrieval"][task] = row
         table.add_row(task, *(f"{100 * r['exact']:.1f} ± {100 * r['error']:.1f}" for r in row.values()))
-    results["loss"] = _loss_by_position(model, tokenizer, texts, max(lengths[0], 1024), batch_tokens, device)
+    results["loss"] = _loss_by_position(model, tokenizer.bos_token_id, texts, min(lengths), batch_tokens, device)
     Console().print(table, results["loss"])
     return results
 
 
 def _retrieval(
-    model: Any, tokenizer: Any, texts: list[np.ndarray], task: str, length: int, samples: int, rows: int, device: str
+    model: Any, generator: TaskGenerator, task: str, length: int, samples: int, rows: int, device: str
 ) -> tuple[int, int]:
-    generator = TaskGenerator(tokenizer, texts, split="test", seed=length)
     per_sample = 1 if task == "single" else QUESTIONS
     right = asked = 0
     while asked < samples:
-        batch = [generator.sample(task, length, per_sample) for _ in range(min(rows, -(-(samples - asked) // per_sample)))]
+        batch = [
+            generator.sample(task, length, per_sample) for _ in range(min(rows, -(-(samples - asked) // per_sample)))
+        ]
         ids = torch.from_numpy(np.stack([sample.input_ids for sample in batch])).to(device)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         for i, sample in enumerate(batch):
@@ -67,22 +93,23 @@ def _retrieval(
     return right, asked
 
 
-def _loss_by_position(model: Any, tokenizer: Any, texts: list[np.ndarray], length: int, batch_tokens: int, device: str, windows: int = 128) -> dict[str, Any]:
-    """Mean loss of positions 1-2K, of the last half and of the last quarter of ``length`` tokens; errors over windows."""
+def _loss_by_position(
+    model: Any, bos: int, texts: list[np.ndarray], length: int, batch_tokens: int, device: str, windows: int = 512
+) -> dict[str, Any]:
+    """Mean loss of positions 1-2K, of the last half and quarter of ``length`` tokens; errors are over windows."""
     rng = np.random.default_rng(0)
-    rows = max(1, batch_tokens // length)
+    rows = min(windows, max(1, batch_tokens // length))
     per_window: list[np.ndarray] = []
     while len(per_window) < windows:
-        starts = [(t := texts[int(rng.integers(len(texts)))], int(rng.integers(0, len(t) - length + 1))) for _ in range(rows)]
-        ids = np.stack([np.concatenate([[tokenizer.bos_token_id], t[s : s + length - 1]]) for t, s in starts]).astype(np.int64)
+        ids = np.empty((rows, length), np.int64)
+        ids[:, 0] = bos
+        for row in ids:
+            text = texts[int(rng.integers(len(texts)))]
+            start = int(rng.integers(0, len(text) - length + 2))
+            row[1:] = text[start : start + length - 1]
         tensor = torch.from_numpy(ids).to(device)
         hidden = model.model(input_ids=tensor, use_cache=False).last_hidden_state
-        for h, row in zip(hidden, tensor, strict=True):
-            parts = [
-                torch.nn.functional.cross_entropy(model.lm_head(h[i : min(i + 4096, length - 1)]).float(), row[i + 1 : min(i + 4096, length - 1) + 1], reduction="none")
-                for i in range(0, length - 1, 4096)
-            ]
-            per_window.append(torch.cat(parts).cpu().numpy())
+        per_window += [_token_losses(model.lm_head, h, row) for h, row in zip(hidden, tensor, strict=True)]
     losses = np.stack(per_window)
     early, late = losses[:, 1024:2048].mean(1), losses[:, length // 2 :].mean(1)
     difference = early - late
@@ -98,26 +125,50 @@ def _loss_by_position(model: Any, tokenizer: Any, texts: list[np.ndarray], lengt
     }
 
 
-def draw_curves(log: Path, picture: Path) -> None:
-    """Losses of answers, copies and text, and the context, over training time."""
+CURVES = {
+    "text": ("text", "#444444"),
+    "copies": ("copies", "#0072B2"),
+    "answers drill_keyvalue": ("answers: number keys", "#56B4E9"),
+    "answers drill_wordvalue": ("answers: word keys", "#009E73"),
+    "answers drill_needles": ("answers: needle drills", "#D55E00"),
+    "answers multikey": ("answers: needles in books", "#CC79A7"),
+}
+
+
+def _token_losses(head: Any, hidden: torch.Tensor, ids: torch.Tensor, part: int = 4096) -> np.ndarray:
+    """Loss of every token but the first, in parts so that the logits of a long text fit into memory."""
+    pairs = zip(hidden[:-1].split(part), ids[1:].split(part), strict=True)
+    losses = [torch.nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pairs]
+    return torch.cat(losses).cpu().numpy()
+
+
+def draw_curves(log: Path, picture: Path, limit: int = 100_000) -> None:
+    """Losses by part over training time, of the last seed in ``log``: a PNG of at most ``limit`` bytes if possible."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{log} holds no line to draw; train longer than one report")
+    lines = [line for line in lines if line.get("seed") == lines[-1].get("seed")]
     figure, axis = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
-    for name, colour in (("answers", "#D55E00"), ("copies", "#0072B2"), ("text", "#444444")):
-        points = [(line["elapsed"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), ".", markersize=2, alpha=0.35, color=colour)
-        smooth = np.convolve([y for _, y in points], np.ones(9) / 9, "valid")
-        axis.plot([x for x, _ in points][4:-4], smooth, color=colour, label=f"loss of {name}")
+    for name, (label, colour) in CURVES.items():
+        points = [(line["elapsed"], max(line[name], 1e-3)) for line in lines if name in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=label)
     shown = None
     for line in lines:
         if line["context"] != shown:
             shown = line["context"]
             axis.axvline(line["elapsed"], color="#bbbbbb", linewidth=0.8)
-            axis.text(line["elapsed"], axis.get_ylim()[1], f" {shown:,}", va="top", fontsize=8, color="#666666")
-    axis.set(xlabel="seconds of training (grey lines: context grows)", ylabel="loss (nats a token)", ylim=(0, None))
-    axis.legend(frameon=False)
-    figure.savefig(picture, dpi=130)
+            axis.text(line["elapsed"], 12, f" {shown:,}", va="bottom", fontsize=8, color="#666666")
+    axis.set(yscale="log", ylim=(1e-3, 12), ylabel="loss (nats a token)")
+    axis.set_xlabel("seconds of training; grey lines: the context grows")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    for dpi in (130, 100, 70, 50):
+        figure.savefig(picture, dpi=dpi)
+        if picture.stat().st_size <= limit:
+            break
+    plt.close(figure)

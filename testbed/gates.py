@@ -18,15 +18,22 @@ from .data import load_books
 
 
 class TaskBatches:
-    """Batches ``{"input_ids": [batch_size, length]}`` of training keys and books, the same ones each time it is iterated.
+    """Batches ``{"input_ids": [batch_size, length]}`` of tasks in books, the same ones each time it is iterated.
 
-    Half of the sequences are the training mix, half look like evaluation samples (a few questions near the end, text
-    between them), because a gate must find the few rows that ask among many that do not.
+    Half of the training sequences are the training mix, half look like evaluation samples (a few questions near the
+    end, text between them), because a gate must find the few rows that ask among many that do not.
+
+    Args:
+        tokenizer, books: as for ``TaskGenerator``.
+        length, batch_size, count: tokens a sequence, sequences a batch, batches.
+        options: ``seed``, ``split``, ``templates`` of ``TaskGenerator``.
     """
 
-    def __init__(self, tokenizer: Any, books: list[np.ndarray], length: int, batch_size: int, count: int, seed: int, split: str = "train") -> None:
+    def __init__(
+        self, tokenizer: Any, books: list[np.ndarray], length: int, batch_size: int, count: int, **options: Any
+    ) -> None:
         self.arguments = (tokenizer, books)
-        self.length, self.batch_size, self.count, self.seed, self.split = length, batch_size, count, seed, split
+        self.length, self.batch_size, self.count, self.options = length, batch_size, count, options
 
     def __len__(self) -> int:
         return self.count
@@ -38,8 +45,8 @@ class TaskBatches:
             yield {"input_ids": torch.from_numpy(ready.get())}
 
     def _make(self, ready: queue.Queue) -> None:
-        generator = TaskGenerator(*self.arguments, split=self.split, seed=self.seed)
-        mix = TrainingMix(generator) if self.split == "train" else None
+        generator = TaskGenerator(*self.arguments, **self.options)
+        mix = TrainingMix(generator) if self.options["split"] == "train" else None
         for _ in range(self.count):
             ready.put(np.stack([self._sequence(generator, mix) for _ in range(self.batch_size)]))
 
@@ -64,24 +71,34 @@ def distil(
     rows: float,
     seed: int,
     device: str,
+    templates: list | None = None,
 ) -> dict[str, Any]:
     """Train fresh gates of the paper's form, save them in ``out`` with their history; returns a summary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import seerattention as seer
     from seerattention.cli.common import Terminal
+    from seerattention.distill import distill
 
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    model.to(device).eval()
     bos = tokenizer.bos_token_id
-    train = TaskBatches(tokenizer, load_books(books, length, bos), length, batch_size, steps, seed)
-    test = list(TaskBatches(tokenizer, load_books(held_out, length, bos), length, batch_size, 1, seed, split="test"))
+    # Gates remember the model that they were trained for by name, and that of a folder would say nothing.
+    model.config._name_or_path = seer.testbed.NAME
+    shared: dict[str, Any] = {"seed": seed, "templates": templates}
+    train = TaskBatches(tokenizer, load_books(books, length, bos), length, batch_size, steps, split="train", **shared)
+    test = list(
+        TaskBatches(tokenizer, load_books(held_out, length, bos), length, batch_size, 1, split="test", **shared)
+    )
     seer.attach(model, seer.GateConfig(), prefill=seer.TopK(0.1))
     config = seer.DistillConfig(learning_rate=rate, steps=steps, rows=rows, seed=seed, skip_rows=0.0)
     with Terminal(False).progress("distilling", steps) as advance:
-        history = seer.distill(model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0))
+        history = distill(
+            model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0)
+        )
     out.mkdir(parents=True, exist_ok=True)
     seer.save_gates(model, out)
     summary = history.to_dict()

@@ -46,13 +46,17 @@ def _qkv(x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, 
     return _rotate(queries, cos, sin).to(x.dtype), _rotate(keys, cos, sin).to(x.dtype), values
 
 
-def _mlp(x: Tensor, attended: Tensor, o: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
+def _mlp(
+    x: Tensor, attended: Tensor, o: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
+) -> Tensor:
     x = x + F.linear(attended, o.to(x.dtype))
     h = _norm(x, norm, eps)
     return x + F.linear(F.silu(F.linear(h, gate.to(x.dtype))) * F.linear(h, up.to(x.dtype)), down.to(x.dtype))
 
 
-def _loss(x: Tensor, norm: Tensor, embedding: Tensor, labels: Tensor, weights: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _loss(
+    x: Tensor, norm: Tensor, embedding: Tensor, labels: Tensor, weights: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     logits = F.linear(_norm(x, norm, eps), embedding.to(x.dtype)).float()
     each = F.cross_entropy(logits, labels, reduction="none")
     return (each * weights).sum() / weights.sum(), each.detach()
@@ -92,13 +96,19 @@ class FastLlama(nn.Module):
         """Compile everything but attention; shapes depend on tokens a step only, so each token count compiles once."""
         self._parts = tuple(torch.compile(part, dynamic=False) for part in (_qkv, _mlp, _loss))  # type: ignore[assignment]
 
-    def forward(self, ids: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean loss, and the loss of each token ``[B * T]``, for ids, labels, weights ``[B, T]``."""
+    def forward(
+        self, ids: Tensor, labels: Tensor, weights: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted mean loss, and the loss of each token ``[B * T]``, for ids, labels, weights ``[B, T]``.
+
+        ``positions`` (int64 ``[B, T]``, increasing) are those of RoPE; None: 0, 1, ... in every row.
+        """
         c = self.config
         batch, length = ids.shape
         qkv, mlp, loss = self._parts
         inverse = 1.0 / (c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=ids.device).float() / c.head_dim))
-        angles = torch.arange(length, device=ids.device).repeat(batch).float()[:, None] * inverse[None]
+        places = torch.arange(length, device=ids.device).repeat(batch) if positions is None else positions.reshape(-1)
+        angles = places.float()[:, None] * inverse[None]
         angles = torch.cat([angles, angles], 1)
         cos, sin = angles.cos(), angles.sin()
         x = self.embedding[ids.reshape(-1)].to(self.dtype)
@@ -111,6 +121,22 @@ class FastLlama(nn.Module):
             attended = attended.transpose(1, 2).reshape(batch * length, -1)
             x = mlp(x, attended, layer.o, layer.norm2, layer.gate, layer.up, layer.down, c.norm_eps)
         return loss(x, self.norm, self.embedding, labels.reshape(-1), weights.reshape(-1), c.norm_eps)
+
+
+def spread(batch: int, length: int, reach: int, device: str, *, most_jumps: int = 12) -> Tensor:
+    """Positions ``[B, T]`` that run on by one, but for a few random jumps, and end before ``reach``.
+
+    Look-up over long distances is learnt from short sequences that way, at their cost: a jump stands for text that was
+    left out. One row in three has no jump.
+    """
+    jumps = torch.zeros(batch, length, device=device)
+    places = torch.randint(1, length, (batch, most_jumps), device=device)
+    used = torch.arange(most_jumps, device=device) < torch.randint(1, most_jumps + 1, (batch, 1), device=device)
+    shares = torch.rand(batch, most_jumps, device=device).log() * used
+    shares = shares / shares.sum(1, keepdim=True).clamp(max=-1e-9)
+    gone = torch.rand(batch, 1, device=device) * max(0, reach - length) * (torch.rand(batch, 1, device=device) < 2 / 3)
+    jumps.scatter_add_(1, places, shares * gone)
+    return torch.arange(length, device=device) + jumps.cumsum(1).long()
 
 
 def export(model: FastLlama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -134,11 +160,42 @@ def export(model: FastLlama, folder: Path, dtype: torch.dtype = torch.bfloat16) 
         eos_token_id=0,
         pad_token_id=1,
     )
+    target: Any = LlamaForCausalLM(config)
+    weights = {name: p.detach().float().cpu() for name, p in _hf_names(model).items()}
+    target.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    target.to(dtype).save_pretrained(folder)
+
+
+def read(folder: Path, dtype: torch.dtype = torch.bfloat16) -> FastLlama:
+    """The model that :func:`export` wrote to ``folder``, to be trained on; activations in ``dtype``."""
+    from transformers import AutoModelForCausalLM
+
+    source: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    c = source.config
+    config = ModelConfig(
+        vocab_size=c.vocab_size,
+        width=c.hidden_size,
+        layers=c.num_hidden_layers,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        mlp_width=c.intermediate_size,
+        rope_theta=c.rope_parameters["rope_theta"],
+        norm_eps=c.rms_norm_eps,
+        max_context=c.max_position_embeddings,
+    )
+    model, weights = FastLlama(config, dtype), source.state_dict()
+    with torch.no_grad():
+        for name, parameter in _hf_names(model).items():
+            parameter.copy_(weights[name])
+    return model
+
+
+def _hf_names(model: FastLlama) -> dict[str, nn.Parameter]:
+    """The parameters under the names that ``LlamaForCausalLM`` gives them."""
     names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     names |= {x: f"self_attn.{x}_proj" for x in "qkvo"} | {x: f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-    weights = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.embedding, "model.norm.weight": model.norm}
+    parameters = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     for i, layer in enumerate(model.layers):
-        weights |= {f"model.layers.{i}.{names[name]}.weight": p for name, p in layer.named_parameters()}
-    target = LlamaForCausalLM(config)
-    target.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in weights.items()})
-    target.to(dtype).save_pretrained(folder)
+        parameters |= {f"model.layers.{i}.{names[name]}.weight": p for name, p in layer.named_parameters()}
+    return parameters

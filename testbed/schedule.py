@@ -28,6 +28,7 @@ class Phase:
         most: the phase ends before this share of the budget as soon as every kind of drill is below
             ``TrainConfig.formed_below``; 0: it always takes its share.
         stop_above: give up if a kind of drill is still above this when ``most`` is reached.
+        reach: positions are spread by random jumps to less than this many tokens (0: they are not), see ``spread``.
     """
 
     context: int
@@ -38,6 +39,7 @@ class Phase:
     drills: float = 0.0
     most: float = 0.0
     stop_above: float = float("inf")
+    reach: int = 0
 
 
 # Losses that bound the drill phases: blind guesses cost 6.9; guesses among the two to four needles of 128 tokens about
@@ -67,7 +69,9 @@ class TrainConfig:
         workers: processes that make batches; 0 makes them in the training process.
         checkpoint_every: seconds between checkpoints.
         shortest_book: tokens; shorter books are left out.
+        report_every: steps between two lines of the log.
         task_mix, drill_mix: relative frequencies of the forms of tasks and drills (None: the package's).
+        templates: sentences of the needles (None: the package's).
     """
 
     seconds: float = 600.0
@@ -87,6 +91,7 @@ class TrainConfig:
     shortest_book: int = 20_000
     task_mix: dict[str, float] | None = None
     drill_mix: dict[str, float] | None = None
+    templates: list[tuple[str, str]] | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
@@ -169,7 +174,7 @@ class Schedule:
         failed = {name: round(value, 3) for name, value in self.smooth.items() if value > phase.stop_above}
         if phase.most and failed:
             raise NotFormed(
-                f"look-up did not form in the drills of {phase.context} tokens by {elapsed:.0f} s: loss {failed}, where "
-                f"{self.config.formed_below} would show it; try another seed, more time for the drills (most), or a "
+                f"look-up did not form in the drills of {phase.context} tokens by {elapsed:.0f} s: loss {failed}, not "
+                f"below {self.config.formed_below}; try another seed, more time for the drills (most), or a "
                 "lower learning rate"
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import Batches
-from .model import FastLlama, ModelConfig, export
+from .model import FastLlama, ModelConfig, export, spread
 from .schedule import NotFormed, Phase, Schedule, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,10 @@ class _Optimizers:
         self.adamw.load_state_dict(state["adamw"])
 
 
-def train(folder: Path, model_config: ModelConfig, config: TrainConfig, device: str = "cuda") -> dict[str, Any]:
+def train(folder: Path, model: ModelConfig | FastLlama, config: TrainConfig, device: str = "cuda") -> dict[str, Any]:
     """Train in ``folder`` (tokenizer and ``train*.u16`` files lie there); resumes from its checkpoint if there is one.
+
+    ``model`` is the shape of a new model, or a model that is trained on (``model.read``).
 
     Writes ``log.jsonl`` (curves), ``checkpoint.pt`` and at the end ``model/`` in Hugging Face format and
     ``summary.json``. Returns the summary: seconds, steps, tokens, last losses, settings.
@@ -84,7 +86,7 @@ def train(folder: Path, model_config: ModelConfig, config: TrainConfig, device: 
         ValueError: the checkpoint in ``folder`` is of a model of another shape.
     """
     torch.set_float32_matmul_precision("high")
-    run = _Run(folder, model_config, config, device)
+    run = _Run(folder, model, config, device)
     on_gpu = device.startswith("cuda")
     attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]) if on_gpu else nullcontext()
     try:
@@ -109,9 +111,10 @@ def _compile(model: FastLlama, phases: tuple[Phase, ...], device: str) -> None:
 class _Run:
     """All that changes while a run goes on."""
 
-    def __init__(self, folder: Path, model_config: ModelConfig, config: TrainConfig, device: str) -> None:
+    def __init__(self, folder: Path, model: ModelConfig | FastLlama, config: TrainConfig, device: str) -> None:
         self.folder, self.config, self.device = folder, config, device
-        self.settings = {"model": asdict(model_config), "train": asdict(config)}
+        shape = model.config if isinstance(model, FastLlama) else model
+        self.settings = {"model": asdict(shape), "train": asdict(config)}
         self.state: dict[str, Any] = {
             "seed": config.seed,
             "elapsed": 0.0,
@@ -123,14 +126,16 @@ class _Run:
         }
         on_gpu = device.startswith("cuda")
         torch.manual_seed(config.seed)
-        self.model = FastLlama(model_config, torch.bfloat16 if on_gpu else torch.float32).to(device)
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.model = (FastLlama(model, dtype) if isinstance(model, ModelConfig) else model).to(device)
+        self.model.dtype = dtype
         self.optimizers = _Optimizers(self.model, config)
         self.schedule = Schedule(config)
         self.losses = Losses(device)
         self.parts: dict[str, float] = {}
         if (folder / "checkpoint.pt").exists():
             self._resume(folder / "checkpoint.pt")
-        options = {"shortest": config.shortest_book, "task_mix": config.task_mix, "drill_mix": config.drill_mix}
+        options = {name: getattr(config, name) for name in ("shortest_book", "task_mix", "drill_mix", "templates")}
         seed = config.seed + 7919 * self.state["resumed"]
         self.batches = Batches(list(config.phases), folder, config.workers, seed, options, pin=on_gpu)
 
@@ -175,6 +180,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from transformers import AutoTokenizer
 
         config, state = self.config, self.state
         start, before = time.perf_counter(), state["elapsed"]
@@ -201,6 +207,7 @@ class _Run:
                     next_save = elapsed + config.checkpoint_every
                     self._save()
         export(self.model, self.folder / "model")
+        AutoTokenizer.from_pretrained(self.folder).save_pretrained(self.folder / "model")
         summary = {**state, **self.parts, "settings": self.settings}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         return summary
@@ -216,7 +223,8 @@ class _Run:
         weights = weights.to(self.device, non_blocking=True).float()
         state["rate"] += (phase.rate * (config.rate_scale if long else 1.0) - state["rate"]) * 0.02
         rate = state["rate"] * self.schedule.factor(state["elapsed"], state["step"])
-        loss, each = self.model(ids[:, :-1], ids[:, 1:], weights[:, 1:])
+        positions = spread(len(ids), ids.shape[1] - 1, phase.reach, self.device) if phase.reach else None
+        loss, each = self.model(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions)
         loss.backward()
         self.optimizers.step(rate)
         self.model.zero_grad(set_to_none=True)

@@ -8,11 +8,12 @@ import logging
 import pytest
 import torch
 
-from seerattention.config import GateConfig
+from seerattention.config import GateConfig, PrefillGateConfig
 from seerattention.distill import DistillationError, DistillConfig, checkpoint, distill
-from seerattention.distill.checkpoint import load_state, save_state, temporary_name
+from seerattention.distill.checkpoint import load_state, save_state
 from seerattention.distill.trainer import Trainer
 from seerattention.hf import attach, dense, observe
+from seerattention.hf.files import temporary_name
 from seerattention.hf.recall import block_recall
 from seerattention.ops import pooled_attention
 from seerattention.policies import Dense, TopK
@@ -237,8 +238,25 @@ def test_resuming_another_run_is_refused(tmp_path):
         distill(attached_llama(), random_batches(1), config, state_path=path, settings={"data": "b.jsonl"})
     torch.manual_seed(0)
     other_gates = attach(tiny_llama(layers=1), GateConfig(block_size=32))
-    with pytest.raises(ValueError, match="other gates"):
+    with pytest.raises(ValueError, match="base_model: was"):
         distill(other_gates, random_batches(1), config, state_path=path, settings={"data": "a.jsonl"})
+
+
+def test_resuming_with_other_gates_of_the_same_shapes_is_refused(tmp_path):
+    config, state = DistillConfig(steps=1), tmp_path / "state.safetensors"
+    distill(tiny_llama_with(GateConfig(block_size=32)), random_batches(1), config, state_path=state)
+    for other in (
+        GateConfig(block_size=64),
+        GateConfig(block_size=32, prefill=PrefillGateConfig(k_pooling=("avg", "max", "min"))),
+    ):
+        with pytest.raises(ValueError, match="gates: was"):
+            distill(tiny_llama_with(other), random_batches(1), config, state_path=state)
+
+
+def tiny_llama_with(gate_config):
+    model = tiny_llama()
+    attach(model, gate_config, min_context=0)
+    return model
 
 
 def test_damaged_state_is_reported(tmp_path):

@@ -192,6 +192,68 @@ def test_a_crash_while_writing_leaves_the_old_file(model_of, saved, monkeypatch)
     assert {path.name for path in saved.iterdir()} == FILES
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_between_two_files_never_mixes_two_saves(model_of, saved, monkeypatch, renames, caplog):
+    """Same shapes, another block size and policy: nothing but the order of the renames tells old from new."""
+    model = model_of()
+    torch.manual_seed(4)
+    seer.attach(model, seer.GateConfig(block_size=64), prefill=seer.TopK(0.5))
+    done, replace = [], os.replace
+
+    def killed(source, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            seer.save_gates(model, saved)
+
+    loaded = seer.attach(model_of(), saved)
+    state = state_of(loaded)
+    assert torch.equal(gates(loaded)[0].k_linear, gates(model)[0].k_linear)
+    assert (state.block_size, state.policy) == (64, seer.TopK(0.5))
+    assert ("not of the same save" in caplog.text) == (renames == 1)
+    seer.save_gates(loaded, saved)
+    assert {path.name for path in saved.iterdir()} == FILES
+
+
+def test_a_hand_edited_policy_counts(model_of, saved):
+    edit_json(saved / "gate_config.json", lambda data: data["policies"].update(prefill={"kind": "dense"}))
+    assert state_of(seer.attach(model_of(), saved)).policy == seer.Dense()
+
+
+def test_equal_gates_give_equal_files(model_of, saved, tmp_path):
+    seer.save_gates(seer.attach(model_of(), saved), tmp_path / "again")
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes(), name
+
+
+def test_gates_that_are_not_finite_are_neither_saved_nor_loaded(model_of, saved, tmp_path):
+    model = attached(model_of())
+    with torch.no_grad():
+        gates(model)[1].k_linear[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite: layers\.1\.prefill\.k_linear"):
+        seer.save_gates(model, tmp_path / "gates")
+    edit_weights(saved, lambda weights: weights["layers.0.prefill.k_linear"].fill_(float("inf")))
+    with pytest.raises(ValueError, match=r"not finite: layers\.0\.prefill\.k_linear"):
+        seer.attach(model_of(), saved)
+
+
+def test_saving_needs_no_installed_package(model_of, tmp_path, monkeypatch):
+    from importlib import metadata
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    seer.save_gates(attached(model_of()), tmp_path / "gates")
+    data = json.loads((tmp_path / "gates" / "gate_config.json").read_text())
+    assert data["package_version"] == seer.__version__
+
+
 def test_gates_that_are_not_in_memory_are_not_saved(model_of, tmp_path):
     model = attached(model_of())
     gates(model)[1].to("meta")

@@ -207,12 +207,12 @@ def _write_results(
     job: dict[str, Any],
 ) -> None:
     from .. import hf
-    from ..distill.checkpoint import replace_file, temporary_name, write_text
     from ..evaluate.tables import Table
+    from ..hf.files import replace_file, temporary_name, write_file
 
     hf.save_gates(model, output)
     result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}
-    write_text(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     picture = output / "curves.png"
     _curves(history).savefig(temporary_name(picture), format="png", dpi=120)
     replace_file(picture)

@@ -1,13 +1,8 @@
-"""The training state of a run in one file that is either the old one or the new one, never half of one.
-
-The file is written under a temporary name, flushed to the disk, and renamed over the old one: whatever kills the
-process, at whatever moment, the name holds a complete state.
-"""
+"""The training state of a run, in one file that is written atomically."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..hf.files import replace_file, temporary_name
+
 STATE_FILE = "training_state.safetensors"
 _FORMAT = "seerattention-training-state-1"
-
-
-def temporary_name(path: Path) -> Path:
-    """Where :func:`save_state` and :func:`replace_file` write before the rename; one left behind is overwritten."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def replace_file(path: Path) -> None:
-    """Flush the finished temporary file of ``path`` to the disk and rename it to ``path``."""
-    temporary = temporary_name(path)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary_name(path).write_text(text, encoding="utf-8")
-    replace_file(path)
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

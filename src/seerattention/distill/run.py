@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hf.architectures import find_decoder
+from ..hf.checkpoint import fingerprint
 from ..hf.recall import recall_sums
+from ..hf.state import state_of
 from ..policies import TopK
 from .batches import Batch, BatchWalk
 from .checkpoint import check_same_run, load_state, save_state
@@ -88,16 +92,17 @@ def distill(
         DistillationError: a loss or gradient of some layer, which is named, is NaN or infinite.
     """
     config = config or DistillConfig()
-    processes = Processes.join(cpu=next(model.parameters()).device.type == "cpu")
-    run = _Run(model, batches, config, processes, list(eval_batches or ()), on_step, settings or {})
-    if state_path is not None:
-        run.keep_state(Path(state_path), save_every, save_seconds)
-    try:
-        run.run()
-    finally:
-        run.walk.close()
-        run.trainer.write_back()
-    return run.history
+    with torch.inference_mode(False):  # inside one that the caller has open nothing could be trained
+        processes = Processes.join(cpu=next(model.parameters()).device.type == "cpu")
+        run = _Run(model, batches, config, processes, list(eval_batches or ()), on_step, settings or {})
+        if state_path is not None:
+            run.keep_state(Path(state_path), save_every, save_seconds)
+        try:
+            run.run()
+        finally:
+            run.walk.close()
+            run.trainer.write_back()
+        return run.history
 
 
 class _Run:
@@ -120,7 +125,20 @@ class _Run:
         self.trainer.broadcast()
         self.history = DistillHistory(recall_density=config.eval_density if eval_batches else None)
         self.eval_batches = eval_batches
-        self.settings = {**config.to_dict(), **settings, "world_size": processes.world_size}
+        # Gates and models that differ in more than the shapes of tensors (block size, poolings) are other runs, too.
+        # Through JSON, as a saved state has been.
+        gate_config = state_of(model).gate_config
+        self.settings: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    **config.to_dict(),
+                    **settings,
+                    "world_size": processes.world_size,
+                    "gates": gate_config.to_dict() if gate_config is not None else None,
+                    "base_model": fingerprint(find_decoder(model).config),
+                }
+            )
+        )
         self.state_path: Path | None = None
         self.save_every: int | None = None
         self.save_seconds: float | None = None

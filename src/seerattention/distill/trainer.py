@@ -142,7 +142,7 @@ class Trainer:
         # One copy to each device, not one for each layer: copies of pageable memory wait for the device.
         rows_on, valid_on = functools.cache(rows.to), functools.cache(valid.to)
         with torch.no_grad(), dense(self.model), observe(self.model, layer_loss):
-            run_prompt(self.model, batch["input_ids"], mask)
+            run_prompt(self.model, {"input_ids": batch["input_ids"], "attention_mask": mask})
         missing = [name for layer, name in self.names.items() if layer not in seen]
         if missing:
             raise DistillationError(

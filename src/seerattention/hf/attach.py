@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import GateConfig
@@ -94,9 +95,13 @@ def attach(
         selector=selector,
         min_context=min_context,
         original_config=config,
+        config_entries=copy.deepcopy(config.__dict__),
     )
     layers: Any = decoder.layers
-    built = _build_gates(state, config, len(layers), checkpoint) if gate_config is not None else {}
+    built: dict[int, Any] = {}
+    if gate_config is not None:
+        with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+            built = _build_gates(state, config, len(layers), checkpoint)
     frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
     if frequencies is not None:
         for gate in built.values():
@@ -126,6 +131,8 @@ def attach(
 def detach(model: nn.Module) -> nn.Module:
     """Undo :func:`attach`: hooks and gates are gone, and the model computes bit for bit what it did before.
 
+    What was changed in ``model.config`` while it was attached stays changed.
+
     Raises:
         ValueError: nothing is attached.
     """
@@ -133,9 +140,7 @@ def detach(model: nn.Module) -> nn.Module:
     for layer in state.layers:
         layer.remove_hooks()
     config: Any = decoder.config
-    chosen = config._attn_implementation_internal
-    if chosen != NAME:  # changed by the user since
-        state.original_config._attn_implementation_internal = chosen
+    _keep_config_edits(state, config)
     config._attn_implementation_internal = state.original_config._attn_implementation_internal
     _swap_config(model, config, state.original_config)
     set_state(decoder, None)
@@ -226,6 +231,17 @@ def _build_gates(state: ModelState, config: Any, num_layers: int, checkpoint: Ga
     if checkpoint is not None:
         checkpoint.load_into(built)
     return built
+
+
+def _keep_config_edits(state: ModelState, config: Any) -> None:
+    """Carry over what was changed in an attached model's config (new embeddings, another implementation)."""
+    original, before = state.original_config.__dict__, state.config_entries
+    for name in before.keys() - config.__dict__.keys():
+        original.pop(name, None)
+    for name, value in config.__dict__.items():
+        unchanged = name in before and before[name] == value
+        if not unchanged and (name, value) != ("_attn_implementation_internal", NAME):
+            original[name] = value
 
 
 def _swap_config(model: nn.Module, old: Any, new: Any) -> None:

@@ -8,6 +8,7 @@ warns once.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from ..blocks import BlockIndices, shift_left, shift_right
+from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
+from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..policies import Dense
 from .state import NAME, Call, LayerInputs, LayerState
@@ -110,14 +112,37 @@ def _attend(
     seer_call: Call,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Decide, select, count, report, attend: everything but plain decoding."""
+    """Everything but plain decoding, in the precision that sdpa has under autocast; scores stay float32."""
+    device_type = query.device.type
+    without_autocast: AbstractContextManager[Any] = nullcontext()
+    if torch.is_autocast_enabled(device_type):
+        # Rotated queries and keys are float32 there, values are not, and the gates' products would be rounded.
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        without_autocast = torch.autocast(device_type, enabled=False)
+    with without_autocast:
+        return _prefill(module, query, key, value, attention_mask, dropout, scaling, seer_call, kwargs)
+
+
+def _prefill(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    seer_call: Call,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Decide, select, count, report, attend."""
     layer, state = seer_call.layer, seer_call.layer.model
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     inputs: LayerInputs | None = None
     blocks: BlockIndices | None = None
     problem = _not_a_prompt(layer, seer_call, module, query, key, attention_mask, kwargs)
     if problem is None:
-        wants_sparse = _wants_sparse(layer, query, dropout, kwargs)
+        wants_sparse = _wants_sparse(layer, module, query, dropout, kwargs)
         if wants_sparse or state.observers:
             inputs, starts = _layer_inputs(seer_call, query, key, value, attention_mask, scale)
         if wants_sparse:
@@ -176,17 +201,14 @@ def _not_a_prompt(
     return reason
 
 
-def _wants_sparse(layer: LayerState, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> bool:
+def _wants_sparse(layer: LayerState, module: nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> bool:
     """Whether a whole prompt is to be attended sparsely in this layer."""
     state = layer.model
     if state.dense_depth or (layer.gate is None and state.selector is None):
         return False
     if state.selector is None and isinstance(layer.policy or state.policy, Dense):
         return False
-    minimum = state.min_context
-    if minimum is None:
-        minimum = DEFAULT_MIN_CONTEXT.get(query.device.type, _OTHER_DEVICES_MIN_CONTEXT)
-    if query.shape[2] < minimum:
+    if query.shape[2] < _min_context(layer, query.device):
         return False
     reason = None
     checkpointed = getattr(layer.decoder_layer, "gradient_checkpointing", False) and layer.decoder_layer.training
@@ -197,11 +219,23 @@ def _wants_sparse(layer: LayerState, query: Tensor, dropout: float, kwargs: dict
         )
     elif dropout > 0:
         reason = "attention dropout is on (call model.eval() for inference)"
-    elif kwargs.get("output_attentions"):
+    elif _wants_weights(module, kwargs):
         reason = "output_attentions=True asks for the whole attention map"
     if reason is not None:
         state.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
     return reason is None
+
+
+def _min_context(layer: LayerState, device: torch.device) -> int:
+    """Prompts of fewer tokens are attended densely."""
+    minimum = layer.model.min_context
+    return DEFAULT_MIN_CONTEXT.get(device.type, _OTHER_DEVICES_MIN_CONTEXT) if minimum is None else minimum
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the attention probabilities are asked for, in the call or in the model's config."""
+    asked = kwargs.get("output_attentions")
+    return bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
 
 
 def _layer_inputs(
@@ -239,9 +273,36 @@ def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
         blocks = state.selector(inputs.q, inputs.k, layer=layer.index, scale=inputs.scale, lengths=inputs.lengths)
         if not isinstance(blocks, BlockIndices):
             raise TypeError(f"a selector must return BlockIndices, got {type(blocks).__name__}")
+    else:
+        policy = layer.policy or state.policy
+        blocks = policy.select(inputs.gate_logits(), block_size=state.block_size, lengths=inputs.lengths)
+    if inputs.lengths is None:
         return blocks
-    policy = layer.policy or state.policy
-    return policy.select(inputs.gate_logits(), block_size=state.block_size, lengths=inputs.lengths)
+    return _complete_short_rows(blocks, inputs.lengths, _min_context(layer, inputs.q.device))
+
+
+def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:
+    """Rows of a padded batch that would be dense alone, for having fewer than ``minimum`` tokens, read everything."""
+    longest = min(num_blocks(max(minimum - 1, 0), blocks.block_size), blocks.num_key_blocks)
+    if longest == 0:
+        return blocks
+    short = (lengths < minimum)[:, None, None]
+    batch, heads, rows = blocks.counts.shape
+    full = dense_indices(
+        batch,
+        heads,
+        rows,
+        blocks.num_key_blocks,
+        block_size=blocks.block_size,
+        lengths=lengths,
+        device=blocks.counts.device,
+    )
+    indices, capacity = blocks.indices, blocks.indices.shape[-1]
+    if capacity < longest:
+        indices, capacity = nn.functional.pad(indices, (0, longest - capacity)), longest
+    indices = torch.where(short[..., None], full.indices[..., :capacity], indices)
+    counts = torch.where(short, full.counts, blocks.counts)
+    return BlockIndices(indices, counts, blocks.num_key_blocks, blocks.block_size)
 
 
 def _dense(
@@ -259,7 +320,7 @@ def _dense(
         length = attention_mask.shape[-1]
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         attention_mask = causal & attention_mask[:, None, None, :]
-    if kwargs.get("output_attentions"):
+    if _wants_weights(module, kwargs):
         return _dense_with_weights(query, key, value, attention_mask, dropout, scaling)
     return AttentionInterface()["sdpa"](
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ..blocks import BlockIndices, causal_block_mask
 from ..policies import Threshold, causal_softmax
-from .attach import observe, set_policy
+from .attach import dense, observe, set_policy
+from .recall import run_prompt
 from .state import LayerInputs, gated_layers, state_of
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
@@ -89,13 +91,8 @@ def calibrate(
         seen = _Probabilities()
         with observe(model, seen):
             for prompt in prompts:
-                if policy is None:
-                    state.dense_depth += 1
-                try:
-                    model(**{**prompt, "use_cache": False})
-                finally:
-                    if policy is None:
-                        state.dense_depth -= 1
+                with dense(model) if policy is None else nullcontext():
+                    run_prompt(model, prompt)
         if not seen.causal:
             raise ValueError("calibrate saw no prompt in any gated layer; prompts must be longer than one token")
         least = seen.density(1.0)

@@ -1,25 +1,31 @@
-"""Gates on disk: ``gate_config.json`` + ``gates.safetensors`` + a model card. Strict to read, atomic to write."""
+"""Gates on disk: ``gate_config.json`` + ``gates.safetensors`` + a model card. Strict to read, atomic to write.
+
+The header of the weights file repeats the description of ``gate_config.json``, and both carry the ``save_id`` of the
+save that wrote them. So renaming the weights file into place is what commits a save: a reader that finds the two files
+of different saves (the writer was killed between them) goes by the header, and never mixes old and new.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from .. import __version__
 from ..config import GateConfig
 from ..policies import Policy, policy_from_dict
 from .architectures import Geometry, find_decoder
+from .files import write_file
 from .state import gates, state_of
 
 logger = logging.getLogger(__name__)
@@ -29,6 +35,7 @@ CONFIG_FILE = "gate_config.json"
 WEIGHTS_FILE = "gates.safetensors"
 CARD_FILE = "README.md"
 _CONFIG_KEYS = ("format_version", "base_model", "gates", "policies")
+_HEADER_KEY = "gate_config"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class GateCheckpoint:
         """Copy the weights into gate modules by layer.
 
         Raises:
-            ValueError: keys are missing or unexpected, or shapes differ; the message lists them.
+            ValueError: keys are missing or unexpected, shapes differ, or values are not finite; the message lists them.
         """
         expected = gate_tensors(modules)
         problems = []
@@ -81,7 +88,12 @@ class GateCheckpoint:
             for name in sorted(set(expected) & set(self.weights))
             if self.weights[name].shape != expected[name].shape
         ]
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", shapes)):
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of wrong shape", shapes),
+            ("not finite", _not_finite(self.weights)),
+        ):
             if names:
                 problems.append(f"{what}: {', '.join(names)}")
         if problems:
@@ -89,6 +101,11 @@ class GateCheckpoint:
         with torch.no_grad():
             for name, parameter in expected.items():
                 parameter.copy_(self.weights[name])
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """NaN scores would select nothing but the diagonal, without a word."""
+    return sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
 
 
 def gate_tensors(modules: Mapping[int, nn.Module]) -> dict[str, Tensor]:
@@ -129,14 +146,15 @@ def fingerprint(config: Any) -> dict[str, Any]:
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the gates of an attached model to a folder, in their present dtype.
 
-    Each file is written beside its place, flushed to the disk and renamed, so nobody ever meets half a file.
+    Whatever interrupts it, the folder holds either the old gates or the new ones, whole.
 
     Args:
         model: an attached model.
         path: the folder; it may exist, and its files of the same names are replaced.
 
     Raises:
-        ValueError: no gates are attached, or a parameter is empty or not in memory (sharded or offloaded gates).
+        ValueError: no gates are attached, a parameter is empty or not in memory (sharded or offloaded gates), or is not
+            finite.
     """
     state = state_of(model)
     modules = {layer: gate for layer, gate in enumerate(gates(model)) if gate is not None}
@@ -148,28 +166,35 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     lost = sorted(name for name in gate_tensors(modules) if name not in tensors or tensors[name].numel() == 0)
     if lost:
         raise ValueError(f"refusing to save gates that are not in memory (sharded or offloaded?): {', '.join(lost)}")
+    if bad := _not_finite(tensors):
+        raise ValueError(f"refusing to save gates that are not finite: {', '.join(bad)}")
     config: Any = find_decoder(model).config
+    base_model = {
+        "name": getattr(config, "_name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        **fingerprint(config),
+    }
+    return write_checkpoint(path, GateCheckpoint(state.gate_config, state.policy, base_model, tensors, str(path)))
+
+
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -> Path:
+    """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first."""
     description = {
         "format_version": FORMAT_VERSION,
-        "package_version": metadata.version("seerattention"),
-        "base_model": {
-            "name": getattr(config, "_name_or_path", None) or None,
-            "revision": getattr(config, "_commit_hash", None),
-            **fingerprint(config),
-        },
-        "gates": state.gate_config.to_dict(),
-        "policies": {"prefill": state.policy.to_dict()},
+        "package_version": __version__,
+        "base_model": checkpoint.base_model,
+        "gates": checkpoint.gate_config.to_dict(),
+        "policies": {"prefill": checkpoint.policy.to_dict()},
     }
-    return write_checkpoint(path, description, tensors)
-
-
-def write_checkpoint(path: str | os.PathLike[str], description: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write the three files of a checkpoint, each atomically."""
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    # Made from the content: equal gates give equal files.
+    content = hashlib.sha256(json.dumps(description).encode() + save(tensors))
+    description["save_id"] = content.hexdigest()[:16]
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    _write_atomically(folder / CARD_FILE, _model_card(description).encode())
-    _write_atomically(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+    write_file(folder / WEIGHTS_FILE, save(tensors, metadata={_HEADER_KEY: json.dumps(description)}))
+    write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
+    write_file(folder / CARD_FILE, _model_card(description))
     return folder
 
 
@@ -182,6 +207,23 @@ def read_checkpoint(folder: Path) -> GateCheckpoint:
     """
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     data = read_json(config_path)
+    if not weights_path.is_file():
+        raise FileNotFoundError(f"{weights_path} does not exist")
+    try:
+        with safe_open(str(weights_path), framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path} is damaged or truncated: {error}") from error
+    if _HEADER_KEY in header:
+        described = json.loads(header[_HEADER_KEY])
+        if described.get("save_id") != data.get("save_id"):
+            logger.warning(
+                "%s is not of the same save as the weights (was saving interrupted?); going by the description in %s",
+                config_path,
+                weights_path.name,
+            )
+            data = described
     missing = [key for key in _CONFIG_KEYS if key not in data]
     if missing:
         raise ValueError(f"{config_path} lacks {missing}")
@@ -190,18 +232,13 @@ def read_checkpoint(folder: Path) -> GateCheckpoint:
             f"{config_path} has format_version {data['format_version']}, this version of seerattention reads "
             f"{FORMAT_VERSION}; upgrade seerattention or convert the gates again"
         )
-    if not weights_path.is_file():
-        raise FileNotFoundError(f"{weights_path} does not exist")
-    try:
-        weights = load_file(weights_path)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_path} is damaged or truncated: {error}") from error
     try:
         gate_config = GateConfig.from_dict(data["gates"])
         policy = policy_from_dict(data["policies"]["prefill"])
-    except (KeyError, TypeError, ValueError) as error:
+        base_model = dict(data["base_model"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{config_path} describes no valid gates: {error}") from error
-    return GateCheckpoint(gate_config, policy, data["base_model"], weights, str(folder))
+    return GateCheckpoint(gate_config, policy, base_model, weights, str(folder))
 
 
 def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
@@ -254,28 +291,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
     return data
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = os.umask(0)
-        os.umask(mode)
-        os.chmod(temporary, 0o666 & ~mode)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _model_card(description: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..config import GateConfig, PrefillGateConfig
 from ..policies import Policy, Threshold, TopK
-from .checkpoint import FORMAT_VERSION, GateCheckpoint, fingerprint, locate, read_json, write_checkpoint
+from .checkpoint import GateCheckpoint, fingerprint, locate, read_json, write_checkpoint
 
 WEIGHTS_FILE = "attn_gate_weights.pth"
 
@@ -83,15 +82,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
         raise FileNotFoundError(
             f"{folder} is no published AttnGates folder: no config.json with seerattn_* fields in it"
         )
-    checkpoint = read_published(folder)
-    description: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "package_version": metadata.version("seerattention"),
-        "base_model": checkpoint.base_model,
-        "gates": checkpoint.gate_config.to_dict(),
-        "policies": {"prefill": checkpoint.policy.to_dict()},
-    }
-    return write_checkpoint(destination, description, {name: t.contiguous() for name, t in checkpoint.weights.items()})
+    return write_checkpoint(destination, read_published(folder))
 
 
 def _gate_config(data: dict[str, Any], path: Path) -> GateConfig:

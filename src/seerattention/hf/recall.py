@@ -65,7 +65,8 @@ def recall_sums(
         block_size = 64 if blocks is None else blocks.block_size
         batch, heads, length, _ = inputs.q.shape
         if inputs.lengths is None:
-            rows = torch.tensor(batch * num_blocks(length, block_size), device=inputs.q.device)
+            # Filled on the device: a copy from the host would wait for it in every layer.
+            rows = torch.full((), batch * num_blocks(length, block_size), device=inputs.q.device)
         else:
             rows = ((inputs.lengths + block_size - 1) // block_size).sum()
         pairs = (rows * heads).double()
@@ -84,23 +85,30 @@ def recall_sums(
             stack.enter_context(dense(model))
         stack.enter_context(observe(model, measure))
         for batch in batches:
-            run_prompt(model, batch["input_ids"], batch.get("attention_mask"))
+            run_prompt(model, {name: batch.get(name) for name in ("input_ids", "attention_mask")})
     return sums
 
 
-def run_prompt(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Run a prompt for the sake of what observes it: in eval mode, no cache, no logits of a whole prompt."""
+def run_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Run a prompt for the sake of what observes it: in eval mode, no cache, no logits of a whole prompt, no loss.
+
+    Args:
+        inputs: arguments of the model's forward, on any device; None values and ``labels`` are left out.
+    """
     device = next(model.parameters()).device
-    arguments: dict[str, Any] = {"use_cache": False}
-    if attention_mask is not None:
-        arguments["attention_mask"] = attention_mask.to(device, non_blocking=True)
+    arguments: dict[str, Any] = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+        if value is not None and name != "labels"
+    }
+    arguments["use_cache"] = False
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     training = model.training
     if training:
         model.eval()
     try:
-        model(input_ids=input_ids.to(device, non_blocking=True), **arguments)
+        model(**arguments)
     finally:
         if training:
             model.train()

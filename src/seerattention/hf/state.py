@@ -31,6 +31,9 @@ NAME = "seer"
 
 _ATTRIBUTE = "_seer_attention"
 
+# Quantized layers have parameters of other dtypes, in which gates cannot compute.
+_GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 Selector = Callable[..., BlockIndices]
 
 
@@ -98,6 +101,7 @@ class ModelState:
     selector: Selector | None
     min_context: int | None
     original_config: Any
+    config_entries: dict[str, Any]  # of the original config at attach
     layers: list[LayerState] = field(default_factory=list)
     observers: list[Observer] = field(default_factory=list)
     statistics: list[Statistics] = field(default_factory=list)
@@ -105,6 +109,16 @@ class ModelState:
     warned: set[str] = field(default_factory=set)
     # The positions and mask last looked at (weakly), their in-place versions, and the answer.
     _positions: tuple[tuple[Callable[[], Tensor | None], ...], tuple[int, ...], bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what contexts are open around the original is not theirs."""
+        return {**self.__dict__, "observers": [], "statistics": [], "dense_depth": 0, "_positions": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from .attention import register
+
+        register()  # a process that unpickles a model may never have attached one
+        self.__dict__.update(state)
 
     @property
     def block_size(self) -> int:
@@ -154,6 +168,9 @@ class LayerState:
         self._hooks: list[Any] = []
         self._captured: tuple[nn.Module, nn.Module] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": {}}
+
     @property
     def attention(self) -> nn.Module:
         return self.decoder_layer.self_attn  # type: ignore[return-value]
@@ -182,13 +199,14 @@ class LayerState:
         """
         if self.gate is None:
             return
-        parameter = next((p for p in self.attention.parameters() if p.is_floating_point() and not p.is_meta), None)
+        parameter = next((p for p in self.attention.parameters() if p.dtype in _GATE_DTYPES and not p.is_meta), None)
         placement = None if parameter is None else (parameter.device, parameter.dtype)
-        if placement is not None and placement != self._placement:
-            self._placement = placement
-            self.gate.to(device=placement[0], dtype=placement[1])
-        if device is not None and next(self.gate.parameters()).device != device:
-            self.gate.to(device)
+        with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
+            if placement is not None and placement != self._placement:
+                self._placement = placement
+                self.gate.to(device=placement[0], dtype=placement[1])
+            if device is not None and next(self.gate.parameters()).device != device:
+                self.gate.to(device)
 
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
         """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
@@ -220,7 +238,7 @@ class LayerState:
         call = Call(self, cos, sin, static_cache=isinstance(kwargs.get("past_key_values"), StaticCache))
         if hidden.shape[1] > 1:
             self._follow_replaced_modules(module)
-            self._calls[threading.get_ident()] = call
+            self._calls[_thread()] = call
         return args, {**kwargs, "seer_call": call}
 
     def _follow_replaced_modules(self, module: nn.Module) -> None:
@@ -238,13 +256,13 @@ class LayerState:
             ]
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(threading.get_ident()) if self._calls else None
+        call = self._calls.get(_thread()) if self._calls else None
         if call is not None:
             call.query = output
             self._release(call)
 
     def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(threading.get_ident()) if self._calls else None
+        call = self._calls.get(_thread()) if self._calls else None
         if call is not None:
             call.key = output
             self._release(call)
@@ -252,7 +270,12 @@ class LayerState:
     def _release(self, call: Call) -> None:
         """A call that has both tensors travels on its own, as an argument of the attention function."""
         if call.query is not None and call.key is not None:
-            del self._calls[threading.get_ident()]
+            del self._calls[_thread()]
+
+
+@torch.compiler.disable(reason="Dynamo does not know thread ids")
+def _thread() -> int:
+    return threading.get_ident()
 
 
 def state_of(model: nn.Module) -> ModelState:

@@ -6,8 +6,8 @@ forms its look-up circuits within minutes; one that begins with long texts may n
 Matching is learned token by token: a model that looks numbers up perfectly can be at chance with words, because nothing
 has taught it that two occurrences of a word are the same. So the drills lead from what forms at once to what does not:
 copies of random words beside copies of numbers, dictionaries keyed by words, sentences keyed by numbers or single
-words, and needles whose number of candidates grows within each sequence (a guess among few is soon no worse than a look-up,
-and so teaches nothing).
+words, and needles whose number of candidates grows within each sequence (a guess among few is soon no worse than a
+look-up, and so teaches nothing).
 """
 
 from __future__ import annotations

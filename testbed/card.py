@@ -1,0 +1,194 @@
+"""The model card, and the folder that the package embeds: every number comes from the files of the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .evaluate import draw_curves
+
+#: Greedy exact match at ``HARD_LENGTH`` tokens that a testbed model has to reach.
+HARD_LINE = {"single": 0.97, "multikey": 0.97, "keyvalue": 0.95}
+HARD_LENGTH = "16384"
+WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+GATES = ("README.md", "gate_config.json", "gates.safetensors")
+
+HEADER = """---
+license: mit
+library_name: transformers
+tags: [llama, long-context, testbed]
+---
+
+# seerattention-testbed
+
+A small Llama, trained from scratch in minutes, that looks things up in long texts: a real attention map to test sparse
+attention on. It has no other use. Load it with `seerattention.testbed.load()`, or with `AutoModelForCausalLM`.
+The recipe is the folder `testbed/` of the repository: `python -m testbed all --help`.
+
+![Losses over training time](curves.png)
+"""
+
+
+def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
+    """Copy model, tokenizer and gates of the run ``out`` into ``target/model`` and ``target/gates``, with the card.
+
+    Args:
+        out: folder of a run that was trained, evaluated and whose gates were distilled.
+        target: the embedded folder; what it held of the same names is replaced.
+        sparse: ``results.json`` files of ``seer eval``, for the card.
+
+    Raises:
+        FileNotFoundError: a step of the run is missing.
+    """
+    sources = [(out / "model" / name, target / "model" / name) for name in WEIGHTS]
+    sources += [(out / name, target / "model" / name) for name in TOKENIZER]
+    sources += [(out / "gates" / name, target / "gates" / name) for name in GATES]
+    needed = [source for source, _ in sources] + [out / "summary.json", out / "dense.json", out / "log.jsonl"]
+    missing = [str(path.relative_to(out)) for path in needed if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"{out} lacks {', '.join(missing)}; train, evaluate and distil the gates first")
+    for source, copy in sources:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+    draw_curves(out / "log.jsonl", target / "model" / "curves.png")
+    results = [json.loads(path.read_text()) for path in sparse]
+    read = {name: _read(out / f"{name}.json") for name in ("summary", "dense", "data", "gates/history")}
+    card = model_card(read["summary"], read["dense"], read["data"], read["gates/history"], results)
+    (target / "model" / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def model_card(
+    summary: Mapping[str, Any],
+    dense: Mapping[str, Any],
+    data: Mapping[str, Any],
+    history: Mapping[str, Any],
+    sparse: Iterable[Mapping[str, Any]] = (),
+) -> str:
+    """The card's text, from ``summary.json``, ``dense.json``, ``data.json``, the gates' history and ``seer eval``."""
+    parts = [HEADER, _training(summary, data), _dense(dense), _position(dense), _losses(summary), _gates(history)]
+    parts.append(_sparse(list(sparse)))
+    return "\n".join(part for part in parts if part)
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _training(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    model, train = summary["settings"]["model"], summary["settings"]["train"]
+    rows = [
+        ("layers, width, MLP width", f"{model['layers']}, {model['width']}, {model['mlp_width']}"),
+        ("query heads, KV heads, head_dim", f"{model['heads']}, {model['kv_heads']}, {model['head_dim']}"),
+        ("vocabulary", f"{model['vocab_size']:,} (byte-level BPE, numbers in groups of three digits)"),
+        ("RoPE base, longest context", f"{model['rope_theta']:g}, {model['max_context']:,}"),
+        ("training time, steps, tokens", f"{summary['elapsed']:.0f} s, {summary['step']:,}, {summary['tokens']:,}"),
+        (
+            "seed, optimiser, scale of long phases' rates",
+            f"{_seed(summary)}, {train['optimizer']}, {train['rate_scale']}",
+        ),
+    ]
+    for attempt in summary.get("given_up", ()):
+        rows.append((f"given up: seed {attempt['seed']}", f"after {attempt['seconds']:.0f} s: {attempt['why']}"))
+    for name, entry in data.items():
+        rows.append((f"texts for {name}", f"{', '.join(entry['sources'])}; {entry['tokens'] / 1e6:.1f} M tokens"))
+    text = "## Training\n\n" + _table(("setting", "value"), rows)
+    columns = ("context", "share of time", "at most", "tokens a step", "AdamW rate", "tasks", "drills")
+    phases = [
+        (
+            f"{p['context']:,}",
+            f"{p['share']}",
+            f"{p.get('most') or ''}",
+            f"{p['tokens']:,}",
+            f"{p['rate']:g}",
+            f"{p['tasks']}",
+            f"{p['drills']}",
+        )
+        for p in train["phases"]
+    ]
+    return text + "\n" + _table(columns, phases)
+
+
+def _seed(summary: Mapping[str, Any]) -> int:
+    return summary.get("seed", summary["settings"]["train"]["seed"])
+
+
+def _percent(entry: Mapping[str, float]) -> str:
+    return f"{100 * entry['exact']:.1f} ± {100 * entry['error']:.1f}"
+
+
+def _dense(dense: Mapping[str, Any]) -> str:
+    retrieval: Mapping[str, Mapping[str, Any]] = dense.get("retrieval", {})
+    lengths = sorted({length for row in retrieval.values() for length in row}, key=int)
+    rows, misses = [], []
+    for task, row in retrieval.items():
+        bar = HARD_LINE.get(task)
+        rows.append((task, *(_percent(row[n]) if n in row else "" for n in lengths), f"{100 * bar:.0f}" if bar else ""))
+        if bar and HARD_LENGTH in row and row[HARD_LENGTH]["exact"] < bar:
+            misses.append(f"{task} {100 * row[HARD_LENGTH]['exact']:.1f} % < {100 * bar:.0f} %")
+    columns = ("task", *(f"{int(length):,} tokens" for length in lengths), "hard line at 16,384")
+    verdict = f"**The model misses its hard line: {'; '.join(misses)}.**" if misses else "The hard line is met."
+    return (
+        "## Retrieval, dense attention\n\nGreedy exact match in per cent, ± standard error, "
+        f"at least {dense.get('samples')} questions a cell; keys and books were not used in training.\n\n"
+        + _table(columns, rows)
+        + f"\n{verdict}\n"
+    )
+
+
+def _position(dense: Mapping[str, Any]) -> str:
+    loss = dense.get("loss")
+    if not loss:
+        return "## Book text\n\nPerplexity at 16K and loss by position were not measured for this model.\n"
+    better = loss["difference"] > loss["difference_error"]
+    return (
+        f"## Book text\n\nOver {loss['windows']} windows of {loss['length']:,} tokens of unseen books: perplexity "
+        f"{loss['perplexity']:.2f}, in the last quarter {loss['perplexity_last_quarter']:.2f}. Mean loss of positions "
+        f"1K-2K {loss['mean_loss_1k_2k']:.4f}, of the last half {loss['mean_loss_last_half']:.4f}: "
+        f"{loss['difference']:.4f} ± {loss['difference_error']:.4f} lower"
+        f"{'' if better else ', **which is not more than its standard error (hard line missed)**'}.\n"
+    )
+
+
+def _losses(summary: Mapping[str, Any]) -> str:
+    chosen = ("answers", "copies", "text")
+    rows = [(name, f"{value:.4f}") for name, value in summary.items() if name.split(" ")[0] in chosen]
+    return "## Last training losses (nats a token)\n\n" + _table(("part", "loss"), rows)
+
+
+def _gates(history: Mapping[str, Any]) -> str:
+    if not history:
+        return ""
+    loss, learning = history["loss"], history.get("not_learning") or {}
+    last = loss[-20:]
+    text = (
+        f"## Gates\n\nDistilled from the model in {len(loss)} steps, {history['tokens'] / 1e6:.1f} M tokens, "
+        f"{history['seconds']:.0f} s; loss {loss[0]:.3f} at first, {sum(last) / len(last):.3f} at last (mean "
+        f"of {len(last)} steps). Block recall at density {history['recall_density']} on unseen text and keys:\n\n"
+    )
+    rows = [(name, *(f"{value:.3f}" for value in (row[0], row[-1]))) for name, row in history["recall"].items()]
+    text += _table(("layer", "before", "after"), rows)
+    return text + (f"\nReported as not learning: {', '.join(learning)}.\n" if learning else "")
+
+
+def _sparse(results: list[Mapping[str, Any]]) -> str:
+    cells: dict[str, dict[str, str]] = {}
+    for entry in (entry for result in results for entry in result.get("retrieval", ())):
+        row = cells.setdefault(f"{entry['setting']} at {entry['length']:,}", {"density": f"{entry['density']:.3f}"})
+        for task, score in entry["tasks"].items():
+            row[task] = f"{100 * score['accuracy']:.1f} ± {100 * score['standard_error']:.1f}"
+    if not cells:
+        return ""
+    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
+    rows = [(setting, *(row.get(name, "") for name in columns)) for setting, row in cells.items()]
+    heading = "## Retrieval, sparse prefill\n\nEvery row sparse, question and answers included (`seer eval`).\n\n"
+    return heading + _table(("setting", *columns), rows)
