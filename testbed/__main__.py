@@ -35,6 +35,7 @@ Mix = Annotated[str, typer.Option(help="JSON object: how often each form is draw
 Templates = Annotated[
     Path | None, typer.Option(help="JSON list of [statement, question] with {key} and {value}: other needle sentences.")
 ]
+ReportEvery = Annotated[int, typer.Option(help="Steps between two lines of log.jsonl.")]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
 
 
@@ -108,7 +109,7 @@ def train(
         Path | None, typer.Option(help="Train this model on, instead of a new one; its shape counts.")
     ] = None,
     decay_from: Annotated[float, typer.Option(help="Share of the time after which the rate falls.")] = 0.68,
-    report_every: Annotated[int, typer.Option(help="Steps between two lines of log.jsonl.")] = 50,
+    report_every: ReportEvery = 50,
     device: str = "cuda",
     workers: int = 14,
 ) -> None:
@@ -247,6 +248,7 @@ def everything(
     gate_steps: int = 150,
     gate_length: int = 16_384,
     text_field: str = "text",
+    report_every: ReportEvery = 50,
     workers: int = 14,
     device: str = "cuda",
     embed: Annotated[bool, typer.Option(help="Replace the model that the package embeds.")] = False,
@@ -278,6 +280,7 @@ def everything(
             drill_mix=drill_mix,
             templates=templates,
             retries=retries,
+            report_every=report_every,
             device=device,
             workers=workers,
         )

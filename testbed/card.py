@@ -150,10 +150,11 @@ def _position(dense: Mapping[str, Any]) -> str:
     if not loss:
         return "## Book text\n\nPerplexity at 16K and loss by position were not measured for this model.\n"
     better = loss["difference"] > loss["difference_error"]
+    early = f"{loss['length'] // 16:,} to {loss['length'] // 8:,}"
     return (
         f"## Book text\n\nOver {loss['windows']} windows of {loss['length']:,} tokens of unseen books: perplexity "
         f"{loss['perplexity']:.2f}, in the last quarter {loss['perplexity_last_quarter']:.2f}. Mean loss of positions "
-        f"1K-2K {loss['mean_loss_1k_2k']:.4f}, of the last half {loss['mean_loss_last_half']:.4f}: "
+        f"{early} {loss['mean_loss_early']:.4f}, of the last half {loss['mean_loss_last_half']:.4f}: "
         f"{loss['difference']:.4f} ± {loss['difference_error']:.4f} lower"
         f"{'' if better else ', **which is not more than its standard error (hard line missed)**'}.\n"
     )

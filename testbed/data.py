@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from seerattention.files import replace_file, temporary_name
+
 BOS, PAD = "<|bos|>", "<|pad|>"
 SHORTEST_BOOK = 20_000  # tokens; shorter ones leave no room for a long haystack
 
@@ -70,11 +72,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
 
 
 def tokenise(texts: Iterable[str], tokenizer: Any, path: Path) -> int:
-    """Write texts as one uint16 file in which every text begins with the BOS token; returns the number of tokens."""
+    """Write texts as one uint16 file in which every text begins with the BOS token; returns the number of tokens.
+
+    Raises:
+        ValueError: the vocabulary has more than 65,536 tokens.
+    """
     backend = tokenizer.backend_tokenizer
     bos = tokenizer.bos_token_id
-    total, partial = 0, path.with_suffix(".part")
-    with open(partial, "wb") as file:
+    if len(tokenizer) > 1 << 16:
+        raise ValueError(
+            f"token files hold ids below 65,536, got a vocabulary of {len(tokenizer):,}; use a smaller one"
+        )
+    total = 0
+    with open(temporary_name(path), "wb") as file:
         for group in _groups(texts, 64):
             # Long texts in pieces, so that every core has work; pieces end at line breaks.
             pieces, ends = [], []
@@ -87,7 +97,7 @@ def tokenise(texts: Iterable[str], tokenizer: Any, path: Path) -> int:
                 ids = np.array([bos, *(i for piece in encoded[start:end] for i in piece.ids)], dtype=np.uint16)
                 ids.tofile(file)
                 total, start = total + len(ids), end
-    partial.rename(path)
+    replace_file(path)
     return total
 
 

@@ -35,7 +35,7 @@ def evaluate(
         folder: the model, with the tokenizer in it or in the folder above.
         books: token files.
         lengths: of the samples, in tokens; the loss by position is taken at the shortest.
-        samples: least number of questions for each task and length.
+        samples: least number of questions for each task and length, and number of windows of book text.
         batch_tokens: tokens in one forward pass.
         device: "cuda" or "cpu".
         templates: the sentences of the needles, where training used others than the package's.
@@ -68,7 +68,9 @@ def evaluate(
             }
         results["retrieval"][task] = row
         table.add_row(task, *(f"{100 * r['exact']:.1f} ± {100 * r['error']:.1f}" for r in row.values()))
-    results["loss"] = _loss_by_position(model, tokenizer.bos_token_id, texts, min(lengths), batch_tokens, device)
+    results["loss"] = _loss_by_position(
+        model, tokenizer.bos_token_id, texts, min(lengths), batch_tokens, device, windows=max(2, samples)
+    )
     Console().print(table, results["loss"])
     return results
 
@@ -94,9 +96,9 @@ def _retrieval(
 
 
 def _loss_by_position(
-    model: Any, bos: int, texts: list[np.ndarray], length: int, batch_tokens: int, device: str, windows: int = 512
+    model: Any, bos: int, texts: list[np.ndarray], length: int, batch_tokens: int, device: str, windows: int
 ) -> dict[str, Any]:
-    """Mean loss of positions 1-2K, of the last half and quarter of ``length`` tokens; errors are over windows."""
+    """Mean loss of an early stretch (1K to 2K of 16K tokens), of the last half and quarter; errors are over windows."""
     rng = np.random.default_rng(0)
     rows = min(windows, max(1, batch_tokens // length))
     per_window: list[np.ndarray] = []
@@ -111,12 +113,12 @@ def _loss_by_position(
         hidden = model.model(input_ids=tensor, use_cache=False).last_hidden_state
         per_window += [_token_losses(model.lm_head, h, row) for h, row in zip(hidden, tensor, strict=True)]
     losses = np.stack(per_window)
-    early, late = losses[:, 1024:2048].mean(1), losses[:, length // 2 :].mean(1)
+    early, late = losses[:, length // 16 : length // 8].mean(1), losses[:, length // 2 :].mean(1)
     difference = early - late
     return {
         "length": length,
         "windows": len(losses),
-        "mean_loss_1k_2k": float(early.mean()),
+        "mean_loss_early": float(early.mean()),
         "mean_loss_last_half": float(late.mean()),
         "difference": float(difference.mean()),
         "difference_error": float(difference.std(ddof=1) / math.sqrt(len(difference))),

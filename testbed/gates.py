@@ -42,20 +42,27 @@ class TaskBatches:
         ready: queue.Queue = queue.Queue(4)
         threading.Thread(target=self._make, args=(ready,), daemon=True).start()
         for _ in range(self.count):
-            yield {"input_ids": torch.from_numpy(ready.get())}
+            made = ready.get()
+            if isinstance(made, Exception):
+                raise made
+            yield {"input_ids": torch.from_numpy(made)}
 
     def _make(self, ready: queue.Queue) -> None:
-        generator = TaskGenerator(*self.arguments, **self.options)
-        mix = TrainingMix(generator) if self.options["split"] == "train" else None
-        for _ in range(self.count):
-            ready.put(np.stack([self._sequence(generator, mix) for _ in range(self.batch_size)]))
+        try:
+            generator = TaskGenerator(*self.arguments, **self.options)
+            mix = TrainingMix(generator) if self.options["split"] == "train" else None
+            for _ in range(self.count):
+                ready.put(np.stack([self._sequence(generator, mix) for _ in range(self.batch_size)]))
+        except Exception as error:  # whoever waits for batches must hear of it
+            ready.put(error)
 
     def _sequence(self, generator: TaskGenerator, mix: TrainingMix | None) -> np.ndarray:
         rng = generator.rng
         if mix is not None and rng.random() < 0.5:
             return mix.sequence(self.length, tasks=0.7).input_ids
         task = TASKS[int(rng.integers(len(TASKS)))]
-        return generator.sample(task, self.length, 1 if task == "single" else int(rng.integers(1, 9))).input_ids
+        most = 1 if task == "single" else min(8, self.length // 512)  # a question with its answers needs that much room
+        return generator.sample(task, self.length, int(rng.integers(1, most + 1))).input_ids
 
 
 def distil(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,6 +15,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from seerattention.files import replace_file, temporary_name, write_file
 
 from .data import Batches
 from .model import FastLlama, ModelConfig, export, spread
@@ -129,6 +131,8 @@ class _Run:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         self.model = (FastLlama(model, dtype) if isinstance(model, ModelConfig) else model).to(device)
         self.model.dtype = dtype
+        # Where another attempt begins: a new model's is drawn from the next seed.
+        self.first = None if isinstance(model, ModelConfig) else copy.deepcopy(model.state_dict())
         self.optimizers = _Optimizers(self.model, config)
         self.schedule = Schedule(config)
         self.losses = Losses(device)
@@ -153,14 +157,13 @@ class _Run:
 
     def _save(self) -> None:
         path = self.folder / "checkpoint.pt"
-        partial = path.with_suffix(".part")
         contents = {"model": self.model.state_dict(), "optimizers": self.optimizers.state()}
         contents |= {"settings": self.settings, "schedule": self.schedule.state(), "state": self.state}
-        torch.save(contents, partial)
-        os.replace(partial, path)
+        torch.save(contents, temporary_name(path))
+        replace_file(path)
 
     def _begin_again(self, error: NotFormed) -> None:
-        """Fresh weights from the next seed, in the time that is left; the data workers go on."""
+        """From the start with the next seed, in the time that is left; the data workers go on."""
         given_up = [
             *self.state["given_up"],
             {"seed": self.state["seed"], "seconds": self.state["elapsed"], "why": str(error)},
@@ -170,8 +173,7 @@ class _Run:
         seed = self.state["seed"] + 1
         log.warning("%s; trying again with seed %d", error, seed)
         torch.manual_seed(seed)
-        fresh = FastLlama(self.model.config, self.model.dtype)
-        self.model.load_state_dict(fresh.state_dict())
+        self.model.load_state_dict(self.first or FastLlama(self.model.config, self.model.dtype).state_dict())
         self.optimizers = _Optimizers(self.model, self.config)
         self.schedule = Schedule(self.config, begin=self.state["elapsed"])
         self.state |= {"seed": seed, "step": 0, "tokens": 0, "rate": self.config.phases[0].rate, "given_up": given_up}
@@ -209,7 +211,7 @@ class _Run:
         export(self.model, self.folder / "model")
         AutoTokenizer.from_pretrained(self.folder).save_pretrained(self.folder / "model")
         summary = {**state, **self.parts, "settings": self.settings}
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_file(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def _step(self, phase: Phase) -> float:

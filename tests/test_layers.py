@@ -19,7 +19,7 @@ LEVELS = (
     {"evaluate", "distill", "testbed"},
     {"tasks", "hf"},
     {"baselines", "gates", "policies"},
-    {"blocks", "config"},
+    {"blocks", "config", "files"},
     {"ops"},
 )
 # The only imports inside one level: a training-free selector turns its scores into lists with a policy.

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from seerattention.cli.distill import command as seer_distill
 from seerattention.distill.checkpoint import STATE_FILE, load_state
-from seerattention.hf.files import temporary_name
+from seerattention.files import temporary_name
 
 from .tiny import tiny_llama, tiny_tokenizer, write_text
 

@@ -12,8 +12,8 @@ from seerattention.config import GateConfig, PrefillGateConfig
 from seerattention.distill import DistillationError, DistillConfig, checkpoint, distill
 from seerattention.distill.checkpoint import load_state, save_state
 from seerattention.distill.trainer import Trainer
+from seerattention.files import temporary_name
 from seerattention.hf import attach, dense, observe
-from seerattention.hf.files import temporary_name
 from seerattention.hf.recall import block_recall
 from seerattention.ops import pooled_attention
 from seerattention.policies import Dense, TopK

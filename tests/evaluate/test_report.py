@@ -8,7 +8,7 @@ import pytest
 
 from seerattention.evaluate.figures import bar_figure, line_figure
 from seerattention.evaluate.perplexity import PerplexityResult
-from seerattention.evaluate.report import Report, atomic_write
+from seerattention.evaluate.report import Report
 from seerattention.evaluate.retrieval import RetrievalResult
 from seerattention.evaluate.tables import Table, format_length, perplexity_table, retrieval_table, timing_table
 from seerattention.evaluate.timing import TimingResult
@@ -52,13 +52,6 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"""(src|href)=["']?(https?:|//)""", page)
     assert page == report.html()
-
-
-def test_writes_leave_no_temporary_file(tmp_path):
-    atomic_write(tmp_path / "a.txt", "one")
-    atomic_write(tmp_path / "a.txt", "two")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "two"
 
 
 def test_table_rows_must_fit():

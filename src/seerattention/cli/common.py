@@ -5,6 +5,7 @@ text.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..evaluate.tables import Table
 
-__all__ = ["Terminal", "book_tokens", "errors", "load_model", "parse_list", "resolve_device"]
+__all__ = ["Terminal", "book_tokens", "errors", "load_model", "log_level", "parse_list", "resolve_device"]
 
 _LOG_WIDTH = 200  # tables in a log or a pipe are not folded to 80 columns
 _TESTBED = "testbed"
@@ -139,6 +140,18 @@ def parse_list(text: str, kind: Callable[[str], Any], what: str) -> list[Any]:
 def token_count(text: str) -> int:
     """A length in tokens: ``4096`` or ``4K``."""
     return int(text[:-1]) * 1024 if text[-1:] in "kK" else int(text)
+
+
+@contextmanager
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Let through only messages of at least ``level`` of the logger ``name`` for a while."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def resolve_device(device: str) -> str:

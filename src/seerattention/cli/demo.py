@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Terminal, book_tokens, errors, load_model, resolve_device
+from .common import Terminal, book_tokens, errors, load_model, log_level, resolve_device
 
 _TRAIN_TOKENS = 400_000
 _TEST_TOKENS = 400_000
@@ -39,16 +39,15 @@ def command(
     Writes a self-contained report with plots and attention maps. Needs no download; about 8 minutes on 2 CPU cores,
     less on a GPU.
     """
-    with errors():
+    # A run this short leaves layers that "do not seem to learn"; the table of block recall says so better.
+    with errors(), log_level("seerattention.distill", logging.ERROR):
         terminal = Terminal(as_json)
-        # A run this short leaves layers that "do not seem to learn"; the table of block recall says so better.
-        logging.getLogger("seerattention.distill").setLevel(logging.ERROR)
         chosen = resolve_device(device)
         terminal.say(f"loading the testbed model on {chosen}")
         model, tokenizer = load_model("testbed", chosen)
 
         from .. import testbed
-        from ..evaluate.report import atomic_write
+        from ..files import write_file
         from .demo_job import DemoPlan, run_demo
         from .demo_report import build_report, demo_to_dict, recall_table, result_table
 
@@ -71,6 +70,6 @@ def command(
         terminal.table(result_table(result, plan))
         page = build_report(result, plan, seed=seed, device=chosen, fast=fast).save(output / "index.html")
         numbers = demo_to_dict(result, plan, seed)
-        atomic_write(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+        write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
         terminal.say(f"report: {page}")
         terminal.emit(numbers)

@@ -208,7 +208,7 @@ def _write_results(
 ) -> None:
     from .. import hf
     from ..evaluate.tables import Table
-    from ..hf.files import replace_file, temporary_name, write_file
+    from ..files import replace_file, temporary_name, write_file
 
     hf.save_gates(model, output)
     result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}

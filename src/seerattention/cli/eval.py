@@ -115,9 +115,9 @@ def command(
                 results.timing[length] = job.timing(length, repeats)
         numbers = _to_dict(results, model=model, gates=gates, dtype=str(loaded.dtype), device=chosen, seed=seed)
         if output is not None:
-            from ..evaluate.report import atomic_write
+            from ..files import write_file
 
-            atomic_write(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+            write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
             page = _report(results, numbers, model).save(output / "index.html")
             terminal.say(f"report: {page}")
         terminal.emit(numbers)

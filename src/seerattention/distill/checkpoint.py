@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hf.files import replace_file, temporary_name
+from ..files import replace_file, temporary_name
 
 STATE_FILE = "training_state.safetensors"
 _FORMAT = "seerattention-training-state-1"

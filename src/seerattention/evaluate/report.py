@@ -16,14 +16,14 @@ import base64
 import html
 import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_file
 from .tables import Table
 
-__all__ = ["Report", "atomic_write"]
+__all__ = ["Report"]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e8; --accent: #0072b2; --paper: #fff;
@@ -124,28 +124,14 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page (atomically; folders are made as needed) and return its path."""
-        return atomic_write(path, self.html())
+        target = Path(path)
+        write_file(target, self.html())
+        return target
 
     def _close(self) -> None:
         if self._open:
             self._parts.append("</section>")
             self._open = False
-
-
-def atomic_write(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text through a temporary file in the same folder, so that no reader ever sees half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return target
 
 
 def _escape(value: Any) -> str:

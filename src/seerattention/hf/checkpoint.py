@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config import GateConfig
+from ..files import write_file
 from ..policies import Policy, policy_from_dict
 from .architectures import Geometry, find_decoder
-from .files import write_file
 from .state import gates, state_of
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,8 @@ def replace_file(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file atomically; text as UTF-8."""
+    """Write a whole file atomically, in a folder that is made where it is missing; text as UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary_name(path).write_bytes(content.encode() if isinstance(content, str) else content)
         replace_file(path)

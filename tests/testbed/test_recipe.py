@@ -1,0 +1,125 @@
+"""The whole recipe at tiny size: training with resume, evaluation, gates, and what is packaged at the end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from testbed.__main__ import app
+from testbed.model import FastLlama, ModelConfig, read
+from testbed.schedule import NotFormed, Phase, TrainConfig
+from testbed.training import train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import seerattention as seer
+
+from .tiny import write_books
+
+SHAPE = ModelConfig(2048, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp_width=96, max_context=256)
+PHASES = (Phase(128, 0.5, 512, 3e-3, drills=1.0), Phase(256, 0.5, 512, 3e-3, reach=1024))
+
+
+def settings(seconds, **options):
+    return TrainConfig(seconds=seconds, **{"phases": PHASES, "workers": 0, "report_every": 2, "retries": 0, **options})
+
+
+def test_training_learns_and_goes_on_where_it_stopped(run_folder):
+    class Stop(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("testbed.training.export", lambda *arguments: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            train(run_folder, SHAPE, settings(4, checkpoint_every=0.5), "cpu")
+    stopped = torch.load(run_folder / "checkpoint.pt", weights_only=True)["state"]
+    assert stopped["step"] > 0
+    summary = train(run_folder, SHAPE, settings(6, checkpoint_every=0.5), "cpu")
+    assert summary["step"] > stopped["step"]
+    assert summary["resumed"] == 1
+    assert summary == json.loads((run_folder / "summary.json").read_text()) | {"settings": summary["settings"]}
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert {line["context"] for line in lines} == {128, 256}
+    text = [line["text"] for line in lines if "text" in line]
+    assert text[-1] < text[0] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(run_folder / "model").bos_token_id == 0
+    with pytest.raises(ValueError, match="is of another model"):
+        train(run_folder, ModelConfig(2048, width=32, layers=1, heads=2, kv_heads=1), settings(7), "cpu")
+
+
+def test_a_model_is_trained_on(run_folder):
+    torch.manual_seed(0)
+    model = FastLlama(SHAPE, torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(run_folder, model, settings(0.5, phases=PHASES[:1], warmup_steps=10_000), "cpu")
+    after = read(run_folder / "model", torch.float32).state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0.02, atol=2e-3, msg=lambda text, n=name: f"{n}: {text}")
+    assert any(not torch.equal(after[name], tensor.bfloat16().float()) for name, tensor in before.items())
+
+
+def test_a_run_without_look_up_tries_another_seed_and_gives_up(run_folder):
+    phases = (Phase(128, 0.2, 256, 1e-9, drills=1.0, most=0.4, stop_above=1.0), PHASES[1])
+    with pytest.raises(NotFormed, match="look-up did not form in the drills of 128 tokens"):
+        train(run_folder, SHAPE, settings(5, phases=phases, retries=1, report_every=1), "cpu")
+    saved = torch.load(run_folder / "checkpoint.pt", weights_only=True)["state"]
+    assert saved["seed"] == 12
+    assert [attempt["seed"] for attempt in saved["given_up"]] == [11]
+
+
+@pytest.mark.slow
+def test_everything_in_one_command(tmp_path):
+    books, held_out = write_books(tmp_path)
+    phases = [
+        {"context": 128, "share": 0.5, "tokens": 512, "rate": 3e-3, "drills": 1.0},
+        {"context": 512, "share": 0.5, "tokens": 512, "rate": 3e-3},
+    ]
+    options = {
+        "--data": books,
+        "--held-out": held_out,
+        "--out": tmp_path / "run",
+        "--minutes": 0.1,
+        "--report-every": 2,
+        "--vocab-size": 2048,
+        "--width": 64,
+        "--layers": 2,
+        "--heads": 2,
+        "--kv-heads": 1,
+        "--head-dim": 32,
+        "--phases": json.dumps(phases),
+        "--lengths": 1024,
+        "--samples": 4,
+        "--gate-steps": 2,
+        "--gate-length": 1024,
+        "--workers": 0,
+        "--device": "cpu",
+    }
+    arguments = ["all", *(str(part) for pair in options.items() for part in pair)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    package = tmp_path / "run" / "package"
+    card = (package / "model" / "README.md").read_text()
+    assert "| multikey |" in card
+    assert "not measured for this model" not in card
+    assert (package / "model" / "curves.png").stat().st_size > 1000
+    model = AutoModelForCausalLM.from_pretrained(package / "model", dtype=torch.float32)
+    model.config._name_or_path = seer.testbed.NAME
+    seer.attach(model, package / "gates", min_context=0)
+    tokenizer = AutoTokenizer.from_pretrained(package / "model")
+    with seer.record(model) as stats, torch.no_grad():
+        model(**tokenizer("word " * 600, return_tensors="pt"))
+    assert stats.density < 0.5
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)  # what is finished is kept
+    assert again.exit_code == 0, again.output
+    assert set(load_file(package / "gates" / "gates.safetensors"))
+
+
+def test_packaging_an_unfinished_run_says_what_is_missing(run_folder, tmp_path):
+    result = CliRunner().invoke(app, ["package", "--out", str(run_folder), "--target", str(tmp_path / "package")])
+    assert isinstance(result.exception, FileNotFoundError)
+    assert "gates/gates.safetensors" in str(result.exception)
+    assert not (tmp_path / "package").exists()
