@@ -113,6 +113,20 @@ def test_close_keys_share_their_words(tokenizer, books):
     assert len({noun for _, noun in keys}) < 20
 
 
+def test_alike_keys_differ_in_one_word(tokenizer, books):
+    pieces, shared = generator(tokenizer, books, split="train").pieces, set()
+    for _ in range(20):
+        keys = [tuple(tokenizer.decode(key).split()) for key in pieces.alike_keys(40)]
+        assert len(set(keys)) == 40
+        assert not any(is_test_key(key) for key in keys)
+        adjectives, nouns = map(set, zip(*keys, strict=True))
+        assert 1 in (len(adjectives), len(nouns))
+        shared.add(len(nouns) == 1)
+    assert shared == {True, False}
+    with pytest.raises(ValueError, match="no word begins or ends 200 keys"):
+        pieces.alike_keys(200)
+
+
 def test_own_sentences(tokenizer, books):
     own = [("\nCode of{key}: {value}\n", "\nCode of{key} again: {value}\n")]
     sample = generator(tokenizer, books, templates=own).sample("single", LENGTH)

@@ -34,10 +34,17 @@ def test_the_long_phases_divide_what_is_left():
 def test_look_up_that_does_not_form_stops_the_run():
     plan = schedule()
     for _ in range(20):
-        plan.report({"answers drill_needles": 6.9, "answers drill_copy": 0.1})
+        plan.report({"answers drill_keyvalue": 6.9, "answers drill_needles": 0.1})
     plan.at(29)
-    with pytest.raises(NotFormed, match=r"128 tokens by 30 s: loss \{'drill_needles'|answers drill_needles"):
+    with pytest.raises(NotFormed, match=r"128 tokens by 30 s: losses .*answers drill_keyvalue not below 2.0"):
         plan.at(30)
+
+
+def test_kinds_that_form_later_only_prolong_the_drills():
+    plan = schedule()
+    for _ in range(20):
+        plan.report({"answers drill_keyvalue": 0.01, "answers drill_alike": 6.9})
+    assert (plan.at(29), plan.at(30)) == (0, 1)
 
 
 def test_warm_up_and_decay():

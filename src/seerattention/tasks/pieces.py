@@ -152,6 +152,21 @@ class Pieces:
         pairs = np.stack([adjectives[places[:, 0]], nouns[places[:, 1]]], 1)
         return pairs if len(pairs) >= count else self._keys
 
+    def alike_keys(self, count: int) -> list[list[int]]:
+        """``count`` different two-word keys of this split that all share one word, so that only the other one tells.
+
+        Raises:
+            ValueError: the vocabulary of keys has no ``count`` pairs that share a word.
+        """
+        lines = self._allowed.T if self.rng.random() < 0.5 else self._allowed
+        wide = np.flatnonzero(lines.sum(1) >= count)
+        if not len(wide):
+            raise ValueError(f"no word begins or ends {count} keys; at most {int(lines.sum(1).max())} share one")
+        shared = int(self.rng.choice(wide))
+        others = self.rng.choice(np.flatnonzero(lines[shared]), count, replace=False)
+        pairs = [(a, shared) for a in others] if lines is not self._allowed else [(shared, n) for n in others]
+        return [self.encode(f" {ADJECTIVES[a]}") + self.encode(f" {NOUNS[n]}") for a, n in pairs]
+
     def single_keys(self, count: int) -> list[list[int]]:
         """``count`` different keys of one word each: a step towards keys of two words, which evaluation uses."""
         return [self.encode(f" {NOUNS[i]}") for i in self.rng.choice(len(NOUNS), count, replace=False)]

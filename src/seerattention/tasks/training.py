@@ -6,8 +6,8 @@ forms its look-up circuits within minutes; one that begins with long texts may n
 Matching is learned token by token: a model that looks numbers up perfectly can be at chance with words, because nothing
 has taught it that two occurrences of a word are the same. So the drills lead from what forms at once to what does not:
 copies of random words beside copies of numbers, dictionaries keyed by words, sentences keyed by numbers or single
-words, and needles whose number of candidates grows within each sequence (a guess among few is soon no worse than a
-look-up, and so teaches nothing).
+words, needles whose keys differ in one of their two words only, and needles whose number of candidates grows within
+each sequence (a guess among few is soon no worse than a look-up, and so teaches nothing).
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ DRILL_MIX = {
     "keyvalue": 1.5,
     "wordvalue": 2.0,
     "steps": 1.5,
+    "alike": 2.0,
     "needles": 3.0,
     "multivalue": 1.0,
     "variable": 1.0,
 }
 #: Drills that fit into any length; the others join from ``LONG_DRILL`` tokens on.
-SHORT_DRILLS = ("copy", "keyvalue", "wordvalue", "steps", "needles")
+SHORT_DRILLS = ("copy", "keyvalue", "wordvalue", "steps", "alike", "needles")
 LONG_DRILL = 256
-#: How often each kind of key is used: listed pairs of words, listed pairs that share words, pairs of arbitrary words.
-PAIR_KEYS = {"listed": 0.6, "close": 0.25, "loose": 0.15}
+#: How often each kind of key is used: listed pairs of words, listed pairs that share words, listed pairs that all share
+#: one word, pairs of arbitrary words.
+PAIR_KEYS = {"listed": 0.45, "close": 0.25, "alike": 0.15, "loose": 0.15}
+#: More keys than this rarely share a word.
+MOST_ALIKE = 60
 #: Keys of drills that lead up to pairs of words.
 STEP_KEYS = {"single": 0.5, "number": 0.5}
 WORD_KEYS = {"listed": 0.4, "close": 0.2, "loose": 0.1, "single": 0.3}
@@ -88,8 +92,10 @@ class TrainingMix:
         kind = self._draw(kinds)
         if kind in ("listed", "close"):
             return self.pieces.keys(count, close=kind == "close")
-        if kind == "single" and count > len(NOUNS):
+        if (kind == "single" and count > len(NOUNS)) or (kind == "alike" and count > MOST_ALIKE):
             return self.pieces.keys(count)
+        if kind == "alike":
+            return self.pieces.alike_keys(count)
         return {"loose": self.pieces.loose_keys, "single": self.pieces.single_keys, "number": self.pieces.number_keys}[
             kind
         ](count)
@@ -241,6 +247,13 @@ class TrainingMix:
 
     def _drill_needles(self, room: int) -> list[Event]:
         return self._needles_drill(room, PAIR_KEYS)
+
+    def _drill_alike(self, room: int) -> list[Event]:
+        """Needles whose keys share one of their two words.
+
+        Among random pairs a model that looks at one word only is nearly always right, and may never look at the other.
+        """
+        return self._needles_drill(room, {"alike": 1.0})
 
     def _drill_steps(self, room: int) -> list[Event]:
         """Needles keyed by a number or a single word, on the way to pairs of words."""
