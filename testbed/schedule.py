@@ -178,7 +178,7 @@ class Schedule:
         if phase.most and self.smooth.get(FIRST_TO_FORM, 0.0) > phase.stop_above:
             losses = {name: round(value, 3) for name, value in self.smooth.items()}
             raise NotFormed(
-                f"look-up did not form in the drills of {phase.context} tokens by {elapsed:.0f} s: losses {losses}, and "
-                f"{FIRST_TO_FORM} not below {phase.stop_above}; try another seed, more time for the drills (most), or "
-                "a lower learning rate"
+                f"look-up did not form in the drills of {phase.context} tokens by {elapsed:.0f} s: losses {losses}; "
+                f"{FIRST_TO_FORM} is not below {phase.stop_above}; try another seed, more time for the drills (most), "
+                "or a lower learning rate"
             )

@@ -36,7 +36,7 @@ def test_look_up_that_does_not_form_stops_the_run():
     for _ in range(20):
         plan.report({"answers drill_keyvalue": 6.9, "answers drill_needles": 0.1})
     plan.at(29)
-    with pytest.raises(NotFormed, match=r"128 tokens by 30 s: losses .*answers drill_keyvalue not below 2.0"):
+    with pytest.raises(NotFormed, match=r"128 tokens by 30 s: losses .*answers drill_keyvalue is not below 2.0"):
         plan.at(30)
 
 

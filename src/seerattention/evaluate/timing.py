@@ -1,10 +1,11 @@
-"""Wall time of prefill, settings interleaved so that a busy or warming machine treats them alike."""
+"""Wall time of prefill and of single functions, interleaved so that a busy or warming machine treats all alike."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from .forward import decoder_states, token_logits
 from .settings import Setting
 
-__all__ = ["TimingResult", "time_prefill"]
+__all__ = ["Times", "TimingResult", "peak_memory", "synchronize", "time_functions", "time_prefill"]
+
+# Written before each call on a GPU, so that no function finds its inputs in the L2 cache: several times the cache.
+_FLUSH_FACTOR = 4
+_MIN_FLUSH_BYTES = 128 << 20
+# Flushes run while the host prepares the call, so that launches of many small kernels are not what is timed.
+_MAX_FLUSHES = 20
 
 
 @dataclass
@@ -28,6 +35,7 @@ class TimingResult:
         first_seconds: the first call of all, with whatever was compiled for it.
         seconds: the timed repeats that followed.
         density: ``total_density`` of one call.
+        peak_bytes: most device memory allocated during a timed call, model included; None where there is no GPU.
     """
 
     setting: str
@@ -36,6 +44,7 @@ class TimingResult:
     density: float = 1.0
     first_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -52,7 +61,27 @@ class TimingResult:
             "first_seconds": self.first_seconds,
             "seconds": self.seconds,
             "median_seconds": self.median,
+            "peak_bytes": self.peak_bytes,
         }
+
+
+@dataclass
+class Times:
+    """Seconds of the timed calls of one function, warm-up excluded."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median, quartiles and number of calls, for JSON."""
+        low, _, high = (
+            statistics.quantiles(self.seconds, n=4, method="inclusive") if len(self.seconds) > 1 else 3 * self.seconds
+        )
+        return {"median_s": self.median, "p25_s": low, "p75_s": high, "repeats": len(self.seconds)}
 
 
 @torch.inference_mode()
@@ -89,6 +118,8 @@ def time_prefill(
     for round_ in range(repeats + 1):
         for setting, result in zip(settings, results, strict=True):
             prompt = input_ids if round_ else warmup
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             with setting.applied(model, measure=round_ == measured_round) as measurement:
                 seconds = prefill_seconds(model, prompt)
             if round_ == measured_round:
@@ -97,6 +128,8 @@ def time_prefill(
                 result.first_seconds = seconds
             else:
                 result.seconds.append(seconds)
+                if device.type == "cuda":
+                    result.peak_bytes = max(result.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
             if advance is not None:
                 advance(prompt.numel())
     return results
@@ -104,14 +137,141 @@ def time_prefill(
 
 def prefill_seconds(model: nn.Module, input_ids: Tensor) -> float:
     """Seconds of one prefill."""
-    _synchronize(input_ids.device)
+    synchronize(input_ids.device)
     start = time.perf_counter()
     token_logits(model, decoder_states(model, input_ids)[:, -1:])
-    _synchronize(input_ids.device)
+    synchronize(input_ids.device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def time_functions(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 0.5,
+    min_repeats: int = 5,
+    max_repeats: int = 100,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Times]:
+    """Time functions that launch work on one device, taking turns.
+
+    Each is called twice untimed; the second call decides how many timed ones fit into ``seconds``. On a GPU the time is
+    that between two events around the call, with the L2 cache flushed before it, and the host runs ahead: what is
+    measured is the device's time, unless the function itself waits for the device. Elsewhere it is wall time.
+
+    Args:
+        seconds: device time to spend on the timed calls of each function.
+        min_repeats, max_repeats: bounds on the number of timed calls of each.
+        advance: called with 1 for every function once it is warm, and once more when all are timed.
+
+    Returns:
+        Times of each function, by name.
+
+    Raises:
+        ValueError: no repeat is allowed.
+    """
+    if min_repeats < 1:
+        raise ValueError(f"min_repeats must be at least 1, got {min_repeats}")
+    clock = _EventClock(device) if device.type == "cuda" else _WallClock(device)
+    rounds: dict[str, int] = {}
+    for name, function in functions.items():
+        function()
+        warm, host = _warm_seconds(function, device)
+        clock.expect(name, host)
+        rounds[name] = min(max_repeats, max(min_repeats, math.ceil(seconds / max(warm, 1e-9))))
+        if advance is not None:
+            advance(1)
+    for round_ in range(max(rounds.values(), default=0)):
+        for name, function in functions.items():
+            if round_ < rounds[name]:
+                clock.call(name, function)
+    times = clock.times()
+    if advance is not None:
+        advance(1)
+    return {name: Times(times[name]) for name in functions}
+
+
+def _warm_seconds(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of one call until its work is done, and until it has returned."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    returned = time.perf_counter() - start
+    synchronize(device)
+    return time.perf_counter() - start, returned
+
+
+class _WallClock:
+    """Wall time of calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = {}
+
+    def expect(self, name: str, host_seconds: float) -> None:
+        """Make room for the calls of a function that takes so long to return."""
+        self.seconds[name] = []
+
+    def call(self, name: str, function: Callable[[], object]) -> None:
+        synchronize(self.device)
+        start = time.perf_counter()
+        function()
+        synchronize(self.device)
+        self.seconds[name].append(time.perf_counter() - start)
+
+    def times(self) -> dict[str, list[float]]:
+        return self.seconds
+
+
+class _EventClock:
+    """Device time of calls by CUDA events, after a flush of the L2 cache that lasts at least as long as the launch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        size = max(_MIN_FLUSH_BYTES, _FLUSH_FACTOR * cache)
+        self.flushed = torch.empty(size, dtype=torch.int8, device=device)
+        self.flushed.zero_()
+        self.flush_seconds = _warm_seconds(self.flushed.zero_, device)[0]
+        self.flushes: dict[str, int] = {}
+        self.events: dict[str, list[tuple[Any, Any]]] = {}
+
+    def expect(self, name: str, host_seconds: float) -> None:
+        wanted = math.ceil(1.5 * host_seconds / self.flush_seconds)
+        self.flushes[name] = min(_MAX_FLUSHES, max(1, wanted))
+        self.events[name] = []
+
+    def call(self, name: str, function: Callable[[], object]) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.device(self.device):
+            for _ in range(self.flushes[name]):
+                self.flushed.zero_()
+            start.record()
+            function()
+            end.record()
+        self.events[name].append((start, end))
+
+    def times(self) -> dict[str, list[float]]:
+        synchronize(self.device)
+        return {name: [1e-3 * start.elapsed_time(end) for start, end in pairs] for name, pairs in self.events.items()}
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes of device memory that one call holds beyond what was allocated before, result included; None where
+    the device does not count them.
+    """
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,0 +1,226 @@
+"""One distillation step: tokens a second, memory, and whether it fits a 24 GB GPU.
+
+    python -m benchmarks.distill --model llama-3.1-8b --lengths 8192 32768 65536 --rows 1.0 0.25
+    python -m benchmarks.distill --model llama-3.1-8b --lengths 32768 --layers 4     # scaled to all layers
+    python -m benchmarks.distill --device cpu --tiny                                 # a rehearsal, in seconds
+
+A step is what ``seer distill`` does with one prompt: a dense forward of the frozen model, and in every layer the pooled
+attention map of some query-block rows, the gate's forward and backward, at the end AdamW on float32 masters. It is
+timed beside the forward alone; the difference over the number of layers is what distilling one layer costs. With
+``--layers N`` times are scaled as in ``benchmarks.e2e``, and memory by what each layer adds: weights, gates, masters,
+gradients and optimizer state, all counted, not estimated.
+
+Before anything is timed, the losses of a step are compared with losses made from the reference implementation of the
+target on the same tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seerattention as seer
+from seerattention.cli.common import Terminal, resolve_device
+from seerattention.distill.losses import draw_rows, kl_sum
+from seerattention.distill.trainer import Trainer
+from seerattention.evaluate.kernels import WrongResultError
+from seerattention.evaluate.tables import Table, format_length
+from seerattention.evaluate.timing import synchronize
+from seerattention.hf import dense, find_decoder, observe
+from seerattention.hf.recall import run_prompt
+from seerattention.ops.indices import num_blocks
+from seerattention.ops.pooled_attention import pooled_attention
+
+from .models import MODELS, build_model, num_layers, random_tokens, without_layers
+from .results import own_arguments, start_run
+
+_LOSS_TOLERANCE = 1e-2
+_CHECKED_ROWS = 0.5
+# A 24 GB card has 24 GiB or a little less, of which the CUDA context, the display and fragments take about this much.
+FITS_BYTES = int(22.5 * 2**30)
+_SKIP_ROWS = 0.0  # every row, so that "rows" is the share of all of them
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    given = list(own_arguments() if arguments is None else arguments)
+    options = _parse(given)
+    terminal = Terminal()
+    device = torch.device(resolve_device(options.device))
+    dtype = torch.float32 if options.tiny else getattr(torch, options.dtype)
+    run = start_run("distill", "benchmarks.distill", given, device, options.output, options.tiny)
+    started = time.monotonic()
+    for name in ["tiny"] if options.tiny else options.model:
+        layers = min(options.layers or num_layers(name), num_layers(name))
+        terminal.say(f"{name}: building {layers} of {num_layers(name)} layers on {device}")
+        model = seer.attach(build_model(name, layers, device, dtype), seer.GateConfig())
+        lengths = sorted(options.lengths or ([256, 512] if options.tiny else [8192, 32768, 65536]))
+        try:
+            check = check_losses(model, random_tokens(name, min(options.check_length, lengths[-1])))
+        except WrongResultError as error:
+            terminal.say(f"{name}: {error}; nothing is timed")
+            return 1
+        terminal.say(f"{name}: losses agree with the reference to {check:.1e}")
+        cases = [(length, rows) for length in lengths for rows in options.rows]
+        with terminal.progress(name, len(cases)) as advance:
+            for length, rows in cases:
+                if options.budget and time.monotonic() - started > options.budget:
+                    terminal.say(f"the budget of {options.budget:g} s is spent; left out: {length} tokens and more")
+                    break
+                run.add({**measure(name, model, length, rows, options.repeats), "loss_error": check})
+                advance(1)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    terminal.table(_table(run.results))
+    terminal.say(f"written to {run.path}")
+    return 0
+
+
+def measure(name: str, model: Any, length: int, rows: float, repeats: int) -> dict[str, Any]:
+    """Time steps and forwards in turns; the first of each is a warm-up."""
+    device = model.device
+    batch = {"input_ids": random_tokens(name, length).to(device)}
+    trainer = Trainer(model, _config(rows))
+    step_seconds, forward_seconds, peak = [], [], None
+    for repeat in range(repeats + 1):
+        with torch.no_grad(), dense(model):
+            forward = _seconds(lambda: run_prompt(model, batch), device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        step = _seconds(lambda: trainer.train_step([batch]), device)
+        if repeat:
+            step_seconds.append(step)
+            forward_seconds.append(forward)
+            if device.type == "cuda":
+                peak = max(peak or 0, torch.cuda.max_memory_allocated(device))
+    with torch.no_grad(), without_layers(model):
+        fixed = statistics.median(_seconds(lambda: run_prompt(model, batch), device) for _ in range(repeats + 1))
+    layers, whole = model.config.num_hidden_layers, num_layers(name)
+    step, forward = statistics.median(step_seconds), statistics.median(forward_seconds)
+    whole_step = fixed + max(0.0, step - fixed) * whole / layers
+    metrics: dict[str, Any] = {
+        "tokens_per_s": length / whole_step,
+        "step_s": whole_step,
+        "layer_extra_s": (step - forward) / layers,
+        "step_over_forward": step / forward,
+    }
+    if peak is not None:
+        metrics["peak_bytes"] = peak + (whole - layers) * _bytes_per_layer(model, trainer)
+        metrics["fits_24gb"] = metrics["peak_bytes"] <= FITS_BYTES
+    case = {
+        "model": name,
+        "length": length,
+        "rows": rows,
+        "layers": layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return {
+        "case": case,
+        "metrics": metrics,
+        "whole_layers": whole,
+        "step_seconds": step_seconds,
+        "forward_seconds": forward_seconds,
+        "without_layers_s": fixed,
+        "measured_peak_bytes": peak,
+    }
+
+
+def check_losses(model: Any, ids: torch.Tensor) -> float:
+    """Losses of one step against losses from the reference target: the largest difference over the largest loss.
+
+    Raises:
+        WrongResultError: a loss is off by more than one in a hundred.
+    """
+    trainer = Trainer(model, _config(_CHECKED_ROWS))
+    rows = draw_rows(num_blocks(ids.shape[1], 64), _CHECKED_ROWS, _SKIP_ROWS, 0, 0).to(model.device)
+    expected: dict[str, float] = {}
+
+    def reference_loss(inputs: Any, blocks: Any) -> None:
+        name = trainer.names[inputs.layer]
+        target = pooled_attention(inputs.q, inputs.k, scale=inputs.scale, rows=rows, implementation="reference")
+        logits = trainer.masters[name](inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, rows=rows)
+        expected[name] = float(kl_sum(logits, target)) / (len(rows) * target.shape[1])
+
+    batch = {"input_ids": ids.to(model.device)}
+    with torch.no_grad(), dense(model), observe(model, reference_loss):
+        run_prompt(model, batch)
+    stepped = trainer.train_step([batch])
+    assert stepped is not None
+    losses = stepped[0]
+    worst = max(abs(losses[name] - loss) for name, loss in expected.items()) / max(expected.values())
+    if not worst <= _LOSS_TOLERANCE:
+        raise WrongResultError(f"wrong results: a loss is {worst:.1e} (relative) from that with the reference target")
+    return worst
+
+
+def _config(rows: float) -> seer.DistillConfig:
+    return seer.DistillConfig(rows=None if rows == 1 else rows, skip_rows=_SKIP_ROWS, warmup=0, steps=1000)
+
+
+def _bytes_per_layer(model: Any, trainer: Trainer) -> int:
+    """What one more layer holds: its weights, its gate, and in float32 the master, its gradient and two moments."""
+    weights = sum(p.numel() * p.element_size() for p in find_decoder(model).layers[0].parameters())
+    gate = next(iter(trainer.gates.values()))
+    return weights + sum(p.numel() * (p.element_size() + 4 * 4) for p in gate.parameters())
+
+
+def _seconds(function: Any, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 8K, 32K and 64K")
+    parser.add_argument("--rows", type=float, nargs="+", default=[1.0, 0.25], help="share of the query-block rows")
+    parser.add_argument("--layers", type=int, help="build so many layers and scale; default: all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--check-length", type=int, default=2048, help="tokens of the check before any time")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--budget", type=float, help="start no case after so many seconds")
+    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny model")
+    return parser.parse_args(arguments)
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for result in results:
+        case, metrics = result["case"], result["metrics"]
+        peak = metrics.get("peak_bytes")
+        rows.append(
+            [
+                case["model"],
+                format_length(case["length"]),
+                f"{case['rows']:g}",
+                f"{metrics['step_s']:.3g}",
+                f"{metrics['tokens_per_s']:.0f}",
+                f"{metrics['step_over_forward']:.2f}",
+                f"{1e3 * metrics['layer_extra_s']:.3g}",
+                "" if peak is None else f"{peak / 2**30:.1f}",
+                {True: "yes", False: "no"}.get(metrics.get("fits_24gb"), ""),
+            ]
+        )
+    headers = [
+        "model", "tokens", "rows", "step s", "tokens/s", "step / forward", "extra ms a layer", "peak GiB", "fits 24 GB",
+    ]  # fmt: skip
+    return Table(headers, rows, "One step with one prompt, scaled to all layers.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Time to first token of a whole model, dense and sparse: gate, selection and list building included.
+
+    python -m benchmarks.e2e --model llama-3.1-8b --lengths 32768 131072 --densities 0.1 --layers 8
+    python -m benchmarks.e2e --model llama-3.1-8b qwen3-4b --lengths 1024 2048 4096 8192
+    python -m benchmarks.e2e --device cpu --tiny                                     # a rehearsal, in seconds
+
+One prompt in one forward, logits of the last token only, no cache kept. Weights are random, gates are fresh: times
+depend on shapes and densities, not on what a model has learned. Dense is transformers' own ``sdpa`` on cuDNN. With
+``--layers N`` only so many are built, and times are scaled: what the model takes without layers, measured, plus the
+rest times all layers over N. Peak memory is that of the layers that were built.
+
+Two sparse runs: "sparse", where every prompt is, and "as shipped", with the default ``min_context``, below which
+prompts run dense. Before anything is timed ``TopK(1.0)``, every block through the sparse kernel, has to give what dense
+attention gives, as closely as another dense kernel does; and density 0.1 has to give something else, or the check could
+not fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import seerattention as seer
+from seerattention.cli.common import Terminal, resolve_device
+from seerattention.evaluate.forward import decoder_states
+from seerattention.evaluate.kernels import WrongResultError
+from seerattention.evaluate.settings import Setting
+from seerattention.evaluate.tables import Table, format_length
+from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_prefill
+from seerattention.hf.attention import DEFAULT_MIN_CONTEXT
+
+from .models import MODELS, build_model, num_layers, random_tokens, without_layers
+from .results import own_arguments, start_run
+
+# Rounding to this size is no difference, whatever another dense kernel happens to give.
+_FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    given = list(own_arguments() if arguments is None else arguments)
+    options = _parse(given)
+    terminal = Terminal()
+    device = torch.device(resolve_device(options.device))
+    dtype = torch.float32 if options.tiny else getattr(torch, options.dtype)
+    names = ["tiny"] if options.tiny else options.model
+    run = start_run("e2e", "benchmarks.e2e", given, device, options.output, options.tiny)
+    started = time.monotonic()
+    for name in names:
+        layers = min(options.layers or num_layers(name), num_layers(name))
+        terminal.say(f"{name}: building {layers} of {num_layers(name)} layers on {device}")
+        model = build_model(name, layers, device, dtype)
+        lengths = sorted(options.lengths or ([256, 512] if options.tiny else [1024 << i for i in range(8)]))
+        try:
+            check = check_model(model, random_tokens(name, min(options.check_length, lengths[-1])), dtype)
+        except WrongResultError as error:
+            terminal.say(f"{name}: {error}; nothing is timed")
+            return 1
+        terminal.say(f"{name}: {check}")
+        with terminal.progress(name, len(lengths)) as advance:
+            for length in lengths:
+                if options.budget and time.monotonic() - started > options.budget:
+                    terminal.say(f"the budget of {options.budget:g} s is spent; left out: {length} tokens and more")
+                    break
+                for result in measure(name, model, length, options.densities, options.repeats):
+                    run.add({**result, "check": check})
+                advance(1)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    terminal.table(_table(run.results))
+    terminal.say(f"written to {run.path}")
+    return 0
+
+
+def measure(name: str, model: Any, length: int, densities: Sequence[float], repeats: int) -> list[dict[str, Any]]:
+    """One result a density, and for short prompts one more a density, as shipped."""
+    ids = random_tokens(name, length).to(model.device)
+    layers, whole = model.config.num_hidden_layers, num_layers(name)
+    with torch.inference_mode(), _dense_kernel(model.device), without_layers(model):
+        fixed = sorted(prefill_seconds(model, ids) for _ in range(repeats + 1))[repeats // 2]
+
+    def scaled(result: TimingResult) -> float:
+        return result.median if layers == whole else fixed + max(0.0, result.median - fixed) * whole / layers
+
+    results = []
+    default = DEFAULT_MIN_CONTEXT[model.device.type]
+    for min_context in (0, default) if length <= 2 * default else (0,):
+        seer.attach(model, seer.GateConfig(), min_context=min_context)
+        settings = [Setting(f"sparse {density:g}", policy=seer.TopK(density)) for density in densities]
+        try:
+            with _dense_kernel(model.device):
+                dense, *sparse = time_prefill(model, ids, [Setting.dense(), *settings], repeats=repeats)
+        finally:
+            seer.detach(model)
+        for density, result in zip(densities, sparse, strict=True):
+            metrics = {
+                "dense_s": scaled(dense),
+                "sparse_s": scaled(result),
+                "speedup": scaled(dense) / scaled(result),
+                "slowdown": scaled(result) / scaled(dense),
+                "density": result.density,
+            }
+            case = {
+                "model": name,
+                "length": length,
+                "density": density,
+                "min_context": "default" if min_context else "0",
+                "layers": layers,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+            timed = {"dense": dense.to_dict(), "sparse": result.to_dict(), "without_layers_s": fixed}
+            results.append(
+                {"case": case, "metrics": metrics, "whole_layers": whole, "min_context": min_context, **timed}
+            )
+    return results
+
+
+@torch.inference_mode()
+def check_model(model: Any, ids: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Hold ``TopK(1.0)`` to dense attention.
+
+    Returns:
+        Relative differences of the last hidden states from the dense ones: of ``TopK(1.0)``, of another dense kernel,
+        and of density 0.1.
+
+    Raises:
+        WrongResultError: ``TopK(1.0)`` is further from dense than twice another dense kernel is, or density 0.1 is not
+            much further.
+    """
+    ids = ids.to(model.device)
+    with _dense_kernel(model.device):
+        dense = decoder_states(model, ids).float()
+    other_kernel = SDPBackend.FLASH_ATTENTION if model.device.type == "cuda" else SDPBackend.MATH
+    with sdpa_kernel(other_kernel):
+        other = _difference(decoder_states(model, ids), dense)
+    seer.attach(model, seer.GateConfig(), prefill=seer.TopK(1.0), min_context=0)
+    try:
+        everything = _difference(decoder_states(model, ids), dense)
+        seer.set_policy(model, seer.TopK(0.1))
+        tenth = _difference(decoder_states(model, ids), dense)
+    finally:
+        seer.detach(model)
+    found = {"all_blocks": everything, "other_dense_kernel": other, "density_0.1": tenth}
+    allowed = max(2 * other, _FLOOR[dtype])
+    if not everything <= allowed:
+        raise WrongResultError(
+            f"wrong results: TopK(1.0) is {everything:.1e} from dense attention (relative, last hidden states of "
+            f"{ids.shape[1]} tokens); {allowed:.1e} is allowed, another dense kernel is {other:.1e} from it"
+        )
+    if not tenth > 2 * allowed:
+        raise WrongResultError(
+            f"the check is blind: density 0.1 is {tenth:.1e} from dense attention, no more than rounding "
+            f"({allowed:.1e}); check with more tokens"
+        )
+    return found
+
+
+def _difference(states: Tensor, dense: Tensor) -> float:
+    return float((states.float() - dense).norm() / dense.norm())
+
+
+@contextmanager
+def _dense_kernel(device: torch.device) -> Iterator[None]:
+    """cuDNN for dense attention where there is a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        yield
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.e2e", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 1K to 128K")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--layers", type=int, help="build so many layers and scale; default: all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--check-length", type=int, default=4096, help="tokens of the check before any time")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--budget", type=float, help="start no length after so many seconds")
+    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny model")
+    return parser.parse_args(arguments)
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for result in results:
+        case, metrics = result["case"], result["metrics"]
+        peak = result["sparse"]["peak_bytes"]
+        rows.append(
+            [
+                case["model"],
+                format_length(case["length"]),
+                f"{case['density']:g}",
+                "as shipped" if case["min_context"] == "default" else "sparse",
+                f"{metrics['density']:.3f}",
+                f"{1e3 * metrics['dense_s']:.4g}",
+                f"{1e3 * metrics['sparse_s']:.4g}",
+                f"{metrics['speedup']:.2f}x",
+                "" if peak is None else f"{peak / 2**30:.1f}",
+            ]
+        )
+    headers = ["model", "tokens", "asked", "run", "density", "dense ms", "sparse ms", "speed-up", "peak GiB"]
+    return Table(headers, rows, "Time to first token, one prompt in one forward; scaled to all layers.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

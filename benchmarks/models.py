@@ -1,0 +1,110 @@
+"""Models in the shape of published ones with random weights: nothing is downloaded, and nothing passes the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+_MAX_TOKENS = 131072
+# Attention of random weights averages nearly everything away. Enlarged, it weighs as much as the MLP, so that checks of
+# the whole model see what it does; speed does not depend on it.
+_ATTENTION_GAIN = 4.0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's config class and entries, as published; context lengths are raised to 128K where they are shorter."""
+
+    config_class: type[PretrainedConfig]
+    entries: dict[str, Any]
+
+    def config(self, layers: int | None = None) -> Any:
+        """The config, with fewer layers if asked for."""
+        entries = dict(self.entries)
+        if layers is not None:
+            entries["num_hidden_layers"] = layers
+        return self.config_class(max_position_embeddings=_MAX_TOKENS, use_cache=False, **entries)
+
+
+MODELS = {
+    "llama-3.1-8b": ModelShape(
+        LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+    "qwen3-4b": ModelShape(
+        Qwen3Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny": ModelShape(
+        LlamaConfig,
+        {
+            "vocab_size": 256,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "initializer_range": 0.1,  # queries and keys of size 1, as the others' wider layers give
+        },
+    ),
+}
+
+
+def build_model(name: str, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with random weights from a fixed seed, made on the device, in evaluation mode."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(MODELS[name].config(layers), dtype=dtype)
+    model.eval().requires_grad_(False)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.o_proj.weight.mul_(_ATTENTION_GAIN)
+    return model
+
+
+def num_layers(name: str) -> int:
+    """Layers of the whole model."""
+    return int(MODELS[name].entries["num_hidden_layers"])
+
+
+def random_tokens(name: str, length: int) -> torch.Tensor:
+    """A prompt ``[1, length]`` of random tokens."""
+    vocabulary = int(MODELS[name].entries["vocab_size"])
+    return torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def without_layers(model: nn.Module) -> Iterator[None]:
+    """The model as embeddings and head alone: what does not grow with the number of layers."""
+    config: Any = model.config
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = 0  # decoders of transformers walk through this many of their layers
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers

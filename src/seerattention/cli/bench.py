@@ -1,0 +1,194 @@
+"""``seer bench``: dense beside sparse attention on this device, and from which length on sparse pays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Terminal, errors, parse_list, resolve_device, token_count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..evaluate.bench import BenchResult
+    from ..evaluate.kernels import AttentionShape
+    from ..evaluate.tables import Table
+
+_LENGTHS = {"cpu": "1K,2K,4K,8K", "cuda": "1K,2K,4K,8K,16K,32K,64K,128K"}
+
+
+def command(
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Prompt lengths in tokens (4096 or 4K). Default: 1K to 8K on the CPU, to 128K on a GPU."),
+    ] = None,
+    densities: Annotated[str, typer.Option(help="Densities of top-k selection.")] = "0.2,0.1,0.05",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Take heads and head_dim from the config of this Hugging Face model (or 'testbed')."),
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Query heads; the default is the shape of an 8B Llama.", min=1)] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 8,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.", min=1)] = 128,
+    block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Time to spend on each measurement.", min=0.0)] = 0.5,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
+    ] = False,
+) -> None:
+    """Time one attention layer on this device, densely and sparsely, and say from which length on sparse pays.
+
+    Sparse time is everything that replaces dense attention in prefill: the gate, the selection of blocks and the
+    attention over them. Dense is the fastest kernel that torch has here. Inputs are random, batch size 1; what is timed
+    is checked against a float32 reference first.
+
+    Example: seer bench --lengths 4K,16K,64K --densities 0.2,0.1
+    """
+    with errors():
+        import torch
+
+        from ..evaluate.bench import bench_attention, pays_from
+        from ..evaluate.environment import environment
+
+        terminal = Terminal(as_json)
+        chosen = torch.device(resolve_device(device))
+        default = _LENGTHS.get(chosen.type, _LENGTHS["cuda"])
+        asked_lengths = sorted(set(parse_list(lengths or default, token_count, "lengths")))
+        asked_densities = sorted(set(parse_list(densities, float, "densities")), reverse=True)
+        if asked_lengths[0] < 2 * block_size:
+            raise ValueError(f"--lengths must be at least two blocks, {2 * block_size} tokens, got {asked_lengths[0]}")
+        if not all(0 < density <= 1 for density in asked_densities):
+            raise ValueError(f"--densities must lie in (0, 1], got {densities}")
+        shape = _shape(model, heads, kv_heads, head_dim, block_size, _dtype(dtype, chosen))
+        facts = environment()
+        terminal.say(f"{_device_name(chosen, facts)}, {_describe(shape)}")
+        results: list[BenchResult] = []
+        with terminal.progress("measuring", len(asked_lengths)) as advance:
+            for length in asked_lengths:
+                results += bench_attention(shape, length, asked_densities, chosen, seconds=seconds)
+                advance(1)
+        minimum = {density: pays_from(results, density) for density in asked_densities}
+        terminal.table(_table(results, asked_lengths, asked_densities))
+        for line in _advice(minimum, asked_lengths):
+            terminal.out.print(line, markup=False, soft_wrap=True)
+        terminal.emit(
+            {
+                "environment": facts,
+                "device": str(chosen),
+                "shape": {
+                    "heads": shape.heads,
+                    "kv_heads": shape.kv_heads,
+                    "head_dim": shape.head_dim,
+                    "block_size": shape.block_size,
+                    "dtype": str(shape.dtype).removeprefix("torch."),
+                },
+                "results": [result.to_dict() for result in results],
+                "min_context": {f"{density:g}": length for density, length in minimum.items()},
+            }
+        )
+
+
+def _dtype(name: str, device: Any) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"--dtype must be auto, bfloat16, float16 or float32, got {name!r}")
+    return dtype
+
+
+def _shape(model: str | None, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: Any) -> AttentionShape:
+    from ..evaluate.kernels import AttentionShape
+    from ..ops.dispatch import BLOCK_SIZES, MAX_HEAD_DIM
+
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"--block-size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    if model is not None:
+        from transformers import AutoConfig
+
+        from ..hf.architectures import Geometry
+
+        if model == "testbed":
+            from ..testbed import model_path
+
+            model = str(model_path())
+        geometry = Geometry.of(AutoConfig.from_pretrained(model).get_text_config())
+        heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"--head-dim can be at most {MAX_HEAD_DIM}, got {head_dim}")
+    return AttentionShape(heads, kv_heads, head_dim, block_size, dtype)
+
+
+def _device_name(device: Any, facts: dict[str, Any]) -> str:
+    if device.type == "cuda":
+        return str(facts["devices"][device.index or 0]["name"])
+    return f"{facts['processor']}, {facts['threads']} threads"
+
+
+def _describe(shape: AttentionShape) -> str:
+    return (
+        f"{shape.heads} query heads, {shape.kv_heads} KV heads, head_dim {shape.head_dim}, blocks of "
+        f"{shape.block_size}, {str(shape.dtype).removeprefix('torch.')}"
+    )
+
+
+def _table(results: Sequence[BenchResult], lengths: Sequence[int], densities: Sequence[float]) -> Table:
+    from ..evaluate.tables import Table, format_length
+
+    by_case = {(result.length, result.density): result for result in results}
+    rows = []
+    for length in lengths:
+        first = by_case[length, densities[0]]
+        cells = [
+            f"{_milliseconds(item.sparse_seconds)} ({item.speedup:.2f}x)"
+            for item in (by_case[length, density] for density in densities)
+        ]
+        select = max(by_case[length, density].select_seconds for density in densities)
+        rows.append(
+            [
+                format_length(length),
+                _milliseconds(first.dense_seconds),
+                first.dense_kernel,
+                *cells,
+                _milliseconds(select),
+            ]
+        )
+    caption = (
+        "One attention layer, milliseconds (times as fast as dense). Sparse includes the gate and the selection, whose "
+        "share is the last column."
+    )
+    headers = [
+        "tokens",
+        "dense",
+        "dense kernel",
+        *(f"density {density:g}" for density in densities),
+        "gate + selection",
+    ]
+    return Table(headers, rows, caption)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _advice(minimum: dict[float, int | None], lengths: Sequence[int]) -> list[str]:
+    """One sentence a density."""
+    from ..evaluate.tables import format_length
+
+    lines = []
+    for density, length in minimum.items():
+        if length is None:
+            lines.append(f"density {density:g}: sparse does not pay up to {format_length(lengths[-1])} tokens here")
+        else:
+            lines.append(
+                f"density {density:g}: sparse pays from {format_length(length)} tokens on: "
+                f"seer.attach(model, gates, prefill=seer.TopK({density:g}), min_context={length})"
+            )
+    return lines

@@ -1,0 +1,104 @@
+"""``benchmarks.e2e`` and ``benchmarks.distill`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import benchmarks.distill
+import benchmarks.e2e
+import pytest
+import torch
+from benchmarks.models import MODELS, build_model, num_layers, random_tokens, without_layers
+
+import seerattention.hf.attention
+from seerattention.evaluate.kernels import WrongResultError
+from seerattention.evaluate.timing import prefill_seconds
+
+TINY = ["--device", "cpu", "--tiny", "--lengths", "256", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("tiny", 2, torch.device("cpu"), torch.float32)
+
+
+def results_of(tmp_path, name):
+    (run,) = json.loads((tmp_path / f"{name}.json").read_text())["runs"]
+    assert set(run["environment"]) >= {"versions", "devices", "driver", "git_commit"}
+    return run["results"]
+
+
+def test_e2e(tmp_path, capsys):
+    assert benchmarks.e2e.main([*TINY, "--layers", "2", "--densities", "0.5", "--output", str(tmp_path)]) == 0
+    sparse, shipped = results_of(tmp_path, "e2e")
+    assert sparse["case"] == {
+        "model": "tiny", "length": 256, "density": 0.5, "min_context": "0", "layers": 2, "dtype": "float32",
+    }  # fmt: skip
+    assert shipped["case"]["min_context"] == "default"
+    assert (sparse["metrics"]["density"], shipped["metrics"]["density"]) == (pytest.approx(0.6), 1.0)
+    assert sparse["whole_layers"] == 4
+    fixed, timed = sparse["without_layers_s"], sparse["dense"]["median_seconds"]
+    assert 0 < fixed < timed
+    assert sparse["metrics"]["dense_s"] == pytest.approx(fixed + 2 * (timed - fixed))
+    assert sparse["metrics"]["speedup"] == pytest.approx(1 / sparse["metrics"]["slowdown"])
+    assert sparse["check"]["all_blocks"] < 1e-4 < sparse["check"]["density_0.1"]
+    assert "as shipped" in capsys.readouterr().out
+
+
+def test_e2e_times_no_wrong_model(tmp_path, monkeypatch, capsys):
+    right = seerattention.hf.attention.block_sparse_attention
+    monkeypatch.setattr(
+        seerattention.hf.attention, "block_sparse_attention", lambda *args, **options: 1.1 * right(*args, **options)
+    )
+    assert benchmarks.e2e.main([*TINY, "--output", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert "wrong results: TopK(1.0)" in output.err
+    assert output.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_check_that_cannot_fail_is_no_check(model):
+    with pytest.raises(WrongResultError, match="the check is blind"):
+        benchmarks.e2e.check_model(model, random_tokens("tiny", 64), torch.float32)
+
+
+def test_distill(tmp_path):
+    assert benchmarks.distill.main([*TINY, "--layers", "2", "--output", str(tmp_path)]) == 0
+    every, quarter = results_of(tmp_path, "distill")
+    assert (every["case"]["rows"], quarter["case"]["rows"]) == (1.0, 0.25)
+    for result in (every, quarter):
+        assert set(result["metrics"]) == {"tokens_per_s", "step_s", "layer_extra_s", "step_over_forward"}
+        assert result["metrics"]["tokens_per_s"] == pytest.approx(256 / result["metrics"]["step_s"])
+        assert result["loss_error"] < 1e-3
+        assert result["measured_peak_bytes"] is None
+
+
+def test_distill_times_no_wrong_target(tmp_path, monkeypatch):
+    right = benchmarks.distill.pooled_attention
+    monkeypatch.setattr(
+        benchmarks.distill, "pooled_attention", lambda *args, **options: right(*args, **options).flip(-1)
+    )
+    assert benchmarks.distill.main([*TINY, "--output", str(tmp_path)]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "tiny"])
+def test_published_shapes(name):
+    """Parameters in all, built where they take no memory: within a per cent of the published counts."""
+    built = build_model(name, 1, torch.device("meta"), torch.bfloat16)
+    layer = sum(p.numel() for p in built.get_decoder().layers[0].parameters())
+    total = sum(p.numel() for p in built.parameters()) + (num_layers(name) - 1) * layer
+    assert total == pytest.approx({"llama-3.1-8b": 8.03e9, "qwen3-4b": 4.02e9}[name], rel=0.01)
+    assert built.dtype == torch.bfloat16
+
+
+def test_without_layers(model):
+    ids = random_tokens("tiny", 128)
+    with torch.inference_mode():
+        whole = model(ids).logits
+        with without_layers(model):
+            bare = model(ids).logits
+            assert prefill_seconds(model, ids) > 0
+        expected = model.lm_head(model.model.norm(model.model.embed_tokens(ids)))
+        assert torch.equal(bare, expected)
+        assert torch.equal(model(ids).logits, whole)

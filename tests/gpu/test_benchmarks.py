@@ -1,0 +1,79 @@
+"""The clocks, dense kernels and benchmarks on a GPU, on small inputs: what only a GPU can get wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from seerattention.evaluate.bench import bench_attention
+from seerattention.evaluate.kernels import AttentionShape, check_attention, dense_kernels, dense_lists, make_inputs
+from seerattention.evaluate.timing import peak_memory, time_functions
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are a folder of the repository
+
+CUDA = torch.device("cuda")
+
+
+def test_times_are_those_of_the_device():
+    """A product of known size runs at a possible rate, twice the work takes about twice as long."""
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    times = time_functions({"once": lambda: a @ a, "twice": lambda: a @ a @ a}, CUDA, seconds=0.1)
+    rate = 2 * 4096**3 / times["once"].median / 1e12
+    assert 10 < rate < 5000
+    assert 1.5 < times["twice"].median / times["once"].median < 2.5
+
+
+def test_peak_memory():
+    result = peak_memory(lambda: torch.zeros(1 << 20, device="cuda").add(1.0), CUDA)
+    assert result == 8 << 20
+
+
+@pytest.mark.parametrize("lengths", [(1024, 1024), (512, 2048)])
+def test_dense_kernels(lengths):
+    """At least one of them is there; each that is there is right."""
+    shape = AttentionShape(8, 2, 64)
+    q, k, v = make_inputs(shape, *lengths, CUDA)
+    lists = dense_lists(shape, *lengths, CUDA)
+    ran = 0
+    for name, kernel in dense_kernels(q, k, v).items():
+        try:
+            kernel()
+        except RuntimeError as missing:
+            print(name, missing)
+            continue
+        check_attention(kernel, q, k, v, lists)
+        ran += 1
+    assert ran
+
+
+def test_bench():
+    (result,) = bench_attention(AttentionShape(8, 2, 64), 4096, [0.1], CUDA, seconds=0.05)
+    assert 0 < result.select_seconds < result.sparse_seconds
+    assert 0.1 <= result.selected < 0.15
+
+
+@pytest.mark.parametrize("op", ["block_sparse_attention", "chunk_attention", "pooled_attention", "gate_path"])
+def test_run(op, tmp_path):
+    from benchmarks.run import main
+
+    arguments = ["--op", op, "--shape", "head64", "--lengths", "4096", "--densities", "0.1", "--seconds", "0.05"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    (result,) = json.loads((tmp_path / f"{op}.json").read_text())["runs"][0]["results"]
+    assert any(key.startswith("ours") for key in result["implementations"])
+    assert result["metrics"]
+
+
+@pytest.mark.parametrize("module", ["e2e", "distill"])
+def test_whole_models(module, tmp_path):
+    import importlib
+
+    main = importlib.import_module(f"benchmarks.{module}").main
+    assert main(["--tiny", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / f"{module}.json").read_text())["runs"][0]["results"]
+    assert results
+    if module == "distill":
+        assert all(result["metrics"]["fits_24gb"] for result in results)
