@@ -1,6 +1,8 @@
-"""The Triton kernel on a GPU: the full product of shapes, dtypes and lists, very long inputs, repeatability."""
+"""The kernels on a GPU: the full product of shapes, dtypes and lists, very long inputs, repeatability."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from helpers import (
     make_qkv,
     masked_sdpa,
 )
+from seerattention.ops import dispatch
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.indices import BlockIndices
 
@@ -22,9 +25,20 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = [(1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (1000, 1000), (37, 200), (300, 1000)]
 
 
-def run_and_check(q, k, v, blocks):
+@pytest.fixture(params=["triton", "hopper"])
+def implementation(request):
+    """Every kernel that this GPU can run."""
+    if request.param == "hopper" and (reason := dispatch.hopper_unusable(torch.device("cuda", 0))):
+        pytest.skip(reason)
+    return request.param
+
+
+def run_and_check(implementation, q, k, v, blocks):
+    interface = importlib.import_module("seerattention.ops.block_sparse_attention.interface")
+    if implementation == "hopper" and (reason := interface.hopper_usable(q, k, v, blocks)):
+        pytest.skip(reason)
     exact, exact_lse = exact_attention(q, k, v, blocks)
-    out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="triton")
+    out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
     assert_lse_close(lse, exact_lse)
     assert_as_accurate_as(out, masked_sdpa(q, k, v, blocks), exact)
 
@@ -32,14 +46,21 @@ def run_and_check(q, k, v, blocks):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_full_product(head_dim, group, dtype, nan_filled_empty):
+def test_full_product(head_dim, group, dtype, implementation, nan_filled_empty):
     """Head_dim x GQA x dtype as parameters, lengths x list kinds inside: one compile per head_dim and dtype."""
     for seed, lengths in enumerate(LENGTHS):
         q, k, v = make_qkv(
-            *lengths, heads=2 * group, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda", seed=seed
+            *lengths,
+            batch=1 + seed % 2,
+            heads=2 * group,
+            kv_heads=2,
+            head_dim=head_dim,
+            dtype=dtype,
+            device="cuda",
+            seed=seed,
         )
         for kind in LIST_KINDS:
-            run_and_check(q, k, v, make_blocks(kind, q, k, seed=seed))
+            run_and_check(implementation, q, k, v, make_blocks(kind, q, k, seed=seed))
 
 
 @pytest.mark.parametrize(
@@ -48,11 +69,14 @@ def test_full_product(head_dim, group, dtype, nan_filled_empty):
         (16, 64, torch.bfloat16),
         (32, 32, torch.bfloat16),
         (32, 128, torch.float32),
+        (64, 128, torch.float16),
         (64, 32, torch.float16),
         (64, 128, torch.bfloat16),
         (80, 64, torch.bfloat16),
         (80, 32, torch.float32),
+        (96, 64, torch.bfloat16),
         (96, 128, torch.float16),
+        (120, 64, torch.float16),
         (128, 32, torch.bfloat16),
         (128, 128, torch.bfloat16),
         (128, 128, torch.float32),
@@ -61,27 +85,60 @@ def test_full_product(head_dim, group, dtype, nan_filled_empty):
     ],
     ids=str,
 )
-def test_other_head_dims_and_block_sizes(head_dim, block_size, dtype, nan_filled_empty):
-    for lengths in ((65, 65), (1000, 1000), (37, 200)):
+def test_other_head_dims_and_block_sizes(head_dim, block_size, dtype, implementation, nan_filled_empty):
+    for lengths in ((1, 1), (65, 65), (1000, 1000), (37, 200)):
         q, k, v = make_qkv(*lengths, batch=2, head_dim=head_dim, dtype=dtype, device="cuda")
         for kind in LIST_KINDS:
-            run_and_check(q, k, v, make_blocks(kind, q, k, block_size))
+            run_and_check(implementation, q, k, v, make_blocks(kind, q, k, block_size))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_any_strides(head_dim, implementation, nan_filled_empty):
+    """Contiguous, cut out of one tensor that holds q, k and v, and with garbage around: the same bits."""
+    q, k, v = make_qkv(300, 300, batch=2, heads=4, kv_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    blocks = make_blocks("random", q, k)
+    expected = block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
+    # NaN on every side: what a kernel reads beyond the tensors shows.
+    framed = [F.pad(x, (8, 8, 64, 64, 1, 1, 1, 1), value=float("nan"))[1:-1, 1:-1, 64:-64, 8:-8] for x in (q, k, v)]
+    for inputs in ([x.contiguous() for x in (q, k, v)], [x.transpose(1, 2) for x in packed.unbind(2)], framed):
+        assert torch.equal(block_sparse_attention(*inputs, blocks, implementation=implementation), expected)
+
+
+def test_narrow_lists_and_lists_without_room(implementation, nan_filled_empty):
+    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    single = make_blocks("single", q, k)
+    narrow = BlockIndices(single.indices[..., :1].contiguous(), single.counts, single.num_key_blocks, 64)
+    run_and_check(implementation, q, k, v, narrow)
+    none = BlockIndices(single.indices[..., :0], torch.zeros_like(single.counts), single.num_key_blocks, 64)
+    out, lse = block_sparse_attention(q, k, v, none, return_lse=True, implementation=implementation)
+    assert not out.any()
+    assert bool((lse == float("-inf")).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_blocks_equal_sdpa(dtype):
+def test_all_blocks_equal_sdpa(dtype, implementation):
+    if implementation == "hopper" and dtype == torch.float32:
+        pytest.skip("16-bit dtypes only")
     q, k, v = make_qkv(1000, 1000, head_dim=128, dtype=dtype, device="cuda")
     blocks = make_blocks("all", q, k)
-    out = block_sparse_attention(q, k, v, blocks)
+    out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
     dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
     assert_as_accurate_as(out, dense, exact_attention(q, k, v, blocks)[0])
 
 
-def test_automatic_choice_is_triton_and_lse_is_optional(nan_filled_empty):
+def test_automatic_choice_and_optional_lse(implementation, monkeypatch, nan_filled_empty):
+    monkeypatch.setenv(dispatch.HOPPER_VARIABLE, "1" if implementation == "hopper" else "0")
+    module = importlib.import_module(f"seerattention.ops.block_sparse_attention.{implementation}")
+    kernel, calls = getattr(module, f"block_sparse_attention_{implementation}"), []
+    monkeypatch.setattr(
+        module, f"block_sparse_attention_{implementation}", lambda *args: (calls.append(1), kernel(*args))[1]
+    )
     q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
     blocks = make_blocks("random", q, k)
-    with_lse, _ = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="triton")
+    with_lse, _ = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
     assert torch.equal(block_sparse_attention(q, k, v, blocks), with_lse)
+    assert len(calls) == 2
 
 
 def _long_lists(heads, rows, per_row, generator):
@@ -112,27 +169,28 @@ def _check_rows(q, k, v, blocks, out, rows):
         assert_as_accurate_as(out[:, :, end - 64 : end], baseline, exact)
 
 
-def test_64k_tokens_sampled(nan_filled_empty):
+def test_64k_tokens_sampled(implementation, nan_filled_empty):
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = make_qkv(65536, 65536, heads=4, kv_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
     blocks = _long_lists(4, 1024, 52, generator)
-    out = block_sparse_attention(q, k, v, blocks)
+    out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
     assert not out.isnan().any()
     _check_rows(q, k, v, blocks, out, [0, 1, 17, 333, 512, 1000, 1023])
 
 
-def test_repeats_are_bit_identical():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_repeats_are_bit_identical(head_dim, implementation):
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = make_qkv(16384, 16384, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    q, k, v = make_qkv(16384, 16384, heads=8, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     blocks = _long_lists(8, 256, 26, generator)
-    first, first_lse = block_sparse_attention(q, k, v, blocks, return_lse=True)
+    first, first_lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
     for _ in range(20):
-        out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True)
+        out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
         assert torch.equal(out, first)
         assert torch.equal(lse, first_lse)
 
 
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(implementation):
     """Addresses past 2^31 elements: the last head of a large input equals the same head alone."""
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of free GPU memory")
@@ -144,13 +202,13 @@ def test_more_than_2_to_the_31_elements():
         lists.indices.expand(1, heads, -1, -1), lists.counts.expand(1, heads, -1), lists.num_key_blocks, 64
     )
     assert q.numel() > 2**31
-    out = block_sparse_attention(q, k, v, blocks)
-    alone = block_sparse_attention(q[:, -1:].clone(), k, v, lists)
+    out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    alone = block_sparse_attention(q[:, -1:].clone(), k, v, lists, implementation=implementation)
     assert torch.equal(out[:, -1:], alone)
 
 
-def test_another_current_device():
+def test_another_current_device(implementation):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     q, k, v = make_qkv(100, 100, dtype=torch.bfloat16, device="cuda:1")
-    run_and_check(q, k, v, make_blocks("random", q, k))
+    run_and_check(implementation, q, k, v, make_blocks("random", q, k))

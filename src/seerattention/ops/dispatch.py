@@ -17,6 +17,15 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_DIM = 256
 BLOCK_SIZES = (32, 64, 128)
 
+# Kernels written in Gluon for Hopper GPUs. They compile and their logic is tested, but they have not run on a GPU yet:
+# until tests/gpu has passed on one, they run only where they are asked for by name.
+HOPPER_AUTOMATIC = False
+# Environment variable that overrides HOPPER_AUTOMATIC, for tests and measurements: 1 chooses these kernels wherever
+# they can run, 0 nowhere.
+HOPPER_VARIABLE = "SEER_HOPPER"
+# Gluon is experimental and moves with triton: the versions, major and minor, for which the kernels have been compiled.
+GLUON_VERSIONS = ("3.6", "3.7")
+
 
 @functools.cache
 def triton_importable() -> bool:
@@ -31,6 +40,33 @@ def triton_importable() -> bool:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in the interpreter (``TRITON_INTERPRET=1``), that is, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def hopper_automatic() -> bool:
+    """Whether the automatic choice may take a Hopper kernel where it can run."""
+    return {"0": False, "1": True}.get(os.environ.get(HOPPER_VARIABLE, ""), HOPPER_AUTOMATIC)
+
+
+@functools.cache
+def hopper_unusable(device: torch.device) -> str | None:
+    """Why kernels written in Gluon for Hopper cannot run on a device, or None where they can."""
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, got {device.type}"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU of compute capability 9.0, got one of AMD"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):  # wgmma is of this capability alone: neither older nor newer GPUs have it
+        return f"it needs a GPU of compute capability 9.0 (Hopper), got {capability[0]}.{capability[1]}"
+    if not triton_importable():
+        return "it needs triton; `pip install 'seerattention[triton]'`"
+    version = importlib.import_module("triton").__version__
+    if ".".join(version.split(".")[:2]) not in GLUON_VERSIONS:
+        return f"it is written for triton {' and '.join(GLUON_VERSIONS)}, got {version}"
+    try:
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError as error:
+        return f"this triton has no Gluon for Hopper: {error}"
+    return None
 
 
 @functools.cache

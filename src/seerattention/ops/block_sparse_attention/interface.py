@@ -15,7 +15,7 @@ from .cpu_gathered import block_sparse_attention_cpu_gathered
 from .reference import block_sparse_attention_reference
 
 OP = "block_sparse_attention"
-IMPLEMENTATIONS = ("reference", "triton", "cpu_flex", "cpu_gathered")
+IMPLEMENTATIONS = ("reference", "triton", "hopper", "cpu_flex", "cpu_gathered")
 
 
 def block_sparse_attention(
@@ -42,8 +42,8 @@ def block_sparse_attention(
             blocks only, as ``BlockIndices.from_mask`` and the policies make them; this is not checked.
         scale: positive softmax scale; None is ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores.
-        implementation: None chooses; ``"reference"``, ``"triton"``, ``"cpu_flex"`` (compiled FlexAttention, no LSE) or
-            ``"cpu_gathered"``.
+        implementation: None chooses; ``"reference"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``),
+            ``"cpu_flex"`` (compiled FlexAttention, no LSE) or ``"cpu_gathered"``.
 
     Returns:
         ``out [B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Tq]``, float32, natural
@@ -59,6 +59,15 @@ def block_sparse_attention(
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu_gathered")
     if implementation is None and name == "cpu_gathered" and not return_lse and flex_usable(q, blocks):
         name = "cpu_flex"
+    if (
+        implementation is None
+        and name == "triton"
+        and dispatch.hopper_automatic()
+        and not hopper_usable(q, k, v, blocks)
+    ):
+        name = "hopper"
+    if implementation == "hopper" and (reason := hopper_usable(q, k, v, blocks)):
+        raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
     if name.startswith("cpu_") and q.device.type != "cpu":
         raise ValueError(f"{OP}: implementation={name!r} needs CPU tensors, got {q.device.type}")
     if name == "cpu_flex" and return_lse:
@@ -73,6 +82,10 @@ def block_sparse_attention(
             from .triton import block_sparse_attention_triton  # imported late: triton is an optional dependency
 
             out, lse = block_sparse_attention_triton(q, k, v, blocks, scale, return_lse)
+        elif name == "hopper":
+            from .hopper import block_sparse_attention_hopper
+
+            out, lse = block_sparse_attention_hopper(q, k, v, blocks, scale, return_lse)
         elif name == "cpu_flex":
             out = block_sparse_attention_cpu_flex(q, k, v, blocks, scale, required=implementation is not None)
         elif name == "cpu_gathered":
@@ -83,6 +96,32 @@ def block_sparse_attention(
         return out
     assert lse is not None
     return out, lse
+
+
+def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str | None:
+    """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
+
+    It needs a GPU of compute capability 9.0 and a triton for which it is written (``dispatch.hopper_unusable``),
+    float16 or bfloat16, head_dim from 64 to 128 (computed as 128 above 64), blocks of 64 or 128, and addresses that the
+    tensor copy engine takes: 16-byte aligned, strides multiples of 16 bytes.
+    """
+    if reason := dispatch.hopper_unusable(q.device):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, got {q.dtype}"
+    if not 64 <= q.shape[-1] <= 128:
+        return f"it needs head_dim from 64 to 128, got {q.shape[-1]}"
+    if blocks.block_size not in (64, 128):
+        return f"it needs blocks of 64 or 128 tokens, got {blocks.block_size}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        # The stride of a dimension of size 1 means nothing; a stride of 0 is an expanded tensor.
+        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 1 << 40 for step in steps):
+            return (
+                f"it needs a 16-byte aligned {name} with strides that are multiples of 16 bytes, got strides of "
+                f"{steps} bytes and an address {x.data_ptr() % 16} bytes past a multiple of 16"
+            )
+    return None
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

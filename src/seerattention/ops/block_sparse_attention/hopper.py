@@ -1,0 +1,274 @@
+"""Block-sparse FlashAttention forward for Hopper GPUs (compute capability 9.0) in Gluon.
+
+The same loop over an index list as ``triton.py``, with tiles of 64 queries and 64 keys, K and V brought in by the
+tensor copy engine (TMA) and both products on ``wgmma``. A tile is little work, so latency is hidden by neighbours and
+not by depth: a program is one warpgroup with a single buffer for K and one for V, each refilled as soon as the product
+that read it is done, and several programs share a multiprocessor (``MAX_REGISTERS``).
+
+TMA checks bounds itself: rows of partial blocks that lie before the first query or after the last key, and columns past
+head_dim, arrive as zeros. What it demands of addresses and strides is checked by ``hopper_usable`` in ``interface.py``.
+
+Gluon is an experimental interface that moves between versions of triton; ``dispatch.GLUON_VERSIONS`` lists those for
+which this file has been compiled, and ``tests/ops/test_offline_compile.py`` compiles it without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..indices import BlockIndices
+
+TILE = 64
+NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
+# Registers a thread by padded head_dim, which set how many programs of 128 threads share the 65536 registers of a
+# multiprocessor: 5 and 4. With fewer registers ptxas serialises the wgmma even before it spills.
+MAX_REGISTERS = {64: 96, 128: 128}
+
+# Lengths, head counts and list strides vary from call to call: one binary serves them all.
+_RUNTIME_SCALARS = [
+    "s_indices_b",
+    "s_indices_h",
+    "s_indices_r",
+    "s_counts_b",
+    "s_counts_h",
+    "s_counts_r",
+    "num_heads",
+    "kv_group",
+    "list_group",
+    "query_length",
+    "key_length",
+    "first_row",
+]
+
+
+@gluon.jit
+def _key_start(p_list, i_tile, BLOCK: gl.constexpr, TILE: gl.constexpr):
+    """Position of the first key of the i-th tile on a list."""
+    SPLIT: gl.constexpr = BLOCK // TILE
+    return gl.load(p_list + i_tile // SPLIT) * BLOCK + (i_tile % SPLIT) * TILE
+
+
+@gluon.jit
+def _refill(d_x, i_b, i_kv, o_key, bar, smem, m_any):
+    """Start the copy of one tile of keys or values; ``bar`` completes when it has arrived."""
+    mbarrier.expect(bar, d_x.block_type.nbytes, pred=m_any)
+    tma.async_copy_global_to_shared(d_x, [i_b, i_kv, o_key, 0], bar, smem, pred=m_any)
+
+
+@gluon.jit
+def _softmax_step(b_scores, b_max, b_sum, scale_log2):
+    """Probabilities relative to the new running maximum, what decays the old ones, and the new maximum and sum."""
+    b_new_max = gl.maximum(b_max, gl.max(b_scores, 1) * scale_log2)
+    b_p = gl.exp2(b_scores * scale_log2 - b_new_max[:, None])
+    b_decay = gl.exp2(b_max - b_new_max)
+    return b_p, b_decay, b_new_max, b_sum * b_decay + gl.sum(b_p, 1)
+
+
+@gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
+def block_sparse_attention_hopper_kernel(
+    d_q,
+    d_k,
+    d_v,
+    p_out,
+    p_lse,
+    p_indices,
+    p_counts,
+    s_out_b,
+    s_out_h,
+    s_out_t,
+    s_indices_b,
+    s_indices_h,
+    s_indices_r,
+    s_counts_b,
+    s_counts_h,
+    s_counts_r,
+    num_heads,
+    kv_group,
+    list_group,
+    query_length,
+    key_length,
+    first_row,
+    scale_log2,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    BLOCK: gl.constexpr,
+    TILE: gl.constexpr,
+    RETURN_LSE: gl.constexpr,
+):
+    """One program: TILE queries of one query block of one head; keys in tiles of TILE."""
+    SPLIT: gl.constexpr = BLOCK // TILE
+    DTYPE: gl.constexpr = d_q.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PADDED_DIM, 16]
+    )
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    SCORES_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+
+    smem_q = gl.allocate_shared_memory(DTYPE, [1, 1, TILE, PADDED_DIM], d_q.layout)
+    smem_k = gl.allocate_shared_memory(DTYPE, [1, 1, TILE, PADDED_DIM], d_k.layout)
+    smem_v = gl.allocate_shared_memory(DTYPE, [1, 1, TILE, PADDED_DIM], d_v.layout)
+    bar_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bar_k = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bar_v = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar_q, count=1)
+    mbarrier.init(bar_k, count=1)
+    mbarrier.init(bar_v, count=1)
+
+    # Later rows have longer lists: start them first, so that the short ones fill the tail of the grid.
+    i_tile = gl.num_programs(0) - 1 - gl.program_id(0)
+    i_row = i_tile // SPLIT
+    i_sub = i_tile % SPLIT
+    i_b = gl.program_id(1) // num_heads
+    i_h = gl.program_id(1) % num_heads
+    i_kv = i_h // kv_group
+    i_list = (i_h // list_group).to(gl.int64)
+    # Index of the first query of the tile, negative where a chunk starts inside a block.
+    local = (first_row + i_row) * BLOCK + i_sub * TILE - (key_length - query_length)
+
+    mbarrier.expect(bar_q, d_q.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local, 0], bar_q, smem_q)
+
+    count = gl.load(p_counts + i_b.to(gl.int64) * s_counts_b + i_list * s_counts_h + i_row.to(gl.int64) * s_counts_r)
+    p_list = p_indices + i_b.to(gl.int64) * s_indices_b + i_list * s_indices_h + i_row.to(gl.int64) * s_indices_r
+    # Lists ascend, so the diagonal block, if listed, is the last entry. Of its tiles, those before this program's
+    # queries are visible as a whole, like all the blocks before it; one needs the causal mask; the rest is not visible.
+    last = gl.load(p_list + gl.maximum(count - 1, 0))
+    has_diagonal = (count > 0) & (last == first_row + i_row)
+    num_whole = count * SPLIT
+    if has_diagonal:
+        num_whole = (count - 1) * SPLIT + i_sub
+    num_tiles = num_whole + has_diagonal.to(gl.int32)
+
+    # The slot read for an empty list is undefined, but then nothing is copied.
+    o_key = _key_start(p_list, 0, BLOCK, TILE)
+    _refill(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_tiles > 0)
+    _refill(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_tiles > 0)
+
+    b_q = smem_q.reshape([TILE, PADDED_DIM])
+    b_kt = smem_k.reshape([TILE, PADDED_DIM]).permute((1, 0))
+    b_v = smem_v.reshape([TILE, PADDED_DIM])
+    b_max = gl.full([TILE], float("-inf"), gl.float32, SCORES_ROW)
+    b_sum = gl.zeros([TILE], gl.float32, SCORES_ROW)
+    b_out = gl.zeros([TILE, PADDED_DIM], gl.float32, OUT)
+    b_zero = gl.zeros([TILE, TILE], gl.float32, SCORES)
+    # Waited for even where the list is empty: a program must not end with a copy under way.
+    mbarrier.wait(bar_q, 0)
+
+    for i in range(num_whole):
+        # Never past the list, whose spare slots are undefined. Read early, so that the load hides behind the product.
+        m_more = i + 1 < num_tiles
+        o_key = _key_start(p_list, gl.minimum(i + 1, num_tiles - 1), BLOCK, TILE)
+        mbarrier.wait(bar_k, i & 1)
+        b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
+        b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
+        _refill(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_more)
+        b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
+        b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
+        b_p = gl.convert_layout(b_p.to(DTYPE), P)
+        mbarrier.wait(bar_v, i & 1)
+        b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
+        b_out = warpgroup_mma_wait(0, deps=(b_out,))
+        _refill(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_more)
+
+    if has_diagonal:
+        mbarrier.wait(bar_k, num_whole & 1)
+        b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
+        b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
+        # Queries and keys of this tile start at one position. Causality also hides the keys past key_length from every
+        # query that is stored.
+        o_m = gl.arange(0, TILE, layout=SCORES_ROW)
+        o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
+        b_scores = gl.where(o_m[:, None] >= o_n[None, :], b_scores, float("-inf"))
+        b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
+        b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
+        b_p = gl.convert_layout(b_p.to(DTYPE), P)
+        mbarrier.wait(bar_v, num_whole & 1)
+        b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
+        b_out = warpgroup_mma_wait(0, deps=(b_out,))
+
+    # A row without keys has sum 0: output 0, lse -inf.
+    b_seen = gl.where(b_sum > 0, b_sum, 1.0)
+    b_out = b_out * (1.0 / gl.convert_layout(b_seen, OUT_ROW))[:, None]
+    if RETURN_LSE:
+        b_lse = gl.where(b_sum > 0, (b_max + gl.log2(b_seen)) * 0.6931471805599453, float("-inf"))
+        o_local = local + gl.arange(0, TILE, layout=SCORES_ROW)
+        p_lse += (i_b.to(gl.int64) * num_heads + i_h) * query_length
+        gl.store(p_lse + o_local, b_lse, mask=(o_local >= 0) & (o_local < query_length))
+    # Through the buffer of q, which nothing reads any more, into whole rows of 16 bytes a thread.
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PADDED_DIM, PADDED_DIM // 8], [4, 1], [1, 0])
+    b_q.store(b_out.to(DTYPE))
+    b_rows = b_q.load(ROWS)
+    o_local = local + gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS))
+    o_d = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, ROWS))
+    m_out = ((o_local >= 0) & (o_local < query_length))[:, None] & (o_d < HEAD_DIM)[None, :]
+    p_out += i_b.to(gl.int64) * s_out_b + i_h.to(gl.int64) * s_out_h
+    gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_rows, mask=m_out)
+
+
+def block_sparse_attention_hopper(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel; arguments as checked by the interface, and ``hopper_usable`` found no reason against it.
+
+    Returns:
+        ``out [B, Hq, Tq, D]`` in the dtype and memory order of q, and the natural-log ``lse [B, Hq, Tq]`` in float32 or
+        None.
+    """
+    batch, num_heads, query_length, head_dim = q.shape
+    num_kv_heads, key_length = k.shape[1:3]
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device) if return_lse else None
+    if blocks.indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
+        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
+    indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
+    padded_dim = 64 if head_dim <= 64 else 128
+    grid = (blocks.num_rows * (blocks.block_size // TILE), batch * num_heads)
+    with torch.cuda.device(q.device):
+        block_sparse_attention_hopper_kernel[grid](
+            _descriptor(q, padded_dim),
+            _descriptor(k, padded_dim),
+            _descriptor(v, padded_dim),
+            out,
+            lse,
+            indices,
+            blocks.counts,
+            *out.stride()[:3],
+            *indices.stride()[:3],
+            *blocks.counts.stride(),
+            num_heads,
+            num_heads // num_kv_heads,
+            num_heads // blocks.counts.shape[1],
+            query_length,
+            key_length,
+            blocks.first_row,
+            scale * 1.4426950408889634,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded_dim,
+            BLOCK=blocks.block_size,
+            TILE=TILE,
+            RETURN_LSE=return_lse,
+            num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS[padded_dim],
+        )
+    return out, lse
+
+
+def tile_layout(dtype: gl.dtype, padded_dim: int) -> gl.NVMMASharedLayout:
+    """How a tile ``[1, 1, TILE, padded_dim]`` lies in shared memory: as TMA writes and wgmma reads it."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, TILE, padded_dim], dtype)
+
+
+def _descriptor(x: Tensor, padded_dim: int) -> TensorDescriptor:
+    """What TMA needs to know to copy tiles of TILE tokens of one head of ``x [B, H, T, D]``, wherever these lie."""
+    # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
+    strides = [step if size > 1 else padded_dim for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = tile_layout(dtype, padded_dim)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, TILE, padded_dim], layout)

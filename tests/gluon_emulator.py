@@ -1,0 +1,203 @@
+"""Runs the Python of a Gluon kernel on CPU tensors, one program after the other, to test its logic without a GPU.
+
+Covers what the Hopper kernel of block-sparse attention uses: pointers with bounds, TMA tiles with zero fill, barriers
+with phases, asynchronous products. Layouts are ignored, and so is how threads share the work. What a GPU would do at
+some unknown time happens as late as allowed, and until then shows: a buffer that is being filled holds NaN until its
+barrier is waited for, and a product is no tensor until it is waited for.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import torch
+
+
+class Pointer:
+    """An address inside the memory of a tensor, or a tensor of addresses."""
+
+    def __init__(self, tensor, offset=0):
+        self.memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        self.offset = offset if isinstance(offset, torch.Tensor) else torch.tensor(offset)
+        self.start = tensor.storage_offset()
+
+    def __add__(self, step):
+        other = object.__new__(Pointer)
+        other.memory, other.start, other.offset = self.memory, self.start, self.offset + step
+        return other
+
+    def index(self):
+        return self.start + self.offset.long()
+
+
+class Shared:
+    """A buffer in shared memory."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def reshape(self, shape):
+        return Shared(self.tensor.view(shape))
+
+    def permute(self, order):
+        return Shared(self.tensor.permute(order))
+
+    def store(self, value):
+        assert value.dtype == self.tensor.dtype
+        self.tensor.copy_(value)
+
+    def load(self, layout):
+        return self.tensor.clone()
+
+
+class Barrier:
+    """An mbarrier that is completed by one expected number of bytes at a time."""
+
+    def __init__(self):
+        self.phase, self.expected, self.copies = 0, 0, []
+
+
+class Pending:
+    """The result of an asynchronous product before it is waited for."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Descriptor:
+    """A host-side tensor descriptor as the kernel sees it."""
+
+    def __init__(self, host):
+        self.view = host.base.as_strided(host.shape, host.strides)
+        self.block_shape, self.layout, self.dtype = host.block_shape, host.layout, host.base.dtype
+        numel = torch.Size(host.block_shape).numel()
+        self.block_type = types.SimpleNamespace(nbytes=numel * host.base.element_size())
+
+    def tile(self, coordinates):
+        """The tile at these coordinates; zero outside of the tensor. A tile far outside is a wrong coordinate."""
+        tile = torch.zeros(self.block_shape, dtype=self.dtype)
+        source, target = [], []
+        for start, size, length in zip(map(int, coordinates), self.block_shape, self.view.shape, strict=True):
+            assert -size < start < length + size, f"tile at {start} of a dimension of {length}"
+            low, high = max(start, 0), min(start + size, length)
+            source.append(slice(low, max(low, high)))
+            target.append(slice(low - start, max(low, high) - start))
+        tile[tuple(target)] = self.view[tuple(source)]
+        return tile
+
+
+def _allocate(dtype, shape, layout):
+    return Barrier() if dtype == torch.int64 else Shared(torch.full(shape, float("nan"), dtype=dtype))
+
+
+def _load(pointer, mask=None, other=0):
+    return pointer.memory[pointer.index()] if mask is None else _masked_load(pointer, mask, other)
+
+
+def _masked_load(pointer, mask, other):
+    return torch.where(mask, pointer.memory[torch.where(mask, pointer.index(), 0)], other)
+
+
+def _store(pointer, value, mask):
+    index, mask, value = torch.broadcast_tensors(pointer.index(), mask, value)
+    index = index[mask]
+    assert bool((index >= 0).all()), "store before the memory"
+    pointer.memory[index] = value[mask].to(pointer.memory.dtype)
+
+
+def _expect(barrier, nbytes, pred=True):
+    if pred:
+        assert not barrier.expected, "a barrier can be armed only once a phase"
+        barrier.expected = nbytes
+
+
+def _copy(descriptor, coordinates, barrier, shared, pred=True):
+    if pred:
+        tile = descriptor.tile(coordinates)
+        assert tile.shape == shared.tensor.shape
+        shared.tensor.fill_(float("nan"))
+        barrier.copies.append((shared, tile))
+
+
+def _wait(barrier, phase):
+    assert barrier.phase == int(phase), "waits for the wrong phase"
+    assert barrier.expected == sum(tile.nbytes for _, tile in barrier.copies) > 0, "would wait for ever"
+    for shared, tile in barrier.copies:
+        shared.tensor.copy_(tile)
+    barrier.phase, barrier.expected, barrier.copies = barrier.phase ^ 1, 0, []
+
+
+def _product(a, b, acc, *, use_acc=True, is_async=False):
+    a, b = (x.tensor if isinstance(x, Shared) else x for x in (a, b))
+    assert a.dtype == b.dtype
+    assert a.dtype.itemsize == 2
+    product = a.float() @ b.float()
+    return Pending(acc + product if use_acc else product)
+
+
+def _extreme(function, a, b):
+    return function(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def run(kernel, grid, args, constants):
+    """Run a Gluon kernel for every program of a two-dimensional grid. Tensors become pointers."""
+    program, barriers = [0, 0], []
+
+    def allocate(*arguments):
+        buffer = _allocate(*arguments)
+        barriers.extend([buffer] if isinstance(buffer, Barrier) else [])
+        return buffer
+
+    ignored = {
+        name: lambda *args, **kwargs: None
+        for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
+    }
+    gl = types.SimpleNamespace(
+        **ignored,
+        int32=torch.int32,
+        int64=torch.int64,
+        float32=torch.float32,
+        constexpr=None,
+        program_id=lambda axis: torch.tensor(program[axis], dtype=torch.int32),
+        num_programs=lambda axis: torch.tensor(grid[axis], dtype=torch.int32),
+        allocate_shared_memory=allocate,
+        load=_load,
+        store=_store,
+        arange=lambda start, end, layout: torch.arange(start, end, dtype=torch.int32),
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        convert_layout=lambda value, layout: value,
+        where=torch.where,
+        exp2=torch.exp2,
+        log2=torch.log2,
+        max=torch.amax,
+        sum=torch.sum,
+        maximum=functools.partial(_extreme, torch.maximum),
+        minimum=functools.partial(_extreme, torch.minimum),
+    )
+    names = {
+        **vars(__import__(kernel.fn.__module__, fromlist=["_"])),
+        "gl": gl,
+        "mbarrier": types.SimpleNamespace(
+            MBarrierLayout=lambda: None, init=lambda barrier, count: None, expect=_expect, wait=_wait
+        ),
+        "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
+        "warpgroup_mma": _product,
+        "warpgroup_mma_wait": lambda outstanding, deps: deps[0].tensor,
+    }
+    for name, value in list(names.items()):
+        if type(value).__name__ == "GluonJITFunction":
+            names[name] = types.FunctionType(value.fn.__code__, names, name)
+
+    def convert(value):
+        if isinstance(value, torch.Tensor):
+            return Pointer(value)
+        return Descriptor(value) if hasattr(value, "block_shape") else value
+
+    function = types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
+    for program[1] in range(grid[1]):
+        for program[0] in range(grid[0]):
+            function(*map(convert, args), **constants)
+            assert not any(barrier.copies for barrier in barriers), "ends with a copy under way"
+            barriers.clear()

@@ -1,0 +1,200 @@
+"""Compiles the kernels to binaries for GPUs that are not there and prints what the compilers say about each, as JSON.
+
+Every op is called through its own launcher on CPU tensors, with a driver that only names a GPU: each kernel gets the
+arguments, constants and options of a real launch, is compiled, and is not run. This must be a process of its own with
+TRITON_INTERPRET unset, as in `tests/ops/test_offline_compile.py`. By hand, with another triton than the installed:
+
+    env -u TRITON_INTERPRET PYTHONPATH=/somewhere/triton-3.6 python tests/offline_compile.py [name of an op]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the log is part of the result, and a cache would have none
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from seerattention.ops.indices import BlockIndices
+
+OPS = "seerattention.ops"
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 166912),  # bytes of shared memory that a program may use
+    "sm_90": (GPUTarget("cuda", 90, 32), 232448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
+}
+
+
+class Driver:
+    """What triton asks its driver for when it compiles."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiling:
+    """In place of a kernel: launching it compiles it and keeps the result."""
+
+    def __init__(self, kernel, results):
+        self.kernel, self.results = kernel, results
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                compiled = self.kernel.warmup(*args, grid=grid, **options)
+            self.results.append((compiled, log.getvalue()))
+
+        return launch
+
+
+def describe(compiled, log):
+    """Numbers from the log of ptxas, from the assembly of AMD's compiler, and from triton's metadata."""
+    facts = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
+    if "cubin" in compiled.asm:
+        assembly = compiled.asm["ptx"]
+        return facts | {
+            "bytes": len(compiled.asm["cubin"]),
+            "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+            "serialized": "C7512" in log or "serialized" in log,
+            "wgmma": assembly.count("wgmma.mma_async"),
+            "tma": assembly.count("cp.async.bulk.tensor"),
+        }
+    assembly = compiled.asm["amdgcn"]
+    return facts | {
+        "bytes": len(compiled.asm["hsaco"]),
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1]),
+    }
+
+
+def tensors(head_dim, dtype):
+    q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
+    return q, q[:, :2], q[:, :2]
+
+
+def lists(block_size):
+    rows = 128 // block_size
+    return BlockIndices.from_mask(torch.ones(1, 4, rows, rows, dtype=torch.bool), block_size)
+
+
+def block_sparse_attention(module, target):
+    cases = [(64, 64, torch.bfloat16, False), (128, 64, torch.bfloat16, True)]
+    if target == "sm_90":
+        cases += [(128, 128, torch.float16, False), (64, 64, torch.float32, True)]
+    for head_dim, block_size, dtype, lse in cases:
+        yield (
+            f"{head_dim} {block_size} {dtype} lse={lse}",
+            lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention_triton(
+                *tensors(d, t), lists(b), 0.1, lse
+            ),
+        )
+
+
+def hopper(module, target):
+    for head_dim, block_size, dtype, lse in [
+        *((d, 64, t, lse) for d in (64, 128) for t in (torch.bfloat16, torch.float16) for lse in (False, True)),
+        (96, 64, torch.bfloat16, True),
+        (64, 128, torch.float16, True),
+        (128, 128, torch.bfloat16, True),
+    ]:
+        yield (
+            f"{head_dim} {block_size} {dtype} lse={lse}",
+            lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention_hopper(
+                *tensors(d, t), lists(b), 0.1, lse
+            ),
+        )
+
+
+def pooled_attention(module, target):
+    q, k, _ = tensors(128, torch.bfloat16)
+    for reduce in ("max", "sum") if target == "sm_90" else ("max",):
+        yield (
+            f"{reduce} {q.dtype}",
+            lambda reduce=reduce: module.pooled_attention(
+                q, k, torch.arange(2), block_size=64, scale=0.1, lengths=None, reduce=reduce, normalize=False
+            ),
+        )
+
+
+def block_pooling(module, target):
+    x = tensors(128, torch.bfloat16)[0]
+    yield (
+        "max min avg",
+        lambda: module.block_pooling(x, ("max", "min", "avg"), block_size=64, lengths=torch.tensor([100])),
+    )
+
+
+def block_selection(module, target):
+    scores = torch.zeros(1, 2, 512, 512)
+    common = {"block_size": 64, "lengths": None, "last_blocks_dense": 1}
+    yield "threshold", lambda: module.select_threshold(scores, 0.1, **common)
+    keep = torch.ones(1, 512, dtype=torch.int32)
+    yield "topk", lambda: module.select_topk(scores, keep, diagonal_extra=False, capacity=512, **common)
+    yield "topp", lambda: module.select_topp(scores, 0.5, **common)
+
+
+# Calls, module, targets
+JOBS = {
+    "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
+    "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", list(TARGETS)),
+    "pooled_attention": (pooled_attention, "pooled_attention.triton", list(TARGETS)),
+    "block_pooling": (block_pooling, "block_pooling.triton", list(TARGETS)),
+    "block_selection": (block_selection, "block_selection.triton", list(TARGETS)),
+}
+
+
+def main(names):
+    try:
+        triton.knobs.nvidia.ptxas.path  # noqa: B018
+    except Exception as error:
+        print(json.dumps({"skip": f"this triton has no ptxas: {error}"}))
+        return
+    report = []
+    # Wherever the launchers make sure of the device of their tensors.
+    torch.cuda.device = torch.cuda.device_of = lambda device: contextlib.nullcontext()
+    for op in names or JOBS:
+        calls, path, targets = JOBS[op]
+        module = importlib.import_module(f"{OPS}.{path}")
+        kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+        for target in targets:
+            gpu, shared_memory = TARGETS[target]
+            triton.runtime.driver.set_active(Driver(gpu))
+            results = []
+            for name, kernel in kernels.items():
+                kernel.device_caches.clear()
+                setattr(module, name, Compiling(kernel, results))
+            if hasattr(module, "_shared_memory"):
+                module._shared_memory = lambda device, size=shared_memory: size
+            for variant, call in calls(module, target):
+                call()
+                compiled = results.pop()
+                assert not results
+                report.append({"op": op, "target": target, "variant": variant, **describe(*compiled)})
+    print(json.dumps({"triton": triton.__version__, "kernels": report}, indent=1))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        main(sys.argv[1:])
