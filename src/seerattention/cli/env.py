@@ -86,16 +86,18 @@ def _implementation(op: str, device: str, compiler: str | None) -> str:
     """What the op would choose on a device; see ``ops/dispatch.py``."""
     import importlib
 
+    import torch
+
     from ..ops import dispatch
 
     names = importlib.import_module(f"seerattention.ops.{op}.interface").IMPLEMENTATIONS
     if device == "cuda":
-        return (
-            "triton" if "triton" in names and dispatch.triton_importable() else "reference (triton cannot be imported)"
-        )
+        if "triton" not in names or not dispatch.triton_importable():
+            return "reference (triton cannot be imported)"
+        if "hopper" in names and dispatch.hopper_automatic() and not dispatch.hopper_unusable(torch.device(device)):
+            return "hopper where shapes and strides allow, else triton"
+        return "triton"
     if "cpu_flex" in names:
-        import torch
-
         from ..ops.block_sparse_attention.cpu_flex import MIN_QUERIES, flex_usable
         from ..ops.indices import BlockIndices
 
