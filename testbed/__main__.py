@@ -36,6 +36,9 @@ Templates = Annotated[
     Path | None, typer.Option(help="JSON list of [statement, question] with {key} and {value}: other needle sentences.")
 ]
 ReportEvery = Annotated[int, typer.Option(help="Steps between two lines of log.jsonl.")]
+Start = Annotated[
+    Path | None, typer.Option(help="Folder of a model to train on, instead of a new one; its shape counts.")
+]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
 
 
@@ -105,9 +108,7 @@ def train(
     drill_mix: Mix = "",
     templates: Templates = None,
     retries: Retries = 1,
-    start: Annotated[
-        Path | None, typer.Option(help="Train this model on, instead of a new one; its shape counts.")
-    ] = None,
+    start: Start = None,
     decay_from: Annotated[float, typer.Option(help="Share of the time after which the rate falls.")] = 0.68,
     report_every: ReportEvery = 50,
     device: str = "cuda",
@@ -243,6 +244,7 @@ def everything(
     drill_mix: Mix = "",
     templates: Templates = None,
     retries: Retries = 1,
+    start: Start = None,
     lengths: Annotated[list[int] | None, typer.Option(help="Of the evaluation; default 16384 and 32768.")] = None,
     samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 512,
     gate_steps: int = 150,
@@ -257,6 +259,10 @@ def everything(
 
     What an earlier call finished is kept, so a stopped run goes on where it was.
     """
+    if start is not None and not (out / "tokenizer.json").exists():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(start).save_pretrained(out)
     if not (out / "tokenizer.json").exists():
         tokenizer(data, out, vocab_size=vocab_size, text_field=text_field)
     for name, sources in (("train", data), ("test", held_out)):
@@ -280,6 +286,7 @@ def everything(
             drill_mix=drill_mix,
             templates=templates,
             retries=retries,
+            start=start,
             report_every=report_every,
             device=device,
             workers=workers,

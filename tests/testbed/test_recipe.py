@@ -115,6 +115,12 @@ def test_everything_in_one_command(tmp_path):
     assert stats.density < 0.5
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)  # what is finished is kept
     assert again.exit_code == 0, again.output
+    options |= {"--start": package / "model", "--out": tmp_path / "run on", "--minutes": 0.05, "--samples": 1}
+    arguments = ["all", *(str(part) for pair in options.items() for part in pair)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    trained_on = AutoTokenizer.from_pretrained(tmp_path / "run on" / "package" / "model")
+    assert trained_on.get_vocab() == tokenizer.get_vocab()
     assert set(load_file(package / "gates" / "gates.safetensors"))
 
 
