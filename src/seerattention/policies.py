@@ -120,15 +120,17 @@ class TopK(Policy):
             share = 1.0 - math.sqrt(1.0 - self.density)
             longest = max(1, int(share * num_keys))
             if lengths is None:
-                keep = torch.full((num_rows,), longest)
+                keep = torch.full((num_rows,), longest, device=logits.device)
             else:
                 blocks = (lengths + (block_size - 1)) // block_size
                 keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
             capacity = longest + 1
         else:
-            causal = torch.arange(num_keys - num_rows + 1, num_keys + 1, dtype=torch.float64)
+            # On the device, so that nothing waits for it; but Apple's has no float64.
+            device = logits.device if logits.device.type != "mps" else None
+            causal = torch.arange(num_keys - num_rows + 1, num_keys + 1, dtype=torch.float64, device=device)
             keep = (causal * self.density - _CEIL_SLACK).ceil().long().clamp(min=1)
-            capacity = None
+            capacity = max(1, math.ceil(num_keys * self.density - _CEIL_SLACK))  # what the last row keeps
         return select_topk(
             logits,
             keep,
@@ -188,9 +190,14 @@ class TokenBudget(Policy):
         _check_last_blocks(self.last_blocks_dense)
 
     def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
-        keep = torch.full((logits.shape[-2],), -(-self.tokens // block_size))
+        blocks = -(-self.tokens // block_size)
         return select_topk(
-            logits, keep, block_size=block_size, lengths=lengths, last_blocks_dense=self.last_blocks_dense
+            logits,
+            torch.full((logits.shape[-2],), blocks, device=logits.device),
+            block_size=block_size,
+            lengths=lengths,
+            last_blocks_dense=self.last_blocks_dense,
+            capacity=blocks,
         )
 
 

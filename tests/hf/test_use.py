@@ -135,3 +135,33 @@ def test_compiled_hooks_are_quiet(model_of, ids_of, recwarn):
     with torch.no_grad():
         assert torch.equal(compiled(ids).logits, model(ids).logits)
     assert not [str(warning.message) for warning in recwarn if "Dynamo" in str(warning.message)]
+
+
+def test_a_compiled_model_is_sparse_and_breaks_its_graph_where_we_say(model_of, ids_of):
+    """The hooks ask for the thread, and the attention function looks at values: both are left out of the graph."""
+    model, ids = attached(model_of()), ids_of(200)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with seer.record(model) as stats:
+            assert torch.equal(torch.compile(model, backend="eager")(ids).logits, expected)
+    assert (stats.sparse_calls, stats.dense_calls) == (2, 0)
+    assert 0 < stats.density < 0.6
+    breaks = {}
+    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+        function = reason.split("`<function ")[1].split()[0]
+        breaks[function] = breaks.get(function, 0) + count
+    # Per compiled piece of a frame, so more than one for each place in the code.
+    assert breaks == {"_thread": 11, "_attend": 3}
+
+
+def test_a_compiled_model_without_a_cache_is_dense_and_says_so(model_of, ids_of):
+    """transformers then makes a mask that may hide packed sequences, as it cannot look at the positions in a trace."""
+    model, ids = attached(model_of()), ids_of(200)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), seer.record(model) as stats, pytest.warns(UserWarning, match="more than causal"):
+        logits = compiled(ids, use_cache=False).logits
+    assert (stats.sparse_calls, stats.dense_calls) == (0, 2)
+    torch.testing.assert_close(logits, model_of()(ids).logits, rtol=1e-4, atol=1e-4)

@@ -100,7 +100,7 @@ def seer_attention(
     return _attend(module, query, key, value, attention_mask, dropout, scaling, seer_call, kwargs)
 
 
-@torch.compiler.disable(reason="block lists have data-dependent sizes, and the kernels are compiled already")
+@torch.compiler.disable(reason="whether a prompt may be sparse is decided on its mask and positions, by their values")
 def _attend(
     module: nn.Module,
     query: Tensor,

@@ -1,4 +1,4 @@
-"""What the interfaces of all ops share: choosing an implementation by name, checking shapes, warning once."""
+"""What the interfaces of all ops share: choosing an implementation, being one op to torch.compile, checking shapes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MAX_HEAD_DIM = 256
 BLOCK_SIZES = (32, 64, 128)
+
+# Of the names under which torch knows the ops: that of the package which they are part of.
+NAMESPACE = __name__.split(".")[0]
 
 # Kernels written in Gluon for Hopper GPUs. They compile and their logic is tested, but they have not run on a GPU yet:
 # until tests/gpu has passed on one, they run only where they are asked for by name.
@@ -117,6 +124,39 @@ def choose_implementation(
                 "the first call to run it in Triton's interpreter, or pass implementation=None"
             )
     return implementation
+
+
+def tracing() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` is tracing: only then do ops go through torch's dispatcher."""
+    return torch.compiler.is_compiling()
+
+
+def custom_op(fake: Callable[P, T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator that makes a function one opaque op to tracers: ``torch.ops.<package>.<name of the function>``.
+
+    ``torch.compile`` traces the public function, its checks included, down to this op and no further. Outside of a
+    trace the function is called as it is: going through torch's dispatcher takes about 30 us a call.
+
+    Args:
+        fake: same arguments; gives empty tensors of the shapes, dtypes and strides of the results.
+
+    The function takes tensors, numbers, strings and None, which its annotations name, writes into no argument and
+    returns fresh tensors. What depends on values, addresses or the environment belongs into it.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        op = torch.library.custom_op(f"{NAMESPACE}::{function.__name__.lstrip('_')}", function, mutates_args=())
+        op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if tracing():
+                return op(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def check_query_key(op: str, q: Tensor, k: Tensor) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..indices import num_blocks
 from . import reference
 
 __all__ = ["block_pooling"]
 
+OP = "block_pooling"
 IMPLEMENTATIONS = ("reference", "triton")
 KINDS = ("max", "min", "avg")
 
@@ -44,23 +46,35 @@ def block_pooling(
         ValueError: x that is not 4-D, unknown or repeated kinds, an unknown block size, lengths of another shape.
         TypeError: an unsupported dtype.
     """
-    op = "block_pooling"
-    dispatch.check_floating(op, x=x)
-    dispatch.check_block_size(op, block_size)
+    dispatch.check_floating(OP, x=x)
+    dispatch.check_block_size(OP, block_size)
     if x.dim() != 4 or x.shape[2] == 0:
-        raise ValueError(f"{op}: x must be [B, H, T, D] with at least one token, got {tuple(x.shape)}")
+        raise ValueError(f"{OP}: x must be [B, H, T, D] with at least one token, got {tuple(x.shape)}")
     kinds = tuple(kinds)
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS):
-        raise ValueError(f"{op}: kinds must be a non-empty choice of {KINDS} without repeats, got {kinds}")
+        raise ValueError(f"{OP}: kinds must be a non-empty choice of {KINDS} without repeats, got {kinds}")
     if lengths is not None:
         if lengths.shape != x.shape[:1] or lengths.is_floating_point():
             raise ValueError(
-                f"{op}: lengths must be integers [{x.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
+                f"{OP}: lengths must be integers [{x.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
             )
         lengths = lengths.to(x.device, torch.int64)
+    return _block_pooling(x, ",".join(kinds), block_size, lengths, implementation)
+
+
+def _fake(x: Tensor, kinds: str, block_size: int, lengths: Tensor | None, implementation: str | None) -> Tensor:
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty(batch, heads, num_blocks(length, block_size), len(kinds.split(",")) * head_dim)
+
+
+@dispatch.custom_op(_fake)
+def _block_pooling(
+    x: Tensor, kinds: str, block_size: int, lengths: Tensor | None, implementation: str | None
+) -> Tensor:
+    """``kinds`` is joined by commas."""
     function = reference.block_pooling
-    if dispatch.choose_implementation(op, implementation, x.device, names=IMPLEMENTATIONS) == "triton":
-        from . import triton
+    if dispatch.choose_implementation(OP, implementation, x.device, names=IMPLEMENTATIONS) == "triton":
+        from . import triton  # imported late: triton is an optional dependency
 
         function = triton.block_pooling
-    return function(x, kinds, block_size=block_size, lengths=lengths)
+    return function(x, kinds.split(","), block_size=block_size, lengths=lengths)

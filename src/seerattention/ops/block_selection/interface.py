@@ -9,6 +9,7 @@ Selection has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -56,15 +57,8 @@ def select_threshold(
     """
     op = "select_threshold"
     lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
-    if _choose(op, implementation, probabilities) == "triton":
-        from . import triton
-
-        return triton.select_threshold(
-            probabilities, threshold, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
-        )
-    return reference.select_threshold(
-        probabilities, threshold, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
-    )
+    lists = _select_threshold(probabilities, threshold, block_size, lengths, last_blocks_dense, implementation)
+    return BlockIndices(*lists, probabilities.shape[-1], block_size)
 
 
 @torch.no_grad()
@@ -84,12 +78,13 @@ def select_topk(
     Args:
         scores: ``[B, H, Nq, Nk]``, logits or probabilities.
         keep: integers ``[Nq]`` or ``[B, Nq]``; values below 1 count as 1. A list or a CPU tensor lets the op bound the
-            capacity of the lists without a device synchronisation.
+            capacity of the lists without a device synchronisation (but not inside ``torch.compile``).
         block_size, lengths, last_blocks_dense, implementation: see :func:`select_threshold`.
         diagonal_extra: False: the diagonal is one of the ``keep`` blocks (it and the best ``keep - 1`` others). True:
             the ``keep`` best of all causal blocks, and the diagonal besides where it is not among them (the
             published top-k rule with the diagonal added).
-        capacity: an upper bound of the list length that the caller knows; longer lists are cut to their best blocks.
+        capacity: an upper bound of the list length that the caller knows, taken without a look at ``keep``; longer
+            lists are cut to their best blocks.
 
     Returns:
         BlockIndices; the capacity is the longest list that ``keep`` allows where that is known, else Nk.
@@ -107,26 +102,16 @@ def select_topk(
     if keep.shape not in ((num_rows,), (batch, num_rows)):
         raise ValueError(f"{op}: keep must be [{num_rows}] or [{batch}, {num_rows}], got {tuple(keep.shape)}")
     longest = num_keys if capacity is None else min(num_keys, max(1, capacity))
-    if keep.device.type == "cpu" and keep.numel():
-        longest = min(longest, max(1, int(keep.max())) + int(diagonal_extra))
+    on_cpu = keep.device.type == "cpu"
+    if capacity is None and on_cpu and keep.numel() and not torch.compiler.is_compiling():  # a trace has no values
+        longest = min(num_keys, max(1, int(keep.max())) + int(diagonal_extra))
     most = max(1, longest - int(diagonal_extra)) if longest < num_keys else num_keys
-    keep = keep.to(scores.device, torch.int64).clamp(1, most).view(-1, num_rows)
+    # Pageable memory is copied out before the call returns: no need to wait for the device.
+    keep = keep.to(scores.device, torch.int64, non_blocking=on_cpu).clamp(1, most).view(-1, num_rows)
     if last_blocks_dense:
         longest = num_keys
-    function = reference.select_topk
-    if _choose(op, implementation, scores) == "triton":
-        from . import triton
-
-        function = triton.select_topk
-    return function(
-        scores,
-        keep,
-        block_size=block_size,
-        lengths=lengths,
-        last_blocks_dense=last_blocks_dense,
-        diagonal_extra=diagonal_extra,
-        capacity=longest,
-    )
+    lists = _select_topk(scores, keep, block_size, lengths, last_blocks_dense, diagonal_extra, longest, implementation)
+    return BlockIndices(*lists, num_keys, block_size)
 
 
 @torch.no_grad()
@@ -161,12 +146,102 @@ def select_topp(
     lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
     if not p > 0:
         raise ValueError(f"{op}: p must be positive, got {p}")
-    function = reference.select_topp
-    if _choose(op, implementation, probabilities) == "triton":
-        from . import triton
+    lists = _select_topp(probabilities, p, block_size, lengths, last_blocks_dense, implementation)
+    return BlockIndices(*lists, probabilities.shape[-1], block_size)
 
-        function = triton.select_topp
-    return function(probabilities, p, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense)
+
+# -- the same as ops of plain tensors: what torch.compile sees --------------------------------------------------------
+
+
+def _module(op: str, implementation: str | None, scores: Tensor) -> ModuleType:
+    """The module of the implementation that runs."""
+    if _choose(op, implementation, scores) == "triton":
+        from . import triton  # imported late: triton is an optional dependency
+
+        return triton
+    return reference
+
+
+def _fake_full(
+    scores: Tensor,
+    bound: float,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    num_keys = scores.shape[-1]
+    # The reference cuts a spare slot off rows of this memory.
+    spare = int(_choose("block_selection", implementation, scores) == "reference")
+    indices = scores.new_empty(*scores.shape[:3], num_keys + spare, dtype=torch.int32)
+    return indices[..., :num_keys], scores.new_empty(scores.shape[:3], dtype=torch.int32)
+
+
+@dispatch.custom_op(_fake_full)
+def _select_threshold(
+    scores: Tensor,
+    bound: float,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    blocks = _module("select_threshold", implementation, scores).select_threshold(
+        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
+    )
+    return blocks.indices, blocks.counts
+
+
+def _fake_topk(
+    scores: Tensor,
+    keep: Tensor,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    diagonal_extra: bool,
+    capacity: int,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    indices = scores.new_empty(*scores.shape[:3], capacity, dtype=torch.int32)
+    return indices, scores.new_empty(scores.shape[:3], dtype=torch.int32)
+
+
+@dispatch.custom_op(_fake_topk)
+def _select_topk(
+    scores: Tensor,
+    keep: Tensor,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    diagonal_extra: bool,
+    capacity: int,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    blocks = _module("select_topk", implementation, scores).select_topk(
+        scores,
+        keep,
+        block_size=block_size,
+        lengths=lengths,
+        last_blocks_dense=last_blocks_dense,
+        diagonal_extra=diagonal_extra,
+        capacity=capacity,
+    )
+    return blocks.indices, blocks.counts
+
+
+@dispatch.custom_op(_fake_full)
+def _select_topp(
+    scores: Tensor,
+    bound: float,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    blocks = _module("select_topp", implementation, scores).select_topp(
+        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
+    )
+    return blocks.indices, blocks.counts
 
 
 def _choose(op: str, implementation: str | None, scores: Tensor) -> str:

@@ -56,24 +56,42 @@ def block_sparse_attention(
     """
     _check(q, k, v, blocks, scale)
     scale = dispatch.default_scale(q.shape[-1], scale)
-    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu_gathered")
-    if implementation is None and name == "cpu_gathered" and not return_lse and flex_usable(q, blocks):
-        name = "cpu_flex"
-    if (
-        implementation is None
-        and name == "triton"
-        and dispatch.hopper_automatic()
-        and not hopper_usable(q, k, v, blocks)
-    ):
-        name = "hopper"
-    if implementation == "hopper" and (reason := hopper_usable(q, k, v, blocks)):
-        raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
-    if name.startswith("cpu_") and q.device.type != "cpu":
-        raise ValueError(f"{OP}: implementation={name!r} needs CPU tensors, got {q.device.type}")
-    if name == "cpu_flex" and return_lse:
-        raise NotImplementedError(
-            f"{OP}: FlexAttention returns no lse on the CPU; use implementation='cpu_gathered' or None"
-        )
+    lists = (blocks.indices, blocks.counts, blocks.num_key_blocks, blocks.block_size)
+    out, lse = _block_sparse_attention(q, k, v, *lists, scale, return_lse, implementation)
+    return (out, lse) if return_lse else out
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    num_key_blocks: int,
+    block_size: int,
+    scale: float,
+    return_lse: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+
+
+@dispatch.custom_op(_fake)
+def _block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    num_key_blocks: int,
+    block_size: int,
+    scale: float,
+    return_lse: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose an implementation and run it; without ``return_lse`` the second result is empty."""
+    blocks = BlockIndices(indices, counts, num_key_blocks, block_size)
+    name = _choose(q, k, v, blocks, return_lse, implementation)
     lse: Tensor | None = None
     with torch.no_grad(), _without_autocast(q.device.type):
         if 0 in q.shape:
@@ -92,10 +110,33 @@ def block_sparse_attention(
             out, lse = block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)
         else:
             out, lse = block_sparse_attention_reference(q, k, v, blocks, scale)
-    if not return_lse:
-        return out
+        if not return_lse:
+            return out, q.new_empty(0, dtype=torch.float32)
     assert lse is not None
     return out, lse
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, return_lse: bool, implementation: str | None) -> str:
+    """Name of the implementation that runs; raises as the public function says."""
+    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu_gathered")
+    if implementation is None and name == "cpu_gathered" and not return_lse and flex_usable(q, blocks):
+        name = "cpu_flex"
+    if (
+        implementation is None
+        and name == "triton"
+        and dispatch.hopper_automatic()
+        and not hopper_usable(q, k, v, blocks)
+    ):
+        name = "hopper"
+    if implementation == "hopper" and (reason := hopper_usable(q, k, v, blocks)):
+        raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
+    if name.startswith("cpu_") and q.device.type != "cpu":
+        raise ValueError(f"{OP}: implementation={name!r} needs CPU tensors, got {q.device.type}")
+    if name == "cpu_flex" and return_lse:
+        raise NotImplementedError(
+            f"{OP}: FlexAttention returns no lse on the CPU; use implementation='cpu_gathered' or None"
+        )
+    return name
 
 
 def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str | None:

@@ -11,6 +11,7 @@ from . import cpu, reference
 
 __all__ = ["pooled_attention"]
 
+OP = "pooled_attention"
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 REDUCTIONS = ("max", "sum")
 
@@ -59,47 +60,77 @@ def pooled_attention(
         ValueError: shapes that do not fit, an unknown block size or reduction, rows out of range.
         TypeError: unsupported dtypes.
     """
-    op = "pooled_attention"
-    dispatch.check_query_key(op, q, k)
-    dispatch.check_block_size(op, block_size)
+    dispatch.check_query_key(OP, q, k)
+    dispatch.check_block_size(OP, block_size)
     if reduce not in REDUCTIONS:
-        raise ValueError(f"{op}: reduce must be one of {REDUCTIONS}, got {reduce!r}")
+        raise ValueError(f"{OP}: reduce must be one of {REDUCTIONS}, got {reduce!r}")
     batch, _, query_length, head_dim = q.shape
     key_length = k.shape[2]
-    rows = _check_rows(op, rows, query_length, key_length, block_size, q.device)
+    if rows is None:
+        first = first_query_block(query_length, key_length, block_size)
+        rows = torch.arange(first, num_blocks(key_length, block_size), device=q.device)
+    elif rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"{OP}: rows must be int64 [R], got {rows.dtype} {tuple(rows.shape)}")
     if lengths is not None:
         if lengths.shape != (batch,) or lengths.is_floating_point():
-            raise ValueError(f"{op}: lengths must be integers [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
+            raise ValueError(f"{OP}: lengths must be integers [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
         lengths = lengths.to(q.device, torch.int64)
+    scale = dispatch.default_scale(head_dim, scale)
+    return _pooled_attention(q, k, rows, block_size, scale, lengths, reduce, normalize, implementation)
 
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    lengths: Tensor | None,
+    reduce: str,
+    normalize: bool,
+    implementation: str | None,
+) -> Tensor:
+    batch, heads = q.shape[:2]
+    return q.new_empty(batch, heads, rows.shape[0], num_blocks(k.shape[2], block_size), dtype=torch.float32)
+
+
+@dispatch.custom_op(_fake)
+def _pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    block_size: int,
+    scale: float,
+    lengths: Tensor | None,
+    reduce: str,
+    normalize: bool,
+    implementation: str | None,
+) -> Tensor:
+    _check_range(rows, q.shape[2], k.shape[2], block_size)
     function = reference.pooled_attention
-    name = dispatch.choose_implementation(op, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
+    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
     if name == "cpu":
         function = cpu.pooled_attention
     elif name == "triton":
-        from . import triton
+        from . import triton  # imported late: triton is an optional dependency
 
         function = triton.pooled_attention
     return function(
         q,
         k,
-        rows,
+        rows.to(q.device),
         block_size=block_size,
-        scale=dispatch.default_scale(head_dim, scale),
+        scale=scale,
         lengths=lengths,
         reduce=reduce,
         normalize=normalize,
     )
 
 
-def _check_rows(
-    op: str, rows: Tensor | None, query_length: int, key_length: int, block_size: int, device: torch.device
-) -> Tensor:
+def _check_range(rows: Tensor, query_length: int, key_length: int, block_size: int) -> None:
+    """The check that reads values, and so waits for a device: it is made on the CPU only, and not while tracing."""
+    if rows.device.type != "cpu" or not rows.numel():
+        return
     first, end = first_query_block(query_length, key_length, block_size), num_blocks(key_length, block_size)
-    if rows is None:
-        return torch.arange(first, end, device=device)
-    if rows.dim() != 1 or rows.dtype != torch.int64:
-        raise ValueError(f"{op}: rows must be int64 [R], got {rows.dtype} {tuple(rows.shape)}")
-    if rows.device.type == "cpu" and rows.numel() and not (first <= int(rows.min()) and int(rows.max()) < end):
-        raise ValueError(f"{op}: rows must lie in [{first}, {end}), the blocks that hold queries, got {rows.tolist()}")
-    return rows.to(device)
+    if not (first <= int(rows.min()) and int(rows.max()) < end):
+        raise ValueError(f"{OP}: rows must lie in [{first}, {end}), the blocks that hold queries, got {rows.tolist()}")

@@ -1,0 +1,170 @@
+"""Prefill on a GPU waits for the GPU once per forward, not once per layer: shown without a GPU, on the device "meta".
+
+A meta tensor has a device, a shape and no values: what asks for a value, or moves data between host and device, is
+caught. Ops run as their fake implementations; what their kernels' launchers do is tested below, with kernels that do
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import traceback
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import seerattention as seer
+from seerattention.ops import dispatch
+from seerattention.ops.indices import BlockIndices
+
+# Ops that wait for the device, or whose results have a shape that depends on values.
+READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+POLICIES = [
+    seer.Threshold(0.1),
+    seer.Threshold(0.1, last_blocks_dense=2),
+    seer.TopK(0.4),
+    seer.TopK(0.4, uniform=True),
+    seer.TopP(0.6),
+    seer.TokenBudget(64),
+]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait, by the function of this package that does it ("elsewhere": transformers)."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in READS:
+            self.record(name)
+            return True  # the answer to "all ones?", "consecutive?"; a test of anything else fails here
+        if name in ("_to_copy", "copy_") and not (kwargs or {}).get("non_blocking"):
+            devices = {torch.device(x).type for x in (kwargs.get("device"),) if x} if kwargs else set()
+            devices |= {x.device.type for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+            if len(devices) > 1:
+                self.record("copy")
+        return func(*args, **(kwargs or {}))
+
+    def record(self, what):
+        frames = [frame for frame in traceback.extract_stack() if "/seerattention/" in frame.filename]
+        self.found[(frames[-1].name if frames else "elsewhere", what)] += 1
+
+
+def waits_of(model, monkeypatch, **inputs):
+    monkeypatch.setattr(dispatch, "tracing", lambda: True)  # ops as their fake implementations
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)  # which does not know "meta"
+    with torch.no_grad(), Waits():
+        model(**{**inputs, "input_ids": inputs["input_ids"].clone()})  # the first call moves the gates to the device
+    with torch.no_grad(), Waits() as waits:
+        output = model(**inputs)
+    assert output.logits.device.type == "meta"
+    return {key: count for key, count in waits.found.items() if key[0] != "elsewhere"}
+
+
+@pytest.fixture
+def model(model_of):
+    model = model_of(num_hidden_layers=4).to("meta")
+    return seer.attach(model, seer.GateConfig(block_size=32), prefill=seer.TopK(0.3), min_context=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_prefill_waits_once_per_forward(model, monkeypatch, policy):
+    """For the positions, which transformers makes itself or gets: packed sequences restart in them. They are ready
+    before any layer has run."""
+    seer.set_policy(model, policy)
+    ids = torch.ones(1, 333, dtype=torch.long, device="meta")
+    with seer.record(model) as stats:
+        found = waits_of(model, monkeypatch, input_ids=ids)
+    assert (stats.sparse_calls, stats.dense_calls) == (8, 0)  # of two forwards
+    assert found == {("positions_run_on", "_local_scalar_dense"): 1}
+
+
+def test_a_mask_of_ones_costs_one_more_as_it_does_in_sdpa(model, monkeypatch):
+    ids = torch.ones(1, 333, dtype=torch.long, device="meta")
+    with seer.record(model) as stats:
+        found = waits_of(model, monkeypatch, input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert (stats.sparse_calls, stats.dense_calls) == (8, 0)  # of two forwards
+    assert found == {
+        ("seer_mask", "_local_scalar_dense"): 1,
+        ("positions_run_on", "_local_scalar_dense"): 1,
+    }
+
+
+def test_the_oracle_does_not_wait(model_of, monkeypatch):
+    model = seer.attach(model_of().to("meta"), selector=seer.baselines.Oracle(seer.TopK(0.3)), min_context=0)
+    ids = torch.ones(1, 333, dtype=torch.long, device="meta")
+    found = waits_of(model, monkeypatch, input_ids=ids)
+    assert found == {("positions_run_on", "_local_scalar_dense"): 1}
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: bool(x.all()),
+        lambda x: x.sum().item(),
+        lambda x: x.to("cpu"),
+        lambda x: torch.full((2,), 3).to(x.device),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_the_check_finds(wait):
+    x = torch.ones(3, device="meta")
+    # No values to copy or to find: having been seen, some calls fail.
+    with Waits() as waits, contextlib.suppress(NotImplementedError, RuntimeError):
+        wait(x)
+    assert sum(waits.found.values()) == 1
+
+
+class NoKernel:
+    """Stands for a Triton kernel: takes a grid and arguments, launches nothing."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self.launches += 1
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_launchers_do_not_wait(monkeypatch, with_lengths):
+    attention, selection, pooling, target = (
+        importlib.import_module(f"seerattention.ops.{op}.triton")
+        for op in ("block_sparse_attention", "block_selection", "block_pooling", "pooled_attention")
+    )
+    kernel = NoKernel()
+    for module in (attention, selection, pooling, target):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, kernel)
+    for name in ("device", "device_of"):
+        monkeypatch.setattr(torch.cuda, name, lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(attention, "_shared_memory", lambda device: 1 << 17)
+    q = torch.ones(1, 4, 333, 64, device="meta", dtype=torch.bfloat16)
+    k = q[:, :2]
+    scores = torch.ones(1, 4, 6, 6, device="meta")
+    lengths = torch.full((1,), 300, device="meta") if with_lengths else None
+    common = {"block_size": 64, "lengths": lengths}
+    with Waits() as waits:
+        pooling.block_pooling(q, ("max", "avg"), **common)
+        keep = torch.full((1, 6), 2, device="meta")
+        rest = {**common, "last_blocks_dense": 1}
+        selection.select_threshold(scores, 0.1, **rest)
+        selection.select_topp(scores, 0.5, **rest)
+        blocks = selection.select_topk(scores, keep, diagonal_extra=False, capacity=6, **rest)
+        assert isinstance(blocks, BlockIndices)
+        attention.block_sparse_attention_triton(q, k, k, blocks, 0.1, True)
+        rows = torch.arange(6, device="meta")
+        for reduce in ("max", "sum"):
+            target.pooled_attention(q, k, rows, scale=0.1, reduce=reduce, normalize=True, **common)
+    assert kernel.launches == 7
+    assert not waits.found
