@@ -20,3 +20,12 @@ import helpers
 def nan_filled_empty(monkeypatch):
     """Within the test, torch.empty and torch.empty_like give NaN: what a kernel forgets to write shows."""
     helpers.fill_empty_with_nan(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A test that leaves gradients off, or inference mode on, would break others far away."""
+    yield
+    left_off = torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not left_off, "the test left gradients off"
