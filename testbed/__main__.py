@@ -7,6 +7,7 @@ seerattention package embeds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -136,20 +137,16 @@ def train(
         drill_mix=json.loads(drill_mix) if drill_mix else None,
         templates=_read(templates),
     )
-    model: Any = (
-        read(start)
-        if start
-        else ModelConfig(
-            len(AutoTokenizer.from_pretrained(out)),
-            width,
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-            mlp_width or width * 5 // 2,
-            max_context=max(phase.context for phase in config.phases),
+    longest = max(phase.context for phase in config.phases)
+    model: Any
+    if start is not None:
+        model = read(start)
+        model.config = dataclasses.replace(model.config, max_context=max(longest, model.config.max_context))
+    else:
+        vocabulary = len(AutoTokenizer.from_pretrained(out))
+        model = ModelConfig(
+            vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width or width * 5 // 2, max_context=longest
         )
-    )
     summary = run(out, model, config, device)
     typer.echo(json.dumps({k: v for k, v in summary.items() if k != "settings"}))
 

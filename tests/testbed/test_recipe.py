@@ -116,11 +116,13 @@ def test_everything_in_one_command(tmp_path):
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)  # what is finished is kept
     assert again.exit_code == 0, again.output
     options |= {"--start": package / "model", "--out": tmp_path / "run on", "--minutes": 0.05, "--samples": 1}
+    options["--phases"] = json.dumps([{"context": 1024, "share": 1, "tokens": 1024, "rate": 3e-3}])
     arguments = ["all", *(str(part) for pair in options.items() for part in pair)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     trained_on = AutoTokenizer.from_pretrained(tmp_path / "run on" / "package" / "model")
     assert trained_on.get_vocab() == tokenizer.get_vocab()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run on" / "model").config.max_position_embeddings == 1024
     assert set(load_file(package / "gates" / "gates.safetensors"))
 
 
