@@ -82,9 +82,7 @@ def _gpu(folder: Path, plots: Path) -> list[str]:
         "per query head. Targets were stated for an H200."
     )
     parts += _markdown(Table(["what", "target", "measured", ""], rows, caption))
-    notes = folder / "notes.md"
-    if notes.exists():
-        parts.append(notes.read_text(encoding="utf-8").strip())
+    parts += _notes(folder)
     for name in ("block_sparse_attention", "chunk_attention"):
         if results[name]:
             parts += [f"### {name}", *_markdown(_attention_table(results[name]))]
@@ -182,8 +180,14 @@ def _distill_table(results: Sequence[dict[str, Any]]) -> Table:
     return Table(headers, rows, "One step with one prompt; 'rows' is the share of query-block rows in the loss.")
 
 
+def _notes(folder: Path) -> list[str]:
+    """What was written by hand about the results of a device."""
+    notes = folder / "notes.md"
+    return [notes.read_text(encoding="utf-8").strip()] if notes.exists() else []
+
+
 def _cpu(folder: Path) -> list[str]:
-    parts = ["## CPU"]
+    parts = ["## CPU", *_notes(folder)]
     results = latest_results(folder, "block_sparse_attention")
     if results:
         parts += [f"{_describe(results[-1]['environment'])}.", *_markdown(_attention_table(results))]
