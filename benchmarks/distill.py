@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from seerattention.hf.recall import run_prompt
 from seerattention.ops.indices import num_blocks
 from seerattention.ops.pooled_attention import pooled_attention
 
-from .models import MODELS, build_model, num_layers, random_tokens, without_layers
+from .models import build_model, model_parser, num_layers, random_tokens, without_layers
 from .results import own_arguments, start_run
 
 _LOSS_TOLERANCE = 1e-2
@@ -181,20 +180,9 @@ def _seconds(function: Any, device: torch.device) -> float:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
+    parser = model_parser("benchmarks.distill", __doc__, check_length=2048)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 8K, 32K and 64K")
     parser.add_argument("--rows", type=float, nargs="+", default=[1.0, 0.25], help="share of the query-block rows")
-    parser.add_argument("--layers", type=int, help="build so many layers and scale; default: all")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--check-length", type=int, default=2048, help="tokens of the check before any time")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--budget", type=float, help="start no case after so many seconds")
-    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny model")
     return parser.parse_args(arguments)
 
 

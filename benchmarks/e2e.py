@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from seerattention.evaluate.tables import Table, format_length
 from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_prefill
 from seerattention.hf.attention import DEFAULT_MIN_CONTEXT
 
-from .models import MODELS, build_model, num_layers, random_tokens, without_layers
+from .models import build_model, model_parser, num_layers, random_tokens, without_layers
 from .results import own_arguments, start_run
 
 # Rounding to this size is no difference, whatever another dense kernel happens to give.
@@ -180,20 +179,9 @@ def _dense_kernel(device: torch.device) -> Iterator[None]:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.e2e", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
+    parser = model_parser("benchmarks.e2e", __doc__, check_length=4096)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 1K to 128K")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
-    parser.add_argument("--layers", type=int, help="build so many layers and scale; default: all")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--check-length", type=int, default=4096, help="tokens of the check before any time")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--budget", type=float, help="start no length after so many seconds")
-    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny model")
     return parser.parse_args(arguments)
 
 

@@ -16,13 +16,6 @@ LENGTH = 2048
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(seer.testbed.model_path())
-
-
-@pytest.fixture(scope="module")
 def books(tokenizer):
     texts = [text[:60_000] for text in seer.testbed.book_texts("test")[:2]]
     return [np.array(tokenizer.encode(text, add_special_tokens=False)) for text in texts]

@@ -10,13 +10,6 @@ from seerattention.tasks import TaskGenerator, TrainingMix
 from seerattention.tasks.training import DRILL_MIX, LONG_DRILL, SHORT_DRILLS, TASK_MIX
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(seer.testbed.model_path())
-
-
 @pytest.fixture
 def generator(tokenizer):
     book = np.array(tokenizer.encode(seer.testbed.book_texts("train")[0][:60_000], add_special_tokens=False))
