@@ -121,11 +121,30 @@ def _copy(descriptor, coordinates, barrier, shared, pred=True):
 
 
 def _wait(barrier, phase):
+    if int(phase) != barrier.phase:  # the phase before: it is over, and nothing is under way on a barrier never armed
+        assert barrier.phase == barrier.expected == 0, "waits for the wrong phase"
+        return
     assert barrier.phase == int(phase), "waits for the wrong phase"
     assert barrier.expected == sum(tile.nbytes for _, tile in barrier.copies) > 0, "would wait for ever"
     for shared, tile in barrier.copies:
         shared.tensor.copy_(tile)
     barrier.phase, barrier.expected, barrier.copies = barrier.phase ^ 1, 0, []
+
+
+def _copy_back(descriptor, coordinates, shared):
+    """TMA store; tiles are clipped to the tensor."""
+    target, source = [], []
+    for start, size, length in zip(map(int, coordinates), descriptor.block_shape, descriptor.view.shape, strict=True):
+        assert -size < start < length + size, f"tile at {start} of a dimension of {length}"
+        low = max(start, 0)
+        high = max(low, min(start + size, length))
+        target.append(slice(low, high))
+        source.append(slice(low - start, high - start))
+    descriptor.view[tuple(target)] = shared.tensor[tuple(source)]
+
+
+def _range(*bounds):
+    return (torch.tensor(i, dtype=torch.int32) for i in range(*map(int, bounds)))
 
 
 def _product(a, b, acc, *, use_acc=True, is_async=False):
@@ -141,7 +160,8 @@ def _extreme(function, a, b):
 
 
 def run(kernel, grid, args, constants):
-    """Run a Gluon kernel for every program of a two-dimensional grid. Tensors become pointers."""
+    """Run a Gluon kernel for every program of a grid of one or two dimensions. Tensors become pointers."""
+    grid = (*grid, 1)[:2]
     program, barriers = [0, 0], []
 
     def allocate(*arguments):
@@ -182,7 +202,13 @@ def run(kernel, grid, args, constants):
         "mbarrier": types.SimpleNamespace(
             MBarrierLayout=lambda: None, init=lambda barrier, count: None, expect=_expect, wait=_wait
         ),
-        "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
+        "tma": types.SimpleNamespace(
+            async_copy_global_to_shared=_copy,
+            async_copy_shared_to_global=_copy_back,
+            store_wait=lambda pending: None,
+        ),
+        "fence_async_shared": lambda: None,
+        "range": _range,
         "warpgroup_mma": _product,
         "warpgroup_mma_wait": lambda outstanding, deps: deps[0].tensor,
     }

@@ -61,6 +61,17 @@ def _refill(d_x, i_b, i_kv, o_key, bar, smem, m_any):
 
 
 @gluon.jit
+def _pin(bar_pin):
+    """Keeps the assembler from moving the arithmetic that follows to before this point, ahead of a copy or a barrier.
+
+    Between waiting for the scores and starting the next copy ptxas would otherwise compute most of the softmax, and the
+    copy would come that much later. A wait is a branch, which it moves nothing across; this one, for the phase before
+    the first of a barrier that is never used, is always over.
+    """
+    mbarrier.wait(bar_pin, 1)
+
+
+@gluon.jit
 def _softmax_step(b_scores, b_max, b_sum, scale_log2):
     """Probabilities relative to the new running maximum, what decays the old ones, and the new maximum and sum."""
     b_new_max = gl.maximum(b_max, gl.max(b_scores, 1) * scale_log2)
@@ -117,17 +128,22 @@ def block_sparse_attention_hopper_kernel(
     bar_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     bar_k = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     bar_v = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bar_pin = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar_pin, count=1)
     mbarrier.init(bar_q, count=1)
     mbarrier.init(bar_k, count=1)
     mbarrier.init(bar_v, count=1)
 
-    # Later rows have longer lists: start them first, so that the short ones fill the tail of the grid.
-    i_tile = gl.num_programs(0) - 1 - gl.program_id(0)
+    # Programs that run at one time are neighbours in this order: the query heads of one KV head side by side, so that
+    # what their lists share is still in the L2 cache; and later rows, which have longer lists, first, so that the short
+    # ones fill the tail of the grid.
+    i_tile = gl.num_programs(0) // kv_group - 1 - gl.program_id(0) // kv_group
     i_row = i_tile // SPLIT
     i_sub = i_tile % SPLIT
-    i_b = gl.program_id(1) // num_heads
-    i_h = gl.program_id(1) % num_heads
-    i_kv = i_h // kv_group
+    num_kv_heads = num_heads // kv_group
+    i_b = gl.program_id(1) // num_kv_heads
+    i_kv = gl.program_id(1) % num_kv_heads
+    i_h = i_kv * kv_group + gl.program_id(0) % kv_group
     i_list = (i_h // list_group).to(gl.int64)
     # Index of the first query of the tile, negative where a chunk starts inside a block.
     local = (first_row + i_row) * BLOCK + i_sub * TILE - (key_length - query_length)
@@ -169,6 +185,7 @@ def block_sparse_attention_hopper_kernel(
         b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
         b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
         _refill(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_more)
+        _pin(bar_pin)
         b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
         b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
         b_p = gl.convert_layout(b_p.to(DTYPE), P)
@@ -229,7 +246,8 @@ def block_sparse_attention_hopper(
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
     indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
     padded_dim = 64 if head_dim <= 64 else 128
-    grid = (blocks.num_rows * (blocks.block_size // TILE), batch * num_heads)
+    group = num_heads // num_kv_heads
+    grid = (blocks.num_rows * (blocks.block_size // TILE) * group, batch * num_kv_heads)
     with torch.cuda.device(q.device):
         block_sparse_attention_hopper_kernel[grid](
             _descriptor(q, padded_dim),
@@ -243,7 +261,7 @@ def block_sparse_attention_hopper(
             *indices.stride()[:3],
             *blocks.counts.stride(),
             num_heads,
-            num_heads // num_kv_heads,
+            group,
             num_heads // blocks.counts.shape[1],
             query_length,
             key_length,

@@ -1,0 +1,85 @@
+"""A sparse layer as torch.compile and CUDA graphs run it: the ops wait for nothing and may be recorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seerattention as seer
+from helpers import make_qkv
+from seerattention.ops import block_pooling, block_sparse_attention, dispatch, pooled_attention
+
+POLICIES = [seer.TopK(0.3), seer.Threshold(0.05), seer.TopP(0.7), seer.TokenBudget(256), seer.Dense()]
+
+
+@pytest.fixture(params=["triton", "hopper"])
+def implementation(request, monkeypatch):
+    """Every attention kernel that this GPU can run."""
+    if request.param == "hopper" and (reason := dispatch.hopper_unusable(torch.device("cuda", 0))):
+        pytest.skip(reason)
+    monkeypatch.setenv(dispatch.HOPPER_VARIABLE, str(int(request.param == "hopper")))
+    return request.param
+
+
+def make_layer(policy):
+    def layer(q, k, v):
+        queries, keys = block_pooling(q, ("avg",)), block_pooling(k, ("max",)).repeat_interleave(2, 1)
+        scores = (queries @ keys.mT).float()
+        blocks_of = scores.shape[-1]
+        future = torch.ones(blocks_of, blocks_of, dtype=torch.bool, device=q.device).triu(1)
+        blocks = policy.select(scores.masked_fill(future, float("-inf")), block_size=64)
+        return block_sparse_attention(q, k, v, blocks)
+
+    return layer
+
+
+def inputs(length, seed):
+    return [
+        x.cuda() for x in make_qkv(length, length, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, seed=seed)
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_cuda_graph(policy, implementation):
+    """One recording, replayed on other inputs, equals the ops called one by one."""
+    layer, static = make_layer(policy), inputs(1000, 0)
+    with torch.inference_mode():
+        layer(*static)  # compiles the kernels
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(*static)
+        for seed in (1, 2):
+            fresh = inputs(1000, seed)
+            for old, new in zip(static, fresh, strict=True):
+                old.copy_(new)
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, layer(*fresh))
+
+
+def test_cuda_graph_of_the_target():
+    static = inputs(700, 0)[:2]
+    with torch.inference_mode():
+        pooled_attention(*static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = pooled_attention(*static)
+        fresh = inputs(700, 1)[:2]
+        for old, new in zip(static, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        torch.testing.assert_close(out, pooled_attention(*fresh))
+
+
+def test_compiled_layer(implementation):
+    """Inductor around the ops: one graph, same result for several lengths."""
+    layer = make_layer(seer.TopK(0.3))
+    torch._dynamo.reset()
+    function = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        for length in (500, 1000, 1301):
+            qkv = inputs(length, length)
+            # Sums may be taken in another order, and then a block on the edge of the choice be another one.
+            torch.testing.assert_close(function(*qkv), layer(*qkv), rtol=2e-2, atol=2e-2)
