@@ -24,8 +24,7 @@ BLOCK_SIZES = (32, 64, 128)
 # Of the names under which torch knows the ops: that of the package which they are part of.
 NAMESPACE = __name__.split(".")[0]
 
-# Kernels written in Gluon for Hopper GPUs. They compile and their logic is tested, but they have not run on a GPU yet:
-# until tests/gpu has passed on one, they run only where they are asked for by name.
+# Whether kernels written in Gluon for Hopper GPUs run wherever they can, or only where they are asked for by name.
 HOPPER_AUTOMATIC = True
 # Environment variable that overrides HOPPER_AUTOMATIC, for tests and measurements: 1 chooses these kernels wherever
 # they can run, 0 nowhere.

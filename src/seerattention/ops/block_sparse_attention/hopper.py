@@ -3,7 +3,8 @@
 The same loop over an index list as ``triton.py``, with tiles of 64 queries and 64 keys, K and V brought in by the
 tensor copy engine (TMA) and both products on ``wgmma``. A tile is little work, so latency is hidden by neighbours and
 not by depth: a program is one warpgroup with a single buffer for K and one for V, each refilled as soon as the product
-that read it is done, and several programs share a multiprocessor (``MAX_REGISTERS``).
+that read it is done, and several programs share a multiprocessor (``MAX_REGISTERS``). What bounds it is the L2 cache,
+from which every query block reads its own tiles: 32 KiB for 2 MFLOP at head_dim 128 (docs/experiments.md).
 
 TMA checks bounds itself: rows of partial blocks that lie before the first query or after the last key, and columns past
 head_dim, arrive as zeros. What it demands of addresses and strides is checked by ``hopper_usable`` in ``interface.py``.
