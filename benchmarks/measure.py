@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from seerattention.evaluate.kernels import (
     WrongResultError,
@@ -26,6 +27,7 @@ from seerattention.evaluate.kernels import (
 )
 from seerattention.evaluate.timing import peak_memory, time_functions
 from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.indices import BlockIndices, num_blocks
 from seerattention.ops.pooled_attention import interface as pooled_interface
 from seerattention.ops.pooled_attention import pooled_attention
@@ -133,39 +135,76 @@ def measure_attention(case: Case, options: Options) -> dict[str, Any]:
 
 
 def measure_pooled_attention(case: Case, options: Options) -> dict[str, Any]:
-    """The distillation target beside a dense forward: all query-block rows, and a random quarter of them."""
+    """The distillation target beside a dense forward: all query-block rows, and a random quarter of them.
+
+    Extra time is what a dense forward that also returns its log-sum-exp takes longer than without, and the target given
+    that; the target that computes both is timed, too ("alone").
+    """
     shape, device = case.shape, options.device
     q, k, v = make_inputs(shape, case.queries, case.keys, device)
     rows = num_blocks(case.keys, shape.block_size)
     drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     quarter = drawn[: max(1, rows // 4)].sort().values.to(device)
+    shares = {"all rows": ("all", None, rows), "a quarter of the rows": ("quarter", quarter, len(quarter))}
     checked = _Checked()
     lists = dense_lists(shape, case.queries, case.keys, device)
     for name, function in dense_kernels(q, k, v).items():
         if options.wants(f"dense: {name}"):
             checked.add(f"dense: {name}", function, partial(check_attention, function, q, k, v, lists))
+    given: Tensor | None = None
+    for name, backend in _BACKENDS_WITH_LSE.items():
+        with_lse = partial(_dense_with_lse, q, k, v, backend)
+        if f"dense: {name}" in checked.functions:
+            checked.add(f"with LSE: {name}", with_lse, partial(check_attention, with_lse, q, k, v, lists))
+        if given is None and f"with LSE: {name}" in checked.functions:
+            given = with_lse()[1]
     for name in our_implementations(pooled_interface.IMPLEMENTATIONS, device):
-        for share, chosen in (("all rows", None), ("a quarter of the rows", quarter)):
-            key = f"ours: {name or AUTOMATIC}, {share}"
-            if options.wants(key):
+        for share, (_, chosen, _) in shares.items():
+            for suffix, lse in (("", given), (", alone", None)):
+                key = f"ours: {name or AUTOMATIC}, {share}{suffix}"
+                if not options.wants(key) or (not suffix and lse is None):
+                    continue
                 function = partial(
-                    pooled_attention, q, k, block_size=shape.block_size, rows=chosen, implementation=name
+                    pooled_attention, q, k, block_size=shape.block_size, rows=chosen, lse=lse, implementation=name
                 )
                 checked.add(key, function, partial(_pooled_error, function, q, k, chosen, shape.block_size))
     found = checked.time(options)
     metrics: dict[str, Any] = {}
     dense = _fastest(found, "dense: ")
-    for share, short, count in (("all rows", "all", rows), ("a quarter of the rows", "quarter", len(quarter))):
+    returning: float | None = None  # what returning the log-sum-exp costs
+    if dense is not None:
+        metrics["dense_kernel"] = dense.removeprefix("dense: ")
+        forward, kernel = found[dense]["median_s"], _fastest(found, "with LSE: ")
+        if kernel is not None:
+            returning = max(0.0, found[kernel]["median_s"] - forward)
+            metrics["lse_extra_time"] = returning / forward
+    for share, (short, _, count) in shares.items():
         key = f"ours: {AUTOMATIC}, {share}"
+        if f"{key}, alone" in found and dense is not None:
+            metrics[f"{short}_extra_time_alone"] = found[f"{key}, alone"]["median_s"] / forward
         if key not in found:
             continue
         found[key]["extra_bytes"] = extra = peak_memory(checked.functions[key], device)
         if extra is not None:  # the map itself is float32 [1, heads, rows, key blocks]
             metrics[f"{short}_memory_over_map"] = extra / (4 * shape.heads * count * rows)
-        if dense is not None:
-            metrics["dense_kernel"] = dense.removeprefix("dense: ")
-            metrics[f"{short}_extra_time"] = found[key]["median_s"] / found[dense]["median_s"]
+        if returning is not None:
+            metrics[f"{short}_extra_time"] = (returning + found[key]["median_s"]) / forward
     return checked.result(found, metrics)
+
+
+_BACKENDS_WITH_LSE = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+    "sdpa": None,
+}
+
+
+def _dense_with_lse(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None) -> tuple[Tensor, Tensor]:
+    """Dense attention and its log-sum-exp, as a distillation step runs it."""
+    found = dense_attention_with_lse(q, k, v, backend=backend)
+    if found is None:
+        raise NotImplementedError("no log-sum-exp from this kernel")
+    return found
 
 
 def measure_gate_path(case: Case, options: Options) -> dict[str, Any]:

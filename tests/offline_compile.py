@@ -10,6 +10,7 @@ TRITON_INTERPRET unset, as in `tests/ops/test_offline_compile.py`. By hand, with
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -127,12 +128,45 @@ def hopper(module, target):
 
 
 def pooled_attention(module, target):
-    q, k, _ = tensors(128, torch.bfloat16)
-    for reduce in ("max", "sum") if target == "sm_90" else ("max",):
+    module._capability = lambda device: {"sm_80": 8, "sm_90": 9}.get(target, 0)
+    cases = [(128, 64, torch.bfloat16)]
+    if target == "sm_90":
+        cases += [(64, 64, torch.float16), (80, 32, torch.bfloat16), (128, 128, torch.bfloat16)]
+        cases += [(256, 64, torch.bfloat16), (64, 64, torch.float32)]
+    rows, common = torch.arange(1), {"scale": 0.1, "lengths": None}
+    for head_dim, block_size, dtype in cases:
+        q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
+        k, lse = q[:, :1], torch.zeros(1, 4, 128)
+        shape = f"{head_dim} {block_size} {dtype}"
+        yield f"lse {shape}", functools.partial(module.query_lse, q, k, rows, block_size=block_size, **common)
+        for reduce in ("max", "sum"):
+            yield (
+                f"{reduce} {shape}",
+                functools.partial(
+                    module.pooled_attention, q, k, rows, block_size=block_size, reduce=reduce, normalize=True, lse=lse,
+                    **common,
+                ),
+            )  # fmt: skip
+
+
+def pooled_attention_hopper(module, target):
+    rows = torch.arange(2)
+    for head_dim, dtype, normalize in [
+        (128, torch.bfloat16, True),
+        (64, torch.float16, True),
+        (96, torch.bfloat16, False),
+    ]:
+        q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
+        lse, lengths = torch.zeros(1, 4, 128), None if normalize else torch.tensor([100])
         yield (
-            f"{reduce} {q.dtype}",
-            lambda reduce=reduce: module.pooled_attention(
-                q, k, torch.arange(2), block_size=64, scale=0.1, lengths=None, reduce=reduce, normalize=False
+            f"{head_dim} {dtype} normalize={normalize}",
+            functools.partial(
+                module.pooled_attention_hopper,
+                *(q, q[:, :1], rows),
+                scale=0.1,
+                lengths=lengths,
+                normalize=normalize,
+                lse=lse,
             ),
         )
 
@@ -145,13 +179,33 @@ def block_pooling(module, target):
     )
 
 
+def gate_scores(module, target):
+    cases = [(128, torch.bfloat16)]
+    if target == "sm_90":
+        cases += [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
+    num = 64
+    for width, dtype in cases:
+        x = torch.zeros(1, 4, num, width, dtype=dtype)
+        k, weight = x[:, :2].repeat(1, 1, 1, 3), torch.zeros(4, 3 * width, width, dtype=dtype)
+        table = torch.zeros(1, 64 * num, width, dtype=dtype)
+        shape = f"{width} {dtype}"
+        yield f"project {shape}", functools.partial(module._project_rotate, k, weight, table, table, width, 64)
+        yield f"rotate {shape}", functools.partial(module._project_rotate, x, None, table, table, width, 64)
+        scores = torch.zeros(1, 4, num, num)
+        yield f"multiply {shape}", functools.partial(module._multiply, x, x[:, :2], scores, 0.1, width == 128)
+
+
 def block_selection(module, target):
-    scores = torch.zeros(1, 2, 512, 512)
-    common = {"block_size": 64, "lengths": None, "last_blocks_dense": 1}
-    yield "threshold", lambda: module.select_threshold(scores, 0.1, **common)
-    keep = torch.ones(1, 512, dtype=torch.int32)
-    yield "topk", lambda: module.select_topk(scores, keep, diagonal_extra=False, capacity=512, **common)
-    yield "topp", lambda: module.select_topp(scores, 0.5, **common)
+    module._limit = (lambda registers: {}) if target == "gfx942" else (lambda registers: {"maxnreg": registers})
+    for num in (512, 2048) if target == "sm_90" else (512,):
+        scores, keep = torch.zeros(1, 2, num, num), torch.ones(1, num, dtype=torch.int64)
+        common = {"block_size": 64, "lengths": None, "last_blocks_dense": 1}
+        for softmax in (False, True):
+            given = {**common, "softmax": softmax}
+            yield f"threshold {num} {softmax}", functools.partial(module.select_threshold, scores, 0.1, **given)
+            yield f"topp {num} {softmax}", functools.partial(module.select_topp, scores, 0.5, **given)
+        given = {**common, "diagonal_extra": False, "capacity": num}
+        yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
 
 
 # Calls, module, targets
@@ -159,7 +213,9 @@ JOBS = {
     "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
     "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", list(TARGETS)),
     "pooled_attention": (pooled_attention, "pooled_attention.triton", list(TARGETS)),
+    "pooled_attention_hopper": (pooled_attention_hopper, "pooled_attention.hopper", ["sm_90"]),
     "block_pooling": (block_pooling, "block_pooling.triton", list(TARGETS)),
+    "gate_scores": (gate_scores, "gate_scores.triton", list(TARGETS)),
     "block_selection": (block_selection, "block_selection.triton", list(TARGETS)),
 }
 

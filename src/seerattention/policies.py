@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .ops.block_selection import dense_indices, select_threshold, select_topk, select_topp
-from .ops.indices import BlockIndices, causal_block_mask
+from .ops.block_selection import causal_softmax, dense_indices, select_threshold, select_topk, select_topp
+from .ops.indices import BlockIndices
 
 __all__ = ["Dense", "Policy", "Threshold", "TokenBudget", "TopK", "TopP", "causal_softmax", "policy_from_dict"]
 
@@ -74,11 +74,12 @@ class Threshold(Policy):
 
     def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
         return select_threshold(
-            causal_softmax(logits),
+            logits,
             self.threshold,
             block_size=block_size,
             lengths=lengths,
             last_blocks_dense=self.last_blocks_dense,
+            softmax=True,
         )
 
 
@@ -126,10 +127,7 @@ class TopK(Policy):
                 keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
             capacity = longest + 1
         else:
-            # On the device, so that nothing waits for it; but Apple's has no float64.
-            device = logits.device if logits.device.type != "mps" else None
-            causal = torch.arange(num_keys - num_rows + 1, num_keys + 1, dtype=torch.float64, device=device)
-            keep = (causal * self.density - _CEIL_SLACK).ceil().long().clamp(min=1)
+            keep = _share_of_causal(self.density, num_rows, num_keys, logits.device)
             capacity = max(1, math.ceil(num_keys * self.density - _CEIL_SLACK))  # what the last row keeps
         return select_topk(
             logits,
@@ -163,11 +161,12 @@ class TopP(Policy):
 
     def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
         return select_topp(
-            causal_softmax(logits),
+            logits,
             self.p,
             block_size=block_size,
             lengths=lengths,
             last_blocks_dense=self.last_blocks_dense,
+            softmax=True,
         )
 
 
@@ -235,18 +234,30 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
     return policy(**arguments)
 
 
-def causal_softmax(logits: Tensor) -> Tensor:
-    """Softmax over the causal key blocks of each row.
+# Of the latest shapes, by all that they follow from.
+_SHARES: dict[tuple[float, int, int, torch.device, int], Tensor] = {}
+_MOST_SHARES = 64
 
-    Args:
-        logits: ``[B, H, Nq, Nk]``; query blocks are the last Nq of the Nk key blocks.
 
-    Returns:
-        float32 ``[B, H, Nq, Nk]``, exactly 0 above the block diagonal.
+def _share_of_causal(density: float, num_rows: int, num_keys: int, device: torch.device) -> Tensor:
+    """``ceil(density * causal blocks)`` of each row, int64 ``[num_rows]``, on the device, so that nothing waits for it.
+
+    Every layer of a forward asks for the same: on CUDA devices the answer, six launches, is kept for its stream.
+    Not while a graph is traced or recorded, whose memory is not this process's to keep.
     """
-    num_rows, num_keys = logits.shape[-2:]
-    causal = causal_block_mask(num_rows, num_keys, num_keys - num_rows, logits.device)
-    return logits.float().masked_fill(~causal, float("-inf")).softmax(-1)
+    kept = device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+    key = (density, num_rows, num_keys, device, torch.cuda.current_stream(device).cuda_stream if kept else 0)
+    found = _SHARES.get(key) if kept else None
+    if found is not None:
+        return found
+    where = device if device.type != "mps" else None  # Apple's has no float64
+    causal = torch.arange(num_keys - num_rows + 1, num_keys + 1, dtype=torch.float64, device=where)
+    share = (causal * density - _CEIL_SLACK).ceil().long().clamp(min=1)
+    if kept and type(share) is Tensor:  # not a stand-in of a tracer
+        if len(_SHARES) >= _MOST_SHARES:
+            _SHARES.clear()
+        _SHARES[key] = share
+    return share
 
 
 def _check_number(policy: str, name: str, value: Any) -> None:

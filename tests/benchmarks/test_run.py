@@ -61,7 +61,13 @@ def test_every_op_is_checked_timed_and_written(tmp_path):
     gate = files["gate_path"]["runs"][0]["results"][0]["metrics"]
     assert set(gate) == {"share_TopK", "share_TokenBudget", "share_Threshold", "share_TopP"}
     target = files["pooled_attention"]["runs"][0]["results"][0]["metrics"]
-    assert set(target) >= {"all_extra_time", "quarter_extra_time"}
+    assert set(target) >= {"all_extra_time", "quarter_extra_time", "all_extra_time_alone", "lse_extra_time"}
+    times = files["pooled_attention"]["runs"][0]["results"][0]["implementations"]
+    forward, with_lse, ours = (
+        times[key]["median_s"]
+        for key in (f"dense: {target['dense_kernel']}", "with LSE: sdpa", "ours: automatic, all rows")
+    )
+    assert target["all_extra_time"] == pytest.approx((max(0, with_lse - forward) + ours) / forward)
 
 
 def test_a_wrong_implementation_is_refused_and_shows_no_speed(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seerattention.ops import select_threshold, select_topk, select_topp
+from seerattention.ops.block_selection import causal_softmax
 
 
 def make_scores(num_rows, num_keys, dtype):
@@ -64,3 +65,69 @@ def test_too_long_rows_go_to_the_reference():
     assert select_topk(scores, [5, 5]).counts.tolist() == [[[5, 5]]]
     with pytest.raises(ValueError, match="Triton kernel takes up to"):
         select_topk(scores, [5, 5], implementation="triton")
+
+
+KINDS = ["normal", "heavy_tails", "sink_and_neighbours", "few_values", "bfloat16", "infinite"]
+
+
+def make_rows(kind, num_rows, num_keys, heads=4):
+    """Scores ``[1, heads, num_rows, num_keys]`` of one shape of distribution."""
+    torch.manual_seed(0)
+    x = 2 * torch.randn(1, heads, num_rows, num_keys, device="cuda")
+    if kind == "heavy_tails":
+        x = x.sign() * x.square()
+    elif kind == "sink_and_neighbours":
+        x = x + 4 * torch.exp((torch.arange(num_keys, device="cuda") - num_keys) / 8)
+        x[..., 0] = 15
+    elif kind == "few_values":
+        x = (3 * x).round()
+    elif kind == "bfloat16":
+        x = x.bfloat16()
+    elif kind == "infinite":
+        x[..., ::7], x[..., 3::11] = float("inf"), float("-inf")
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2048, 2048), (512, 512), (500, 2047), (100, 3000), (10, 8192)])
+def test_equals_reference_at_real_sizes(shape, kind):
+    num_rows, num_keys = shape
+    scores = make_rows(kind, *shape)
+    causal = torch.arange(num_keys - num_rows + 1, num_keys + 1)
+    for keep in ((0.1 * causal).ceil().long(), torch.full((num_rows,), num_keys // 3)):
+        for diagonal_extra in (False, True):
+            assert_identical(select_topk, scores, keep, diagonal_extra=diagonal_extra)
+    probabilities = causal_softmax(scores.nan_to_num(0.0, 20.0, -20.0))
+    for p in (0.1, 0.9, 0.999):
+        assert_identical(select_topp, probabilities, p)
+        assert_identical(select_topp, scores.float().nan_to_num(0.0, 1.0, 0.0), p)  # sums far from 1
+    assert_identical(select_threshold, probabilities, 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (128, 128), (2048, 2048), (100, 3000), (10, 8192)])
+def test_softmax_on_the_way(shape):
+    """The same lists as from probabilities, save where these lie at the bound within rounding."""
+    num_rows, num_keys = shape
+    logits = make_rows("normal", *shape)
+    future = torch.ones(shape, device="cuda", dtype=torch.bool).triu(1 + num_keys - num_rows)
+    logits = logits.masked_fill(future, float("nan"))  # ignored, whatever it is
+    probabilities = causal_softmax(logits)
+    for threshold in (0.3 / num_keys, 5.0 / num_keys):
+        actual = select_threshold(logits, threshold, softmax=True).to_mask()
+        expected = select_threshold(probabilities, threshold).to_mask()
+        assert ((actual == expected) | ((probabilities - threshold).abs() < 1e-5 * threshold)).all()
+    for p in (0.1, 0.6, 0.95):
+        actual, expected = select_topp(logits, p, softmax=True), select_topp(probabilities, p)
+        different = (actual.to_mask() != expected.to_mask()).sum(-1)
+        # float32 sums of a row may differ from torch's by this much of its mass.
+        assert (different <= 1 + expected.counts // 500).all()
+        assert (different > 0).float().mean() < 0.1
+
+
+def test_rows_padded_in_memory():
+    for num_keys in (17, 500, 2047):
+        pitch = (num_keys + 15) // 16 * 16
+        scores = torch.full((1, 2, num_keys, pitch), float("nan"), device="cuda")[..., :num_keys]
+        scores.copy_(make_rows("normal", num_keys, num_keys, heads=2))
+        assert_identical(select_topk, scores, [max(1, num_keys // 8)] * num_keys)
+        assert_identical(select_topp, scores, 0.5, softmax=False)

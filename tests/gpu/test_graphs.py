@@ -8,6 +8,7 @@ import torch
 import seerattention as seer
 from helpers import make_qkv
 from seerattention.ops import block_pooling, block_sparse_attention, dispatch, pooled_attention
+from seerattention.ops.dense import dense_attention_with_lse
 
 POLICIES = [seer.TopK(0.3), seer.Threshold(0.05), seer.TopP(0.7), seer.TokenBudget(256), seer.Dense()]
 
@@ -71,6 +72,28 @@ def test_cuda_graph_of_the_target():
             old.copy_(new)
         graph.replay()
         torch.testing.assert_close(out, pooled_attention(*fresh))
+
+
+def test_cuda_graph_of_the_target_given_the_lse():
+    """The target of a distillation step: the forward that returns its log-sum-exp, and the second pass."""
+
+    def step(q, k, v):
+        out, lse = dense_attention_with_lse(q, k, v)
+        return out, pooled_attention(q, k, lse=lse)
+
+    static = inputs(700, 0)
+    with torch.inference_mode():
+        step(*static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step(*static)
+        fresh = inputs(700, 1)
+        for old, new in zip(static, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        for a, b in zip(found, step(*fresh), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_compiled_layer(implementation):

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
 import seerattention as seer
 from seerattention.hf import gates, is_attached
@@ -196,6 +197,40 @@ def test_observe_reports_what_attention_reads(model_of, ids_of):
         assert torch.equal(blocks.to_mask(), seer.TopK(0.5).select(logits, block_size=32).to_mask())
         torch.testing.assert_close(some, logits[:, :, rows])
     assert all(blocks is None for _, blocks in seen[2:])
+
+
+def test_observers_get_the_log_sum_exp_of_a_dense_forward(model_of, ids_of, family):
+    """For nothing: outputs stay those of the untouched model, bit for bit."""
+    model, ids = model_of(family), ids_of(100, batch=2)
+    expected = logits_of(model, ids)
+    attach(model, seer.TopK(0.5))
+    seen = []
+    with seer.observe(model, lambda inputs, blocks: seen.append((inputs, blocks))):
+        with seer.dense(model):
+            assert torch.equal(logits_of(model, ids), expected)
+        logits_of(model, ids)
+    assert [inputs.lse is None for inputs, _ in seen] == [False, False, True, True]
+    for inputs, _ in seen[:2]:
+        keys = inputs.k.repeat_interleave(inputs.q.shape[1] // inputs.k.shape[1], 1)
+        scores = inputs.q @ keys.mT * inputs.scale
+        lse = scores.masked_fill(torch.ones(100, 100).triu(1).bool(), float("-inf")).logsumexp(-1)
+        torch.testing.assert_close(inputs.lse, lse, rtol=1e-5, atol=1e-5)
+
+
+def test_no_log_sum_exp_where_the_kernel_cannot_give_it(model_of, ids_of, monkeypatch):
+    model, ids, mask = model_of(), ids_of(100, batch=2), torch.ones(2, 100, dtype=torch.long)
+    attach(model, seer.TopK(0.5))
+    seen = []
+    with seer.dense(model), seer.observe(model, lambda inputs, blocks: seen.append(inputs.lse)):
+        model(ids).logits.sum().backward()  # gradients are recorded
+        mask[0, 70:] = 0
+        logits_of(model, ids, attention_mask=mask)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            logits_of(model, ids)
+        logits_of(model, ids, output_attentions=True)
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: sdpa(*args, **kwargs))
+        logits_of(model, ids)
+    assert seen == [None] * 10
 
 
 def test_contexts_close_on_errors(model_of, ids_of):

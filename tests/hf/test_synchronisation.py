@@ -166,5 +166,24 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
         rows = torch.arange(6, device="meta")
         for reduce in ("max", "sum"):
             target.pooled_attention(q, k, rows, scale=0.1, reduce=reduce, normalize=True, **common)
-    assert kernel.launches == 7
+            lse = torch.zeros(1, 4, 333, device="meta")
+            target.pooled_attention(q, k, rows, scale=0.1, reduce=reduce, normalize=True, lse=lse, **common)
+    assert kernel.launches == 11  # two for a target without lse
+    assert not waits.found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_launchers_of_gate_scores_do_not_wait(monkeypatch, masked):
+    module = importlib.import_module("seerattention.ops.gate_scores.triton")
+    kernel = NoKernel()
+    for name in ("project_rotate_kernel", "gate_scores_kernel"):
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    q, scores = (torch.ones(1, 4, 6, width, device="meta") for width in (64, 6))
+    linear, table = torch.ones(4, 64, 64, device="meta"), torch.ones(1, 333, 64, device="meta")
+    with Waits() as waits:
+        module.gate_scores(
+            q, q[:, :2], linear, None, table, table, scores, block_size=64, scale=0.1, masked=masked
+        )  # fmt: skip
+    assert kernel.launches == 3
     assert not waits.found

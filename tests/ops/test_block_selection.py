@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seerattention.ops import dense_indices, select_threshold, select_topk, select_topp
+from seerattention.ops.block_selection import causal_softmax
 from seerattention.ops.block_selection.reference import PROBABILITY_UNITS
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 
@@ -227,3 +228,138 @@ def test_wrong_arguments():
         select_topp(scores, 0.0)
     with pytest.raises(TypeError, match="scores"):
         select_topk(scores.long(), [1] * 4)
+
+
+# -- the search for the boundary, on rows of several widths ------------------------------------------------------------
+
+
+def make_rows(kind, num_rows, num_keys, seed=0):
+    """Scores ``[1, 1, num_rows, num_keys]`` of one shape of distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, num_rows, num_keys, generator=generator)
+    if kind == "heavy_tails":
+        x = 3 * x.sign() * x.square()
+    elif kind == "sink_and_neighbours":
+        x = x + 4 * torch.exp((torch.arange(num_keys) - num_keys) / 8)
+        x[..., 0] = 15
+    elif kind == "skewed":
+        x = -torch.exp(2 * x)
+    elif kind == "few_values":
+        x = (3 * x).round()
+    elif kind == "bfloat16":
+        x = x.bfloat16()
+    elif kind == "equal":
+        x = torch.full_like(x, 0.25)
+    elif kind == "huge":
+        x = x * 3e38 * (x.abs() > 0.1)
+    elif kind == "tiny":
+        x = x * 1e-39
+    elif kind == "infinite":
+        x[..., ::7], x[..., 3::11] = float("inf"), float("-inf")
+    return x
+
+
+KINDS = [
+    "normal",
+    "heavy_tails",
+    "sink_and_neighbours",
+    "skewed",
+    "few_values",
+    "bfloat16",
+    "equal",
+    "huge",
+    "tiny",
+    "infinite",
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("num_keys", [129, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_topk_finds_every_boundary(kind, num_keys):
+    scores = make_rows(kind, 3, num_keys)
+    for keep in ([2, num_keys // 10, num_keys // 2], [num_keys - 1, num_keys, 7]):
+        for diagonal_extra in (False, True):
+            assert_identical(
+                select_topk(scores, keep, diagonal_extra=diagonal_extra, implementation="triton"),
+                select_topk(scores, keep, diagonal_extra=diagonal_extra, implementation="reference"),
+            )
+
+
+@needs_interpreter
+@pytest.mark.parametrize("num_keys", [129, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_topp_finds_every_boundary(kind, num_keys):
+    scores = make_rows(kind, 2, num_keys).float()
+    # Probabilities, and what none are: sums far from 1.
+    for values in (scores.nan_to_num(0.0, 30.0, -30.0).clamp(-30, 30).softmax(-1), scores):
+        for p in (1e-6, 0.3, 0.95, 1.0):
+            assert_identical(
+                select_topp(values, p, implementation="triton"), select_topp(values, p, implementation="reference")
+            )
+
+
+def test_topp_just_at_the_target():
+    """Masses that are a unit apart: float32 sums cannot tell them, the integers do."""
+    units = torch.tensor([[3, 2**20 + 1, 2**20, 2**20, 2**19]], dtype=torch.float64) * 2.0**-40
+    probabilities = (units / units.sum() * 0.5).float().view(1, 1, 1, 5)
+    exact = (probabilities.double() * UNITS).long().flatten()
+    for mass in (exact[4] + exact[1], exact[4] + exact[1] + exact[2], exact.sum()):
+        for offset in (-1, 0, 1):
+            p = (int(mass) + offset) / UNITS
+            expected = topp_lists(probabilities, p)
+            assert lists(select_topp(probabilities, p, implementation="reference")) == expected
+            if triton_importable() and triton_interpreted():
+                assert lists(select_topp(probabilities, p, implementation="triton")) == expected
+
+
+@needs_interpreter
+@pytest.mark.parametrize("num_keys", [1, 17, 150])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_softmax_on_the_way(num_keys, implementation):
+    """The same lists as from probabilities, save where these lie at the bound within rounding."""
+    num_rows = min(num_keys, 3)
+    logits = 2 * make_rows("normal", num_rows, num_keys)
+    future = torch.ones(num_rows, num_keys).triu(1 + num_keys - num_rows).bool()
+    logits = logits.masked_fill(future, float("nan"))  # ignored, whatever it is
+    probabilities = causal_softmax(logits)
+    threshold = 1.01 / num_keys
+    actual = select_threshold(logits, threshold, softmax=True, implementation=implementation).to_mask()
+    expected = select_threshold(probabilities, threshold).to_mask()
+    assert ((actual == expected) | ((probabilities - threshold).abs() < 1e-6 * threshold)).all()
+    actual = select_topp(logits, 0.6, softmax=True, implementation=implementation)
+    expected = select_topp(probabilities, 0.6)
+    assert ((actual.counts - expected.counts).abs() <= 1).all()
+    assert (actual.to_mask() != expected.to_mask()).sum() <= num_rows
+    if implementation == "reference":
+        assert_identical(actual, expected)
+
+
+@needs_interpreter
+def test_softmax_of_what_has_none():
+    logits = torch.randn(1, 1, 3, 20)
+    logits[0, 0, 0], logits[0, 0, 1, 3], logits[0, 0, 2, 5] = float("-inf"), float("inf"), float("nan")
+    for function, bound in ((select_threshold, 0.01), (select_topp, 0.5)):
+        assert_identical(
+            function(logits, bound, softmax=True, implementation="triton"),
+            function(logits, bound, softmax=True, implementation="reference"),
+        )
+
+
+@needs_interpreter
+def test_rows_padded_in_memory():
+    """Whole vectors are read, past the end of a row where memory goes on, and never past the end of that."""
+    triton = pytest.importorskip("seerattention.ops.block_selection.triton")
+    memory = torch.full((1, 1, 3, 32), float("nan"))
+    padded = memory[..., :17]
+    padded.copy_(make_rows("normal", 3, 17))
+    assert triton._whole_vectors(padded)
+    assert not triton._whole_vectors(padded.contiguous())
+    assert not triton._whole_vectors(padded.contiguous()[:, :, :1].expand(1, 1, 3, 17))
+    assert triton._whole_vectors(torch.zeros(1, 1, 3, 16))
+    assert not triton._whole_vectors(torch.zeros(1, 1, 3, 17)[..., 1:])
+    for scores in (padded, padded.contiguous()):
+        assert_identical(
+            select_topk(scores, [4] * 3, implementation="triton"),
+            select_topk(scores, [4] * 3, implementation="reference"),
+        )

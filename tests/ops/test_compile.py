@@ -55,7 +55,9 @@ def test_block_pooling_is_a_proper_op(kinds, lengths, implementation):
 def test_pooled_attention_is_a_proper_op(reduce, normalize, lengths, implementation):
     q, k, _ = make_qkv(130, 130, batch=2, head_dim=16)
     rows = torch.tensor([2, 0])
-    torch.library.opcheck(OPS.pooled_attention, (q, k, rows, 64, 0.25, lengths, reduce, normalize, implementation))
+    for lse in (None, torch.zeros(q.shape[:3])):
+        arguments = (q, k, rows, 64, 0.25, lengths, reduce, normalize, lse, implementation)
+        torch.library.opcheck(OPS.pooled_attention, arguments)
 
 
 @pytest.mark.parametrize("implementation", [None, "reference", "triton"])

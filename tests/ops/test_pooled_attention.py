@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from seerattention.ops import pooled_attention
+from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.indices import first_query_block, num_blocks
 
@@ -18,7 +20,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def definition(q, k, block_size, rows, lengths=None, reduce="max", normalize=True, scale=None):
+def definition(q, k, block_size, rows, lengths=None, reduce="max", normalize=True, scale=None, lse=None):
     """The whole map in float64, then one tile after the other."""
     batch, heads, query_length, head_dim = q.shape
     key_length = k.shape[2]
@@ -168,6 +170,9 @@ def test_official_targets(case, implementation):
         ({"rows": torch.tensor([4])}, "rows must lie in"),
         ({"rows": torch.tensor([[0]])}, "rows must be int64"),
         ({"lengths": torch.tensor([100])}, "lengths"),
+        ({"scale": 0.0}, "scale"),
+        ({"lse": torch.zeros(2, 4, 199)}, "lse must be float32"),
+        ({"lse": torch.zeros(2, 4, 200).double()}, "lse must be float32"),
         ({"implementation": "fast"}, "implementation"),
     ],
 )
@@ -175,6 +180,89 @@ def test_wrong_arguments(arguments, message):
     q, k = make(200, 200, 4, 2, 32)
     with pytest.raises(ValueError, match=message):
         pooled_attention(q, k, **arguments)
+
+
+def lse_of(q, k, scale=None):
+    """Log-sum-exp of the scaled causal logits, in float64, as float32 in another memory order."""
+    query_length, key_length = q.shape[2], k.shape[2]
+    scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    scores = scores * (q.shape[3] ** -0.5 if scale is None else scale)
+    positions = torch.arange(key_length - query_length, key_length)
+    lse = scores.masked_fill(torch.arange(key_length) > positions[:, None], float("-inf")).logsumexp(-1)
+    return lse.float().transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# (Tq, Tk), query heads, KV heads, head_dim, block size: every ratio of heads, chunks that begin inside a block.
+GIVEN = [
+    ((1, 1), 2, 2, 16, 64),
+    ((63, 130), 4, 2, 16, 32),
+    ((65, 65), 4, 1, 32, 64),
+    ((70, 150), 7, 1, 16, 64),
+    ((100, 200), 8, 1, 24, 64),
+    ((140, 140), 6, 2, 16, 128),
+    ((127, 127), 5, 1, 16, 32),
+]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim", "block_size"), GIVEN)
+def test_given_the_lse_of_the_forward(
+    implementation, tokens, heads, kv_heads, head_dim, block_size, monkeypatch, nan_filled_empty
+):
+    """lse has an error of its own, half an ulp of numbers of about 10, which every value of the map inherits."""
+    q, k = make(*tokens, heads, kv_heads, head_dim)
+    lse = lse_of(q, k)
+    if implementation == "triton":  # as many query heads a program as on a Hopper GPU
+        monkeypatch.setattr(kernels(), "_tokens", lambda *_: 256)
+        monkeypatch.setattr(kernels(), "query_lse", None)  # not asked
+    last = all_rows(*tokens, block_size)[-1]
+    lengths = torch.tensor([tokens[1], max(1, tokens[1] - tokens[0] // 2)])
+    for reduce, normalize in (("max", True), ("max", False), ("sum", True), ("sum", False)):
+        common = {"reduce": reduce, "normalize": normalize, "lse": lse, "tolerance": 5e-6}
+        check(q, k, block_size, implementation, **common)
+        check(q, k, block_size, implementation, rows=[last], lengths=lengths, **common)
+
+
+def kernels():
+    return importlib.import_module("seerattention.ops.pooled_attention.triton")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 1), (8, 1)])
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+def test_triton_shares_keys_between_heads(heads, kv_heads, tokens, monkeypatch, nan_filled_empty):
+    monkeypatch.setattr(kernels(), "_tokens", lambda *_: tokens)
+    q, k = make(50, 90, heads, kv_heads, 16, batch=1)
+    for block_size in (32, 64):
+        check(q, k, block_size, "triton", rows=[2, 1] if block_size == 32 else None)
+
+
+@needs_interpreter
+def test_padding_and_its_lse_are_never_used(nan_filled_empty):
+    q, k = make(150, 200, 4, 1, 16)
+    lse, lengths = lse_of(q, k), torch.tensor([200, 101])
+    expected = {
+        reduce: pooled_attention(q, k, block_size=32, lengths=lengths, reduce=reduce) for reduce in ("max", "sum")
+    }
+    q[1, :, 51:] = float("nan")  # queries start at position 50, so these are the padded ones
+    k[1, :, 101:] = float("nan")
+    lse[1, :, 51:] = float("nan")
+    for implementation in ("reference", "cpu", "triton"):
+        for reduce in ("max", "sum"):
+            common = {"block_size": 32, "lengths": lengths, "lse": lse, "reduce": reduce}
+            actual = pooled_attention(q, k, implementation=implementation, **common)
+            torch.testing.assert_close(actual, expected[reduce], atol=5e-6, rtol=0)
+
+
+def test_dense_attention_with_lse():
+    for heads, kv_heads, length, head_dim, scale in [(4, 2, 200, 32, None), (4, 4, 65, 80, 0.3), (6, 2, 1, 16, None)]:
+        q, k = make(length, length, heads, kv_heads, head_dim)
+        v = torch.randn_like(k)
+        out, lse = dense_attention_with_lse(q, k, v, scale=scale)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        assert torch.equal(out, sdpa(q, k, v, is_causal=True, enable_gqa=True, scale=scale))
+        torch.testing.assert_close(lse, lse_of(q, k, scale), atol=1e-5, rtol=1e-6)
+    assert dense_attention_with_lse(q[:, :, :1], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)) is None  # a chunk
 
 
 def test_no_gradient():

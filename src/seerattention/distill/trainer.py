@@ -1,8 +1,9 @@
 """Layer-local self-distillation: one forward of the frozen model, and inside each attention layer one gate's backward.
 
-The base model runs under ``no_grad`` with dense attention. Inside each layer, ``hf.observe`` hands over the queries and
-keys; there the gate's logits for some query-block rows are compared with the pooled attention map, and the gradient is
-taken at once. So the memory of one layer's map and graph is all that is ever held, and nothing flows between layers.
+The base model runs under ``no_grad`` with dense attention. Inside each layer, ``hf.observe`` hands over the queries,
+the keys and the log-sum-exp that the forward has just computed; there the gate's logits for some query-block rows are
+compared with the pooled attention map, and the gradient is taken at once. So the memory of one layer's map and graph is
+all that is ever held, and nothing flows between layers.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ class Trainer:
                 scale=inputs.scale,
                 rows=rows_on(device),
                 lengths=inputs.lengths,
+                lse=inputs.lse,
             )
             with torch.enable_grad():
                 logits = self.masters[name](

@@ -126,8 +126,9 @@ class GateInputs:
     sin: Tensor
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Block logits ``[1, Hq, N, N]`` of a whole prompt."""
-        return self.gate(q, k, self.cos, self.sin)
+        """Block logits ``[1, Hq, N, N]`` of a whole prompt, as a layer's prefill asks for them: undefined above the
+        block diagonal."""
+        return self.gate(q, k, self.cos, self.sin, masked=False)
 
 
 def make_gate(shape: AttentionShape, length: int, device: torch.device, seed: int = 0) -> GateInputs:

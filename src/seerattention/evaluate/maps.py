@@ -93,7 +93,12 @@ def inspect_attention(
             blocks.block_size if blocks is not None else inputs.gate.block_size if inputs.gate is not None else 64
         )
         sizes.add(block_size)
-        common: dict[str, Any] = {"block_size": block_size, "scale": inputs.scale, "lengths": inputs.lengths}
+        common: dict[str, Any] = {
+            "block_size": block_size,
+            "scale": inputs.scale,
+            "lengths": inputs.lengths,
+            "lse": inputs.lse,
+        }
         mass = pooled_attention(inputs.q, inputs.k, reduce="sum", **common)[0]
         selected = _selected(blocks, mass)
         causal = causal_block_mask(mass.shape[-2], mass.shape[-1], device=mass.device)

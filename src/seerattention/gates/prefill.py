@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import PrefillGateConfig
 from ..ops.block_pooling import block_pooling
+from ..ops.gate_scores import gate_scores
 
 # Fresh projections are the identity on pooled means plus noise of about this relative size.
 _INIT_NOISE = 0.1
@@ -40,6 +41,7 @@ class BlockGate(nn.Module, ABC):
         *,
         rows: Tensor | None = None,
         lengths: Tensor | None = None,
+        masked: bool = True,
     ) -> Tensor:
         """Block logits of a whole prompt; see :meth:`PrefillGate.forward`."""
 
@@ -108,11 +110,13 @@ class PrefillGate(BlockGate):
         *,
         rows: Tensor | None = None,
         lengths: Tensor | None = None,
+        masked: bool = True,
     ) -> Tensor:
         """Score every key block for every query block of a whole prompt.
 
         Differentiable with respect to the parameters; q and k are constants. Pooling runs in the dtype of q, the linear
-        layers in that of the parameters, RoPE and the product in float32.
+        layers in that of the parameters, RoPE and the product in float32. Where no gradient is recorded, gates in half
+        precision on CUDA devices run as Triton kernels (:func:`seerattention.ops.gate_scores.gate_scores`).
 
         Args:
             q: ``[B, Hq, T, head_dim]`` before RoPE (after bias and q_norm where the model has them).
@@ -121,9 +125,12 @@ class PrefillGate(BlockGate):
                 Hugging Face lays it out. Each block is rotated at the position of its first token.
             rows: int64 ``[R]``, absolute query blocks to score (None: all N).
             lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all).
+            masked: False: what lies above the block diagonal may be left undefined, for those who ignore it
+                (policies do).
 
         Returns:
             float32 ``[B, Hq, R, N]``, scaled by width**-0.5 and not yet normalised, -inf above the block diagonal.
+            Rows may be padded in memory.
 
         Raises:
             ValueError: shapes that do not fit the gate, or a rotary width that neither fits into the gate's width nor
@@ -132,39 +139,18 @@ class PrefillGate(BlockGate):
         self._check(q, k, cos)
         pooled_q = block_pooling(q.detach(), self.config.q_pooling, block_size=self.block_size, lengths=lengths)
         pooled_k = block_pooling(k.detach(), self.config.k_pooling, block_size=self.block_size, lengths=lengths)
-        if rows is not None:
-            pooled_q = pooled_q.index_select(2, rows)
         dtype = self.k_linear.dtype
-        queries, keys = self._project(pooled_q.to(dtype), pooled_k.to(dtype))
-        queries, keys = queries.float(), keys.float()
-        if self.config.rope:
-            cos, sin = self._block_rotary(cos), self._block_rotary(sin)
-            keys = _rotate(keys, cos[:, None, None], sin[:, None, None])
-            if rows is not None:
-                cos, sin = cos.index_select(1, rows), sin.index_select(1, rows)
-            queries = _rotate(queries, cos[:, None, None], sin[:, None, None])
-        logits = (queries @ keys.transpose(-1, -2)).flatten(1, 2) * self.scale
-        columns = torch.arange(keys.shape[-2], device=logits.device)
-        absolute = columns if rows is None else rows
-        return logits.masked_fill(columns[None, :] > absolute[:, None], float("-inf"))
-
-    def _project(self, pooled_q: Tensor, pooled_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, Hkv, G, R, W]`` and keys ``[B, Hkv, G or 1, N, W]``, G query heads to a KV head."""
-        group = self.num_heads // self.num_kv_heads
-        if self.q_linear is not None:
-            pooled_q = pooled_q @ self.q_linear
-        queries = pooled_q.unflatten(1, (self.num_kv_heads, group))
-        # One key projection per query head reads the keys of its KV head, which need not be repeated for it.
-        keys = pooled_k[:, :, None] @ self.k_linear.unflatten(0, (self.num_kv_heads, -1))
-        return queries, keys
-
-    def _block_rotary(self, table: Tensor) -> Tensor:
-        """The rotary table at block starts, float32 ``[B or 1, N, min(rotary_dim, W)]``."""
-        starts = table[:, :: self.block_size].float()
-        if starts.shape[-1] > self.width:
-            # A gate narrower than the model's heads rotates by every s-th frequency, which spans the same range.
-            return starts[..., :: starts.shape[-1] // self.width]
-        return starts
+        return gate_scores(
+            pooled_q.to(dtype),
+            pooled_k.to(dtype),
+            self.k_linear,
+            self.q_linear,
+            *((cos, sin) if self.config.rope else (None, None)),
+            block_size=self.block_size,
+            scale=self.scale,
+            rows=rows,
+            masked=masked,
+        )
 
     def _check(self, q: Tensor, k: Tensor, cos: Tensor) -> None:
         batch, _, length, _ = q.shape
@@ -188,15 +174,6 @@ class PrefillGate(BlockGate):
                 f"a gate of width {self.width} cannot take the rotary embedding of {rotary_dim} channels: the width "
                 "must be at least the rotary width or divide it; change hidden_size or pass rope=False"
             )
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split pairing, of the first ``cos.shape[-1]`` channels; the others pass unrotated."""
-    rotary = cos.shape[-1]
-    turned, straight = x[..., :rotary], x[..., rotary:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, straight), dim=-1) if straight.shape[-1] else turned
 
 
 def _narrowed_identity(inputs: int, outputs: int) -> Tensor:

@@ -8,17 +8,20 @@ warns once.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
+from ..ops.dense import dense_attention_with_lse
 from ..policies import Dense
 from .state import NAME, Call, LayerInputs, LayerState
 
@@ -155,9 +158,16 @@ def _prefill(
         if inputs is None and attention_mask is not None and attention_mask.dim() == 2:
             lengths = attention_mask.sum(-1)
         statistics.add(layer.index, blocks, lengths, query, key.shape[2], state.block_size)
-    if inputs is not None:
+    result: tuple[Tensor, Tensor | None] | None = None
+    if inputs is not None and state.observers:
+        if blocks is None:
+            # Before the observers, who would otherwise compute its log-sum-exp again.
+            result, lse = _dense_with_lse(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+            inputs = dataclasses.replace(inputs, lse=lse)
         for observer in tuple(state.observers):
             observer(inputs, blocks)
+    if result is not None:
+        return result
     if blocks is None:
         return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     assert inputs is not None
@@ -275,7 +285,8 @@ def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
             raise TypeError(f"a selector must return BlockIndices, got {type(blocks).__name__}")
     else:
         policy = layer.policy or state.policy
-        blocks = policy.select(inputs.gate_logits(), block_size=state.block_size, lengths=inputs.lengths)
+        logits = inputs.gate_logits(masked=False)
+        blocks = policy.select(logits, block_size=state.block_size, lengths=inputs.lengths)
     if inputs.lengths is None:
         return blocks
     return _complete_short_rows(blocks, inputs.lengths, _min_context(layer, inputs.q.device))
@@ -325,6 +336,30 @@ def _dense(
     return AttentionInterface()["sdpa"](
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+def _dense_with_lse(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """:func:`_dense` of a whole prompt under causal attention, and its log-sum-exp where sdpa's kernel gives one.
+
+    There is none with padding, dropout or gradients, nor where the map itself is asked for.
+    """
+    plain = attention_mask is None and dropout == 0 and not _wants_weights(module, kwargs)
+    plain = plain and AttentionInterface()["sdpa"] is sdpa_attention_forward and kwargs.get("position_bias") is None
+    records = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if plain and not records:
+        found = dense_attention_with_lse(query, key, value, scale=scaling)
+        if found is not None:
+            return (found[0].transpose(1, 2).contiguous(), None), found[1]
+    return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
 
 
 def _dense_with_weights(

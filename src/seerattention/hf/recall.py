@@ -73,7 +73,13 @@ def recall_sums(
         mass = pairs
         if blocks is not None:
             tiles = pooled_attention(
-                inputs.q, inputs.k, block_size=block_size, scale=inputs.scale, lengths=inputs.lengths, reduce="sum"
+                inputs.q,
+                inputs.k,
+                block_size=block_size,
+                scale=inputs.scale,
+                lengths=inputs.lengths,
+                lse=inputs.lse,
+                reduce="sum",
             )
             selected = blocks.to_mask()
             mass = tiles.mul_(selected.repeat_interleave(heads // selected.shape[1], dim=1)).sum(dtype=torch.float64)

@@ -50,6 +50,8 @@ class LayerInputs:
         lengths: int64 ``[B]``, valid tokens of each row; None: all.
         scale: softmax scale of the attention.
         gate: the layer's gate, or None (a sliding-window layer, or a model attached with a selector only).
+        lse: float32 ``[B, Hq, T]``, log-sum-exp of the scaled causal logits of each query, where the layer was attended
+            densely by a kernel that returns it; else None. What ``ops.pooled_attention`` need not compute again.
     """
 
     layer: int
@@ -63,16 +65,17 @@ class LayerInputs:
     lengths: Tensor | None
     scale: float
     gate: BlockGate | None
+    lse: Tensor | None = None
 
-    def gate_logits(self, rows: Tensor | None = None) -> Tensor:
-        """Block logits of the layer's gate, float32 ``[B, Hq, R, N]``; ``rows`` as in the gate's forward.
+    def gate_logits(self, rows: Tensor | None = None, *, masked: bool = True) -> Tensor:
+        """Block logits of the layer's gate, float32 ``[B, Hq, R, N]``; ``rows`` and ``masked`` as in its forward.
 
         Raises:
             ValueError: the layer has no gate.
         """
         if self.gate is None:
             raise ValueError(f"layer {self.layer} has no gate (sliding window, or attached without gates)")
-        return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths)
+        return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths, masked=masked)
 
 
 Observer = Callable[[LayerInputs, "BlockIndices | None"], None]

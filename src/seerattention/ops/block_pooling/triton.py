@@ -1,4 +1,8 @@
-"""Block pooling in Triton: one program per (block, head), one read of x for all kinds."""
+"""Block pooling in Triton: one program per (block, head), one read of x for all kinds.
+
+Programs of one block follow each other: models have the heads of a token side by side in memory, so what is read at a
+time lies together.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,14 @@ from torch import Tensor
 from ..indices import num_blocks
 
 
-@triton.jit(do_not_specialize=["heads", "length"])  # another length must not compile it again
+@triton.jit(do_not_specialize=["heads", "length", "num"])  # another length must not compile it again
 def block_pooling_fwd_kernel(
     x,
     lengths,
     out,
     heads,
     length,
+    num,
     head_dim,
     stride_xb,
     stride_xh,
@@ -32,9 +37,9 @@ def block_pooling_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """*_SLOT is the place of a kind among the concatenated results, -1 where it is not asked for."""
-    i_block = tl.program_id(0)
-    i_bh = tl.program_id(1)
-    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    i_h = (tl.program_id(0) % heads).to(tl.int64)
+    i_block = tl.program_id(0) // heads % num
+    i_b = (tl.program_id(0) // heads // num).to(tl.int64)
     end = length
     if HAS_LENGTHS:
         end = tl.minimum(tl.load(lengths + i_b), length).to(tl.int32)
@@ -45,7 +50,7 @@ def block_pooling_fwd_kernel(
     p_x = x + i_b * stride_xb + i_h * stride_xh + o_t.to(tl.int64)[:, None] * stride_xt + o_d[None, :]
     b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
     count = tl.minimum(end - i_block * BLOCK, BLOCK)
-    p_out = out + (i_bh.to(tl.int64) * tl.num_programs(0) + i_block) * NUM_KINDS * head_dim + o_d
+    p_out = out + ((i_b * heads + i_h) * num + i_block) * NUM_KINDS * head_dim + o_d
     if MAX_SLOT >= 0:
         b_max = tl.max(tl.where(m_x, b_x, float("-inf")), 0)
         b_max = tl.where(count > 0, b_max, 0.0)
@@ -66,12 +71,13 @@ def block_pooling(x: Tensor, kinds: Sequence[str], *, block_size: int, lengths: 
     slots = {kind: index for index, kind in enumerate(kinds)}
     block_d = triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(x):
-        block_pooling_fwd_kernel[(num, batch * heads)](
+        block_pooling_fwd_kernel[(batch * heads * num,)](
             x,
             lengths,
             out,
             heads,
             length,
+            num,
             head_dim,
             *x.stride()[:3],
             HAS_LENGTHS=lengths is not None,

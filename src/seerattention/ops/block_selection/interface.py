@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import BlockIndices
 from . import reference
-from .reference import dense_indices
+from .reference import causal_softmax, dense_indices
 
-__all__ = ["dense_indices", "select_threshold", "select_topk", "select_topp"]
+__all__ = ["causal_softmax", "dense_indices", "select_threshold", "select_topk", "select_topp"]
 
 IMPLEMENTATIONS = ("reference", "triton")
 # A Triton program holds a whole row in registers.
@@ -34,6 +34,7 @@ def select_threshold(
     block_size: int = 64,
     lengths: Tensor | None = None,
     last_blocks_dense: int = 0,
+    softmax: bool = False,
     implementation: str | None = None,
 ) -> BlockIndices:
     """Keep the blocks whose probability is strictly above ``threshold``, and the diagonal.
@@ -46,6 +47,8 @@ def select_threshold(
         block_size: tokens a block.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all).
         last_blocks_dense: the last this many valid query blocks of each row read all causal blocks.
+        softmax: what is given are logits, of which the causal softmax is to be taken first. The kernels take it on the
+            way, so that probabilities need no memory; theirs may differ from torch's in the last bits.
         implementation: ``"reference"``, ``"triton"`` or None (automatic).
 
     Returns:
@@ -57,7 +60,7 @@ def select_threshold(
     """
     op = "select_threshold"
     lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
-    lists = _select_threshold(probabilities, threshold, block_size, lengths, last_blocks_dense, implementation)
+    lists = _select_threshold(probabilities, threshold, block_size, lengths, last_blocks_dense, implementation, softmax)
     return BlockIndices(*lists, probabilities.shape[-1], block_size)
 
 
@@ -122,6 +125,7 @@ def select_topp(
     block_size: int = 64,
     lengths: Tensor | None = None,
     last_blocks_dense: int = 0,
+    softmax: bool = False,
     implementation: str | None = None,
 ) -> BlockIndices:
     """Keep the diagonal and the fewest best other blocks with which the probabilities sum to at least ``p``.
@@ -132,7 +136,7 @@ def select_topp(
     Args:
         probabilities: ``[B, H, Nq, Nk]``, block scores after the causal softmax.
         p: the mass to reach.
-        block_size, lengths, last_blocks_dense, implementation: see :func:`select_threshold`.
+        block_size, lengths, last_blocks_dense, softmax, implementation: see :func:`select_threshold`.
 
     Returns:
         BlockIndices with capacity Nk.
@@ -146,7 +150,7 @@ def select_topp(
     lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
     if not p > 0:
         raise ValueError(f"{op}: p must be positive, got {p}")
-    lists = _select_topp(probabilities, p, block_size, lengths, last_blocks_dense, implementation)
+    lists = _select_topp(probabilities, p, block_size, lengths, last_blocks_dense, implementation, softmax)
     return BlockIndices(*lists, probabilities.shape[-1], block_size)
 
 
@@ -169,6 +173,7 @@ def _fake_full(
     lengths: Tensor | None,
     last_blocks_dense: int,
     implementation: str | None,
+    softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     num_keys = scores.shape[-1]
     # The reference cuts a spare slot off rows of this memory.
@@ -185,9 +190,10 @@ def _select_threshold(
     lengths: Tensor | None,
     last_blocks_dense: int,
     implementation: str | None,
+    softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     blocks = _module("select_threshold", implementation, scores).select_threshold(
-        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
+        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
     return blocks.indices, blocks.counts
 
@@ -237,9 +243,10 @@ def _select_topp(
     lengths: Tensor | None,
     last_blocks_dense: int,
     implementation: str | None,
+    softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     blocks = _module("select_topp", implementation, scores).select_topp(
-        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense
+        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
     return blocks.indices, blocks.counts
 

@@ -17,9 +17,30 @@ from ..indices import BlockIndices, causal_block_mask
 PROBABILITY_UNITS = 1 << 40
 
 
+def causal_softmax(logits: Tensor) -> Tensor:
+    """Softmax over the causal key blocks of each row.
+
+    Args:
+        logits: ``[B, H, Nq, Nk]``; query blocks are the last Nq of the Nk key blocks.
+
+    Returns:
+        float32 ``[B, H, Nq, Nk]``, exactly 0 above the block diagonal.
+    """
+    num_rows, num_keys = logits.shape[-2:]
+    causal = causal_block_mask(num_rows, num_keys, num_keys - num_rows, logits.device)
+    return logits.float().masked_fill(~causal, float("-inf")).softmax(-1)
+
+
 def select_threshold(
-    probabilities: Tensor, threshold: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int
+    scores: Tensor,
+    threshold: float,
+    *,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    softmax: bool = False,
 ) -> BlockIndices:
+    probabilities = causal_softmax(scores) if softmax else scores
     return _finish(probabilities.float() > threshold, block_size, lengths, last_blocks_dense)
 
 
@@ -51,8 +72,9 @@ def select_topk(
 
 
 def select_topp(
-    probabilities: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int
+    scores: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int, softmax: bool = False
 ) -> BlockIndices:
+    probabilities = causal_softmax(scores) if softmax else scores
     num_rows, num_keys = probabilities.shape[-2:]
     first_row = num_keys - num_rows
     values = probabilities.float().nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0)

@@ -1,9 +1,17 @@
 """Block selection in Triton: one program per row, which it holds in registers; no sort, no mask in memory.
 
-Top-k and top-p look for their boundary score bit by bit, in the integer view of float32 that is ordered like the
-floats: 32 counts (or sums) over the row. What lies above the boundary is taken, then as many equal scores as still fit,
-lowest index first. A prefix sum over the row gives each taken block its slot. The results equal the reference bit for
-bit.
+* A row is read as far as it is causal, rounded up to one of a few widths (``LEVELS``), and up to 2048 blocks of it lie
+  with one warp, whose sums need no shared memory and no barrier. Four neighbouring blocks lie with one thread, as four
+  tensors (``0`` to ``3``): prefix sums then go over a quarter of the row.
+* Top-k and top-p look for their boundary score in the integer view of float32 that is ordered like the floats: between
+  the least and the greatest score of the row, by interpolation on the counts (or masses) found so far, until just as
+  many blocks as are wanted lie at or above it. A handful of sums over the row does for most; scores that are equal at
+  the boundary bring the search down to neighbouring integers, and then the lowest indices are taken. What the search
+  steps through changes its length only: results equal the reference bit for bit.
+* Masses are added in float32; where such a sum is too near to the target to tell, it is taken again in the integers
+  that the reference adds.
+* The causal softmax, where it is asked for, is taken of the registers: probabilities are never written.
+* What is not to be taken by its score (the diagonal, which always is, and what is not causal) is NaN.
 """
 
 from __future__ import annotations
@@ -14,136 +22,270 @@ import triton.language as tl
 from torch import Tensor
 
 from ..indices import BlockIndices
-from .reference import PROBABILITY_UNITS, topp_target
+from .reference import topp_target
+from .search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
 
-UNITS = tl.constexpr(float(PROBABILITY_UNITS))
-# Sorts below every float: for blocks that are not candidates.
-LOWEST = tl.constexpr(-(1 << 31))
-# Not specialised, so that a prompt of another length does not compile the kernels again.
-SIZES = ["heads", "num_rows", "num_keys", "stride_b", "stride_h", "stride_r", "capacity", "last", "block_size"]
-
-
-@triton.jit
-def _ordered(b_x):
-    """int32 in the order of the floats; -0 and 0 are equal."""
-    b_bits = tl.where(b_x == 0.0, 0.0, b_x).to(tl.int32, bitcast=True)
-    return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+# Not specialised, so that a prompt of another length does not compile the kernels again. Strides are, as vector loads
+# depend on their alignment: two variants at most.
+SIZES = ["heads", "num_rows", "num_keys", "capacity", "last", "block_size"]
+# Blocks that one warp holds, and the least width of a row.
+BLOCKS_PER_WARP, MIN_WIDTH = 2048, 128
+# Scores that a thread loads at once.
+VECTOR = 4
 
 
 @triton.jit
-def _boundary(b_key, b_weight, target):
-    """The largest key such that the weights of keys at or above it sum to at least target; LOWEST where none is."""
-    boundary = tl.where(tl.sum(tl.where(b_key >= 0, b_weight, 0), 0) >= target, 0, LOWEST).to(tl.int32)
-    for i_bit in range(31):
-        candidate = boundary + (1 << (30 - i_bit))
-        reached = tl.sum(tl.where(b_key >= candidate, b_weight, 0), 0) >= target
-        boundary = tl.where(reached, candidate, boundary)
-    return boundary
+def _ranks(m_0, m_1, m_2, m_3):
+    """The how-manieth block of a mask each of its blocks is, counted from 1."""
+    b_0, b_1, b_2, b_3 = m_0.to(tl.int32), m_1.to(tl.int32), m_2.to(tl.int32), m_3.to(tl.int32)
+    b_3 = ((b_0 + b_1) + b_2) + b_3
+    b_before = tl.cumsum(b_3, 0) - b_3
+    return b_before + b_0, b_before + b_0 + b_1, b_before + b_0 + b_1 + b_2, b_before + b_3
 
 
 @triton.jit
-def _row(num_rows, num_keys):
-    """Absolute query block, and offset of the row in a contiguous [B, H, Nq]."""
-    i_row = tl.program_id(0)
-    return num_keys - num_rows + i_row, tl.program_id(1).to(tl.int64) * num_rows + i_row
+def _nth(m_0, m_1, m_2, m_3, n, o_key):
+    """Index of the n-th block of a mask."""
+    b_0, b_1, b_2, b_3 = _ranks(m_0, m_1, m_2, m_3)
+    last = 1 << 30
+    b_low = tl.minimum(
+        tl.minimum(tl.where(b_0 >= n, o_key, last), tl.where(b_1 >= n, o_key + 1, last)),
+        tl.minimum(tl.where(b_2 >= n, o_key + 2, last), tl.where(b_3 >= n, o_key + 3, last)),
+    )
+    return tl.min(b_low, 0)
 
 
 @triton.jit
-def _load(x, i_query, num_rows, num_keys, heads, stride_b, stride_h, stride_r, o_key):
-    """The causal scores of the row in float32, -inf elsewhere."""
-    i_bh = tl.program_id(1)
-    p_x = x + (i_bh // heads).to(tl.int64) * stride_b + (i_bh % heads).to(tl.int64) * stride_h
-    p_x += tl.program_id(0).to(tl.int64) * stride_r
-    return tl.load(p_x + o_key, mask=o_key <= i_query, other=float("-inf")).to(tl.float32)
+def _pack(m_0, m_1, m_2, m_3, i_query, o_key, p_list, p_count):
+    """Write the list of a row: the blocks of the mask, which come before the diagonal, and the diagonal."""
+    b_0, b_1, b_2, b_3 = _ranks(m_0, m_1, m_2, m_3)
+    tl.store(p_list + (b_0 - 1), o_key, mask=m_0)
+    tl.store(p_list + (b_1 - 1), o_key + 1, mask=m_1)
+    tl.store(p_list + (b_2 - 1), o_key + 2, mask=m_2)
+    tl.store(p_list + (b_3 - 1), o_key + 3, mask=m_3)
+    count = tl.max(b_3, 0)
+    tl.store(p_list + count, i_query)
+    tl.store(p_count, count + 1)
 
 
 @triton.jit
-def _pack(
-    m_take, i_query, o_row, o_key, lengths, heads, num_keys, indices, counts, capacity, last, block_size,
+def _pack_best(b_x0, b_x1, b_x2, b_x3, floor, tied, left, i_query, o_key, p_list, p_count):
+    """The blocks that score at least ``floor``; where it is ``tied``, all above and the first ``left`` equal to it."""
+    if tied:
+        cut = _nth(b_x0 == floor, b_x1 == floor, b_x2 == floor, b_x3 == floor, left, o_key)
+        _pack(
+            (b_x0 > floor) | ((b_x0 == floor) & (o_key <= cut)),
+            (b_x1 > floor) | ((b_x1 == floor) & (o_key + 1 <= cut)),
+            (b_x2 > floor) | ((b_x2 == floor) & (o_key + 2 <= cut)),
+            (b_x3 > floor) | ((b_x3 == floor) & (o_key + 3 <= cut)),
+            i_query, o_key, p_list, p_count,
+        )  # fmt: skip
+    else:
+        _pack(b_x0 >= floor, b_x1 >= floor, b_x2 >= floor, b_x3 >= floor, i_query, o_key, p_list, p_count)
+
+
+@triton.jit
+def _load(p_row, i_query, SOFTMAX: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr):
+    """Scores of the row, or their softmax, in float32, and the index of the first of each four; what is not causal is
+    -inf, or of probability 0."""
+    o_x = tl.arange(0, WIDTH)
+    # The mask is that of whole vectors: one of single elements would make the loads scalar.
+    b_x = tl.load(p_row + o_x, mask=o_x // VECTOR * VECTOR <= i_query, other=float("-inf")).to(tl.float32)
+    b_x = tl.where(o_x <= i_query, b_x, float("-inf"))
+    if SOFTMAX:
+        b_x = tl.exp(b_x - tl.max(b_x, 0))
+        b_x = b_x * (1.0 / tl.sum(b_x, 0))
+    b_even, b_odd = tl.split(tl.reshape(b_x, [WIDTH // 4, 2, 2]))
+    b_x0, b_x2 = tl.split(b_even)
+    b_x1, b_x3 = tl.split(b_odd)
+    return b_x0, b_x1, b_x2, b_x3, 4 * tl.arange(0, WIDTH // 4)
+
+
+@triton.jit
+def _before(b_x0, b_x1, b_x2, b_x3, o_key, end):
+    """The scores before ``end``, NaN from there on."""
+    b_x0, b_x1 = tl.where(o_key < end, b_x0, float("nan")), tl.where(o_key + 1 < end, b_x1, float("nan"))
+    b_x2, b_x3 = tl.where(o_key + 2 < end, b_x2, float("nan")), tl.where(o_key + 3 < end, b_x3, float("nan"))
+    return b_x0, b_x1, b_x2, b_x3
+
+
+@triton.jit
+def _threshold_row(
+    p_row, p_list, p_count, i_query, threshold, SOFTMAX: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr
+):
+    b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, SOFTMAX, VECTOR, WIDTH)
+    b_x0, b_x1, b_x2, b_x3 = _before(b_x0, b_x1, b_x2, b_x3, o_key, i_query)
+    _pack(
+        b_x0 > threshold, b_x1 > threshold, b_x2 > threshold, b_x3 > threshold, i_query, o_key, p_list, p_count
+    )  # fmt: skip
+
+
+@triton.jit
+def _topk_row(
+    p_row, p_list, p_count, i_query, keep, DIAGONAL_EXTRA: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr
+):
+    b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, False, VECTOR, WIDTH)
+    low = float("-inf")
+    b_x0, b_x1, b_x2, b_x3 = (
+        replace_nan(b_x0, low),
+        replace_nan(b_x1, low),
+        replace_nan(b_x2, low),
+        replace_nan(b_x3, low),
+    )
+    # Without DIAGONAL_EXTRA the diagonal is one of the blocks to keep, and the others compete below it.
+    total = i_query + 1 if DIAGONAL_EXTRA else i_query
+    wanted = tl.minimum(keep if DIAGONAL_EXTRA else keep - 1, total)
+    b_x0, b_x1, b_x2, b_x3 = _before(b_x0, b_x1, b_x2, b_x3, o_key, total)
+    lo, _, n_lo, n_hi = topk_boundary(b_x0, b_x1, b_x2, b_x3, wanted, total)
+    if DIAGONAL_EXTRA:  # not among those that are ranked by index
+        b_x0, b_x1, b_x2, b_x3 = _before(b_x0, b_x1, b_x2, b_x3, o_key, i_query)
+    _pack_best(
+        b_x0, b_x1, b_x2, b_x3, value_of(lo), n_lo != wanted, wanted - n_hi, i_query, o_key, p_list, p_count
+    )  # fmt: skip
+
+
+@triton.jit
+def _topp_row(
+    p_row, p_list, p_count, i_query, target, SOFTMAX: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr
+):
+    b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, SOFTMAX, VECTOR, WIDTH)
+    b_p0, b_p1, b_p2, b_p3 = _probability(b_x0), _probability(b_x1), _probability(b_x2), _probability(b_x3)
+    # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
+    diagonal = add(
+        tl.where(o_key == i_query, b_p0, 0.0),
+        tl.where(o_key + 1 == i_query, b_p1, 0.0),
+        tl.where(o_key + 2 == i_query, b_p2, 0.0),
+        tl.where(o_key + 3 == i_query, b_p3, 0.0),
+    )
+    needed = target - units(diagonal)
+    b_p0, b_p1, b_p2, b_p3 = _before(b_p0, b_p1, b_p2, b_p3, o_key, i_query)
+    lo, hi, n_lo, n_hi = topp_boundary(b_p0, b_p1, b_p2, b_p3, needed, i_query)
+    floor = value_of(lo)
+    tied, left = n_lo - n_hi > 1, lo * 0
+    if tied:
+        unit = tl.maximum(units(floor), 1)
+        above = units_above(b_p0, b_p1, b_p2, b_p3, value_of(hi))
+        left = ((needed - above + unit - 1) // unit).to(tl.int32)
+    _pack_best(b_p0, b_p1, b_p2, b_p3, floor, tied, left, i_query, o_key, p_list, p_count)
+
+
+@triton.jit
+def _probability(b_x):
+    return tl.where(b_x > 0.0, tl.minimum(b_x, 1.0), 0.0)
+
+
+@triton.jit
+def _place(
+    x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last, block_size,
     HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Add the diagonal and the dense last rows, drop padded rows, and write the list."""
+    """The program's query block, its scores, list and count, and how it is chosen: the scores decide (2), all causal
+    blocks (1), none (0)."""
+    i_row, i_bh = num_rows - 1 - tl.program_id(0), tl.program_id(1)  # long rows first
+    i_query = num_keys - num_rows + i_row
+    o_row = i_bh.to(tl.int64) * num_rows + i_row
+    p_row = x + (i_bh // heads).to(tl.int64) * stride_b + (i_bh % heads).to(tl.int64) * stride_h
     end = num_keys
     if HAS_LENGTHS:
-        end = ((tl.load(lengths + tl.program_id(1) // heads) + block_size - 1) // block_size).to(tl.int32)
-    m_take = m_take | (o_key == i_query) | (i_query >= end - last)
-    m_take = m_take & (o_key <= i_query) & (i_query < end)
-    b_slot = tl.cumsum(m_take.to(tl.int32), 0) - 1
-    tl.store(indices + o_row * capacity + b_slot, o_key, mask=m_take)
-    tl.store(counts + o_row, tl.sum(m_take.to(tl.int32), 0))
+        end = ((tl.load(lengths + i_bh // heads) + block_size - 1) // block_size).to(tl.int32)
+    kind = tl.where(i_query >= end, 0, tl.where(i_query >= end - last, 1, 2))
+    return i_query, p_row + i_row.to(tl.int64) * stride_r, indices + o_row * capacity, counts + o_row, kind
+
+
+@triton.jit
+def _without_scores(p_list, p_count, i_query, kind, WIDTH: tl.constexpr):
+    """A row of padding, or one that reads everything."""
+    length = tl.where(kind == 0, 0, i_query + 1)
+    for start in range(0, length, WIDTH):
+        o_key = start + tl.arange(0, WIDTH)
+        tl.store(p_list + o_key, o_key, mask=o_key < length)
+    tl.store(p_count, length)
+
+
+@triton.jit
+def _fits(i_query, BLOCK: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexpr):
+    """Whether this width is the least one that holds the causal part of the row."""
+    fits = i_query < (BLOCK >> LEVEL)
+    if LEVEL + 1 < LEVELS:
+        fits = fits & (i_query >= (BLOCK >> (LEVEL + 1)))
+    return fits
 
 
 @triton.jit(do_not_specialize=SIZES)
 def select_threshold_kernel(
     x, lengths, indices, counts, threshold, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-    block_size, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr,
+    block_size, SOFTMAX: tl.constexpr, HAS_LENGTHS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):  # fmt: skip
-    i_query, o_row = _row(num_rows, num_keys)
-    o_key = tl.arange(0, BLOCK)
-    b_x = _load(x, i_query, num_rows, num_keys, heads, stride_b, stride_h, stride_r, o_key)
-    _pack(
-        b_x > threshold, i_query, o_row, o_key, lengths, heads, num_keys, indices, counts, capacity, last, block_size,
-        HAS_LENGTHS,
+    i_query, p_row, p_list, p_count, kind = _place(
+        x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
+        block_size, HAS_LENGTHS,
     )  # fmt: skip
+    if kind < 2:
+        _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
+    else:
+        for i_level in tl.static_range(LEVELS):
+            if _fits(i_query, BLOCK, i_level, LEVELS):
+                _threshold_row(p_row, p_list, p_count, i_query, threshold, SOFTMAX, VECTOR, BLOCK >> i_level)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "stride_keep"])
 def select_topk_kernel(
     x, keep, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, stride_keep, capacity,
-    last, block_size, DIAGONAL_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr,
+    last, block_size, DIAGONAL_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    i_query, o_row = _row(num_rows, num_keys)
-    o_key = tl.arange(0, BLOCK)
-    b_x = _load(x, i_query, num_rows, num_keys, heads, stride_b, stride_h, stride_r, o_key)
-    wanted = tl.load(keep + (tl.program_id(1) // heads) * stride_keep + tl.program_id(0)).to(tl.int32)
-    if DIAGONAL_EXTRA:
-        m_candidate = o_key <= i_query
-        wanted = tl.minimum(wanted, i_query + 1)
-    else:
-        m_candidate = o_key < i_query
-        wanted = tl.minimum(wanted - 1, i_query)
-    b_key = tl.where(m_candidate, _ordered(tl.where(b_x == b_x, b_x, float("-inf"))), LOWEST)
-    boundary = _boundary(b_key, tl.full([BLOCK], 1, tl.int32), wanted)
-    m_above = b_key > boundary
-    m_equal = (b_key == boundary) & m_candidate
-    left = wanted - tl.sum(m_above.to(tl.int32), 0)
-    m_take = m_above | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= left))
-    _pack(
-        m_take, i_query, o_row, o_key, lengths, heads, num_keys, indices, counts, capacity, last, block_size,
-        HAS_LENGTHS,
+    i_query, p_row, p_list, p_count, kind = _place(
+        x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
+        block_size, HAS_LENGTHS,
     )  # fmt: skip
+    if kind < 2:
+        _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
+    else:
+        wanted = tl.load(keep + (tl.program_id(1) // heads) * stride_keep + i_query - (num_keys - num_rows))
+        for i_level in tl.static_range(LEVELS):
+            if _fits(i_query, BLOCK, i_level, LEVELS):
+                _topk_row(
+                    p_row, p_list, p_count, i_query, wanted.to(tl.int32), DIAGONAL_EXTRA, VECTOR, BLOCK >> i_level
+                )
 
 
 @triton.jit(do_not_specialize=[*SIZES, "target"])
 def select_topp_kernel(
     x, lengths, indices, counts, target, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-    block_size, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr,
+    block_size, SOFTMAX: tl.constexpr, HAS_LENGTHS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):  # fmt: skip
-    i_query, o_row = _row(num_rows, num_keys)
-    o_key = tl.arange(0, BLOCK)
-    b_x = _load(x, i_query, num_rows, num_keys, heads, stride_b, stride_h, stride_r, o_key)
-    b_x = tl.where(b_x > 0.0, tl.minimum(b_x, 1.0), 0.0)
-    b_units = (b_x * UNITS).to(tl.int64)
-    # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
-    diagonal = tl.sum(tl.where(o_key == i_query, b_units, 0), 0)
-    m_candidate = o_key < i_query
-    b_key = tl.where(m_candidate, _ordered(b_x), LOWEST)
-    boundary = _boundary(b_key, b_units, target - diagonal)
-    m_above = b_key > boundary
-    m_equal = (b_key == boundary) & m_candidate
-    mass = diagonal + tl.sum(tl.where(m_above, b_units, 0), 0)
-    b_before = mass + (tl.cumsum(m_equal.to(tl.int64), 0) - 1) * b_units
-    _pack(
-        m_above | (m_equal & (b_before < target)), i_query, o_row, o_key, lengths, heads, num_keys, indices, counts,
-        capacity, last, block_size, HAS_LENGTHS,
+    i_query, p_row, p_list, p_count, kind = _place(
+        x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
+        block_size, HAS_LENGTHS,
     )  # fmt: skip
+    if kind < 2:
+        _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
+    else:
+        for i_level in tl.static_range(LEVELS):
+            if _fits(i_query, BLOCK, i_level, LEVELS):
+                _topp_row(p_row, p_list, p_count, i_query, target, SOFTMAX, VECTOR, BLOCK >> i_level)
 
 
 def select_threshold(
-    probabilities: Tensor, threshold: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int
+    scores: Tensor,
+    threshold: float,
+    *,
+    block_size: int,
+    lengths: Tensor | None,
+    last_blocks_dense: int,
+    softmax: bool = False,
 ) -> BlockIndices:
     return _launch(
-        select_threshold_kernel, probabilities, block_size, lengths, last_blocks_dense, threshold=float(threshold)
+        select_threshold_kernel,
+        scores,
+        block_size,
+        lengths,
+        last_blocks_dense,
+        threshold=float(threshold),
+        registers=128,
+        SOFTMAX=softmax,
     )
 
 
@@ -165,6 +307,7 @@ def select_topk(
         lengths,
         last_blocks_dense,
         capacity=capacity,
+        registers=168,
         keep=keep,
         stride_keep=keep.shape[1] if keep.shape[0] > 1 else 0,
         DIAGONAL_EXTRA=diagonal_extra,
@@ -172,19 +315,52 @@ def select_topk(
 
 
 def select_topp(
-    probabilities: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int
+    scores: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int, softmax: bool = False
 ) -> BlockIndices:
-    return _launch(select_topp_kernel, probabilities, block_size, lengths, last_blocks_dense, target=topp_target(p))
+    return _launch(
+        select_topp_kernel,
+        scores,
+        block_size,
+        lengths,
+        last_blocks_dense,
+        registers=216,
+        target=topp_target(p),
+        SOFTMAX=softmax,
+    )
+
+
+def _limit(registers: int) -> dict[str, int]:
+    """Launch options that hold a thread to so many registers. Left alone, the compiler takes all that a warp may have,
+    and few rows are in work at a time to hide each other's latencies. AMD's compiler takes no such option."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
+def _whole_vectors(x: Tensor) -> bool:
+    """Whether rows begin at whole vectors, and a vector that a row ends within is all inside the memory."""
+    end = -(-x.shape[-1] // VECTOR) * VECTOR
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if stride % VECTOR:
+            return False
+        end += (size - 1) * stride
+    return x.storage_offset() % VECTOR == 0 and x.storage_offset() + end <= x.untyped_storage().nbytes() // x.itemsize
 
 
 def _launch(
-    kernel, x: Tensor, block_size: int, lengths: Tensor | None, last: int, *, capacity: int | None = None, **arguments
+    kernel,
+    x: Tensor,
+    block_size: int,
+    lengths: Tensor | None,
+    last: int,
+    *,
+    registers: int,
+    capacity: int | None = None,
+    **arguments,
 ) -> BlockIndices:
     batch, heads, num_rows, num_keys = x.shape
     capacity = num_keys if capacity is None else capacity
     indices = torch.empty(batch, heads, num_rows, capacity, dtype=torch.int32, device=x.device)
     counts = torch.empty(batch, heads, num_rows, dtype=torch.int32, device=x.device)
-    block = max(16, triton.next_power_of_2(num_keys))
+    block = max(MIN_WIDTH, triton.next_power_of_2(num_keys))
     if counts.numel():
         with torch.cuda.device_of(x):
             kernel[(num_rows, batch * heads)](
@@ -202,9 +378,11 @@ def _launch(
                 last=last,
                 block_size=block_size,
                 HAS_LENGTHS=lengths is not None,
+                VECTOR=VECTOR if _whole_vectors(x) else 1,
                 BLOCK=block,
-                # 8 blocks a thread, so that short rows take one warp and need no synchronisation.
-                num_warps=min(16, max(1, block // 256)),
+                LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
+                num_warps=max(1, block // BLOCKS_PER_WARP),
+                **_limit(registers),
                 **arguments,
             )
     return BlockIndices(indices, counts, num_keys, block_size)

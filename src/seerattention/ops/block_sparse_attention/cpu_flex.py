@@ -23,6 +23,11 @@ from .cpu_gathered import block_sparse_attention_cpu_gathered
 
 logger = logging.getLogger(__name__)
 
+# Whether the automatic choice may be FlexAttention. It was, until the gathered path became faster, which needs no
+# compile and returns LSE: at 8K tokens and density 0.12 (random lists, float32) 111 ms against 215 on a 2-core Ice
+# Lake, benchmarks/results/cpu. A switch, because other CPUs have not been measured since, and because FlexAttention
+# suffers less where other processes keep the cores busy.
+AUTOMATIC = False
 # Below this many queries a compile (7 to 40 s, once) never pays, and the gathered path is as fast.
 MIN_QUERIES = 2048
 # Sizes of the warm-up: unequal on purpose, and marked dynamic.
@@ -33,7 +38,7 @@ _MAX_CONFIGURATIONS = 64
 
 def flex_usable(q: Tensor, blocks: BlockIndices) -> bool:
     """Whether the automatic choice for these inputs is FlexAttention rather than the gathered path."""
-    return q.shape[2] >= MIN_QUERIES and _flex_supported()
+    return AUTOMATIC and q.shape[2] >= MIN_QUERIES and _flex_supported()
 
 
 @functools.cache
@@ -57,7 +62,7 @@ def block_sparse_attention_cpu_flex(
         RuntimeError: the compile failed and ``required`` is set.
     """
     if blocks.num_rows < 2:  # dynamic sizes are at least 2: a single query block would be one more compile
-        return block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)[0]
+        return block_sparse_attention_cpu_gathered(q, k, v, blocks, scale, return_lse=False)[0]
     inference = torch.is_inference_mode_enabled()
     compiled = _compiled(q.shape[1], k.shape[1], q.shape[3], blocks.block_size, torch.get_num_threads(), inference)
     if compiled is None:
@@ -66,7 +71,7 @@ def block_sparse_attention_cpu_flex(
                 "block_sparse_attention: FlexAttention could not be compiled on this CPU (the warning logged before "
                 "says why); use implementation='cpu_gathered' or None"
             )
-        return block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)[0]
+        return block_sparse_attention_cpu_gathered(q, k, v, blocks, scale, return_lse=False)[0]
     out = torch.empty_like(q)
     for row in range(q.shape[0]):
         # One batch row at a time: batch size 1 and others would be two compiles, and heads keep the cores busy.
@@ -185,7 +190,7 @@ def _warm_up(compiled: Callable, num_heads: int, num_kv_heads: int, head_dim: in
 
     scale = head_dim**-0.5
     out = _attend(mark_and_run, q, k, v, blocks, scale)
-    expected = block_sparse_attention_cpu_gathered(q, k, v, blocks, scale)[0]
+    expected = block_sparse_attention_cpu_gathered(q, k, v, blocks, scale, return_lse=False)[0]
     error = float((out - expected).abs().max())
     if not error < 1e-3:
         raise RuntimeError(f"the compiled attention is wrong by {error}")

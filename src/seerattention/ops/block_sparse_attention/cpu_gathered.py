@@ -1,7 +1,12 @@
 """Block-sparse attention on the CPU in plain torch: gather the listed blocks of each row, then batched matmul.
 
-Needs no C++ compiler, has no warm-up and returns LSE. It gathers in small buckets whose keys, values and scores stay in
-the L2 cache: larger buckets measured up to 1.5 times slower.
+Needs no C++ compiler, has no warm-up and returns LSE. Rows are worked through in buckets of about equal list lengths,
+small enough that what one op writes is still in the L2 cache when the next one reads it. What makes it fast:
+
+* every bucket writes over the same two buffers, and results over their queries: fresh memory costs page faults;
+* the scores are passed over once for the softmax, in place, and twice more only where the LSE is asked for;
+* the causal mask is applied to the diagonal tiles alone, and rows of one list length need no other mask;
+* rows are sorted by list length once for all buckets, so that queries and results of a bucket are slices.
 """
 
 from __future__ import annotations
@@ -12,17 +17,18 @@ from torch import Tensor
 
 from ..indices import BlockIndices
 
-# Elements of gathered keys a bucket (1 MiB of float32): the best of 2^18, 2^20, 2^21 and 2^23 on a 2-core Zen 4.
-BUCKET_ELEMENTS = 1 << 18
+# Elements of gathered keys and of scores in one bucket, for each thread: 2 MiB of float32. From 2^18 to 2^20 all are
+# within 10 % of each other on a 2-core Ice Lake with 1.25 MiB of L2 a core; below, the overhead of the ops shows.
+BUCKET_ELEMENTS = 1 << 19
 
 
 def block_sparse_attention_cpu_gathered(
-    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Arguments as checked by the interface; computes in float32 whatever the dtype (faster than bf16 without AMX).
 
     Returns:
-        ``out [B, Hq, Tq, D]`` in the dtype of q and the natural-log ``lse [B, Hq, Tq]`` in float32.
+        ``out [B, Hq, Tq, D]`` in the dtype of q and the natural-log ``lse [B, Hq, Tq]`` in float32, or None.
     """
     batch, num_heads, query_length, head_dim = q.shape
     num_kv_heads, key_length = k.shape[1:3]
@@ -30,57 +36,75 @@ def block_sparse_attention_cpu_gathered(
     list_heads = blocks.counts.shape[1]
     shared = num_heads // list_heads  # query heads that read one list, stacked into one matmul
 
+    # Lists from the shortest to the longest, packed to the right: the diagonal block, which is always the last of a
+    # list, is then the last column, and a row that is shorter than others of its bucket is padded on the left.
+    counts, order = blocks.counts.reshape(-1).sort(stable=True)
+    lengths = counts.tolist()
+    slots = counts[:, None] + torch.arange(-lengths[-1], 0, device=q.device)
+    key_blocks = blocks.indices.flatten(0, 2)[order].long().gather(1, slots.clamp(min=0))
+    has_diagonal = key_blocks[:, -1:] == (blocks.first_row + order % num_rows)[:, None]
+    # Where the KV head of each list begins among all blocks of keys.
+    key_blocks += (order // (list_heads // num_kv_heads * num_rows) * num_key_blocks)[:, None]
+
     # Pad to whole blocks. Padded keys lie after every real query, in its diagonal block at most: causality hides them.
     front = key_length - query_length - blocks.first_row * block_size
     back = num_key_blocks * block_size - key_length
-    q_blocks = F.pad(q.float(), (0, 0, front, back)) * scale
-    q_blocks = q_blocks.view(batch, list_heads, shared, num_rows, block_size, head_dim)
-    q_blocks = q_blocks.transpose(2, 3).reshape(-1, shared * block_size, head_dim)
-    k_blocks = F.pad(k.float(), (0, 0, 0, back)).reshape(-1, block_size, head_dim)
-    v_blocks = F.pad(v.float(), (0, 0, 0, back)).reshape(-1, block_size, head_dim)
+    q_blocks = _padded(q, front, back).view(batch, list_heads, shared, num_rows, block_size, head_dim)
+    # Rows in the order of the lists; the result of a row will overwrite its queries.
+    out = q_blocks.transpose(2, 3).reshape(-1, shared * block_size, head_dim).index_select(0, order).float()
+    k_blocks = _padded(k, 0, back).reshape(-1, block_size * head_dim).float()
+    v_blocks = _padded(v, 0, back).reshape(-1, block_size * head_dim).float()
 
-    indices = blocks.indices.flatten(0, 2).long()
-    counts = blocks.counts.reshape(-1).long()
-    last = indices.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0] if indices.shape[1] else counts
-    query_block = torch.arange(blocks.first_row, num_key_blocks, device=q.device).repeat(batch * list_heads)
-    off_diagonal = last != query_block
-    # Where the KV head of each list begins in k_blocks.
-    kv_head = torch.arange(list_heads, device=q.device) // (list_heads // num_kv_heads)
-    base = torch.arange(batch, device=q.device)[:, None] * num_kv_heads + kv_head
-    base = (base * num_key_blocks).reshape(-1).repeat_interleave(num_rows)
-
-    out = torch.empty_like(q_blocks)
-    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=q.device)
+    empty = lengths.count(0)
+    out[:empty] = 0.0
+    lse = out.new_full(out.shape[:2], float("-inf")) if return_lse else None
     future = torch.ones(block_size, block_size, dtype=torch.bool, device=q.device).triu(1).repeat(shared, 1)
-    order = counts.argsort(stable=True)
-    sorted_counts = counts[order]
-    empty = int((sorted_counts == 0).sum())
-    out[order[:empty]] = 0.0
-    lse[order[:empty]] = float("-inf")
-    for start, end in _buckets(sorted_counts.tolist(), empty, block_size * head_dim):
-        rows, width = order[start:end], int(sorted_counts[end - 1])
-        # Lists are packed to the right, so that the diagonal block, always the last of a list, is the last column.
-        slot = counts[rows, None] + torch.arange(-width, 0, device=q.device)
-        gathered = (base[rows, None] + indices[rows[:, None], slot.clamp(min=0)]).reshape(-1)
-        keys = k_blocks.index_select(0, gathered).view(len(rows), -1, head_dim)
-        values = v_blocks.index_select(0, gathered).view(len(rows), -1, head_dim)
-        scores = torch.bmm(q_blocks.index_select(0, rows), keys.transpose(1, 2))
-        by_block = scores.view(len(rows), shared * block_size, width, block_size)
-        by_block[:, :, -1].masked_fill_(future & ~off_diagonal[rows, None, None], float("-inf"))
-        if sorted_counts[start] != width:
-            by_block.masked_fill_((slot < 0)[:, None, :, None], float("-inf"))
-        lse[rows] = scores.logsumexp(-1)
-        out[rows] = torch.bmm(scores.softmax(-1), values)
 
-    out = out.view(batch, list_heads, num_rows, shared, block_size, head_dim).transpose(2, 3)
+    key_elements, score_elements = block_size * head_dim, shared * block_size * block_size
+    buckets = _buckets(lengths, empty, key_elements + score_elements)
+    most_tiles = max(((end - start) * lengths[end - 1] for start, end in buckets), default=0)
+    gathered_buffer = out.new_empty(most_tiles, key_elements)
+    scores_buffer = out.new_empty(most_tiles * score_elements)
+    for start, end in buckets:
+        rows, width = end - start, lengths[end - 1]
+        listed = key_blocks[start:end, -width:].reshape(-1)
+        gathered = gathered_buffer[: rows * width]  # the keys, then the values
+        tokens = gathered.view(rows, width * block_size, head_dim)
+        scores = scores_buffer[: rows * width * score_elements].view(rows, shared * block_size, width * block_size)
+
+        torch.index_select(k_blocks, 0, listed, out=gathered)
+        scores.baddbmm_(out[start:end], tokens.transpose(1, 2), beta=0, alpha=scale)
+        hidden = future & has_diagonal[start:end, :, None]
+        scores[:, :, -block_size:].masked_fill_(hidden, float("-inf"))
+        if padding := width - lengths[start]:
+            unlisted = (slots[start:end, -width:] < 0)[:, :padding].repeat_interleave(block_size, 1)
+            scores[:, :, : padding * block_size].masked_fill_(unlisted[:, None], float("-inf"))
+        largest = scores.amax(-1) if lse is not None else None
+        torch.softmax(scores, -1, out=scores)
+        if lse is not None and largest is not None:
+            # The probability of the largest score is exp(0) over the sum of exponentials.
+            torch.sub(largest, scores.amax(-1).log_(), out=lse[start:end])
+        torch.index_select(v_blocks, 0, listed, out=gathered)
+        torch.bmm(scores, tokens, out=out[start:end])
+
+    original = order.argsort()
+    shape = batch, list_heads, num_rows, shared, block_size
+    out = out.to(q.dtype).index_select(0, original).view(*shape, head_dim).transpose(2, 3)
     out = out.reshape(batch, num_heads, -1, head_dim)[:, :, front : front + query_length]
-    lse = lse.view(batch, list_heads, num_rows, shared, block_size).transpose(2, 3)
-    lse = lse.reshape(batch, num_heads, -1)[:, :, front : front + query_length]
-    return torch.empty_like(q).copy_(out), lse.contiguous()
+    if lse is not None:
+        lse = lse.index_select(0, original).view(shape).transpose(2, 3)
+        lse = lse.reshape(batch, num_heads, -1)[:, :, front : front + query_length].contiguous()
+    return torch.empty_like(q).copy_(out), lse
 
 
-def _buckets(sorted_counts: list[int], start: int, block_elements: int) -> list[tuple[int, int]]:
+def _padded(x: Tensor, front: int, back: int) -> Tensor:
+    """``x [B, H, T, D]`` with tokens of zeros before and after; padding by nothing would copy."""
+    return F.pad(x, (0, 0, front, back)) if front or back else x
+
+
+def _buckets(sorted_counts: list[int], start: int, tile_elements: int) -> list[tuple[int, int]]:
     """Cut rows sorted by list length into runs of similar length (padding at most 1/8) and bounded size."""
+    limit = BUCKET_ELEMENTS * torch.get_num_threads()
     buckets = []
     while start < len(sorted_counts):
         longest_allowed = sorted_counts[start] + sorted_counts[start] // 8
@@ -88,7 +112,7 @@ def _buckets(sorted_counts: list[int], start: int, block_elements: int) -> list[
         while (
             end < len(sorted_counts)
             and sorted_counts[end] <= longest_allowed
-            and (end + 1 - start) * sorted_counts[end] * block_elements <= BUCKET_ELEMENTS
+            and (end + 1 - start) * sorted_counts[end] * tile_elements <= limit
         ):
             end += 1
         buckets.append((start, end))

@@ -19,6 +19,7 @@ def pooled_attention(
     lengths: Tensor | None,
     reduce: str,
     normalize: bool,
+    lse: Tensor | None = None,
 ) -> Tensor:
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
@@ -30,7 +31,7 @@ def pooled_attention(
     keys = torch.nn.functional.pad(k.float(), (0, 0, 0, num_keys * block_size - key_length))
     out = torch.zeros(batch, heads, rows.numel(), num_keys)
     # Fresh memory for every step would cost more in page faults than the multiplication itself.
-    buffers = torch.empty(2, group * block_size * num_keys * block_size)
+    buffers = torch.empty(2 if lse is None else 1, group * block_size * num_keys * block_size)
     above_diagonal = torch.ones(block_size, block_size, dtype=torch.bool).triu_(1)
 
     for slot, row in enumerate(rows.tolist()):
@@ -44,16 +45,24 @@ def pooled_attention(
             masked = above_diagonal[start - row * block_size : end - row * block_size]
             for head in range(kv_heads):
                 flat = queries[head].reshape(-1, head_dim)
-                scores, probabilities = (buffer[: flat.shape[0] * visible].view(-1, visible) for buffer in buffers)
+                scores, probabilities = (buffers[i][: flat.shape[0] * visible].view(-1, visible) for i in (0, -1))
                 torch.mm(flat, keys[b, head, :visible].T, out=scores)
                 diagonal = scores.view(group, end - start, visible)[..., -block_size:]
                 diagonal.masked_fill_(masked, float("-inf"))
-                torch.softmax(scores, -1, out=probabilities)
+                heads_here = slice(head * group, (head + 1) * group)
+                if lse is None:
+                    torch.softmax(scores, -1, out=probabilities)
+                else:
+                    scores.sub_(lse[b, heads_here, start - offset : end - offset].reshape(-1, 1))
+                    if reduce == "sum":
+                        scores.exp_()
                 probabilities = probabilities.view(group, end - start, visible)
                 # Queries first: this reduction runs over contiguous rows of keys.
                 if reduce == "max":
                     tiles = probabilities.amax(1).unflatten(-1, (row + 1, block_size)).amax(-1)
+                    if lse is not None:  # so far logarithms: the exponential of the maximum is the maximum
+                        tiles.exp_()
                 else:
                     tiles = probabilities.sum(1).unflatten(-1, (row + 1, block_size)).sum(-1)
-                out[b, head * group : (head + 1) * group, slot, : row + 1] = tiles
+                out[b, heads_here, slot, : row + 1] = tiles
     return finish(out, rows, block_size, key_length, query_length, lengths, reduce, normalize)

@@ -12,7 +12,7 @@ from . import cpu, reference
 __all__ = ["pooled_attention"]
 
 OP = "pooled_attention"
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper")
 REDUCTIONS = ("max", "sum")
 
 
@@ -27,6 +27,7 @@ def pooled_attention(
     lengths: Tensor | None = None,
     reduce: str = "max",
     normalize: bool = True,
+    lse: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """The causal attention map, reduced to one value per (query block, key block) tile.
@@ -36,14 +37,15 @@ def pooled_attention(
     attention mass of each tile, from which block recall is computed.
 
     Two passes, neither of which stores more than the result: the log-sum-exp of each query, then Q K^T again, reduced
-    tile by tile. Only the query blocks in ``rows`` are computed. There is no gradient: the target is a constant.
+    tile by tile. A dense forward knows the first already: given its ``lse``, only the second is run. Only the query
+    blocks in ``rows`` are computed. There is no gradient: the target is a constant.
 
     Args:
         q: ``[B, Hq, Tq, D]``, after RoPE; float32, float16 or bfloat16, last dimension contiguous. Queries are the last
             Tq of the Tk positions.
         k: ``[B, Hkv, Tk, D]``, after RoPE; Hq is a multiple of Hkv, Tq <= Tk.
         block_size: tokens a block: 32, 64 or 128.
-        scale: of the logits; None is 1 / sqrt(D).
+        scale: positive scale of the logits; None is 1 / sqrt(D).
         rows: int64 ``[R]``, absolute query blocks in any order, each one of the blocks that hold queries; None: all of
             them, ascending. Values on a CUDA device are not checked (that would synchronise it): keep them in range.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Padded queries take no part in the
@@ -51,13 +53,16 @@ def pooled_attention(
         reduce: ``"max"`` or ``"sum"``.
         normalize: divide ``max`` rows by their sum, and ``sum`` rows by their number of valid queries; rows then sum
             to 1.
-        implementation: ``"reference"``, ``"cpu"``, ``"triton"`` or None (automatic).
+        lse: float32 ``[B, Hq, Tq]``, natural logarithm of the sum of exp of the scaled causal logits of each query, as
+            attention kernels return it; None: computed here. Values at padded queries are never used.
+        implementation: ``"reference"``, ``"cpu"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``) or None
+            (automatic).
 
     Returns:
         float32 ``[B, Hq, R, Nk]``, 0 above the block diagonal.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown block size or reduction, rows out of range.
+        ValueError: shapes that do not fit, an unknown block size or reduction, rows out of range, a scale of 0 or less.
         TypeError: unsupported dtypes.
     """
     dispatch.check_query_key(OP, q, k)
@@ -76,7 +81,14 @@ def pooled_attention(
             raise ValueError(f"{OP}: lengths must be integers [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
         lengths = lengths.to(q.device, torch.int64)
     scale = dispatch.default_scale(head_dim, scale)
-    return _pooled_attention(q, k, rows, block_size, scale, lengths, reduce, normalize, implementation)
+    if not scale > 0:
+        raise ValueError(f"{OP}: scale must be positive, got {scale}")
+    if lse is not None and (lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device):
+        raise ValueError(
+            f"{OP}: lse must be float32 {list(q.shape[:3])} on {q.device}, got {lse.dtype} {list(lse.shape)} on "
+            f"{lse.device}"
+        )
+    return _pooled_attention(q, k, rows, block_size, scale, lengths, reduce, normalize, lse, implementation)
 
 
 def _fake(
@@ -88,6 +100,7 @@ def _fake(
     lengths: Tensor | None,
     reduce: str,
     normalize: bool,
+    lse: Tensor | None,
     implementation: str | None,
 ) -> Tensor:
     batch, heads = q.shape[:2]
@@ -104,27 +117,72 @@ def _pooled_attention(
     lengths: Tensor | None,
     reduce: str,
     normalize: bool,
+    lse: Tensor | None,
     implementation: str | None,
 ) -> Tensor:
     _check_range(rows, q.shape[2], k.shape[2], block_size)
+    rows = rows.to(q.device)
     function = reference.pooled_attention
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
+    reason = hopper_usable(q, k, block_size, reduce) if name in ("triton", "hopper") else None
+    if name == "hopper" and reason is not None:
+        raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
+    if implementation is None and name == "triton" and reason is None and dispatch.hopper_automatic():
+        name = "hopper"
+    if name == "hopper":
+        from .hopper import pooled_attention_hopper  # imported late: triton is an optional dependency
+        from .triton import query_lse
+
+        if lse is None:
+            lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
+        return pooled_attention_hopper(q, k, rows, scale=scale, lengths=lengths, normalize=normalize, lse=lse)
     if name == "cpu":
         function = cpu.pooled_attention
     elif name == "triton":
-        from . import triton  # imported late: triton is an optional dependency
+        from . import triton
 
         function = triton.pooled_attention
     return function(
         q,
         k,
-        rows.to(q.device),
+        rows,
         block_size=block_size,
         scale=scale,
         lengths=lengths,
         reduce=reduce,
         normalize=normalize,
+        lse=lse,
     )
+
+
+def hopper_usable(q: Tensor, k: Tensor, block_size: int, reduce: str) -> str | None:
+    """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
+
+    It needs a GPU of compute capability 9.0 and a triton for which it is written (``dispatch.hopper_unusable``), tile
+    maxima of blocks of 64, float16 or bfloat16, head_dim from 64 to 128 (computed as 128 above 64), query heads of a KV
+    head that make nearly whole fours, and addresses that the tensor copy engine takes: 16-byte aligned, strides
+    multiples of 16 bytes.
+    """
+    if reason := dispatch.hopper_unusable(q.device):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, got {q.dtype}"
+    if reduce != "max" or block_size != 64:
+        return f"it needs reduce='max' and blocks of 64 tokens, got {reduce!r} and {block_size}"
+    if not 64 <= q.shape[-1] <= 128:
+        return f"it needs head_dim from 64 to 128, got {q.shape[-1]}"
+    group = q.shape[1] // k.shape[1]
+    if 4 * (-group % 4) > group:
+        return f"it takes four query heads at a time, of which too many would be idle with {group} a KV head"
+    for name, x in (("q", q), ("k", k)):
+        # The stride of a dimension of size 1 means nothing; a stride of 0 is an expanded tensor.
+        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 1 << 40 for step in steps):
+            return (
+                f"it needs a 16-byte aligned {name} with strides that are multiples of 16 bytes, got strides of "
+                f"{steps} bytes and an address {x.data_ptr() % 16} bytes past a multiple of 16"
+            )
+    return None
 
 
 def _check_range(rows: Tensor, query_length: int, key_length: int, block_size: int) -> None:

@@ -18,6 +18,7 @@ def pooled_attention(
     lengths: Tensor | None,
     reduce: str,
     normalize: bool,
+    lse: Tensor | None = None,
 ) -> Tensor:
     batch, heads, query_length, _ = q.shape
     key_length = k.shape[2]
@@ -31,7 +32,10 @@ def pooled_attention(
         positions = torch.arange(start, end, device=q.device)
         scores = q[:, :, start - offset : end - offset].float() @ k.transpose(-1, -2) * scale
         scores = scores.masked_fill(key_positions > positions[:, None], float("-inf"))
-        probabilities = scores.softmax(-1)
+        if lse is None:
+            probabilities = scores.softmax(-1)
+        else:
+            probabilities = (scores - lse[:, :, start - offset : end - offset, None]).exp()
         if lengths is not None:
             padded_queries = (positions >= lengths[:, None])[:, None, :, None]
             probabilities = probabilities.masked_fill(padded_queries, 0.0)

@@ -1,8 +1,11 @@
-"""Pooled attention in Triton: one program per (query block, head) goes over its keys twice.
+"""Pooled attention in Triton: Q K^T, reduced tile by tile, given the log-sum-exp of each query.
 
-The first pass finds the log-sum-exp of each query. The second computes the same scores again and reduces them tile by
-tile: the maximum of exp(s - lse) over a tile is exp(max(s - lse)), so ``max`` takes one exponential per tile. Nothing
-between the passes leaves the chip, and V is never read.
+The maximum of exp(s - lse) over a tile is exp(max(s - lse)), so ``max`` takes one exponential per tile. V is never read
+and nothing but the result is stored. Where no log-sum-exp is given, a kernel of its own finds it first.
+
+One tile of keys feeds little work, so a program shares it: it holds one query block of several query heads of one KV
+head (``UNITS``). Rows of these heads are interleaved 16 at a time, as warps take them from a product, so that the
+queries of one head lie with one warp (of four warps and four heads) and reducing them takes no shared memory.
 """
 
 from __future__ import annotations
@@ -15,20 +18,79 @@ import triton.language as tl
 from torch import Tensor
 
 from ..indices import num_blocks
-from .reference import finish
+
+LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
 # A strip of keys takes at most this much shared memory per pipeline stage. float32 products are unrolled multiply-adds,
 # not tensor core instructions: with larger strips they take minutes to compile.
 MAX_STRIP_BYTES = {torch.float16: 32768, torch.bfloat16: 32768, torch.float32: 8192}
 
+# Lengths and head counts are not specialised: a prompt of another length must not compile the kernels again.
+_RUNTIME_SCALARS = ["heads", "group", "query_length", "key_length", "num_keys"]
+
 
 @triton.jit
-def _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2):
-    """Logits in units of log 2 of one query block against the keys at start + o_n."""
-    o_keys = start + o_n
-    m_k = (o_keys < key_length)[:, None] & (o_d < head_dim)[None, :]
-    b_k = tl.load(p_k + o_keys.to(tl.int64)[:, None] * stride_kt + o_d[None, :], mask=m_k, other=0.0)
-    return tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+def _unit_of(o_m, UNITS: tl.constexpr):
+    """Which of the program's query heads a row belongs to."""
+    return o_m // 16 % UNITS
+
+
+@triton.jit
+def _query_of(o_m, UNITS: tl.constexpr):
+    """Which query of the block a row holds."""
+    return o_m // (16 * UNITS) * 16 + o_m % 16
+
+
+@triton.jit
+def _order():
+    """Slot and place (batch row, KV head and part of its heads in one number) of this program.
+
+    The usual ascending rows are longest at the end. Their longest eighth comes first, for one place after the other, so
+    that what runs at one time shares keys in the L2 cache; then the next eighth; and what runs last is short.
+    """
+    num_slots, num_places = tl.num_programs(0), tl.num_programs(1)
+    i_program = tl.program_id(1) * num_slots + tl.program_id(0)
+    i_eighth = (i_program // num_places * 8 + 7) // num_slots
+    first = i_eighth * num_slots // 8
+    size = (i_eighth + 1) * num_slots // 8 - first
+    i_program -= first * num_places
+    return num_slots - 1 - first - i_program % size, i_program // size
+
+
+@triton.jit
+def _place(rows, lengths, heads, group, key_length, HAS_LENGTHS: tl.constexpr, UNITS: tl.constexpr):
+    """What this program computes: slot and query block, batch row, KV head, first of its query heads within the group,
+    and the number of valid keys."""
+    i_slot, i_place = _order()
+    i_row = tl.load(rows + i_slot).to(tl.int32)
+    parts = (group + UNITS - 1) // UNITS
+    i_bkv = i_place // parts
+    kv_heads = heads // group
+    i_b, i_kv = (i_bkv // kv_heads).to(tl.int64), (i_bkv % kv_heads).to(tl.int64)
+    end = key_length
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
+    return i_slot, i_row, i_b, i_kv, i_place % parts * UNITS, end
+
+
+@triton.jit
+def _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASK_KEYS: tl.constexpr, MASK_DIM: tl.constexpr):
+    """Keys ``[N, D]``; zeros from ``limit`` on and past head_dim, where these are asked for."""
+    p_strip = p_k + o_keys.to(tl.int64)[:, None] * stride_kt + o_d[None, :]
+    if MASK_KEYS:
+        b_k = tl.load(p_strip, mask=(o_keys < limit)[:, None] & (o_d < head_dim)[None, :], other=0.0)
+    elif MASK_DIM:
+        b_k = tl.load(p_strip, mask=(o_d < head_dim)[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_strip)
+    return b_k
+
+
+@triton.jit
+def _queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim):
+    """Queries ``[M, D]``: one head and one position a row, zeros where a row is not valid."""
+    p_q = q + i_b * stride_qb + o_head * stride_qh + (o_q - offset).to(tl.int64) * stride_qt
+    return tl.load(p_q[:, None] + o_d[None, :], mask=m_valid[:, None] & (o_d < head_dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -39,27 +101,82 @@ def _accumulate(b_s, b_max, b_sum):
     return b_new, b_sum
 
 
-@triton.jit
-def _reduce_step(b_s, b_lse, b_tile, SUM: tl.constexpr):
-    """Fold a strip of scores into the value of its tile, still one per query."""
-    if SUM:
-        return b_tile + tl.sum(tl.exp2(b_s - b_lse[:, None]), 1)
-    return tl.maximum(b_tile, tl.max(b_s, 1))
+@triton.jit(do_not_specialize=_RUNTIME_SCALARS)
+def query_lse_fwd_kernel(
+    q,
+    k,
+    rows,
+    lengths,
+    lse,
+    scale_log2,
+    heads,
+    group,
+    query_length,
+    key_length,
+    head_dim,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    HAS_LENGTHS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_DIM: tl.constexpr,
+):
+    """Natural log-sum-exp of the scaled causal logits of every valid query of the rows asked for."""
+    _, i_row, i_b, i_kv, i_unit, end = _place(rows, lengths, heads, group, key_length, HAS_LENGTHS, UNITS)
+    diagonal = i_row * BLOCK
+    offset = key_length - query_length
+    o_m = tl.arange(0, UNITS * BLOCK)
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    o_q = diagonal + _query_of(o_m, UNITS)
+    o_unit = i_unit + _unit_of(o_m, UNITS)
+    o_head = i_kv * group + o_unit
+    m_valid = (o_q >= offset) & (o_q < end) & (o_unit < group)
+    if diagonal < end:
+        p_k = k + i_b * stride_kb + i_kv * stride_kh
+        b_q = _queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+        b_max = tl.full([UNITS * BLOCK], float("-inf"), tl.float32)
+        b_sum = tl.zeros([UNITS * BLOCK], tl.float32)
+        for start in range(0, diagonal, BLOCK_N):
+            b_k = _strip(p_k, start + o_n, o_d, stride_kt, head_dim, end, False, MASK_DIM)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+            b_max, b_sum = _accumulate(b_s, b_max, b_sum)
+        # Every query sees the first key of its own block, so b_max is finite from the first strip on.
+        for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
+            b_k = _strip(p_k, start + o_n, o_d, stride_kt, head_dim, end, True, MASK_DIM)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+            b_s = tl.where((start + o_n)[None, :] <= o_q[:, None], b_s, float("-inf"))
+            b_max, b_sum = _accumulate(b_s, b_max, b_sum)
+        p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_valid)
 
 
 @triton.jit
-def _reduce_tile(b_tile, b_lse, m_valid, SUM: tl.constexpr):
-    """From one value per query to one value for the tile."""
+def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """A strip of raw scores to one value for each of the program's heads: the logarithm of the largest probability (to
+    base 2), or the mass. Rows that are not valid have lse +inf and count for nothing."""
+    N: tl.constexpr = b_s.shape[1]
     if SUM:
-        return tl.sum(tl.where(m_valid, b_tile, 0.0), 0)
-    return tl.exp2(tl.max(tl.where(m_valid, b_tile - b_lse, float("-inf")), 0))
+        b_row = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
+        return tl.sum(tl.sum(tl.reshape(b_row, [BLOCK // 16, UNITS, 16]), 2), 0)
+    # A thread holds pairs of neighbouring columns, eight apart, of rows eight apart: it reduces what it has, and only
+    # the last two steps are between threads.
+    b_row = tl.max(tl.max(tl.reshape(b_s, [UNITS * BLOCK, N // 8, 4, 2]), 3), 1)
+    b_row = b_row * scale_log2 - b_lse[:, None]
+    b_row = tl.max(tl.max(tl.reshape(b_row, [BLOCK // 16, UNITS, 2, 8, 4]), 2), 0)
+    return tl.max(tl.max(b_row, 2), 1)
 
 
-# Lengths are not specialised: a prompt of another length must not compile the kernel again.
-@triton.jit(do_not_specialize=["heads", "group", "query_length", "key_length", "num_keys"])
+@triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_fwd_kernel(
     q,
     k,
+    lse,
     rows,
     lengths,
     out,
@@ -78,61 +195,110 @@ def pooled_attention_fwd_kernel(
     stride_kt,
     HAS_LENGTHS: tl.constexpr,
     SUM: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    UNITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MASK_DIM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
 ):
-    # The longest rows come last in the usual ascending order; they start first.
-    i_slot = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_bh = tl.program_id(1)
-    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    i_row = tl.load(rows + i_slot).to(tl.int32)
+    """One row of the map for each of UNITS query heads: every element of it is written."""
+    i_slot, i_row, i_b, i_kv, i_unit, end = _place(rows, lengths, heads, group, key_length, HAS_LENGTHS, UNITS)
     diagonal = i_row * BLOCK
-
-    o_m = diagonal + tl.arange(0, BLOCK)
-    o_n = tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
     offset = key_length - query_length
-    end = key_length
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
-    m_valid = (o_m >= offset) & (o_m < end)
-    if diagonal < end:
-        p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
-        m_q = m_valid[:, None] & (o_d < head_dim)[None, :]
-        b_q = tl.load(p_q + (o_m - offset).to(tl.int64)[:, None] * stride_qt + o_d[None, :], mask=m_q, other=0.0)
+    o_u = i_unit + tl.arange(0, UNITS)
+    m_u = o_u < group
+    p_out = out + ((i_b * heads + i_kv * group + o_u) * tl.num_programs(0) + i_slot) * num_keys
+    has_queries = diagonal < end
+    b_total = tl.zeros([UNITS], tl.float32)
+    if has_queries:
+        o_m = tl.arange(0, UNITS * BLOCK)
+        o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        o_q = diagonal + _query_of(o_m, UNITS)
+        o_unit = i_unit + _unit_of(o_m, UNITS)
+        o_head = i_kv * group + o_unit
+        m_valid = (o_q >= offset) & (o_q < end) & (o_unit < group)
+        p_k = k + i_b * stride_kb + i_kv * stride_kh
+        b_q = _queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+        p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
+        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * 1.4426950408889634
 
-        b_max = tl.full([BLOCK], float("-inf"), tl.float32)
-        b_sum = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, diagonal, BLOCK_N):
-            b_s = _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
-            b_max, b_sum = _accumulate(b_s, b_max, b_sum)
-        # Every query sees the first key of its own block, so b_max is finite from the first strip on.
-        for start in range(diagonal, diagonal + BLOCK, BLOCK_N):
-            b_s = _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
-            b_s = tl.where((start + o_n)[None, :] <= o_m[:, None], b_s, float("-inf"))
-            b_max, b_sum = _accumulate(b_s, b_max, b_sum)
-        b_lse = b_max + tl.log2(b_sum)
-
-        p_out = out + (i_bh.to(tl.int64) * tl.num_programs(0) + i_slot) * num_keys
+        # A tile of several strips is stored with its last one.
         initial = 0.0 if SUM else float("-inf")
-        for i_key in range(0, i_row):
-            b_tile = tl.full([BLOCK], initial, tl.float32)
-            if BLOCK_N == BLOCK:  # no inner loop, so that the outer one is pipelined
-                b_s = _scores(b_q, p_k, i_key * BLOCK, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
-                b_tile = _reduce_step(b_s, b_lse, b_tile, SUM)
-            else:
-                for start in range(i_key * BLOCK, i_key * BLOCK + BLOCK, BLOCK_N):
-                    b_s = _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
-                    b_tile = _reduce_step(b_s, b_lse, b_tile, SUM)
-            tl.store(p_out + i_key, _reduce_tile(b_tile, b_lse, m_valid, SUM))
-        b_tile = tl.full([BLOCK], initial, tl.float32)
-        for start in range(diagonal, diagonal + BLOCK, BLOCK_N):
-            b_s = _scores(b_q, p_k, start, key_length, head_dim, stride_kt, o_n, o_d, scale_log2)
-            b_s = tl.where((start + o_n)[None, :] <= o_m[:, None], b_s, float("-inf"))
-            b_tile = _reduce_step(b_s, b_lse, b_tile, SUM)
-        tl.store(p_out + i_row, _reduce_tile(b_tile, b_lse, m_valid, SUM))
+        b_tile = tl.full([UNITS], initial, tl.float32)
+        for start in range(0, diagonal, BLOCK_N):
+            b_k = _strip(p_k, start + o_n, o_d, stride_kt, head_dim, end, False, MASK_DIM)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
+            b_tile = b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
+            done = (start + BLOCK_N) % BLOCK == 0
+            b_value = b_tile if SUM else tl.exp2(b_tile)
+            tl.store(p_out + start // BLOCK, b_value, mask=m_u & done)
+            b_total += tl.where(done, b_value, 0.0)
+            b_tile = tl.where(done, initial, b_tile)
+        for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
+            o_keys = start + o_n
+            b_k = _strip(p_k, o_keys, o_d, stride_kt, head_dim, end, True, MASK_DIM)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_s = tl.where(o_keys[None, :] <= o_q[:, None], b_s, float("-inf"))
+            b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
+            b_tile = b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
+        b_value = b_tile if SUM else tl.exp2(b_tile)
+        tl.store(p_out + i_row, b_value, mask=m_u)
+        b_total += b_value
+        if SUM:
+            b_total = tl.zeros_like(b_total) + (tl.minimum(diagonal + BLOCK, end) - tl.maximum(diagonal, offset))
+    # Wholly padded rows are 0 and stay 0.
+    b_factor = 1.0 / tl.maximum(b_total, 1e-37)
+
+    # The row is still in the cache: divide it, and fill it up with zeros.
+    tl.debug_barrier()
+    for start in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
+        o_key = start + tl.arange(0, BLOCK_OUT)
+        m_out = m_u[:, None] & (o_key < num_keys)[None, :]
+        p_part = p_out[:, None] + o_key[None, :]
+        m_causal = (o_key <= i_row)[None, :] & has_queries
+        if NORMALIZE:
+            b_part = tl.load(p_part, mask=m_out & m_causal, other=0.0)
+            tl.store(p_part, b_part * b_factor[:, None], mask=m_out)
+        else:
+            tl.store(p_part, tl.zeros([UNITS, BLOCK_OUT], tl.float32), mask=m_out & (m_causal == 0))
+
+
+def query_lse(q: Tensor, k: Tensor, rows: Tensor, *, block_size: int, scale: float, lengths: Tensor | None) -> Tensor:
+    """float32 ``[B, Hq, Tq]``, natural logarithm; written for the valid queries of the blocks in ``rows`` only."""
+    batch, heads, query_length, head_dim = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    group = heads // kv_heads
+    lse = torch.empty(batch, heads, query_length, dtype=torch.float32, device=q.device)
+    tokens = 64 if q.dtype == torch.float32 else 128
+    units, block_n, block_d, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, group, tokens)
+    with torch.cuda.device_of(q):
+        query_lse_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
+            q,
+            k,
+            rows,
+            lengths,
+            lse,
+            scale * LOG2E,
+            heads,
+            group,
+            query_length,
+            key_length,
+            head_dim,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            HAS_LENGTHS=lengths is not None,
+            UNITS=units,
+            BLOCK=block_size,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            MASK_DIM=block_d != head_dim,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return lse
 
 
 def pooled_attention(
@@ -145,28 +311,30 @@ def pooled_attention(
     lengths: Tensor | None,
     reduce: str,
     normalize: bool,
+    lse: Tensor | None = None,
 ) -> Tensor:
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
-    num_keys = num_blocks(key_length, block_size)
-    out = torch.zeros(batch, heads, rows.numel(), num_keys, device=q.device)
+    group, num_keys = heads // kv_heads, num_blocks(key_length, block_size)
+    out = torch.empty(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_n = block_size
-    while block_n > 16 and block_n * block_d * q.element_size() > MAX_STRIP_BYTES[q.dtype]:
-        block_n //= 2
     rows = rows.contiguous()
+    if lse is None:
+        lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
+    tokens = _tokens(q, head_dim)
+    units, block_n, block_d, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, group, tokens)
     with torch.cuda.device_of(q):
-        pooled_attention_fwd_kernel[(rows.numel(), batch * heads)](
+        pooled_attention_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
             q,
             k,
+            lse.contiguous(),
             rows,
             lengths,
             out,
-            scale * math.log2(math.e),
+            scale * LOG2E,
             heads,
-            heads // kv_heads,
+            group,
             query_length,
             key_length,
             head_dim,
@@ -175,10 +343,53 @@ def pooled_attention(
             *k.stride()[:3],
             HAS_LENGTHS=lengths is not None,
             SUM=reduce == "sum",
+            NORMALIZE=normalize,
+            UNITS=units,
             BLOCK=block_size,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
-            num_warps=8 if block_size == 128 else 4,
-            num_stages=1 if q.dtype == torch.float32 else 3,
+            MASK_DIM=block_d != head_dim,
+            BLOCK_OUT=256,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
-    return finish(out, rows, block_size, key_length, query_length, lengths, reduce, normalize)
+    return out
+
+
+def _tokens(q: Tensor, head_dim: int) -> int:
+    """Rows of queries a program: on Hopper, whose products read them from shared memory, more fit than elsewhere, where
+    they stay in registers."""
+    if q.dtype == torch.float32:
+        return 64
+    return 256 if head_dim <= 128 and _shared_memory(q.device) >= 200_000 and _capability(q.device) == 9 else 128
+
+
+def _launch_shape(
+    dtype: torch.dtype, head_dim: int, block_size: int, group: int, tokens: int
+) -> tuple[int, int, int, int, int]:
+    """Heads a program, keys a strip, padded head_dim, warps, pipeline stages."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_n = min(block_size, 64)
+    while block_n > 16 and block_n * block_d * dtype.itemsize > MAX_STRIP_BYTES[dtype]:
+        block_n //= 2
+    # As many heads as fit, unless more than a quarter of them would be missing in the last program of a group.
+    units = max(1, tokens // block_size)
+    while units > 1 and 4 * (-(-group // units) * units - group) > group:
+        units //= 2
+    num_warps = 8 if block_size == 128 or dtype == torch.float32 else 4
+    return units, block_n, block_d, num_warps, 1 if dtype == torch.float32 else 3
+
+
+def _capability(device: torch.device) -> int:
+    """Major compute capability; 0 on a GPU of AMD and on the CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 1 << 17
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block

@@ -1,0 +1,302 @@
+"""Pooled attention for Hopper GPUs (compute capability 9.0) in Gluon: tile maxima, given the log-sum-exp of each query.
+
+The same loop as ``triton.py`` for blocks of 64: a program is one warpgroup with one query block of four query heads of
+one KV head, so that each tile of keys, brought in by the tensor copy engine (TMA), feeds 256 rows of queries. These are
+four products of 64 rows, all started at once: while the tensor cores work on the later ones, the earlier are reduced.
+Each takes 16 queries of each head, so that all the queries of a head lie with one warp, and no step of the reduction
+goes through shared memory. Two programs share a multiprocessor and fill each other's gaps.
+
+TMA checks bounds itself: rows before the first query or after the last key, and columns past head_dim, arrive as zeros.
+What it demands of addresses and strides is checked by ``hopper_usable`` in ``interface.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..indices import num_blocks
+
+TILE = 64
+UNITS = 4  # query heads a program; 16 queries of each make the 64 rows of a product
+NUM_WARPS = 4
+# Tiles of keys under way. With 3, the queries and the keys of two programs fill the shared memory at head_dim 128.
+STAGES = 3
+# Of 65536, for two programs of 128 threads.
+MAX_REGISTERS = 248
+
+# Lengths and head counts vary from call to call: one binary serves them all.
+_RUNTIME_SCALARS = ["num_heads", "kv_group", "query_length", "key_length", "num_keys"]
+
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # triton 3.7 renamed it
+
+
+@gluon.jit
+def _order():
+    """Slot and place of this program; the order is that of ``_order`` in ``triton.py``."""
+    num_slots = gl.num_programs(0)
+    num_places = gl.num_programs(1)
+    i_program = gl.program_id(1) * num_slots + gl.program_id(0)
+    i_eighth = (i_program // num_places * 8 + 7) // num_slots
+    first = i_eighth * num_slots // 8
+    size = (i_eighth + 1) * num_slots // 8 - first
+    i_program -= first * num_places
+    return num_slots - 1 - first - i_program % size, i_program // size
+
+
+@gluon.jit
+def _fetch(d_x, i_b, i_h, o_t, bar, smem, m_any):
+    """Start the copy of one tile; ``bar`` completes when it has arrived."""
+    mbarrier.expect(bar, d_x.block_type.nbytes, pred=m_any)
+    tma.async_copy_global_to_shared(d_x, [i_b, i_h, o_t, 0], bar, smem, pred=m_any)
+
+
+@gluon.jit
+def _pin(bar_pin):
+    """Keeps the assembler from moving the next wait for a product to before the arithmetic above.
+
+    A wait for a barrier is a branch, which it moves nothing across; this one, for the phase before the first of a
+    barrier that is never used, is always over.
+    """
+    mbarrier.wait(bar_pin, 1)
+
+
+@gluon.jit
+def _row_maxima(b_s, b_lse, scale_log2):
+    """Logarithm of the largest probability of each query in the tile; -inf for queries that are not valid."""
+    b_row = gl.max(b_s, 1) * scale_log2 - b_lse
+    return gl.where(b_lse < float("inf"), b_row, float("-inf"))
+
+
+@gluon.jit
+def _queries_of(p_lse, o_query, m_row):
+    """Log-sum-exp (to base 2) of 64 rows of queries; +inf where a row is not valid."""
+    return gl.load(p_lse + o_query, mask=m_row, other=float("inf")) * 1.4426950408889634
+
+
+@gluon.jit
+def _tile_value(b_0, b_1, b_2, b_3, UNITS: gl.constexpr):
+    """From one number a row to the largest probability of each of the program's heads."""
+    b_row = gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3))
+    return gl.exp2(gl.max(b_row.reshape([UNITS, 16]), 1))
+
+
+@gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
+def pooled_attention_hopper_kernel(
+    d_q,
+    d_k,
+    p_lse,
+    p_rows,
+    p_lengths,
+    p_out,
+    num_heads,
+    kv_group,
+    query_length,
+    key_length,
+    num_keys,
+    scale_log2,
+    PADDED_DIM: gl.constexpr,
+    TILE: gl.constexpr,
+    UNITS: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr,
+    NORMALIZE: gl.constexpr,
+    BLOCK_OUT: gl.constexpr,
+):
+    """One row of the map for each of UNITS query heads: every element of it is written."""
+    DTYPE: gl.constexpr = d_q.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+
+    smem_q0 = gl.allocate_shared_memory(DTYPE, [1, UNITS, 16, PADDED_DIM], d_q.layout)
+    smem_q1 = gl.allocate_shared_memory(DTYPE, [1, UNITS, 16, PADDED_DIM], d_q.layout)
+    smem_q2 = gl.allocate_shared_memory(DTYPE, [1, UNITS, 16, PADDED_DIM], d_q.layout)
+    smem_q3 = gl.allocate_shared_memory(DTYPE, [1, UNITS, 16, PADDED_DIM], d_q.layout)
+    smem_k = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, TILE, PADDED_DIM], d_k.layout)
+    bar_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bar_pin = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bars_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar_pin, count=1)
+    mbarrier.init(bar_q, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars_k.index(i), count=1)
+
+    i_slot, i_place = _order()
+    i_row = gl.load(p_rows + i_slot).to(gl.int32)
+    parts = (kv_group + UNITS - 1) // UNITS
+    num_kv_heads = num_heads // kv_group
+    i_b = i_place // parts // num_kv_heads
+    i_kv = i_place // parts % num_kv_heads
+    i_unit = i_place % parts * UNITS
+    i_h = i_kv * kv_group + i_unit
+    offset = key_length - query_length
+    diagonal = i_row * TILE
+    end = key_length
+    if HAS_LENGTHS:
+        end = gl.minimum(gl.load(p_lengths + i_b), key_length).to(gl.int32)
+    has_queries = diagonal < end
+    # Tiles before the diagonal one, which takes the causal mask; none at all in a block of padding.
+    num_whole = gl.where(has_queries, i_row, 0)
+    num_tiles = gl.where(has_queries, i_row + 1, 0)
+
+    # Index of the first query of the block, negative where a chunk starts inside it.
+    local = diagonal - offset
+    mbarrier.expect(bar_q, 4 * d_q.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local, 0], bar_q, smem_q0)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 16, 0], bar_q, smem_q1)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 32, 0], bar_q, smem_q2)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 48, 0], bar_q, smem_q3)
+    for i in gl.static_range(STAGES):
+        _fetch(d_k, i_b, i_kv, i * TILE, bars_k.index(i), smem_k.index(i), i < num_tiles)
+
+    o_m = gl.arange(0, TILE, layout=ROW)
+    o_local = local + o_m % 16
+    m_head = i_unit + o_m // 16 < kv_group
+    # Valid are positions from offset to end - 1.
+    last = end - offset
+    p_head = p_lse + (i_b.to(gl.int64) * num_heads + i_h) * query_length
+    o_query = (o_m // 16).to(gl.int64) * query_length + o_local
+    b_lse0 = _queries_of(p_head, o_query, m_head & (o_local >= 0) & (o_local < last))
+    b_lse1 = _queries_of(p_head, o_query + 16, m_head & (o_local + 16 >= 0) & (o_local + 16 < last))
+    b_lse2 = _queries_of(p_head, o_query + 32, m_head & (o_local + 32 >= 0) & (o_local + 32 < last))
+    b_lse3 = _queries_of(p_head, o_query + 48, m_head & (o_local + 48 >= 0) & (o_local + 48 < last))
+
+    # One element for each head, made as the values of the tiles are, to have their layout.
+    o_unit = gl.max((o_m // 16).reshape([UNITS, 16]), 1)
+    m_unit = i_unit + o_unit < kv_group
+    p_row = p_out + ((i_b.to(gl.int64) * num_heads + i_h + o_unit) * gl.num_programs(0) + i_slot) * num_keys
+    b_total = (o_unit * 0).to(gl.float32)
+
+    b_q0 = smem_q0.reshape([TILE, PADDED_DIM])
+    b_q1 = smem_q1.reshape([TILE, PADDED_DIM])
+    b_q2 = smem_q2.reshape([TILE, PADDED_DIM])
+    b_q3 = smem_q3.reshape([TILE, PADDED_DIM])
+    b_zero = gl.zeros([TILE, TILE], gl.float32, SCORES)
+    mbarrier.wait(bar_q, 0)
+
+    for i in range(num_whole):
+        stage = i % STAGES
+        bar = bars_k.index(stage)
+        b_kt = smem_k.index(stage).reshape([TILE, PADDED_DIM]).permute((1, 0))
+        mbarrier.wait(bar, i // STAGES & 1)
+        b_s0 = warpgroup_mma(b_q0, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s1 = warpgroup_mma(b_q1, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s2 = warpgroup_mma(b_q2, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s3 = warpgroup_mma(b_q3, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s0 = warpgroup_mma_wait(3, deps=(b_s0,))
+        b_0 = _row_maxima(b_s0, b_lse0, scale_log2)
+        _pin(bar_pin)
+        b_s1 = warpgroup_mma_wait(2, deps=(b_s1,))
+        b_1 = _row_maxima(b_s1, b_lse1, scale_log2)
+        _pin(bar_pin)
+        b_s2 = warpgroup_mma_wait(1, deps=(b_s2,))
+        b_2 = _row_maxima(b_s2, b_lse2, scale_log2)
+        _pin(bar_pin)
+        b_s3 = warpgroup_mma_wait(0, deps=(b_s3,))
+        _fetch(d_k, i_b, i_kv, (i + STAGES) * TILE, bar, smem_k.index(stage), i + STAGES < num_tiles)
+        b_3 = _row_maxima(b_s3, b_lse3, scale_log2)
+        b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS)
+        gl.store(p_row + i, b_value, mask=m_unit)
+        b_total += b_value
+
+    if has_queries:
+        stage = num_whole % STAGES
+        b_kt = smem_k.index(stage).reshape([TILE, PADDED_DIM]).permute((1, 0))
+        mbarrier.wait(bars_k.index(stage), num_whole // STAGES & 1)
+        b_s0 = warpgroup_mma(b_q0, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s1 = warpgroup_mma(b_q1, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s2 = warpgroup_mma(b_q2, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s3 = warpgroup_mma(b_q3, b_kt, b_zero, use_acc=False, is_async=True)
+        b_s0 = warpgroup_mma_wait(3, deps=(b_s0,))
+        b_s1 = warpgroup_mma_wait(2, deps=(b_s1,))
+        b_s2 = warpgroup_mma_wait(1, deps=(b_s2,))
+        b_s3 = warpgroup_mma_wait(0, deps=(b_s3,))
+        # Queries and keys of this tile start at one position. Causality also hides the keys past the end from every
+        # valid query.
+        o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))[None, :]
+        o_first = (o_m % 16)[:, None]
+        b_0 = _row_maxima(gl.where(o_first >= o_n, b_s0, float("-inf")), b_lse0, scale_log2)
+        b_1 = _row_maxima(gl.where(o_first + 16 >= o_n, b_s1, float("-inf")), b_lse1, scale_log2)
+        b_2 = _row_maxima(gl.where(o_first + 32 >= o_n, b_s2, float("-inf")), b_lse2, scale_log2)
+        b_3 = _row_maxima(gl.where(o_first + 48 >= o_n, b_s3, float("-inf")), b_lse3, scale_log2)
+        b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS)
+        gl.store(p_row + i_row, b_value, mask=m_unit)
+        b_total += b_value
+
+    # The rows are still in the cache: divide them, and fill them up with zeros. A row without queries is 0.
+    OUT: gl.constexpr = gl.BlockedLayout([1, BLOCK_OUT // 32], [1, 32], [UNITS, 1], [1, 0])
+    b_factor = 1.0 / gl.maximum(b_total, 1e-37)
+    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, OUT))[:, None]
+    o_unit = gl.arange(0, UNITS, layout=gl.SliceLayout(1, OUT))
+    m_unit = (i_unit + o_unit < kv_group)[:, None]
+    o_row = ((i_b.to(gl.int64) * num_heads + i_h + o_unit) * gl.num_programs(0) + i_slot) * num_keys
+    _barrier()
+    for start in range(0, num_keys, BLOCK_OUT):
+        o_key = start + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(0, OUT))
+        m_part = m_unit & (o_key < num_keys)[None, :]
+        m_filled = m_part & (o_key < num_tiles)[None, :]
+        p_part = p_out + (o_row[:, None] + o_key[None, :])
+        if NORMALIZE:
+            b_part = gl.load(p_part, mask=m_filled, other=0.0)
+            gl.store(p_part, b_part * b_factor, mask=m_part)
+        else:
+            gl.store(p_part, gl.zeros([UNITS, BLOCK_OUT], gl.float32, OUT), mask=m_part & (m_filled == 0))
+
+
+def pooled_attention_hopper(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    lengths: Tensor | None,
+    normalize: bool,
+    lse: Tensor,
+) -> Tensor:
+    """Launch the kernel for tile maxima of blocks of 64; ``hopper_usable`` found no reason against it."""
+    batch, heads, query_length, head_dim = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    num_keys = num_blocks(key_length, TILE)
+    out = torch.empty(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out
+    padded_dim = 64 if head_dim <= 64 else 128
+    group = heads // kv_heads
+    with torch.cuda.device(q.device):
+        pooled_attention_hopper_kernel[(rows.numel(), batch * kv_heads * -(-group // UNITS))](
+            _descriptor(q, [1, UNITS, 16, padded_dim]),
+            _descriptor(k, [1, 1, TILE, padded_dim]),
+            lse.contiguous(),
+            rows.contiguous(),
+            lengths,
+            out,
+            heads,
+            group,
+            query_length,
+            key_length,
+            num_keys,
+            scale * 1.4426950408889634,
+            PADDED_DIM=padded_dim,
+            TILE=TILE,
+            UNITS=UNITS,
+            STAGES=STAGES,
+            HAS_LENGTHS=lengths is not None,
+            NORMALIZE=normalize,
+            BLOCK_OUT=256,
+            num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
+        )
+    return out
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """What TMA needs to know to copy tiles of ``x [B, H, T, D]``, wherever these lie."""
+    # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
+    strides = [step if size > 1 else block[-1] for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
