@@ -189,7 +189,7 @@ import importlib, pkgutil
 import torch
 import seerattention
 for module in pkgutil.walk_packages(seerattention.__path__, "seerattention."):
-    if not module.name.endswith((".triton", ".hopper")):
+    if not module.name.rpartition(".")[2].startswith(("triton", "hopper")):
         importlib.import_module(module.name)
 from seerattention import BlockIndices
 from seerattention.ops import block_sparse_attention, pooled_attention

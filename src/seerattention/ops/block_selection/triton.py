@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..indices import BlockIndices
 from .reference import topp_target
-from .search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
+from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
 
 # Not specialised, so that a prompt of another length does not compile the kernels again. Strides are, as vector loads
 # depend on their alignment: two variants at most.
