@@ -118,6 +118,7 @@ def train(
     """Train (or resume) in OUT, which holds the tokenizer and train*.u16. 16 M parameters by default."""
     from transformers import AutoTokenizer
 
+    from .card import STAGES
     from .model import ModelConfig, read
     from .schedule import PHASES, Phase, TrainConfig
     from .training import train as run
@@ -139,15 +140,16 @@ def train(
     )
     longest = max(phase.context for phase in config.phases)
     model: Any
+    earlier: list[dict[str, Any]] = []
     if start is not None:
-        model = read(start)
+        model, earlier = read(start), _read(start / STAGES) or []
         model.config = dataclasses.replace(model.config, max_context=max(longest, model.config.max_context))
     else:
         vocabulary = len(AutoTokenizer.from_pretrained(out))
         model = ModelConfig(
             vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width or width * 5 // 2, max_context=longest
         )
-    summary = run(out, model, config, device)
+    summary = run(out, model, config, device, earlier)
     typer.echo(json.dumps({k: v for k, v in summary.items() if k != "settings"}))
 
 

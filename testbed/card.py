@@ -16,6 +16,9 @@ HARD_LENGTH = "16384"
 WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GATES = ("README.md", "gate_config.json", "gates.safetensors")
+_PHASE = ("context", "share", "most", "tokens", "rate", "tasks", "drills", "reach")
+#: Beside the weights: the stages of training that made them, for a run that trains the model on.
+STAGES = "training.json"
 
 HEADER = """---
 license: mit
@@ -59,6 +62,16 @@ def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
     read = {name: _read(out / f"{name}.json") for name in ("summary", "dense", "data", "gates/history")}
     card = model_card(read["summary"], read["dense"], read["data"], read["gates/history"], results)
     (target / "model" / "README.md").write_text(card, encoding="utf-8")
+    (target / "model" / STAGES).write_text(json.dumps(stages(read["summary"]), indent=1) + "\n", encoding="utf-8")
+
+
+def stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that made a model, the last one last: seconds, steps, tokens and what of the settings a card tells."""
+    train = summary["settings"]["train"]
+    last = {name: summary[name] for name in ("elapsed", "step", "tokens")} | {"seed": _seed(summary)}
+    last |= {name: train[name] for name in ("optimizer", "rate_scale", "decay_from", "task_mix", "drill_mix")}
+    last["phases"] = [{name: phase[name] for name in _PHASE} for phase in train["phases"]]
+    return [*summary.get("earlier", ()), last]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -102,8 +115,20 @@ def _training(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     for name, entry in data.items():
         rows.append((f"texts for {name}", f"{', '.join(entry['sources'])}; {entry['tokens'] / 1e6:.1f} M tokens"))
     text = "## Training\n\n" + _table(("setting", "value"), rows)
+    made = stages(summary)
+    if len(made) == 1:
+        return text + "\n" + _phases(made[0])
+    text += f"\nThe weights come from {len(made)} runs, each of which trained on those of the one before:\n"
+    for number, stage in enumerate(made, 1):
+        told = [f"{stage['elapsed']:.0f} s"]
+        told += [f"{stage[name]:,} {word}" for name, word in (("step", "steps"), ("tokens", "tokens")) if name in stage]
+        text += f"\nRun {number}: {', '.join(told)}. {stage.get('note', '')}\n\n{_phases(stage)}"
+    return text
+
+
+def _phases(stage: Mapping[str, Any]) -> str:
     columns = ("context", "share of time", "at most", "tokens a step", "AdamW rate", "tasks", "drills")
-    phases = [
+    rows = [
         (
             f"{p['context']:,}",
             f"{p['share']}",
@@ -113,9 +138,11 @@ def _training(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
             f"{p['tasks']}",
             f"{p['drills']}",
         )
-        for p in train["phases"]
+        for p in stage["phases"]
     ]
-    return text + "\n" + _table(columns, phases)
+    mix = stage.get("drill_mix") or {}
+    drills = ", ".join(f"{name} {share:g}" for name, share in mix.items())
+    return _table(columns, rows) + (f"\nDrills: {drills}.\n" if mix else "")
 
 
 def _seed(summary: Mapping[str, Any]) -> int:

@@ -100,7 +100,7 @@ def distil(
     test = list(
         TaskBatches(tokenizer, load_books(held_out, length, bos), length, batch_size, 1, split="test", **shared)
     )
-    seer.attach(model, seer.GateConfig(), prefill=seer.TopK(0.1))
+    seer.attach(model, seer.testbed.GATE_CONFIG, prefill=seer.TopK(0.1))
     config = seer.DistillConfig(learning_rate=rate, steps=steps, rows=rows, seed=seed, skip_rows=0.0)
     with Terminal(False).progress("distilling", steps) as advance:
         history = distill(

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -74,10 +75,17 @@ class _Optimizers:
         self.adamw.load_state_dict(state["adamw"])
 
 
-def train(folder: Path, model: ModelConfig | FastLlama, config: TrainConfig, device: str = "cuda") -> dict[str, Any]:
+def train(
+    folder: Path,
+    model: ModelConfig | FastLlama,
+    config: TrainConfig,
+    device: str = "cuda",
+    earlier: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """Train in ``folder`` (tokenizer and ``train*.u16`` files lie there); resumes from its checkpoint if there is one.
 
-    ``model`` is the shape of a new model, or a model that is trained on (``model.read``).
+    ``model`` is the shape of a new model, or a model that is trained on (``model.read``); ``earlier`` are then the
+    stages that made it (``card.stages``), which go into the summary.
 
     Writes ``log.jsonl`` (curves), ``checkpoint.pt`` and at the end ``model/`` in Hugging Face format and
     ``summary.json``. Returns the summary: seconds, steps, tokens, last losses, settings.
@@ -96,7 +104,7 @@ def train(folder: Path, model: ModelConfig | FastLlama, config: TrainConfig, dev
             if on_gpu:
                 run.model.compile_parts()
                 _compile(run.model, config.phases, device)
-            return run.go()
+            return run.go(earlier)
     finally:
         run.batches.close()
 
@@ -179,7 +187,7 @@ class _Run:
         self.state |= {"seed": seed, "step": 0, "tokens": 0, "rate": self.config.phases[0].rate, "given_up": given_up}
         self._save()
 
-    def go(self) -> dict[str, Any]:
+    def go(self, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from transformers import AutoTokenizer
@@ -210,7 +218,7 @@ class _Run:
                     self._save()
         export(self.model, self.folder / "model")
         AutoTokenizer.from_pretrained(self.folder).save_pretrained(self.folder / "model")
-        summary = {**state, **self.parts, "settings": self.settings}
+        summary = {**state, **self.parts, "settings": self.settings, "earlier": list(earlier)}
         write_file(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 

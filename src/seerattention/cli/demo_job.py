@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .. import hf
 from ..baselines import Oracle
-from ..config import GateConfig
 from ..distill import DistillConfig, DistillHistory, StepReport, distill
 from ..evaluate.maps import HeadMap, Inspection, inspect_attention
 from ..evaluate.perplexity import PerplexityResult, cut_documents, evaluate_perplexity
@@ -29,6 +28,7 @@ from ..evaluate.timing import TimingResult, time_prefill
 from ..hf.recall import block_recall
 from ..policies import TopK
 from ..tasks import TaskGenerator
+from ..testbed import GATE_CONFIG
 
 __all__ = ["DemoPlan", "DemoResult", "run_demo"]
 
@@ -232,7 +232,7 @@ def _distil_fresh_gates(
 ) -> DistillHistory:
     batches = _training_batches(tokenizer, books, plan, seed)
     steps = _affordable_steps(model, batches, plan)
-    hf.attach(model, GateConfig(), min_context=0)
+    hf.attach(model, GATE_CONFIG, min_context=0)
     try:
         config = DistillConfig(
             learning_rate=plan.learning_rate,
@@ -279,7 +279,7 @@ def _training_batches(
 def _affordable_steps(model: nn.Module, batches: Sequence[dict[str, Tensor]], plan: DemoPlan) -> int:
     """Steps that fit a share of the time, judged by the second of two steps of gates that are thrown away."""
     times: list[float] = []
-    hf.attach(model, GateConfig(), min_context=0)
+    hf.attach(model, GATE_CONFIG, min_context=0)
     try:
         config = DistillConfig(steps=2, rows=_ROWS)
         distill(model, batches[:2], config, on_step=lambda report: times.append(time.monotonic()))

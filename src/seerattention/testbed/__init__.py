@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["book_texts", "gates_path", "load", "model_path"]
+from ..config import GateConfig, PrefillGateConfig
+
+__all__ = ["GATE_CONFIG", "book_texts", "gates_path", "load", "model_path"]
 
 NAME = "seerattention-testbed"
+#: The form of its gates. Queries by all three poolings: the average alone loses what a single question among 64 tokens
+#: asks for.
+GATE_CONFIG = GateConfig(prefill=PrefillGateConfig(q_pooling=("max", "min", "avg")))
 _ROOT = Path(__file__).parent
 
 
