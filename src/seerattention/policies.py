@@ -37,7 +37,7 @@ class Policy(ABC):
 
         Args:
             logits: ``[B, H, Nq, Nk]``, block scores before the softmax; query blocks are the last Nq of the Nk key
-                blocks, and what lies above the block diagonal is ignored.
+                blocks. What lies above the block diagonal is undefined and must be ignored.
             block_size: tokens a block.
             lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Rows of blocks that are wholly
                 padding get count 0; every other row selects what it would select without the padding.
