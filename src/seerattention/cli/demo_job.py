@@ -69,7 +69,7 @@ class DemoPlan:
     committed: Sequence[float] = (0.2, 0.1, 0.05)
     fresh: Sequence[float] = (0.2, 0.1)
     tasks: Sequence[str] = ("multikey", "keyvalue")
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
 
     @classmethod
     def choose(cls, device: str, fast: bool = False, seconds: float = 420.0) -> DemoPlan:
