@@ -75,6 +75,19 @@ def hopper_unusable(device: torch.device) -> str | None:
     return None
 
 
+def copy_engine_refuses(**tensors: Tensor) -> str | None:
+    """Why the tensor copy engine of Hopper GPUs does not take these ``[B, H, T, D]``, or None where it takes all."""
+    for name, x in tensors.items():
+        # The stride of a dimension of size 1 means nothing; a stride of 0 is an expanded tensor.
+        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 1 << 40 for step in steps):
+            return (
+                f"it needs a 16-byte aligned {name} with strides that are multiples of 16 bytes, got strides of "
+                f"{steps} bytes and an address {x.data_ptr() % 16} bytes past a multiple of 16"
+            )
+    return None
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a warning the first time that it comes up in this process."""

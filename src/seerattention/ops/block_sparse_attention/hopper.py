@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..hopper import copy_tile, pin, tile_descriptor
 from ..indices import BlockIndices
 
 TILE = 64
@@ -52,24 +52,6 @@ def _key_start(p_list, i_tile, BLOCK: gl.constexpr, TILE: gl.constexpr):
     """Position of the first key of the i-th tile on a list."""
     SPLIT: gl.constexpr = BLOCK // TILE
     return gl.load(p_list + i_tile // SPLIT) * BLOCK + (i_tile % SPLIT) * TILE
-
-
-@gluon.jit
-def _refill(d_x, i_b, i_kv, o_key, bar, smem, m_any):
-    """Start the copy of one tile of keys or values; ``bar`` completes when it has arrived."""
-    mbarrier.expect(bar, d_x.block_type.nbytes, pred=m_any)
-    tma.async_copy_global_to_shared(d_x, [i_b, i_kv, o_key, 0], bar, smem, pred=m_any)
-
-
-@gluon.jit
-def _pin(bar_pin):
-    """Keeps the assembler from moving the arithmetic that follows to before this point, ahead of a copy or a barrier.
-
-    Between waiting for the scores and starting the next copy ptxas would otherwise compute most of the softmax, and the
-    copy would come that much later. A wait is a branch, which it moves nothing across; this one, for the phase before
-    the first of a barrier that is never used, is always over.
-    """
-    mbarrier.wait(bar_pin, 1)
 
 
 @gluon.jit
@@ -165,8 +147,8 @@ def block_sparse_attention_hopper_kernel(
 
     # The slot read for an empty list is undefined, but then nothing is copied.
     o_key = _key_start(p_list, 0, BLOCK, TILE)
-    _refill(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_tiles > 0)
-    _refill(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_tiles > 0)
+    copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_tiles > 0)
+    copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_tiles > 0)
 
     b_q = smem_q.reshape([TILE, PADDED_DIM])
     b_kt = smem_k.reshape([TILE, PADDED_DIM]).permute((1, 0))
@@ -185,15 +167,15 @@ def block_sparse_attention_hopper_kernel(
         mbarrier.wait(bar_k, i & 1)
         b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
         b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
-        _refill(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_more)
-        _pin(bar_pin)
+        copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_more)
+        pin(bar_pin)
         b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
         b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
         b_p = gl.convert_layout(b_p.to(DTYPE), P)
         mbarrier.wait(bar_v, i & 1)
         b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
-        _refill(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_more)
+        copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_more)
 
     if has_diagonal:
         mbarrier.wait(bar_k, num_whole & 1)
@@ -248,12 +230,13 @@ def block_sparse_attention_hopper(
     indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
     padded_dim = 64 if head_dim <= 64 else 128
     group = num_heads // num_kv_heads
+    tile = [1, 1, TILE, padded_dim]
     grid = (blocks.num_rows * (blocks.block_size // TILE) * group, batch * num_kv_heads)
     with torch.cuda.device(q.device):
         block_sparse_attention_hopper_kernel[grid](
-            _descriptor(q, padded_dim),
-            _descriptor(k, padded_dim),
-            _descriptor(v, padded_dim),
+            tile_descriptor(q, tile),
+            tile_descriptor(k, tile),
+            tile_descriptor(v, tile),
             out,
             lse,
             indices,
@@ -277,17 +260,3 @@ def block_sparse_attention_hopper(
             maxnreg=MAX_REGISTERS[padded_dim],
         )
     return out, lse
-
-
-def tile_layout(dtype: gl.dtype, padded_dim: int) -> gl.NVMMASharedLayout:
-    """How a tile ``[1, 1, TILE, padded_dim]`` lies in shared memory: as TMA writes and wgmma reads it."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, TILE, padded_dim], dtype)
-
-
-def _descriptor(x: Tensor, padded_dim: int) -> TensorDescriptor:
-    """What TMA needs to know to copy tiles of TILE tokens of one head of ``x [B, H, T, D]``, wherever these lie."""
-    # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
-    strides = [step if size > 1 else padded_dim for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = tile_layout(dtype, padded_dim)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, TILE, padded_dim], layout)

@@ -155,15 +155,7 @@ def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str 
         return f"it needs head_dim from 64 to 128, got {q.shape[-1]}"
     if blocks.block_size not in (64, 128):
         return f"it needs blocks of 64 or 128 tokens, got {blocks.block_size}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        # The stride of a dimension of size 1 means nothing; a stride of 0 is an expanded tensor.
-        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 1 << 40 for step in steps):
-            return (
-                f"it needs a 16-byte aligned {name} with strides that are multiples of 16 bytes, got strides of "
-                f"{steps} bytes and an address {x.data_ptr() % 16} bytes past a multiple of 16"
-            )
-    return None
+    return dispatch.copy_engine_refuses(q=q, k=k, v=v)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..hopper import copy_tile, pin, tile_descriptor
 from ..indices import num_blocks
 
 TILE = 64
@@ -46,23 +46,6 @@ def _order():
     size = (i_eighth + 1) * num_slots // 8 - first
     i_program -= first * num_places
     return num_slots - 1 - first - i_program % size, i_program // size
-
-
-@gluon.jit
-def _fetch(d_x, i_b, i_h, o_t, bar, smem, m_any):
-    """Start the copy of one tile; ``bar`` completes when it has arrived."""
-    mbarrier.expect(bar, d_x.block_type.nbytes, pred=m_any)
-    tma.async_copy_global_to_shared(d_x, [i_b, i_h, o_t, 0], bar, smem, pred=m_any)
-
-
-@gluon.jit
-def _pin(bar_pin):
-    """Keeps the assembler from moving the next wait for a product to before the arithmetic above.
-
-    A wait for a barrier is a branch, which it moves nothing across; this one, for the phase before the first of a
-    barrier that is never used, is always over.
-    """
-    mbarrier.wait(bar_pin, 1)
 
 
 @gluon.jit
@@ -151,7 +134,7 @@ def pooled_attention_hopper_kernel(
     tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 32, 0], bar_q, smem_q2)
     tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 48, 0], bar_q, smem_q3)
     for i in gl.static_range(STAGES):
-        _fetch(d_k, i_b, i_kv, i * TILE, bars_k.index(i), smem_k.index(i), i < num_tiles)
+        copy_tile(d_k, i_b, i_kv, i * TILE, bars_k.index(i), smem_k.index(i), i < num_tiles)
 
     o_m = gl.arange(0, TILE, layout=ROW)
     o_local = local + o_m % 16
@@ -189,15 +172,15 @@ def pooled_attention_hopper_kernel(
         b_s3 = warpgroup_mma(b_q3, b_kt, b_zero, use_acc=False, is_async=True)
         b_s0 = warpgroup_mma_wait(3, deps=(b_s0,))
         b_0 = _row_maxima(b_s0, b_lse0, scale_log2)
-        _pin(bar_pin)
+        pin(bar_pin)
         b_s1 = warpgroup_mma_wait(2, deps=(b_s1,))
         b_1 = _row_maxima(b_s1, b_lse1, scale_log2)
-        _pin(bar_pin)
+        pin(bar_pin)
         b_s2 = warpgroup_mma_wait(1, deps=(b_s2,))
         b_2 = _row_maxima(b_s2, b_lse2, scale_log2)
-        _pin(bar_pin)
+        pin(bar_pin)
         b_s3 = warpgroup_mma_wait(0, deps=(b_s3,))
-        _fetch(d_k, i_b, i_kv, (i + STAGES) * TILE, bar, smem_k.index(stage), i + STAGES < num_tiles)
+        copy_tile(d_k, i_b, i_kv, (i + STAGES) * TILE, bar, smem_k.index(stage), i + STAGES < num_tiles)
         b_3 = _row_maxima(b_s3, b_lse3, scale_log2)
         b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS)
         gl.store(p_row + i, b_value, mask=m_unit)
@@ -268,8 +251,8 @@ def pooled_attention_hopper(
     group = heads // kv_heads
     with torch.cuda.device(q.device):
         pooled_attention_hopper_kernel[(rows.numel(), batch * kv_heads * -(-group // UNITS))](
-            _descriptor(q, [1, UNITS, 16, padded_dim]),
-            _descriptor(k, [1, 1, TILE, padded_dim]),
+            tile_descriptor(q, [1, UNITS, 16, padded_dim]),
+            tile_descriptor(k, [1, 1, TILE, padded_dim]),
             lse.contiguous(),
             rows.contiguous(),
             lengths,
@@ -291,12 +274,3 @@ def pooled_attention_hopper(
             maxnreg=MAX_REGISTERS,
         )
     return out
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """What TMA needs to know to copy tiles of ``x [B, H, T, D]``, wherever these lie."""
-    # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
-    strides = [step if size > 1 else block[-1] for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)

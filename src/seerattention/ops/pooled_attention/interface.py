@@ -174,15 +174,7 @@ def hopper_usable(q: Tensor, k: Tensor, block_size: int, reduce: str) -> str | N
     group = q.shape[1] // k.shape[1]
     if 4 * (-group % 4) > group:
         return f"it takes four query heads at a time, of which too many would be idle with {group} a KV head"
-    for name, x in (("q", q), ("k", k)):
-        # The stride of a dimension of size 1 means nothing; a stride of 0 is an expanded tensor.
-        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 1 << 40 for step in steps):
-            return (
-                f"it needs a 16-byte aligned {name} with strides that are multiples of 16 bytes, got strides of "
-                f"{steps} bytes and an address {x.data_ptr() % 16} bytes past a multiple of 16"
-            )
-    return None
+    return dispatch.copy_engine_refuses(q=q, k=k)
 
 
 def _check_range(rows: Tensor, query_length: int, key_length: int, block_size: int) -> None:

@@ -1,0 +1,41 @@
+"""What the Gluon kernels for Hopper GPUs share: tiles by the tensor copy engine (TMA), and an order to keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+def tile_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """What TMA needs to know to copy tiles of shape ``block`` of ``x [B, H, T, D]``, wherever these lie.
+
+    ``dispatch.copy_engine_refuses`` says which tensors it takes. Rows and columns outside of x arrive as zeros. A tile
+    lies in shared memory as TMA writes and wgmma reads it.
+    """
+    # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
+    strides = [step if size > 1 else block[-1] for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+@gluon.jit
+def copy_tile(d_x, i_b, i_h, o_t, bar, smem, m_any):
+    """Start the copy of one tile, if ``m_any``; ``bar`` completes when it has arrived."""
+    mbarrier.expect(bar, d_x.block_type.nbytes, pred=m_any)
+    tma.async_copy_global_to_shared(d_x, [i_b, i_h, o_t, 0], bar, smem, pred=m_any)
+
+
+@gluon.jit
+def pin(bar_pin):
+    """Keeps the assembler from moving arithmetic across this point.
+
+    It would, for instance, compute most of a softmax between waiting for the scores and starting the next copy, and the
+    copy would come that much later. A wait for a barrier is a branch, which it moves nothing across; this one, for the
+    phase before the first of a barrier that is never used, is always over.
+    """
+    mbarrier.wait(bar_pin, 1)
