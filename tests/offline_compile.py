@@ -26,6 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from seerattention.ops import dispatch
 from seerattention.ops.indices import BlockIndices
 
 OPS = "seerattention.ops"
@@ -240,8 +241,7 @@ def main(names):
             for name, kernel in kernels.items():
                 kernel.device_caches.clear()
                 setattr(module, name, Compiling(kernel, results))
-            if hasattr(module, "_shared_memory"):
-                module._shared_memory = lambda device, size=shared_memory: size
+            dispatch.shared_memory = lambda device, size=shared_memory: size
             for variant, call in calls(module, target):
                 call()
                 compiled = results.pop()

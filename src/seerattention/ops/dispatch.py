@@ -75,8 +75,20 @@ def hopper_unusable(device: torch.device) -> str | None:
     return None
 
 
-def copy_engine_refuses(**tensors: Tensor) -> str | None:
-    """Why the tensor copy engine of Hopper GPUs does not take these ``[B, H, T, D]``, or None where it takes all."""
+def hopper_refuses(**tensors: Tensor) -> str | None:
+    """Why the Hopper kernels cannot run on these ``[B, H, T, D]``, or None where they can: what all of them need.
+
+    That is a GPU and a triton as :func:`hopper_unusable` wants them, float16 or bfloat16, head_dim from 64 to 128
+    (computed as 128 above 64), and addresses that the tensor copy engine takes: 16-byte aligned, strides multiples of
+    16 bytes. The tensors share device, dtype and head_dim.
+    """
+    first = next(iter(tensors.values()))
+    if reason := hopper_unusable(first.device):
+        return reason
+    if first.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, got {first.dtype}"
+    if not 64 <= first.shape[-1] <= 128:
+        return f"it needs head_dim from 64 to 128, got {first.shape[-1]}"
     for name, x in tensors.items():
         # The stride of a dimension of size 1 means nothing; a stride of 0 is an expanded tensor.
         steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
@@ -86,6 +98,15 @@ def copy_engine_refuses(**tensors: Tensor) -> str | None:
                 f"{steps} bytes and an address {x.data_ptr() % 16} bytes past a multiple of 16"
             )
     return None
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one Triton program may use."""
+    if device.type != "cuda":
+        return 1 << 17
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
 
 
 @functools.cache

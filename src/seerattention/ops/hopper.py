@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 def tile_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """What TMA needs to know to copy tiles of shape ``block`` of ``x [B, H, T, D]``, wherever these lie.
 
-    ``dispatch.copy_engine_refuses`` says which tensors it takes. Rows and columns outside of x arrive as zeros. A tile
+    ``dispatch.hopper_refuses`` says which tensors it takes. Rows and columns outside of x arrive as zeros. A tile
     lies in shared memory as TMA writes and wgmma reads it.
     """
     # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.

@@ -143,19 +143,13 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, return_lse: b
 def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str | None:
     """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
 
-    It needs a GPU of compute capability 9.0 and a triton for which it is written (``dispatch.hopper_unusable``),
-    float16 or bfloat16, head_dim from 64 to 128 (computed as 128 above 64), blocks of 64 or 128, and addresses that the
-    tensor copy engine takes: 16-byte aligned, strides multiples of 16 bytes.
+    It needs what all Hopper kernels need (``dispatch.hopper_refuses``) and blocks of 64 or 128.
     """
-    if reason := dispatch.hopper_unusable(q.device):
+    if reason := dispatch.hopper_refuses(q=q, k=k, v=v):
         return reason
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"it needs float16 or bfloat16, got {q.dtype}"
-    if not 64 <= q.shape[-1] <= 128:
-        return f"it needs head_dim from 64 to 128, got {q.shape[-1]}"
     if blocks.block_size not in (64, 128):
         return f"it needs blocks of 64 or 128 tokens, got {blocks.block_size}"
-    return dispatch.copy_engine_refuses(q=q, k=k, v=v)
+    return None
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

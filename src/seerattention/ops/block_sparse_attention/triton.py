@@ -6,13 +6,13 @@ Runs on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1 (float32 and floa
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dispatch
 from ..indices import BlockIndices
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
@@ -181,7 +181,7 @@ def block_sparse_attention_triton(
     if blocks.indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
     indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
-    tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, _shared_memory(q.device))
+    tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
     grid = (blocks.num_rows * (blocks.block_size // tile), batch * num_heads)
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
@@ -231,12 +231,3 @@ def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_mem
     # q, and k and v once a stage; 4 KiB for reductions.
     stages = (shared_memory - 4096 - tile_bytes) // (2 * tile_bytes)
     return tile, num_warps, max(1, min(3, stages))
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use."""
-    if device.type != "cuda":
-        return 1 << 17
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block

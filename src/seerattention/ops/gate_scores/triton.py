@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Not specialised, so that a prompt of another length does not compile the kernels again.
-_PROJECT_SIZES = ["heads", "group", "num"]
-_SCORE_SIZES = ["heads", "group", "num"]
+_SIZES = ["heads", "group", "num"]
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def _rotary(table, o_row, o_channel, m_rows, m_channels, stride_t, stride_d, oth
     return tl.load(p_table, mask=m_rows[:, None] & m_channels[None, :], other=other).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_PROJECT_SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def project_rotate_kernel(
     x, weight, cos, sin, out, heads, group, num, channels, width, half, middle, block_size, stride_xb, stride_xh,
     stride_xn, stride_cos_b, stride_cos_t, stride_cos_d, stride_sin_b, stride_sin_t, stride_sin_d,
@@ -85,7 +84,7 @@ def project_rotate_kernel(
     tl.store(p_out + o_second[None, :], b_second.to(out.dtype.element_ty), mask=m_n[:, None] & m_second[None, :])
 
 
-@triton.jit(do_not_specialize=_SCORE_SIZES)
+@triton.jit(do_not_specialize=_SIZES)
 def gate_scores_kernel(
     q, k, out, scale, heads, group, num, pitch, width,
     stride_qb, stride_qh, stride_qn,

@@ -158,23 +158,17 @@ def _pooled_attention(
 def hopper_usable(q: Tensor, k: Tensor, block_size: int, reduce: str) -> str | None:
     """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
 
-    It needs a GPU of compute capability 9.0 and a triton for which it is written (``dispatch.hopper_unusable``), tile
-    maxima of blocks of 64, float16 or bfloat16, head_dim from 64 to 128 (computed as 128 above 64), query heads of a KV
-    head that make nearly whole fours, and addresses that the tensor copy engine takes: 16-byte aligned, strides
-    multiples of 16 bytes.
+    It needs what all Hopper kernels need (``dispatch.hopper_refuses``), tile maxima of blocks of 64, and query heads of
+    a KV head that make nearly whole fours.
     """
-    if reason := dispatch.hopper_unusable(q.device):
+    if reason := dispatch.hopper_refuses(q=q, k=k):
         return reason
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"it needs float16 or bfloat16, got {q.dtype}"
     if reduce != "max" or block_size != 64:
         return f"it needs reduce='max' and blocks of 64 tokens, got {reduce!r} and {block_size}"
-    if not 64 <= q.shape[-1] <= 128:
-        return f"it needs head_dim from 64 to 128, got {q.shape[-1]}"
     group = q.shape[1] // k.shape[1]
     if 4 * (-group % 4) > group:
         return f"it takes four query heads at a time, of which too many would be idle with {group} a KV head"
-    return dispatch.copy_engine_refuses(q=q, k=k)
+    return None
 
 
 def _check_range(rows: Tensor, query_length: int, key_length: int, block_size: int) -> None:

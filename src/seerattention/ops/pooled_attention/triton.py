@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dispatch
 from ..indices import num_blocks
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -361,7 +362,9 @@ def _tokens(q: Tensor, head_dim: int) -> int:
     they stay in registers."""
     if q.dtype == torch.float32:
         return 64
-    return 256 if head_dim <= 128 and _shared_memory(q.device) >= 200_000 and _capability(q.device) == 9 else 128
+    return (
+        256 if head_dim <= 128 and dispatch.shared_memory(q.device) >= 200_000 and _capability(q.device) == 9 else 128
+    )
 
 
 def _launch_shape(
@@ -385,11 +388,3 @@ def _capability(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         return 0
     return torch.cuda.get_device_capability(device)[0]
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use."""
-    if device.type != "cuda":
-        return 1 << 17
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
