@@ -148,7 +148,7 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
                 monkeypatch.setattr(module, name, kernel)
     for name in ("device", "device_of"):
         monkeypatch.setattr(torch.cuda, name, lambda x: contextlib.nullcontext())
-    monkeypatch.setattr(attention, "_shared_memory", lambda device: 1 << 17)
+    monkeypatch.setattr(dispatch, "shared_memory", lambda device: 1 << 17)
     q = torch.ones(1, 4, 333, 64, device="meta", dtype=torch.bfloat16)
     k = q[:, :2]
     scores = torch.ones(1, 4, 6, 6, device="meta")
