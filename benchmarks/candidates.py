@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,8 @@ def attention_candidates(
         Candidate("ours", name or AUTOMATIC, functools.partial(_ours, q, k, v, lists, name), lists, flops)
         for name in our_implementations(IMPLEMENTATIONS, device)
     ]
+    if case.queries < case.keys and device.type == "cuda":
+        found.append(Candidate("ours", "lists in one part", functools.partial(_one_part, q, k, v, lists), lists, flops))
     everything = dense_lists(shape, case.queries, case.keys, device)
     dense_flops = count_tiles(everything, shape.heads) * tile_flops(shape.block_size, shape.head_dim)
     found += [
@@ -107,6 +110,14 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, lists: BlockIndices, implementation: 
     """Exact masks and, where the implementation returns it, LSE: what a product kernel has to do."""
     with_lse = q.device.type != "cpu"  # the best CPU implementation returns none
     return block_sparse_attention(q, k, v, lists, return_lse=with_lse, implementation=implementation)
+
+
+def _one_part(q: Tensor, k: Tensor, v: Tensor, lists: BlockIndices) -> Any:
+    """The automatic choice, but never more than one program a list: what cutting lists into parts gains."""
+    from seerattention.ops.block_sparse_attention import triton_parts  # imported late: triton is an optional dependency
+
+    with mock.patch.object(triton_parts, "MAX_PARTS", 1):
+        return _ours(q, k, v, lists, None)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, lists: BlockIndices, compiled: bool) -> Callable[[], Tensor]:

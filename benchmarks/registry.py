@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ SHAPES = {
     "tiny": AttentionShape(4, 2, 32),  # to rehearse
 }
 TINY_LENGTHS = (256, 512)
-CHUNK_QUERIES = 2048
-TINY_CHUNK_QUERIES = 128
+CHUNK_QUERIES = (64, 256, 512, 1024, 2048)
+TINY_CHUNK_QUERIES = (128,)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Op:
     Attributes:
         text: one line of help.
         lengths, densities, lists: defaults.
-        queries: tokens of a chunk; None: as many as keys.
+        queries: tokens of chunks; none: as many as keys.
         targets: keys of the targets in ``targets.py`` that its results answer.
     """
 
@@ -77,7 +78,7 @@ class Op:
     densities: Sequence[float]
     lists: Sequence[str]
     targets: Sequence[str]
-    queries: int | None = None
+    queries: Sequence[int] = ()
 
 
 OPS = {
@@ -89,7 +90,7 @@ OPS = {
         targets=("forward", "forward-over-dense", "head64"),
     ),
     "chunk_attention": Op(
-        f"the same op on a chunk: the last {CHUNK_QUERIES} queries of a longer context",
+        "the same op on a chunk or a question: the last queries of a longer context",
         lengths=(131072,),
         densities=(0.1,),
         lists=("random",),
@@ -121,7 +122,7 @@ def make_cases(
     densities: Sequence[float] | None = None,
     lists: Sequence[str] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
-    queries: int | None = None,
+    queries: Sequence[int] | None = None,
     block_size: int = 64,
 ) -> list[Case]:
     """Every combination, the longest last; None is the op's default.
@@ -139,15 +140,14 @@ def make_cases(
     kinds = op.lists if lists is None or op.lists == ("none",) else lists
     cases = []
     for length in sorted(lengths or op.lengths):
-        asked = (queries or op.queries) if op.queries else length
-        if asked > length:
-            raise ValueError(f"{name}: a chunk of {asked} queries needs at least as many keys, got {length}")
-        for shape in shapes:
-            for dtype in dtypes:
-                made = dataclasses.replace(SHAPES[shape], dtype=dtype, block_size=block_size)
-                cases += [
-                    Case(name, made, asked, length, density, kind)
-                    for kind in kinds
-                    for density in (op.densities if densities is None or name == "pooled_attention" else densities)
-                ]
+        chunks = (queries or op.queries) if op.queries else [length]
+        if max(chunks) > length:
+            raise ValueError(f"{name}: a chunk of {max(chunks)} queries needs at least as many keys, got {length}")
+        for asked, shape, dtype in itertools.product(chunks, shapes, dtypes):
+            made = dataclasses.replace(SHAPES[shape], dtype=dtype, block_size=block_size)
+            cases += [
+                Case(name, made, asked, length, density, kind)
+                for kind in kinds
+                for density in (op.densities if densities is None or name == "pooled_attention" else densities)
+            ]
     return cases

@@ -91,7 +91,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens (keys); default: the op's")
     parser.add_argument("--densities", type=float, nargs="+", help="default: the op's")
     parser.add_argument("--lists", nargs="+", choices=KINDS, help="default: random")
-    parser.add_argument("--queries", type=int, help="of chunk_attention")
+    parser.add_argument("--queries", type=int, nargs="+", help="of chunk_attention; default: the op's")
     parser.add_argument("--block-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
     parser.add_argument("--device", default="auto")

@@ -9,6 +9,7 @@ barrier is waited for, and a product is no tensor until it is waited for.
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 
 import torch
@@ -184,9 +185,9 @@ def _extreme(function, a, b):
 
 
 def run(kernel, grid, args, constants):
-    """Run a Gluon kernel for every program of a grid of one or two dimensions. Tensors become pointers."""
-    grid = (*grid, 1)[:2]
-    program, barriers = [0, 0], []
+    """Run a Gluon kernel for every program of a grid of up to three dimensions. Tensors become pointers."""
+    grid = (*grid, 1, 1)[:3]
+    program, barriers = [0, 0, 0], []
 
     def allocate(*arguments):
         buffer = _allocate(*arguments)
@@ -248,8 +249,7 @@ def run(kernel, grid, args, constants):
         return Descriptor(value) if hasattr(value, "block_shape") else value
 
     function = types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
-    for program[1] in range(grid[1]):
-        for program[0] in range(grid[0]):
-            function(*map(convert, args), **constants)
-            assert not any(barrier.copies for barrier in barriers), "ends with a copy under way"
-            barriers.clear()
+    for program[:] in itertools.product(*map(range, grid)):
+        function(*map(convert, args), **constants)
+        assert not any(barrier.copies for barrier in barriers), "ends with a copy under way"
+        barriers.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 
@@ -118,3 +120,11 @@ def assert_lse_close(lse, reference, tolerance=2e-5):
     empty = reference == float("-inf")
     assert torch.equal(lse == float("-inf"), empty)
     torch.testing.assert_close(lse[~empty], reference[~empty].float(), rtol=tolerance, atol=tolerance)
+
+
+def split_lists(monkeypatch, parts):
+    """Block-sparse attention cuts every list that has so many entries into ``parts`` parts, whatever the grid."""
+    module = importlib.import_module("seerattention.ops.block_sparse_attention.triton_parts")
+    monkeypatch.setattr(module, "MIN_ENTRIES", 1)
+    monkeypatch.setattr(module, "MAX_PARTS", parts)
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: 1 << 30)

@@ -100,6 +100,15 @@ def lists(block_size):
     return BlockIndices.from_mask(torch.ones(1, 4, rows, rows, dtype=torch.bool), block_size)
 
 
+@contextlib.contextmanager
+def in_parts(module):
+    """Launchers of attention cut lists in two, and leave out what puts the results together."""
+    kept = module.num_parts, module.merge_parts
+    module.num_parts, module.merge_parts = lambda *_: 2, lambda *_: None
+    yield
+    module.num_parts, module.merge_parts = kept
+
+
 def block_sparse_attention(module, target):
     cases = [(64, 64, torch.bfloat16, False), (128, 64, torch.bfloat16, True)]
     if target == "sm_90":
@@ -110,6 +119,20 @@ def block_sparse_attention(module, target):
             lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention_triton(
                 *tensors(d, t), lists(b), 0.1, lse
             ),
+        )
+    with in_parts(module):
+        yield (
+            "128 64 in parts",
+            lambda: module.block_sparse_attention_triton(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
+        )
+
+
+def merge_parts(module, target):
+    for head_dim, dtype, lse in [(128, torch.bfloat16, True), (80, torch.float16, False)]:
+        parts, out = torch.zeros(2, 1, 4, 100, head_dim), tensors(head_dim, dtype)[0][:, :, :100]
+        yield (
+            f"{head_dim} {dtype} lse={lse}",
+            functools.partial(module.merge_parts, parts, parts[..., 0], out, parts[0, ..., 0] if lse else None),
         )
 
 
@@ -126,6 +149,14 @@ def hopper(module, target):
                 *tensors(d, t), lists(b), 0.1, lse
             ),
         )
+    with in_parts(module):
+        for head_dim in (64, 96, 128):
+            yield (
+                f"{head_dim} 64 in parts",
+                lambda d=head_dim: module.block_sparse_attention_hopper(
+                    *tensors(d, torch.bfloat16), lists(64), 0.1, False
+                ),
+            )
 
 
 def pooled_attention(module, target):
@@ -148,6 +179,27 @@ def pooled_attention(module, target):
                     **common,
                 ),
             )  # fmt: skip
+
+
+def pooled_attention_decode(module, target):
+    importlib.import_module(f"{OPS}.pooled_attention.triton")._capability = (
+        lambda device: {"sm_80": 8, "sm_90": 9}.get(target, 0)
+    )  # fmt: skip
+    cases = [(128, 4, 64, torch.bfloat16)]
+    if target == "sm_90":
+        cases += [(64, 4, 64, torch.float16), (128, 8, 16, torch.bfloat16), (80, 7, 32, torch.bfloat16)]
+        cases += [(128, 1, 128, torch.bfloat16), (256, 2, 64, torch.bfloat16), (64, 4, 64, torch.float32)]
+    for head_dim, group, block_size, dtype in cases:
+        q = torch.zeros(1, 128, group, head_dim, dtype=dtype).transpose(1, 2)
+        for lse in (None, torch.zeros(1, group, 128)):
+            for reduce in ("max", "sum"):
+                yield (
+                    f"{reduce} {head_dim} {group} {block_size} {dtype} lse={lse is not None}",
+                    functools.partial(
+                        module.pooled_attention_decode, q, q[:, :1], torch.arange(128), block_size=block_size,
+                        scale=0.1, lengths=None, reduce=reduce, normalize=True, lse=lse,
+                    ),
+                )  # fmt: skip
 
 
 def pooled_attention_hopper(module, target):
@@ -213,7 +265,9 @@ def block_selection(module, target):
 JOBS = {
     "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
     "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", list(TARGETS)),
+    "merge_parts": (merge_parts, "block_sparse_attention.triton_parts", list(TARGETS)),
     "pooled_attention": (pooled_attention, "pooled_attention.triton", list(TARGETS)),
+    "pooled_attention_decode": (pooled_attention_decode, "pooled_attention.triton_decode", list(TARGETS)),
     "pooled_attention_hopper": (pooled_attention_hopper, "pooled_attention.hopper", ["sm_90"]),
     "block_pooling": (block_pooling, "block_pooling.triton", list(TARGETS)),
     "gate_scores": (gate_scores, "gate_scores.triton", list(TARGETS)),

@@ -131,8 +131,11 @@ def test_cases():
     cases = make_cases("block_sparse_attention", lengths=[8192, 1024], densities=[0.1, 0.2], shapes=["8b", "head64"])
     assert [case.keys for case in cases] == [1024] * 4 + [8192] * 4
     assert all(case.queries == case.keys for case in cases)
-    (chunk,) = make_cases("chunk_attention")
-    assert (chunk.queries, chunk.keys, chunk.density) == (2048, 131072, 0.1)
+    chunks = make_cases("chunk_attention")
+    assert [chunk.queries for chunk in chunks] == [64, 256, 512, 1024, 2048]
+    assert {(chunk.keys, chunk.density) for chunk in chunks} == {(131072, 0.1)}
+    (chunk,) = make_cases("chunk_attention", queries=[100])
+    assert chunk.queries == 100
     with pytest.raises(ValueError, match="unknown op"):
         make_cases("attention")
     with pytest.raises(ValueError, match="at least as many keys"):

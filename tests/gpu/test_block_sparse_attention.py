@@ -16,6 +16,7 @@ from helpers import (
     make_blocks,
     make_qkv,
     masked_sdpa,
+    split_lists,
 )
 from seerattention.ops import dispatch
 from seerattention.ops.block_sparse_attention import block_sparse_attention
@@ -90,6 +91,32 @@ def test_other_head_dims_and_block_sizes(head_dim, block_size, dtype, implementa
         q, k, v = make_qkv(*lengths, batch=2, head_dim=head_dim, dtype=dtype, device="cuda")
         for kind in LIST_KINDS:
             run_and_check(implementation, q, k, v, make_blocks(kind, q, k, block_size))
+
+
+@pytest.mark.parametrize("parts", [2, 5, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_lists_in_parts(head_dim, dtype, parts, implementation, monkeypatch, nan_filled_empty):
+    split_lists(monkeypatch, parts)
+    for lengths in ((1, 65), (37, 200), (300, 1000), (64, 4096)):
+        q, k, v = make_qkv(*lengths, batch=2, heads=8, head_dim=head_dim, dtype=dtype, device="cuda")
+        for kind in LIST_KINDS:
+            run_and_check(implementation, q, k, v, make_blocks(kind, q, k))
+
+
+@pytest.mark.parametrize("queries", [1, 100, 512])
+def test_few_queries_on_long_keys_are_shared_out(queries, implementation, nan_filled_empty):
+    """As they come, without a hand on the number of parts; and bit-identical when repeated."""
+    q, k, v = make_qkv(queries, 32768, heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    blocks = make_blocks("random", q, k)
+    module = importlib.import_module(f"seerattention.ops.block_sparse_attention.{implementation}")
+    per = module.PROGRAMS_PER_MULTIPROCESSOR
+    per = per if isinstance(per, int) else per[128]
+    assert module.num_parts(blocks.num_rows * 8, blocks, q.device, per) > 1
+    run_and_check(implementation, q, k, v, blocks)
+    first = block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    for _ in range(10):
+        assert torch.equal(block_sparse_attention(q, k, v, blocks, implementation=implementation), first)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

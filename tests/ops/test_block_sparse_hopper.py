@@ -17,6 +17,7 @@ from helpers import (
     make_blocks,
     make_qkv,
     masked_sdpa,
+    split_lists,
 )
 from seerattention.ops import dispatch
 from seerattention.ops.block_sparse_attention import block_sparse_attention
@@ -113,6 +114,17 @@ def test_capacities_and_strided_lists(emulated):
     out, lse = block_sparse_attention(q, k, v, none, return_lse=True, implementation="hopper")
     assert not out.any()
     assert bool((lse == float("-inf")).all())
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("kind", LIST_KINDS)
+def test_lists_in_parts(kind, head_dim, emulated, monkeypatch):
+    split_lists(monkeypatch, 3)
+    for lengths in ((1, 65), (37, 200), (64, 192), (130, 333)):
+        q, k, v = make_qkv(*lengths, batch=2, heads=2, kv_heads=1, head_dim=head_dim, dtype=torch.float16)
+        blocks = make_blocks(kind, q, k)
+        run_and_check(q, k, v, blocks)
+        assert emulated[-1][2]["IN_PARTS"] == (blocks.indices.shape[-1] > 1)
 
 
 # -- when it may be used -----------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ The same loop over an index list as ``triton.py``, with tiles of 64 queries and 
 tensor copy engine (TMA) and both products on ``wgmma``. A tile is little work, so latency is hidden by neighbours and
 not by depth: a program is one warpgroup with a single buffer for K and one for V, each refilled as soon as the product
 that read it is done, and several programs share a multiprocessor (``MAX_REGISTERS``). What bounds it is the L2 cache,
-from which every query block reads its own tiles: 32 KiB for 2 MFLOP at head_dim 128 (docs/experiments.md).
+from which every query block reads its own tiles: 32 KiB for 2 MFLOP at head_dim 128 (docs/experiments.md). Where few
+queries meet long lists, several programs share a list (``triton_parts.py``).
 
 TMA checks bounds itself: rows of partial blocks that lie before the first query or after the last key, and columns past
 head_dim, arrive as zeros. What it demands of addresses and strides is checked by ``hopper_usable`` in ``interface.py``.
@@ -23,12 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..hopper import copy_tile, pin, tile_descriptor
 from ..indices import BlockIndices
+from .triton_parts import merge_parts, num_parts, result_buffers
 
 TILE = 64
 NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
 # Registers a thread by padded head_dim, which set how many programs of 128 threads share the 65536 registers of a
-# multiprocessor: 5 and 4. With fewer registers ptxas serialises the wgmma even before it spills.
+# multiprocessor. With fewer registers ptxas serialises the wgmma even before it spills.
 MAX_REGISTERS = {64: 96, 128: 128}
+PROGRAMS_PER_MULTIPROCESSOR = {64: 5, 128: 4}
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all.
 _RUNTIME_SCALARS = [
@@ -75,6 +78,7 @@ def block_sparse_attention_hopper_kernel(
     s_out_b,
     s_out_h,
     s_out_t,
+    s_out_p,
     s_indices_b,
     s_indices_h,
     s_indices_r,
@@ -93,8 +97,13 @@ def block_sparse_attention_hopper_kernel(
     BLOCK: gl.constexpr,
     TILE: gl.constexpr,
     RETURN_LSE: gl.constexpr,
+    IN_PARTS: gl.constexpr,
 ):
-    """One program: TILE queries of one query block of one head; keys in tiles of TILE."""
+    """One program: TILE queries of one query block of one head; keys in tiles of TILE.
+
+    IN_PARTS: and only those of one part of the list, of which the third dimension of the grid has the number; results
+    are float32 then.
+    """
     SPLIT: gl.constexpr = BLOCK // TILE
     DTYPE: gl.constexpr = d_q.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
@@ -136,6 +145,14 @@ def block_sparse_attention_hopper_kernel(
 
     count = gl.load(p_counts + i_b.to(gl.int64) * s_counts_b + i_list * s_counts_h + i_row.to(gl.int64) * s_counts_r)
     p_list = p_indices + i_b.to(gl.int64) * s_indices_b + i_list * s_indices_h + i_row.to(gl.int64) * s_indices_r
+    if IN_PARTS:
+        i_part = gl.program_id(2)
+        begin = count * i_part // gl.num_programs(2)
+        count = count * (i_part + 1) // gl.num_programs(2) - begin
+        p_list += begin
+        i_part = i_part.to(gl.int64)
+        p_out += i_part * s_out_p
+        p_lse += i_part * gl.num_programs(1) * kv_group * query_length
     # Lists ascend, so the diagonal block, if listed, is the last entry. Of its tiles, those before this program's
     # queries are visible as a whole, like all the blocks before it; one needs the causal mask; the rest is not visible.
     last = gl.load(p_list + gl.maximum(count - 1, 0))
@@ -201,15 +218,21 @@ def block_sparse_attention_hopper_kernel(
         o_local = local + gl.arange(0, TILE, layout=SCORES_ROW)
         p_lse += (i_b.to(gl.int64) * num_heads + i_h) * query_length
         gl.store(p_lse + o_local, b_lse, mask=(o_local >= 0) & (o_local < query_length))
-    # Through the buffer of q, which nothing reads any more, into whole rows of 16 bytes a thread.
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PADDED_DIM, PADDED_DIM // 8], [4, 1], [1, 0])
-    b_q.store(b_out.to(DTYPE))
-    b_rows = b_q.load(ROWS)
-    o_local = local + gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS))
-    o_d = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, ROWS))
-    m_out = ((o_local >= 0) & (o_local < query_length))[:, None] & (o_d < HEAD_DIM)[None, :]
     p_out += i_b.to(gl.int64) * s_out_b + i_h.to(gl.int64) * s_out_h
-    gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_rows, mask=m_out)
+    if IN_PARTS:
+        o_local = local + gl.arange(0, TILE, layout=OUT_ROW)
+        o_d = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, OUT))
+        m_out = ((o_local >= 0) & (o_local < query_length))[:, None] & (o_d < HEAD_DIM)[None, :]
+        gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_out, mask=m_out)
+    else:
+        # Through the buffer of q, which nothing reads any more, into whole rows of 16 bytes a thread.
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PADDED_DIM, PADDED_DIM // 8], [4, 1], [1, 0])
+        b_q.store(b_out.to(DTYPE))
+        b_rows = b_q.load(ROWS)
+        o_local = local + gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS))
+        o_d = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, ROWS))
+        m_out = ((o_local >= 0) & (o_local < query_length))[:, None] & (o_d < HEAD_DIM)[None, :]
+        gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_rows, mask=m_out)
 
 
 def block_sparse_attention_hopper(
@@ -232,16 +255,19 @@ def block_sparse_attention_hopper(
     group = num_heads // num_kv_heads
     tile = [1, 1, TILE, padded_dim]
     grid = (blocks.num_rows * (blocks.block_size // TILE) * group, batch * num_kv_heads)
+    parts = num_parts(grid[0] * grid[1], blocks, q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
+    written, written_lse = result_buffers(out, lse, parts)
     with torch.cuda.device(q.device):
-        block_sparse_attention_hopper_kernel[grid](
+        block_sparse_attention_hopper_kernel[(*grid, parts)](
             tile_descriptor(q, tile),
             tile_descriptor(k, tile),
             tile_descriptor(v, tile),
-            out,
-            lse,
+            written,
+            written_lse,
             indices,
             blocks.counts,
-            *out.stride()[:3],
+            *written.stride()[-4:-1],
+            written.stride(0),
             *indices.stride()[:3],
             *blocks.counts.stride(),
             num_heads,
@@ -255,8 +281,11 @@ def block_sparse_attention_hopper(
             PADDED_DIM=padded_dim,
             BLOCK=blocks.block_size,
             TILE=TILE,
-            RETURN_LSE=return_lse,
+            RETURN_LSE=written_lse is not None,
+            IN_PARTS=parts > 1,
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS[padded_dim],
         )
+        if parts > 1:
+            merge_parts(written, written_lse, out, lse)
     return out, lse

@@ -1,6 +1,7 @@
 """Block-sparse FlashAttention forward in Triton: a loop over an index list, no test per block.
 
-Runs on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1 (float32 and float16).
+Runs on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1 (float32 and float16). Where few queries meet long lists,
+several programs share a list (``triton_parts.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..indices import BlockIndices
+from .triton_parts import merge_parts, num_parts, result_buffers
+
+# Programs of 4 warps that a multiprocessor holds at one time, about: enough to say when a grid leaves it idle.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
 # stay specialised because their divisibility by 16 is what lets loads be vectorised.
@@ -54,6 +59,7 @@ def block_sparse_attention_fwd_kernel(
     s_out_b,
     s_out_h,
     s_out_t,
+    s_out_p,
     s_indices_b,
     s_indices_h,
     s_indices_r,
@@ -72,10 +78,14 @@ def block_sparse_attention_fwd_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: TILE queries of one query block of one head; keys in tiles of TILE."""
+    """One program: TILE queries of one query block of one head; keys in tiles of TILE.
+
+    IN_PARTS: and only those of one part of the list, of which the third dimension of the grid has the number.
+    """
     SPLIT: tl.constexpr = BLOCK // TILE
     # Later rows have longer lists: start them first, so that the short ones fill the tail of the grid.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -104,6 +114,14 @@ def block_sparse_attention_fwd_kernel(
 
     count = tl.load(p_counts + i_b * s_counts_b + i_list * s_counts_h + i_row.to(tl.int64) * s_counts_r)
     p_list = p_indices + i_b * s_indices_b + i_list * s_indices_h + i_row.to(tl.int64) * s_indices_r
+    if IN_PARTS:
+        i_part = tl.program_id(2)
+        begin = count * i_part // tl.num_programs(2)
+        count = count * (i_part + 1) // tl.num_programs(2) - begin
+        p_list += begin
+        i_part = i_part.to(tl.int64)
+        p_out += i_part * s_out_p
+        p_lse += i_part * tl.num_programs(1) * query_length
     # Lists ascend, so the diagonal block, if listed, is the last entry. Everything before it is visible as a whole, and
     # so are the key tiles of the diagonal block that lie before this program's queries.
     last = tl.load(p_list + tl.maximum(count - 1, 0))
@@ -183,20 +201,23 @@ def block_sparse_attention_triton(
     indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
     grid = (blocks.num_rows * (blocks.block_size // tile), batch * num_heads)
+    parts = num_parts(grid[0] * grid[1], blocks, q.device, PROGRAMS_PER_MULTIPROCESSOR)
+    written, written_lse = result_buffers(out, lse, parts)
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        block_sparse_attention_fwd_kernel[grid](
+        block_sparse_attention_fwd_kernel[(*grid, parts)](
             q,
             k,
             v,
-            out,
-            lse,
+            written,
+            written_lse,
             indices,
             blocks.counts,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            *out.stride()[:3],
+            *written.stride()[-4:-1],
+            written.stride(0),
             *indices.stride()[:3],
             *blocks.counts.stride(),
             num_heads,
@@ -210,11 +231,14 @@ def block_sparse_attention_triton(
             PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
             BLOCK=blocks.block_size,
             TILE=tile,
-            RETURN_LSE=return_lse,
+            RETURN_LSE=written_lse is not None,
+            IN_PARTS=parts > 1,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             STAGES=num_stages,
             num_warps=num_warps,
         )
+        if parts > 1:
+            merge_parts(written, written_lse, out, lse)
     return out, lse
 
 

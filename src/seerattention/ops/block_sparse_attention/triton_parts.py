@@ -1,0 +1,124 @@
+"""Lists in parts: several programs share one list, and a small kernel puts their results together.
+
+A program for each query block of each head leaves most of a GPU idle where there are few query blocks: the question of
+a later turn, or a chunk of a few hundred tokens, on a long cache. There each list is cut into parts of as many entries,
+one program each (as split-KV decoding does), which write their output and log-sum-exp in float32. With
+lse = log(sum_p exp(lse_p)), the output is sum_p exp(lse_p - lse) out_p.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..indices import BlockIndices
+
+# A part writes, and its merging reads, as many bytes as two tiles of keys and values: shorter parts would not pay.
+MIN_ENTRIES = 8
+MAX_PARTS = 32
+
+
+def num_parts(programs: int, blocks: BlockIndices, device: torch.device, per_multiprocessor: int) -> int:
+    """Parts into which lists are cut so that the GPU has work everywhere; 1 where it has without.
+
+    It follows from shapes alone, so that nothing waits for the device: lists count as long as their capacity.
+
+    Args:
+        programs: as many as there are with whole lists.
+        per_multiprocessor: programs that a multiprocessor holds at one time.
+    """
+    room = _multiprocessors(device) * per_multiprocessor // max(1, programs)
+    return max(1, min(room, blocks.indices.shape[-1] // MIN_ENTRIES, MAX_PARTS))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of the GPU; on the CPU, where kernels are interpreted one program after the other, there is nothing to fill."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def result_buffers(out: Tensor, lse: Tensor | None, parts: int) -> tuple[Tensor, Tensor | None]:
+    """What the programs write into: ``out`` and ``lse`` themselves, or float32 with a leading dimension of parts."""
+    if parts == 1:
+        return out, lse
+    shape = (parts, *out.shape)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=out.device)
+    return new(shape), new(shape[:-1])
+
+
+@triton.jit(do_not_specialize=["num_heads", "query_length", "parts"])
+def merge_parts_kernel(
+    p_parts,
+    p_part_lse,
+    p_out,
+    p_lse,
+    s_out_b,
+    s_out_h,
+    s_out_t,
+    num_heads,
+    query_length,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    """One program: ROWS queries of one head."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, PADDED_DIM)
+    m_query = o_query < query_length
+    m_out = m_query[:, None] & (o_d < HEAD_DIM)[None, :]
+    part_size = tl.num_programs(1).to(tl.int64) * query_length
+    o_row = i_bh * query_length + o_query
+
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for i in range(0, parts):
+        b_lse = tl.load(p_part_lse + i * part_size + o_row, mask=m_query, other=float("-inf"))
+        b_part = tl.load(
+            p_parts + (i * part_size + o_row)[:, None] * HEAD_DIM + o_d[None, :], mask=m_out, other=0.0
+        )  # fmt: skip
+        # Parts without a key have lse -inf: keep -inf - -inf out of exp.
+        b_new_max = tl.maximum(tl.maximum(b_max, b_lse), -1e30)
+        b_decay, b_weight = tl.exp(b_max - b_new_max), tl.exp(b_lse - b_new_max)
+        b_sum = b_sum * b_decay + b_weight
+        b_out = b_out * b_decay[:, None] + b_part * b_weight[:, None]
+        b_max = b_new_max
+
+    m_seen = b_sum > 0
+    b_seen = tl.where(m_seen, b_sum, 1.0)
+    p_out += i_bh // num_heads * s_out_b + i_bh % num_heads * s_out_h
+    tl.store(
+        p_out + o_query.to(tl.int64)[:, None] * s_out_t + o_d[None, :],
+        (b_out / b_seen[:, None]).to(p_out.dtype.element_ty),
+        mask=m_out,
+    )
+    if RETURN_LSE:
+        tl.store(p_lse + o_row, tl.where(m_seen, b_max + tl.log(b_seen), float("-inf")), mask=m_query)
+
+
+def merge_parts(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """Put parts ``[parts, B, Hq, Tq(, D)]`` together, into ``out [B, Hq, Tq, D]`` and ``lse [B, Hq, Tq]``."""
+    batch, num_heads, query_length, head_dim = out.shape
+    rows = 16
+    merge_parts_kernel[(triton.cdiv(query_length, rows), batch * num_heads)](
+        part_out,
+        part_lse,
+        out,
+        lse,
+        *out.stride()[:3],
+        num_heads,
+        query_length,
+        part_out.shape[0],
+        HEAD_DIM=head_dim,
+        PADDED_DIM=triton.next_power_of_2(head_dim),
+        ROWS=rows,
+        RETURN_LSE=lse is not None,
+        num_warps=4,
+    )
