@@ -93,6 +93,19 @@ def test_triton_interpreted(length, head_dim, block_size, dtype, kinds, monkeypa
     check(x, kinds, block_size, "triton", lengths=lengths)
 
 
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"), [(16, 64, torch.float16), (20, 64, torch.float32), (9, 128, torch.float16)]
+)
+def test_triton_interpreted_with_more_heads_than_a_program_takes(heads, head_dim, dtype, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(float("nan")))
+    x = make(130, head_dim, dtype, heads=heads)
+    check(x, ("max", "min", "avg"), 64, "triton")
+    check(x, ("avg",), 64, "triton", lengths=torch.tensor([130, 65]))
+    check(x.contiguous(), ("max", "avg"), 64, "triton")
+
+
 def test_wrong_arguments():
     x = make(70, 16)
     for kinds in ((), ("max", "max"), ("median",)):
