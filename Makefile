@@ -39,7 +39,7 @@ test-cpu: $(DEV_ENV)  ## the tests that need no GPU
 	$(PYTEST) $(ARGS)
 
 test-gpu: $(DEV_ENV)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest tests/gpu tests/distill/test_gpu.py $(ARGS)
+	$(BIN)/python -m tests.gpu.run $(ARGS)
 
 lint: $(DEV_ENV)  ## ruff, ruff format and mypy
 	$(BIN)/ruff check $(SOURCES)

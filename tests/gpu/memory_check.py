@@ -1,0 +1,82 @@
+"""Launches every kernel, on small inputs with awkward lengths, for a memory checker:
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.memory_check
+    compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.gpu.memory_check
+
+Values are the tests' business; here it is addresses and races. Without a GPU it is a rehearsal in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import seerattention as seer
+from seerattention import ops
+from seerattention.gates import PrefillGate
+from seerattention.ops import dispatch
+from seerattention.ops.indices import BlockIndices
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(128, 300, 300, torch.float16), (64, 130, 333, torch.float16), (96, 65, 200, torch.bfloat16)]
+POLICIES = [seer.TopK(0.3), seer.Threshold(0.1), seer.TopP(0.8), seer.TokenBudget(128)]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for (head_dim, queries, keys, dtype), implementation in itertools.product(SHAPES, ("hopper", "triton")):
+        if implementation == "hopper" and dispatch.hopper_unusable(torch.device(DEVICE)):
+            continue
+        launch_attention(head_dim, queries, keys, dtype, implementation)
+        synchronize()
+        print(f"attention and targets: {implementation}, head_dim {head_dim}, {queries} queries on {keys} keys")
+    for dtype in (torch.float16, torch.float32):
+        launch_gate_path(dtype)
+        synchronize()
+        print(f"gate path: {dtype}")
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def draw(heads: int, length: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(2, length, heads, head_dim, device=DEVICE, dtype=dtype).transpose(1, 2)
+
+
+def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype, implementation: str) -> None:
+    q = draw(8, queries, head_dim, dtype)
+    k, v = draw(2, keys, head_dim, dtype), draw(2, keys, head_dim, dtype)
+    blocks, first = -(-keys // 64), (keys - queries) // 64
+    causal = torch.ones(blocks - first, blocks, dtype=torch.bool, device=DEVICE).tril(first)
+    lists = BlockIndices.from_mask((torch.rand(2, 8, blocks - first, blocks, device=DEVICE) < 0.5) & causal, 64)
+    lengths = torch.tensor([keys, keys - 40], device=DEVICE)
+    ops.block_sparse_attention(q, k, v, lists, return_lse=True, implementation=implementation)
+    # One query block on long keys: its lists are shared out.
+    far = draw(2, 4096, head_dim, dtype)
+    everything = BlockIndices.from_mask(torch.ones(2, 8, 1, 64, dtype=torch.bool, device=DEVICE), 64)
+    ops.block_sparse_attention(q[:, :, -64:], far, far, everything, return_lse=True, implementation=implementation)
+    ops.pooled_attention(q, k, lengths=lengths, implementation=implementation)
+    if implementation == "triton":
+        for reduce in ("max", "sum"):
+            ops.pooled_attention(q, k, lengths=lengths, reduce=reduce, implementation="triton")
+            ops.pooled_attention_decode(q, k, lengths=lengths, reduce=reduce, implementation="triton")
+
+
+def launch_gate_path(dtype: torch.dtype) -> None:
+    length, config = 333, seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))
+    gate = PrefillGate(config, block_size=64, num_heads=8, num_kv_heads=2, head_dim=64).to(DEVICE, dtype)
+    angles = torch.rand(1, length, 64, device=DEVICE, dtype=dtype)
+    lengths = torch.tensor([length, length - 100], device=DEVICE)
+    with torch.inference_mode():
+        logits = gate(
+            draw(8, length, 64, dtype), draw(2, length, 64, dtype), angles.cos(), angles.sin(), lengths=lengths
+        )
+        for policy in POLICIES:
+            policy.select(logits, block_size=64, lengths=lengths)
+
+
+if __name__ == "__main__":
+    main()
