@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from .blocks import BlockIndices
     from .config import GateConfig, PrefillGateConfig
     from .distill import DistillConfig, distill
-    from .hf.attach import attach, dense, detach, observe, set_policy
+    from .hf.attach import attach, detach, set_policy
     from .hf.calibrate import calibrate
     from .hf.checkpoint import save_gates
+    from .hf.contexts import dense, observe, record
     from .hf.state import LayerInputs
-    from .hf.stats import record
     from .policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP
 
 _NAMES = {

@@ -19,7 +19,7 @@ def command(
     from rich.console import Console
 
     from ..hf.checkpoint import CONFIG_FILE, read_json
-    from ..hf.convert import convert
+    from ..hf.sources import convert
 
     try:
         folder = convert(source, destination)

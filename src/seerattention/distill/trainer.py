@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks import BlockIndices, content_bounds, num_blocks
 from ..gates import BlockGate
-from ..hf.attach import dense, observe
+from ..hf.contexts import dense, observe
 from ..hf.recall import run_prompt
 from ..hf.state import LayerInputs
 from ..hf.state import gates as attached_gates

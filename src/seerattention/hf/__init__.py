@@ -1,13 +1,14 @@
 """SeerAttention inside Hugging Face transformers: hooks and a registered attention function, no forked models."""
 
 from .architectures import FAMILIES, Family, find_decoder
-from .attach import attach, dense, detach, observe, set_policy
+from .attach import attach, detach, set_policy
 from .attention import DEFAULT_MIN_CONTEXT
 from .calibrate import calibrate
 from .checkpoint import save_gates
-from .convert import convert
+from .contexts import dense, observe, record
+from .sources import convert
 from .state import LayerInputs, gates, is_attached
-from .stats import Statistics, record
+from .stats import Statistics
 
 __all__ = [
     "DEFAULT_MIN_CONTEXT",

@@ -1,11 +1,10 @@
-"""The life cycle of an attached model: attach, set_policy, dense, observe, detach."""
+"""The life cycle of an attached model: attach, set_policy, detach."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from ..gates import build_gate
 from ..policies import Dense, Policy, Threshold, TopK
 from .architectures import FAMILIES, Geometry, find_decoder, sliding_window
 from .attention import register
-from .checkpoint import GateCheckpoint, load_gates
-from .state import NAME, LayerState, ModelState, Observer, Selector, is_attached, set_state, state_of
+from .checkpoint import GateCheckpoint
+from .sources import load_gates
+from .state import NAME, LayerState, ModelState, Selector, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
 """The policy of fresh gates; the threshold that the paper uses on LongBench."""
@@ -96,6 +96,7 @@ def attach(
         min_context=min_context,
         original_config=config,
         config_entries=copy.deepcopy(config.__dict__),
+        register=register,
     )
     layers: Any = decoder.layers
     built: dict[int, Any] = {}
@@ -177,40 +178,6 @@ def set_policy(
         state.policy = prefill
     for index, policy in (layers or {}).items():
         state.layers[index].policy = policy
-
-
-@contextmanager
-def dense(model: nn.Module) -> Iterator[nn.Module]:
-    """Attend densely while the context is open, through transformers' own ``sdpa`` function: the A of every A/B.
-
-    Raises:
-        ValueError: nothing is attached.
-    """
-    state = state_of(model)
-    state.dense_depth += 1
-    try:
-        yield model
-    finally:
-        state.dense_depth -= 1
-
-
-@contextmanager
-def observe(model: nn.Module, fn: Observer) -> Iterator[nn.Module]:
-    """Call ``fn(inputs, blocks)`` in every attention layer, for every prompt read while the context is open.
-
-    ``inputs`` is a :class:`LayerInputs`; ``blocks`` are the lists that attention is about to read, or None where the
-    layer is dense. Decoding steps, and layers whose sliding window is shorter than the prompt, are not reported.
-
-    Raises:
-        ValueError: nothing is attached; or, inside a forward, the batch is not one whole prompt per row (chunked
-            prefill, packed sequences, 4-D masks), which cannot be described.
-    """
-    state = state_of(model)
-    state.observers.append(fn)
-    try:
-        yield model
-    finally:
-        state.observers.remove(fn)
 
 
 def _build_gates(state: ModelState, config: Any, num_layers: int, checkpoint: GateCheckpoint | None) -> dict[int, Any]:

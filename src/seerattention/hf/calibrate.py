@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..blocks import BlockIndices, causal_block_mask
 from ..policies import Threshold, causal_softmax
-from .attach import dense, observe, set_policy
+from .attach import set_policy
+from .contexts import dense, observe
 from .recall import run_prompt
 from .state import LayerInputs, gated_layers, state_of
 

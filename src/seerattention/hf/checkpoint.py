@@ -241,48 +241,6 @@ def read_checkpoint(folder: Path) -> GateCheckpoint:
     return GateCheckpoint(gate_config, policy, base_model, weights, str(folder))
 
 
-def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
-    """Read gates for a model with decoder config ``config`` from a folder (either layout) or the hub.
-
-    Raises:
-        FileNotFoundError: ``source`` looks like a path and does not exist, or holds neither layout.
-        ValueError: damaged files, or gates for another base model.
-        NotImplementedError: a published checkpoint of decode gates.
-    """
-    from .convert import is_published_layout, read_published
-
-    folder = locate(source)
-    if (folder / CONFIG_FILE).is_file():
-        checkpoint = read_checkpoint(folder)
-    elif is_published_layout(folder):
-        checkpoint = read_published(folder)
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds no gates: neither {CONFIG_FILE} (written by save_gates) nor a published AttnGates folder "
-            "(config.json with seerattn_* fields and attn_gate_weights.pth)"
-        )
-    checkpoint.check_base_model(config)
-    return checkpoint
-
-
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The local folder of ``source``: a folder, or a hub id ``owner/name``, which is downloaded.
-
-    Only a string of exactly that form which could not be meant as a path asks the hub.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    parts = str(source).split("/")
-    hub_id = isinstance(source, str) and len(parts) == 2 and all(parts) and "\\" not in source
-    if not hub_id or parts[0] in (".", "..", "~") or Path(parts[0]).exists() or folder.exists():
-        raise FileNotFoundError(f"no folder of gates at {str(source)!r} (a hub id has the form 'owner/name')")
-    from huggingface_hub import snapshot_download
-
-    names = [CONFIG_FILE, WEIGHTS_FILE, "config.json", "attn_gate_weights.pth"]
-    return Path(snapshot_download(str(source), allow_patterns=names))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..blocks import BlockIndices, num_blocks
 from ..ops import pooled_attention
 from ..policies import Policy
-from .attach import dense, observe
+from .contexts import dense, observe
 from .state import LayerInputs
 
 __all__ = ["block_recall", "recall_sums", "run_prompt"]

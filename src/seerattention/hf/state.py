@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,7 @@ from ..config import GateConfig
 from ..gates import BlockGate
 from ..policies import Policy
 from .architectures import Family, Geometry, find_decoder
-
-if TYPE_CHECKING:
-    from .stats import Statistics
+from .stats import Statistics
 
 NAME = "seer"
 """The attention implementation that transformers dispatches to."""
@@ -95,7 +93,12 @@ class Call:
 
 @dataclass
 class ModelState:
-    """Everything that belongs to one attached model."""
+    """Everything that belongs to one attached model.
+
+    Attributes:
+        register: makes the attention implementation known to transformers. It travels with copies and pickles: a
+            process that unpickles a model may never have attached one.
+    """
 
     family: Family
     geometry: Geometry
@@ -105,6 +108,7 @@ class ModelState:
     min_context: int | None
     original_config: Any
     config_entries: dict[str, Any]  # of the original config at attach
+    register: Callable[[], None]
     layers: list[LayerState] = field(default_factory=list)
     observers: list[Observer] = field(default_factory=list)
     statistics: list[Statistics] = field(default_factory=list)
@@ -118,10 +122,8 @@ class ModelState:
         return {**self.__dict__, "observers": [], "statistics": [], "dense_depth": 0, "_positions": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from .attention import register
-
-        register()  # a process that unpickles a model may never have attached one
         self.__dict__.update(state)
+        self.register()
 
     @property
     def block_size(self) -> int:

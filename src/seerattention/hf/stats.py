@@ -1,19 +1,15 @@
-"""``record``: how much of the attention map an attached model really read, from the lists that the kernels got."""
+"""How much of the attention map an attached model really read, from the lists that the kernels got."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..blocks import BlockIndices, first_query_block
-from .state import state_of
 
 
 class Statistics:
-    """Densities of the attention calls made inside :func:`record`. Sums stay on the device until they are read.
+    """Densities of the attention calls made inside ``record``. Sums stay on the device until they are read.
 
     A call is one forward of one attention layer. Its density is the selected blocks over the causal blocks of its query
     blocks, over all heads and batch rows; blocks that are wholly padding do not count.
@@ -83,23 +79,3 @@ class Statistics:
             f"Statistics(density={self.density:.4f}, total_density={self.total_density:.4f}, "
             f"sparse_calls={self.sparse_calls}, dense_calls={self.dense_calls})"
         )
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[Statistics]:
-    """Count what attention reads while the context is open::
-
-        with seerattention.record(model) as stats:
-            model.generate(...)
-        print(stats.density, stats.total_density)
-
-    Raises:
-        ValueError: nothing is attached to ``model``.
-    """
-    state = state_of(model)
-    statistics = Statistics()
-    state.statistics.append(statistics)
-    try:
-        yield statistics
-    finally:
-        state.statistics = [other for other in state.statistics if other is not statistics]

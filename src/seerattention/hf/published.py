@@ -1,9 +1,8 @@
-"""Reader and converter of the published AttnGates layout: ``config.json`` with ``seerattn_*`` fields and
+"""Reader of the published AttnGates layout: ``config.json`` with ``seerattn_*`` fields and
 ``attn_gate_weights.pth``."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..config import GateConfig, PrefillGateConfig
 from ..policies import Policy, Threshold, TopK
-from .checkpoint import GateCheckpoint, fingerprint, locate, read_json, write_checkpoint
+from .checkpoint import GateCheckpoint, fingerprint, read_json
 
 WEIGHTS_FILE = "attn_gate_weights.pth"
 
@@ -68,21 +67,6 @@ def read_published(folder: Path) -> GateCheckpoint:
         raise ValueError(f"{weights_path} has unexpected keys: {', '.join(sorted(unknown))}")
     base_model = {"name": data.get("base_model"), "revision": None, **fingerprint(data)}
     return GateCheckpoint(_gate_config(data, config_path), _policy(data), base_model, weights, str(folder))
-
-
-def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
-    """Turn a published AttnGates folder (or hub id) into the layout of :func:`save_gates`; weights keep their bits.
-
-    Raises:
-        FileNotFoundError: no such folder, or not of the published layout.
-        ValueError, NotImplementedError: as :func:`read_published`.
-    """
-    folder = locate(source)
-    if not is_published_layout(folder):
-        raise FileNotFoundError(
-            f"{folder} is no published AttnGates folder: no config.json with seerattn_* fields in it"
-        )
-    return write_checkpoint(destination, read_published(folder))
 
 
 def _gate_config(data: dict[str, Any], path: Path) -> GateConfig:
