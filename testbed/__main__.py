@@ -28,11 +28,16 @@ Seed = Annotated[int, typer.Option(help="Of weights, batches and gates.")]
 Width = Annotated[int, typer.Option(help="Hidden size.")]
 MlpWidth = Annotated[int, typer.Option(help="0: two and a half times the width.")]
 Optimizer = Annotated[str, typer.Option(help="adamw or muon")]
-RateScale = Annotated[float, typer.Option(help="Scales the learning rates of the long phases.")]
+RateScale = Annotated[float, typer.Option(help="Scales the learning rates of the phases without 'most'.")]
 Phases = Annotated[
     str, typer.Option(help='JSON list, e.g. [{"context":128,"share":1,"tokens":4096,"rate":3e-4,"drills":1}]')
 ]
-Mix = Annotated[str, typer.Option(help="JSON object: how often each form is drawn (default: the package's).")]
+Mix = Annotated[
+    str,
+    typer.Option(
+        help="JSON object: how often each form is drawn, in phases that do not say their own (default: the package's)."
+    ),
+]
 Templates = Annotated[
     Path | None, typer.Option(help="JSON list of [statement, question] with {key} and {value}: other needle sentences.")
 ]
@@ -93,7 +98,7 @@ def tokens(data: Data, out: Out, name: str = "train", text_field: str = "text") 
 @app.command()
 def train(
     out: Out,
-    minutes: float = 8.0,
+    minutes: float = 11.0,
     seed: Seed = 11,
     width: Width = 384,
     layers: int = 8,
@@ -102,11 +107,12 @@ def train(
     head_dim: int = 64,
     mlp_width: MlpWidth = 0,
     optimizer: Optimizer = "adamw",
-    rate_scale: RateScale = 1.3,
+    rate_scale: RateScale = 1.0,
     muon_ratio: float = 5.0,
     phases: Phases = "",
     task_mix: Mix = "",
     drill_mix: Mix = "",
+    key_mix: Mix = "",
     templates: Templates = None,
     retries: Retries = 1,
     start: Start = None,
@@ -136,6 +142,7 @@ def train(
         report_every=report_every,
         task_mix=json.loads(task_mix) if task_mix else None,
         drill_mix=json.loads(drill_mix) if drill_mix else None,
+        key_mix=json.loads(key_mix) if key_mix else None,
         templates=_read(templates),
     )
     longest = max(phase.context for phase in config.phases)
@@ -164,12 +171,32 @@ def evaluate(
     batch_tokens: int = 131_072,
     device: str = "cuda",
 ) -> None:
-    """Score the dense model: retrieval by task and length, and the loss of book text by position."""
+    """Score the dense model: retrieval by task and length, loss of book text by position, and where it looks up."""
     from .evaluate import evaluate as run
 
     out.parent.mkdir(parents=True, exist_ok=True)
     results = run(model, books, lengths or [16_384, 32_768], samples, batch_tokens, device, _read(templates))
     out.write_text(json.dumps(results, indent=1))
+
+
+@app.command(name="look-up")
+def look_up(
+    model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
+    books: Annotated[list[Path], typer.Option(help="Token files (.u16) of books not used in training. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    length: int = 4096,
+    samples: int = 16,
+    templates: Templates = None,
+    device: str = "cuda",
+) -> None:
+    """Measure in which layers and heads the model looks things up (part of `evaluate`)."""
+    from .data import load_books
+    from .evaluate import load, where_it_looks_up
+
+    loaded, its_tokenizer = load(model, device)
+    texts = load_books(books, length, its_tokenizer.bos_token_id)
+    found = where_it_looks_up(loaded, its_tokenizer, texts, length, samples, _read(templates))
+    out.write_text(json.dumps(found, indent=1))
 
 
 @app.command()
@@ -227,7 +254,7 @@ def everything(
     data: Data,
     out: Out,
     held_out: HeldOut,
-    minutes: Annotated[float, typer.Option(help="Of training; the rest takes about 5 more.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="Of training; the rest takes about 4 more.")] = 11.0,
     vocab_size: int = 8192,
     seed: Seed = 11,
     width: Width = 384,
@@ -237,10 +264,11 @@ def everything(
     head_dim: int = 64,
     mlp_width: MlpWidth = 0,
     optimizer: Optimizer = "adamw",
-    rate_scale: RateScale = 1.3,
+    rate_scale: RateScale = 1.0,
     phases: Phases = "",
     task_mix: Mix = "",
     drill_mix: Mix = "",
+    key_mix: Mix = "",
     templates: Templates = None,
     retries: Retries = 1,
     start: Start = None,
@@ -283,6 +311,7 @@ def everything(
             phases=phases,
             task_mix=task_mix,
             drill_mix=drill_mix,
+            key_mix=key_mix,
             templates=templates,
             retries=retries,
             start=start,

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from seerattention.tasks import MIXES
+
 from .evaluate import draw_curves
+from .look_up import best_heads, verdict
 
 #: Greedy exact match at ``HARD_LENGTH`` tokens that a testbed model has to reach.
 HARD_LINE = {"single": 0.97, "multikey": 0.97, "keyvalue": 0.95}
@@ -16,7 +19,7 @@ HARD_LENGTH = "16384"
 WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GATES = ("README.md", "gate_config.json", "gates.safetensors")
-_PHASE = ("context", "share", "most", "tokens", "rate", "tasks", "drills", "reach")
+_PHASE = ("context", "share", "most", "until", "tokens", "rate", "tasks", "drills", "reach", *MIXES)
 #: Beside the weights: the stages of training that made them, for a run that trains the model on.
 STAGES = "training.json"
 
@@ -69,7 +72,7 @@ def stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that made a model, the last one last: seconds, steps, tokens and what of the settings a card tells."""
     train = summary["settings"]["train"]
     last = {name: summary[name] for name in ("elapsed", "step", "tokens")} | {"seed": _seed(summary)}
-    last |= {name: train[name] for name in ("optimizer", "rate_scale", "decay_from", "task_mix", "drill_mix")}
+    last |= {name: train[name] for name in ("optimizer", "rate_scale", "decay_from")}
     last["phases"] = [{name: phase[name] for name in _PHASE} for phase in train["phases"]]
     return [*summary.get("earlier", ()), last]
 
@@ -86,8 +89,8 @@ def model_card(
     sparse: Iterable[Mapping[str, Any]] = (),
 ) -> str:
     """The card's text, from ``summary.json``, ``dense.json``, ``data.json``, the gates' history and ``seer eval``."""
-    parts = [HEADER, _training(summary, data), _dense(dense), _position(dense), _losses(summary), _gates(history)]
-    parts.append(_sparse(list(sparse)))
+    parts = [HEADER, _training(summary, data), _dense(dense), _look_up(dense), _position(dense), _losses(summary)]
+    parts += [_gates(history), _sparse(list(sparse))]
     return "\n".join(part for part in parts if part)
 
 
@@ -127,7 +130,9 @@ def _training(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _phases(stage: Mapping[str, Any]) -> str:
-    columns = ("context", "share of time", "at most", "tokens a step", "AdamW rate", "tasks", "drills")
+    mixes = [_mix(phase, stage) for phase in stage["phases"]]
+    numbers = {mix: str(number) for number, mix in enumerate(dict.fromkeys(mixes), 1)}
+    columns = ("context", "share of time", "at most", "tokens a step", "AdamW rate", "tasks", "drills", "mix")
     rows = [
         (
             f"{p['context']:,}",
@@ -137,12 +142,21 @@ def _phases(stage: Mapping[str, Any]) -> str:
             f"{p['rate']:g}",
             f"{p['tasks']}",
             f"{p['drills']}",
+            numbers[mix],
         )
-        for p in stage["phases"]
+        for p, mix in zip(stage["phases"], mixes, strict=True)
     ]
-    mix = stage.get("drill_mix") or {}
-    drills = ", ".join(f"{name} {share:g}" for name, share in mix.items())
-    return _table(columns, rows) + (f"\nDrills: {drills}.\n" if mix else "")
+    return _table(columns, rows) + "".join(f"\nMix {number}: {mix}\n" for mix, number in numbers.items() if mix)
+
+
+def _mix(phase: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
+    """What a phase drew, as far as it is on record; older stages have one mix for all of their phases."""
+    told = []
+    for name in MIXES:
+        mix = phase.get(name) or stage.get(name)
+        if mix:
+            told.append(f"{name.removesuffix('_mix')}s {', '.join(f'{kind} {share:g}' for kind, share in mix.items())}")
+    return "; ".join(told) + "." if told else ""
 
 
 def _seed(summary: Mapping[str, Any]) -> int:
@@ -157,6 +171,7 @@ def _dense(dense: Mapping[str, Any]) -> str:
     retrieval: Mapping[str, Mapping[str, Any]] = dense.get("retrieval", {})
     lengths = sorted({length for row in retrieval.values() for length in row}, key=int)
     rows, misses = [], []
+    unknown = [task for task in HARD_LINE if HARD_LENGTH not in retrieval.get(task, {})]
     for task, row in retrieval.items():
         bar = HARD_LINE.get(task)
         rows.append((task, *(_percent(row[n]) if n in row else "" for n in lengths), f"{100 * bar:.0f}" if bar else ""))
@@ -164,11 +179,27 @@ def _dense(dense: Mapping[str, Any]) -> str:
             misses.append(f"{task} {100 * row[HARD_LENGTH]['exact']:.1f} % < {100 * bar:.0f} %")
     columns = ("task", *(f"{int(length):,} tokens" for length in lengths), "hard line at 16,384")
     verdict = f"**The model misses its hard line: {'; '.join(misses)}.**" if misses else "The hard line is met."
+    if unknown:
+        verdict = f"Whether the hard line is met is not known: not measured there: {', '.join(unknown)}."
     return (
         "## Retrieval, dense attention\n\nGreedy exact match in per cent, ± standard error, "
         f"at least {dense.get('samples')} questions a cell; keys and books were not used in training.\n\n"
         + _table(columns, rows)
         + f"\n{verdict}\n"
+    )
+
+
+def _look_up(dense: Mapping[str, Any]) -> str:
+    found = dense.get("look_up")
+    if not found:
+        return ""
+    rows = [(f"{layer}", f"{head}", f"{share:.3f}") for layer, (head, share) in enumerate(best_heads(found["mass"]))]
+    said = verdict(found["mass"])
+    return (
+        "## Where it looks up\n\nShare of the attention of a question's last token that lies on the needle, in the "
+        f"best head of each layer; mean of {found['samples']} samples of {found['length']:,} tokens, one needle.\n\n"
+        + _table(("layer", "best head", "on the needle"), rows)
+        + f"\n{f'**{said}**' if said.startswith('Warning') else said}\n"
     )
 
 

@@ -152,21 +152,21 @@ class _Maker:
         self.folder, self.number, self.seed, self.options = Path(folder), number, seed, options
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.files: list[Path] = []
-        self.mix: Any = None
+        self.generator: Any = None
 
     def make(self, phase: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
         from seerattention.tasks import TaskGenerator, TrainingMix
 
         found = sorted(self.folder.glob("train*.u16"))
-        if self.mix is None or found != self.files:
+        if self.generator is None or found != self.files:
             self.files = found
             books = load_books(found, self.options["shortest_book"], self.tokenizer.bos_token_id)
             seed = self.seed * 1000 + self.number + 97 * len(found)
-            generator = TaskGenerator(
+            self.generator = TaskGenerator(
                 self.tokenizer, books, split="train", seed=seed, templates=self.options["templates"]
             )
-            self.mix = TrainingMix(generator, self.options["task_mix"], self.options["drill_mix"])
-        return batch(self.mix, phase.context, phase.tokens, phase.tasks, phase.drills)
+        mix = TrainingMix(self.generator, phase.task_mix, phase.drill_mix, phase.key_mix)
+        return batch(mix, phase.context, phase.tokens, phase.tasks, phase.drills)
 
 
 def _worker(out: Any, phase: Any, phases: list, *arguments: Any) -> None:
@@ -185,7 +185,7 @@ class Batches:
         folder: where tokenizer and ``train*.u16`` files are.
         workers: 0 makes batches in this process, when they are asked for.
         seed: each worker's batches are a function of it, the worker's number and the token files.
-        options: ``shortest_book``, ``task_mix``, ``drill_mix`` and ``templates`` of ``TrainConfig``.
+        options: ``shortest_book`` and ``templates`` of ``TrainConfig``.
         pin: pin the memory, for copies to a GPU.
     """
 

@@ -14,9 +14,36 @@ import torch
 from seerattention.tasks import TASKS, TaskGenerator
 
 from .data import load_books
+from .look_up import best_heads, look_up, verdict
 
 #: Questions a sequence; a sequence of task "single" has only one.
 QUESTIONS = 4
+
+
+def load(folder: Path, device: str) -> tuple[Any, Any]:
+    """The dense model in ``folder``, and the tokenizer in it or in the folder above."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else folder.parent)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval(), tokenizer
+
+
+def where_it_looks_up(
+    model: Any, tokenizer: Any, texts: list[np.ndarray], length: int, samples: int, templates: list | None = None
+) -> dict[str, Any]:
+    """What :func:`look_up` measures on needles in ``texts``; prints the best head of each layer and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    generator = TaskGenerator(tokenizer, texts, split="test", seed=length, templates=templates)
+    found = look_up(model, generator, length, samples)
+    table = Table("layer", "best head", "on the needle", title="attention of a question's last token")
+    for layer, (head, share) in enumerate(best_heads(found["mass"])):
+        table.add_row(str(layer), str(head), f"{share:.3f}")
+    Console().print(table, verdict(found["mass"]))
+    return found
 
 
 @torch.inference_mode()
@@ -29,12 +56,13 @@ def evaluate(
     device: str,
     templates: list | None = None,
 ) -> dict[str, Any]:
-    """Exact match of each task at each length (with standard errors) and loss of book text by position.
+    """Exact match of each task at each length (with standard errors), loss of book text by position, and ``look_up``.
 
     Args:
         folder: the model, with the tokenizer in it or in the folder above.
         books: token files.
-        lengths: of the samples, in tokens; the loss by position is taken at the shortest.
+        lengths: of the samples, in tokens; the loss by position is taken at the shortest, and where the model looks
+            things up at 4,096 tokens or at the shortest, if that is less.
         samples: least number of questions for each task and length, and number of windows of book text.
         batch_tokens: tokens in one forward pass.
         device: "cuda" or "cpu".
@@ -42,12 +70,8 @@ def evaluate(
     """
     from rich.console import Console
     from rich.table import Table
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else folder.parent)
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model.to(device).eval()
+    model, tokenizer = load(folder, device)
     texts = load_books(books, shortest=min(lengths), bos=tokenizer.bos_token_id)
     results: dict[str, Any] = {"retrieval": {}, "samples": samples, "books": len(texts)}
     table = Table(title="dense model, greedy exact match")
@@ -72,6 +96,7 @@ def evaluate(
         model, tokenizer.bos_token_id, texts, min(lengths), batch_tokens, device, windows=max(2, samples)
     )
     Console().print(table, results["loss"])
+    results["look_up"] = where_it_looks_up(model, tokenizer, texts, min(4096, *lengths), 16, templates)
     return results
 
 
@@ -133,6 +158,7 @@ CURVES = {
     "answers drill_keyvalue": ("answers: number keys", "#56B4E9"),
     "answers drill_wordvalue": ("answers: word keys", "#009E73"),
     "answers drill_needles": ("answers: needle drills", "#D55E00"),
+    "answers drill_alike": ("answers: names that share a word", "#E69F00"),
     "answers multikey": ("answers: needles in books", "#CC79A7"),
 }
 

@@ -147,7 +147,7 @@ class _Run:
         self.parts: dict[str, float] = {}
         if (folder / "checkpoint.pt").exists():
             self._resume(folder / "checkpoint.pt")
-        options = {name: getattr(config, name) for name in ("shortest_book", "task_mix", "drill_mix", "templates")}
+        options = {name: getattr(config, name) for name in ("shortest_book", "templates")}
         seed = config.seed + 7919 * self.state["resumed"]
         self.batches = Batches(list(config.phases), folder, config.workers, seed, options, pin=on_gpu)
 

@@ -7,7 +7,7 @@ import pytest
 
 import seerattention as seer
 from seerattention.tasks import TaskGenerator, TrainingMix
-from seerattention.tasks.training import DRILL_MIX, LONG_DRILL, SHORT_DRILLS, TASK_MIX
+from seerattention.tasks.training import DRILL_MIX, LONG_DRILL, PAIR_KEYS, SHORT_DRILLS, TASK_MIX
 
 
 @pytest.fixture
@@ -65,3 +65,45 @@ def test_few_and_many_names(generator):
     asked = [int((mix.sequence(4096, tasks=1.0).weights == 8).sum()) // 2 for _ in range(60)]
     assert min(asked) < 8
     assert max(asked) > 60
+
+
+@pytest.mark.parametrize("kind", [*PAIR_KEYS, "single", "number"])
+@pytest.mark.parametrize("form", ["needles", "multivalue", "variable"])
+def test_keys_are_of_the_kinds_asked_for(generator, kind, form, monkeypatch):
+    """In drills and in book text alike: no other kind of key is drawn."""
+    mix = TrainingMix(generator, {"multikey": 1.0}, {form: 1.0}, {kind: 1.0})
+    drawn = []
+    for name, other in (("keys", "listed"), ("alike_keys", "alike"), ("loose_keys", "loose")):
+        plain = getattr(mix.pieces, name)
+
+        def spy(count, *, close=False, plain=plain, other=other):
+            drawn.append("close" if close else other)
+            return plain(count, close=True) if close else plain(count)
+
+        monkeypatch.setattr(mix.pieces, name, spy)
+    for drills in (0.0, 1.0):
+        check(mix.sequence(512, tasks=1.0, drills=drills), 512, generator.pieces.tokenizer)
+    assert set(drawn) == ({kind} if kind in PAIR_KEYS else set())
+
+
+def test_copies_of_numbers_and_of_words(generator, tokenizer):
+    numbers = mix_of(generator, "copy", drill=True).sequence(256, drills=1.0).input_ids[1:]
+    words = mix_of(generator, "wordcopy", drill=True).sequence(256, drills=1.0).input_ids[1:]
+    assert tokenizer.decode(numbers).isdigit()
+    assert tokenizer.decode(words).replace(" ", "").isalpha()
+
+
+@pytest.mark.parametrize(
+    ("mixes", "said"),
+    [
+        ({"task_mix": {"multikeys": 1.0}}, "task_mix may hold copy, few, .*, got multikeys"),
+        ({"drill_mix": {"alike": 1.0, "like": 1.0}}, "drill_mix may hold alike, .*, got like"),
+        ({"key_mix": {"near": 1.0}}, "key_mix may hold alike, close, .*, got near"),
+        ({"key_mix": {"listed": 0.0}}, "at least one of them above 0"),
+        ({"drill_mix": {"copy": 2.0, "alike": -1.0}}, "shares of 0 or more"),
+        ({"drill_mix": {}}, "at least one of them above 0"),
+    ],
+)
+def test_mixes_that_cannot_be_drawn_from(generator, mixes, said):
+    with pytest.raises(ValueError, match=said):
+        TrainingMix(generator, **mixes)

@@ -8,7 +8,7 @@ from testbed.data import Batches, load_books, tokenise, train_tokenizer
 from testbed.schedule import Phase
 from transformers import AutoTokenizer
 
-OPTIONS = {"shortest_book": 1000, "task_mix": None, "drill_mix": None, "templates": None}
+OPTIONS = {"shortest_book": 1000, "templates": None}
 PHASES = [Phase(128, 0.5, 1024, 1e-3, drills=1.0), Phase(256, 0.5, 1024, 1e-3, tasks=0.5)]
 
 

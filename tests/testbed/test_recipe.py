@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from testbed.__main__ import app
+from testbed.card import _phases, stages
 from testbed.model import FastLlama, ModelConfig, read
+from testbed.schedule import PHASES as DEFAULT_PHASES
 from testbed.schedule import NotFormed, Phase, TrainConfig
-from testbed.training import train
+from testbed.training import _Run, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -75,6 +80,51 @@ def test_a_run_without_look_up_tries_another_seed_and_gives_up(run_folder):
     assert [attempt["seed"] for attempt in saved["given_up"]] == [11]
 
 
+def test_the_default_stages_with_a_stop_in_the_second(run_folder, monkeypatch):
+    """The phases of the default recipe at tiny size, by a clock that goes on by one second a step."""
+    phases = tuple(
+        replace(p, context=min(512, max(128, p.context // 32)), tokens=1024, reach=p.reach // 32, stop_above=1e9)
+        for p in DEFAULT_PHASES
+    )
+    second_stage = next(i for i, phase in enumerate(phases) if phase.reach)
+    config = settings(100, phases=phases, report_every=1, checkpoint_every=1.0)
+
+    class Stop(Exception):
+        pass
+
+    def stop(run, phase, step=_Run._step):
+        if run.schedule.phase == second_stage and run.state["elapsed"] > run.schedule.started + 4:
+            raise Stop
+        return step(run, phase)
+
+    seconds = itertools.count()
+    monkeypatch.setattr("testbed.training.time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_step", stop)
+        with pytest.raises(Stop):
+            train(run_folder, SHAPE, config, "cpu")
+    stopped = torch.load(run_folder / "checkpoint.pt", weights_only=True)
+    assert stopped["schedule"]["phase"] == second_stage
+    summary = train(run_folder, SHAPE, config, "cpu")
+    assert (summary["resumed"], summary["step"]) == (1, 99)
+
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    switch = stopped["schedule"]["started"]
+    before, after = ([line for line in lines if (line["elapsed"] >= switch) == late] for late in (False, True))
+    resumed = [line for line in after if line["resumed"]]
+    assert resumed[0]["elapsed"] < switch + 6, "it goes on in the phase where it stopped"
+    assert [next(g)["context"] for _, g in itertools.groupby(before, lambda line: line["context"])] == [128, 512]
+    drills = [{name for line in part for name in line if "drill_" in name} for part in (before, after)]
+    shared = {"answers drill_alike", "answers drill_wordvalue", "answers drill_steps"}
+    assert {"answers drill_keyvalue", "answers drill_needles"} <= drills[0]
+    assert not shared & drills[0]
+    assert "answers drill_alike" in drills[1]
+    card = _phases(stages(summary)[0])
+    assert [row.split(" | ")[-1] for row in card.splitlines()[2:12]] == [*["1 |"] * 5, "2 |", *["3 |"] * 4]
+    assert "Mix 1: tasks multikey 3, " in card
+    assert "keys listed 0.85, loose 0.15." in card
+
+
 @pytest.mark.slow
 def test_everything_in_one_command(tmp_path):
     books, held_out = write_books(tmp_path)
@@ -109,6 +159,7 @@ def test_everything_in_one_command(tmp_path):
     card = (package / "model" / "README.md").read_text()
     assert "| multikey |" in card
     assert "not measured for this model" not in card
+    assert "## Where it looks up" in card
     assert (package / "model" / "curves.png").stat().st_size > 1000
     model = AutoModelForCausalLM.from_pretrained(package / "model", dtype=torch.float32)
     model.config._name_or_path = seer.testbed.NAME

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from testbed.schedule import NotFormed, Phase, Schedule, TrainConfig
+from testbed.schedule import EASY, SHARED_WORDS, NotFormed, Phase, Schedule, TrainConfig
+
+from seerattention.tasks import MIXES
+from seerattention.tasks.training import SHORT_DRILLS
 
 DRILLS = Phase(128, 0.1, 4096, 3e-4, drills=1.0, most=0.3, stop_above=2.0)
 LONG = (Phase(512, 0.3, 4096, 1e-3), Phase(1024, 0.5, 4096, 1e-3))
@@ -72,8 +75,83 @@ def test_state_goes_on():
         ({"phases": ()}, "must end with one that has no 'most'"),
         ({"phases": (DRILLS,)}, "must end with one that has no 'most'"),
         ({"phases": (Phase(64, 0.5, 64, 1e-3, most=0.2), *LONG)}, "share=0.5, most=0.2"),
+        ({"phases": (*[Phase(64, 0.1, 64, 1e-3, most=0.5)] * 2, *LONG)}, "leave time to the others, got 1 of it"),
+        ({"drill_mix": {"likeness": 1.0}}, "drill_mix may hold .*, got likeness"),
+        (
+            {"phases": (Phase(64, 0.1, 64, 1e-3, most=0.2, until=("alike",), drill_mix={"copy": 1.0}), *LONG)},
+            "waits for drills that it does not draw: alike",
+        ),
     ],
 )
 def test_bad_settings_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         TrainConfig(**options)
+
+
+def test_a_phase_waits_for_the_drills_that_it_names():
+    phases = (Phase(256, 0.1, 4096, 3e-4, most=0.3, until=("alike",)), *LONG)
+    plan = Schedule(TrainConfig(seconds=100, phases=phases))
+    for _ in range(5):
+        plan.report({"answers drill_needles": 0.01})
+    assert plan.at(10) == 0, "alike was not seen yet"
+    for _ in range(5):
+        plan.report({"answers drill_alike": 0.01, "answers drill_multivalue": 6.9})
+    assert plan.at(11) == 1
+
+
+def test_mixes_of_a_phase_come_before_those_of_the_run():
+    own = Phase(128, 0.5, 4096, 1e-3, drill_mix={"copy": 1.0})
+    phases = TrainConfig(phases=(own, *LONG), drill_mix={"alike": 1.0}, task_mix={"few": 1.0}).phases
+    assert [phase.drill_mix for phase in phases] == [{"copy": 1.0}, {"alike": 1.0}, {"alike": 1.0}]
+    assert all(phase.task_mix == {"few": 1.0} and phase.key_mix == MIXES["key_mix"] for phase in phases)
+
+
+def stretches(learnt_after, begin=0.0):
+    """Seconds in each default phase, if each kind of drill is learnt so many seconds after it first came."""
+    config = TrainConfig()
+    plan, first, spent = Schedule(config, begin=begin), {}, [0] * len(config.phases)
+    for second in range(int(begin), int(config.seconds)):
+        phase = config.phases[plan.at(second)]
+        spent[plan.phase] += 1
+        kinds = [kind for kind in phase.drill_mix if phase.context >= 256 or kind in SHORT_DRILLS]
+        seen = {kind: second - first.setdefault(kind, second) for kind in kinds if "copy" not in kind}
+        losses = {f"answers drill_{kind}": 0.02 if age >= learnt_after(kind) else 1.5 for kind, age in seen.items()}
+        plan.report(losses | {"text": 4.0})
+    return spent
+
+
+@pytest.mark.parametrize("begin", [0.0, 100.0])
+@pytest.mark.parametrize("multivalue", [30, 10_000])
+def test_the_default_phases_if_all_goes_well(multivalue, begin):
+    spent = stretches(lambda kind: multivalue if kind == "multivalue" else 10, begin)
+    total = 660 - begin
+    assert sum(spent) == total
+    expected = [0.035, 0.04, 0.06, 0.09, 0.12, 0.035, 0.027, 0.043, 0.33, 0.19]
+    assert [seconds / total for seconds in spent] == pytest.approx(expected, abs=0.03)
+    assert sum(spent[-2:]) > 0.5 * total
+
+
+def test_the_default_phases_if_words_come_late():
+    """Drills take their longest; the easy stage stays as long as it was, the long texts keep the most of the time."""
+    slow = stretches(lambda kind: 20 if kind == "keyvalue" else 10_000)
+    assert [slow[i] for i in (0, 1, 5)] == pytest.approx([46, 59, 66], abs=2)
+    assert slow[2:5] == pytest.approx([36, 55, 73], abs=2)
+    assert sum(slow[-2:]) > 0.4 * 660
+
+
+def test_numbers_that_are_not_looked_up_stop_the_default_run_early():
+    with pytest.raises(NotFormed, match="drills of 512 tokens by 1"):
+        stretches(lambda kind: 10_000)
+
+
+def test_the_default_stages():
+    """Names share a word from the second stage on only, and each stage ends where the next can go on."""
+    phases = TrainConfig().phases
+    first = next(i for i, phase in enumerate(phases) if "alike" in phase.drill_mix)
+    assert first == 5
+    for phase in phases[:first]:
+        assert {name: getattr(phase, name) for name in MIXES} == EASY
+    assert phases[first].drill_mix == SHARED_WORDS
+    assert all(phase.key_mix == MIXES["key_mix"] for phase in phases[first:])
+    assert not {"alike", "close"} & EASY["key_mix"].keys()
+    assert [phase.context for phase in phases] == [128, 512, 1024, 4096, 16_384, 256, 512, 2048, 16_384, 32_768]

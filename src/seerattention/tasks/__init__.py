@@ -1,6 +1,16 @@
 """Retrieval tasks with seeds, shared by the training mix, the demo and the evaluation."""
 
 from .generator import TASKS, Question, Sample, TaskGenerator
-from .training import DRILL_MIX, TASK_MIX, TrainingMix
+from .training import DRILL_MIX, MIXES, TASK_MIX, TrainingMix, checked_mix
 
-__all__ = ["DRILL_MIX", "TASKS", "TASK_MIX", "Question", "Sample", "TaskGenerator", "TrainingMix"]
+__all__ = [
+    "DRILL_MIX",
+    "MIXES",
+    "TASKS",
+    "TASK_MIX",
+    "Question",
+    "Sample",
+    "TaskGenerator",
+    "TrainingMix",
+    "checked_mix",
+]

@@ -4,15 +4,19 @@
 forms its look-up circuits within minutes; one that begins with long texts may never do.
 
 Matching is learned token by token: a model that looks numbers up perfectly can be at chance with words, because nothing
-has taught it that two occurrences of a word are the same. So the drills lead from what forms at once to what does not:
-copies of random words beside copies of numbers, dictionaries keyed by words, sentences keyed by numbers or single
+has taught it that two occurrences of a word are the same. So there are drills between what forms at once and what does
+not: copies of random words beside copies of numbers, dictionaries keyed by words, sentences keyed by numbers or single
 words, needles whose keys differ in one of their two words only, and needles whose number of candidates grows within
 each sequence (a guess among few is soon no worse than a look-up, and so teaches nothing).
+
+Which drills come when decides in which layer look-up forms. The mixes here are for a model that can look things up
+already; what it learns from first is in the recipe (``testbed/schedule.py``).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -21,22 +25,23 @@ from .pieces import COPY_WEIGHT, NOISE_WEIGHT, VARIABLE_TEMPLATES, Event
 from .words import NOUNS
 
 #: How often each form of training sequence is drawn, among sequences that are not plain book text.
-TASK_MIX = {"multikey": 3.0, "keyvalue": 2.0, "multivalue": 1.5, "variable": 1.5, "few": 1.0, "copy": 1.0}
+TASK_MIX = {"multikey": 3.0, "keyvalue": 2.0, "multivalue": 3.0, "variable": 1.5, "few": 1.0, "copy": 1.0}
 DRILL_MIX = {
-    "copy": 2.0,
-    "keyvalue": 1.5,
-    "wordvalue": 2.0,
-    "steps": 1.5,
-    "alike": 2.0,
-    "needles": 3.0,
-    "multivalue": 1.0,
+    "copy": 0.5,
+    "wordcopy": 0.5,
+    "keyvalue": 1.0,
+    "wordvalue": 0.5,
+    "steps": 0.5,
+    "alike": 3.0,
+    "needles": 4.0,
+    "multivalue": 3.0,
     "variable": 1.0,
 }
 #: Drills that fit into any length; the others join from ``LONG_DRILL`` tokens on.
-SHORT_DRILLS = ("copy", "keyvalue", "wordvalue", "steps", "alike", "needles")
+SHORT_DRILLS = ("copy", "wordcopy", "keyvalue", "wordvalue", "steps", "alike", "needles")
 LONG_DRILL = 256
-#: How often each kind of key is used: listed pairs of words, listed pairs that share words, listed pairs that all share
-#: one word, pairs of arbitrary words.
+#: How often each kind of key names needles: listed pairs of words, listed pairs that share words, listed pairs that all
+#: share one word, pairs of arbitrary words.
 PAIR_KEYS = {"listed": 0.45, "close": 0.25, "alike": 0.15, "loose": 0.15}
 #: More keys than this rarely share a word.
 MOST_ALIKE = 60
@@ -46,26 +51,51 @@ WORD_KEYS = {"listed": 0.4, "close": 0.2, "loose": 0.1, "single": 0.3}
 #: Share of drill questions that are put in the words of another template than the statement.
 OTHER_TEMPLATE = 0.25
 
+#: Mixes by their names, as they are where nothing else is asked for, and the kinds that each may hold.
+MIXES = {"task_mix": TASK_MIX, "drill_mix": DRILL_MIX, "key_mix": PAIR_KEYS}
+KINDS = {"task_mix": set(TASK_MIX), "drill_mix": set(DRILL_MIX), "key_mix": {*PAIR_KEYS, *STEP_KEYS, *WORD_KEYS}}
+
+
+def checked_mix(name: str, mix: Mapping[str, float] | None) -> dict[str, float]:
+    """``mix`` (None: the package's one called ``name``, see ``MIXES``), once it is known that it can be drawn from.
+
+    Raises:
+        ValueError: a kind that does not exist, or shares that are not all 0 or more with one above 0.
+    """
+    mix = dict(MIXES[name] if mix is None else mix)
+    if unknown := sorted(mix.keys() - KINDS[name]):
+        raise ValueError(f"{name} may hold {', '.join(sorted(KINDS[name]))}, got {', '.join(unknown)}")
+    if min(mix.values(), default=0.0) < 0 or not sum(mix.values()) > 0:
+        raise ValueError(f"{name} needs shares of 0 or more, at least one of them above 0, got {mix}")
+    return mix
+
 
 class TrainingMix:
     """Draws weighted training sequences.
 
     Args:
         generator: a :class:`TaskGenerator` of the train split.
-        task_mix, drill_mix: relative frequencies, see ``TASK_MIX`` and ``DRILL_MIX``.
+        task_mix, drill_mix, key_mix: relative frequencies of tasks in book text, of drills, and of the kinds of keys
+            that name their needles; None: ``TASK_MIX``, ``DRILL_MIX``, ``PAIR_KEYS``. Drills with a say of their own
+            in their keys (``alike``, ``wordvalue``, ``steps``) keep it.
+
+    Raises:
+        ValueError: a mix cannot be drawn from, see :func:`checked_mix`.
     """
 
     def __init__(
         self,
         generator: TaskGenerator,
-        task_mix: dict[str, float] | None = None,
-        drill_mix: dict[str, float] | None = None,
+        task_mix: Mapping[str, float] | None = None,
+        drill_mix: Mapping[str, float] | None = None,
+        key_mix: Mapping[str, float] | None = None,
     ) -> None:
         self.generator = generator
         self.pieces = generator.pieces
         self.rng = generator.rng
-        self.task_mix = dict(TASK_MIX if task_mix is None else task_mix)
-        self.drill_mix = dict(DRILL_MIX if drill_mix is None else drill_mix)
+        self.task_mix = checked_mix("task_mix", task_mix)
+        self.drill_mix = checked_mix("drill_mix", drill_mix)
+        self.key_mix = checked_mix("key_mix", key_mix)
 
     def sequence(self, length: int, *, tasks: float = 0.6, drills: float = 0.0) -> Sample:
         """A drill with probability ``drills``, else a task in book text with probability ``tasks``, else book text."""
@@ -88,8 +118,8 @@ class TrainingMix:
             return int(self.rng.integers(low, high + 1))
         return int(math.exp(self.rng.uniform(math.log(low), math.log(high + 1))))
 
-    def _keys(self, count: int, kinds: dict[str, float] = PAIR_KEYS) -> list[list[int]]:
-        kind = self._draw(kinds)
+    def _keys(self, count: int, kinds: dict[str, float] | None = None) -> list[list[int]]:
+        kind = self._draw(self.key_mix if kinds is None else kinds)
         if kind in ("listed", "close"):
             return self.pieces.keys(count, close=kind == "close")
         if (kind == "single" and count > len(NOUNS)) or (kind == "alike" and count > MOST_ALIKE):
@@ -223,9 +253,15 @@ class TrainingMix:
         return Sample(f"drill_{kind}", np.array(tokens[:length], np.int64), (), np.array(weights[:length], np.float32))
 
     def _drill_copy(self, room: int) -> list[Event]:
-        """Random numbers or words, again and again: teaches that a token matches its own earlier occurrence."""
+        """Random numbers, again and again: teaches that a token matches its own earlier occurrence."""
+        return self._copies(room, self._numbers)
+
+    def _drill_wordcopy(self, room: int) -> list[Event]:
+        return self._copies(room, self.pieces.random_words)
+
+    def _copies(self, room: int, draw: Callable[[int], list[int]]) -> list[Event]:
         count = int(self.rng.integers(12, max(13, room // 2)))
-        body = self._numbers(count) if self.rng.random() < 0.35 else self.pieces.random_words(count)
+        body = draw(count)
         again = [Event(list(body), _copied(count)) for _ in range(room // count + 1)]
         return [Event(list(body), [NOISE_WEIGHT] * count), *again]
 
@@ -246,7 +282,7 @@ class TrainingMix:
         ]
 
     def _drill_needles(self, room: int) -> list[Event]:
-        return self._needles_drill(room, PAIR_KEYS)
+        return self._needles_drill(room)
 
     def _drill_alike(self, room: int) -> list[Event]:
         """Needles whose keys share one of their two words.
@@ -259,7 +295,7 @@ class TrainingMix:
         """Needles keyed by a number or a single word, on the way to pairs of words."""
         return self._needles_drill(room, STEP_KEYS)
 
-    def _needles_drill(self, room: int, kinds: dict[str, float]) -> list[Event]:
+    def _needles_drill(self, room: int, kinds: dict[str, float] | None = None) -> list[Event]:
         """Statements and questions; half of the time in turn, so that the candidates grow from one to many."""
         in_turn = self.rng.random() < 0.5
         template = int(self.rng.integers(len(self.pieces.templates)))

@@ -1,0 +1,30 @@
+"""What a model card says of the hard line: met, missed and where, or not known."""
+
+from __future__ import annotations
+
+import pytest
+
+from testbed.card import HARD_LENGTH, HARD_LINE, _dense
+
+
+def scores(**changes):
+    return {
+        "retrieval": {task: {HARD_LENGTH: {"exact": changes.get(task, bar), "error": 0.0}} for task, bar in HARD_LINE.items()}
+    }  # fmt: skip
+
+
+def test_hard_line():
+    assert "The hard line is met." in _dense(scores())
+    card = _dense(scores(multikey=0.9))
+    assert "misses its hard line: multikey 90.0 % < 97 %" in card
+    assert "is met." not in card
+
+
+@pytest.mark.parametrize("left_out", [("keyvalue",), tuple(HARD_LINE)])
+def test_what_was_not_measured_is_not_met(left_out):
+    dense = scores()
+    for task in left_out:
+        dense["retrieval"][task] = {"512": {"exact": 1.0, "error": 0.0}}
+    card = _dense(dense)
+    assert f"not known: not measured there: {', '.join(left_out)}" in card
+    assert "is met." not in card
