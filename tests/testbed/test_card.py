@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
 from testbed.card import HARD_LENGTH, HARD_LINE, _dense
 
 
 def scores(**changes):
-    return {
-        "retrieval": {task: {HARD_LENGTH: {"exact": changes.get(task, bar), "error": 0.0}} for task, bar in HARD_LINE.items()}
-    }  # fmt: skip
+    exact = {**HARD_LINE, **changes}
+    return {"retrieval": {task: {HARD_LENGTH: {"exact": exact[task], "error": 0.0}} for task in HARD_LINE}}
 
 
 def test_hard_line():
