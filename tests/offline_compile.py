@@ -182,24 +182,26 @@ def pooled_attention(module, target):
 
 
 def pooled_attention_decode(module, target):
-    importlib.import_module(f"{OPS}.pooled_attention.triton")._capability = (
-        lambda device: {"sm_80": 8, "sm_90": 9}.get(target, 0)
-    )  # fmt: skip
-    cases = [(128, 4, 64, torch.bfloat16)]
+    capability = {"sm_80": 8, "sm_90": 9}.get(target, 0)
+    importlib.import_module(f"{OPS}.pooled_attention.triton")._capability = lambda device: capability
+    cases = [(128, 4, 64, torch.bfloat16, reduce, given) for reduce in ("max", "sum") for given in (False, True)]
     if target == "sm_90":
-        cases += [(64, 4, 64, torch.float16), (128, 8, 16, torch.bfloat16), (80, 7, 32, torch.bfloat16)]
-        cases += [(128, 1, 128, torch.bfloat16), (256, 2, 64, torch.bfloat16), (64, 4, 64, torch.float32)]
-    for head_dim, group, block_size, dtype in cases:
+        for shape in [
+            (64, 4, 64, torch.float16),
+            (80, 7, 16, torch.bfloat16),
+            (128, 1, 128, torch.bfloat16),
+            (256, 2, 64, torch.bfloat16),
+            (64, 4, 64, torch.float32),
+        ]:
+            cases += [(*shape, "max", False), (*shape, "sum", True)]
+    for head_dim, group, block_size, dtype, reduce, given in cases:
         q = torch.zeros(1, 128, group, head_dim, dtype=dtype).transpose(1, 2)
-        for lse in (None, torch.zeros(1, group, 128)):
-            for reduce in ("max", "sum"):
-                yield (
-                    f"{reduce} {head_dim} {group} {block_size} {dtype} lse={lse is not None}",
-                    functools.partial(
-                        module.pooled_attention_decode, q, q[:, :1], torch.arange(128), block_size=block_size,
-                        scale=0.1, lengths=None, reduce=reduce, normalize=True, lse=lse,
-                    ),
-                )  # fmt: skip
+        common = {"block_size": block_size, "scale": 0.1, "lengths": None, "reduce": reduce, "normalize": True}
+        lse = torch.zeros(1, group, 128) if given else None
+        yield (
+            f"{reduce} {head_dim} {group} {block_size} {dtype} lse={given}",
+            functools.partial(module.pooled_attention_decode, q, q[:, :1], torch.arange(128), lse=lse, **common),
+        )
 
 
 def pooled_attention_hopper(module, target):

@@ -60,9 +60,11 @@ def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype,
     ops.block_sparse_attention(q[:, :, -64:], far, far, everything, return_lse=True, implementation=implementation)
     ops.pooled_attention(q, k, lengths=lengths, implementation=implementation)
     if implementation == "triton":
-        for reduce in ("max", "sum"):
-            ops.pooled_attention(q, k, lengths=lengths, reduce=reduce, implementation="triton")
-            ops.pooled_attention_decode(q, k, lengths=lengths, reduce=reduce, implementation="triton")
+        lse = torch.zeros(2, 8, queries, device=DEVICE)
+        for reduce, given in itertools.product(("max", "sum"), (None, lse)):
+            common = {"lengths": lengths, "reduce": reduce, "lse": given, "implementation": "triton"}
+            ops.pooled_attention(q, k, **common)
+            ops.pooled_attention_decode(q, k, **common)
 
 
 def launch_gate_path(dtype: torch.dtype) -> None:

@@ -137,12 +137,18 @@ class NoKernel:
 
 @pytest.mark.parametrize("with_lengths", [False, True])
 def test_launchers_do_not_wait(monkeypatch, with_lengths):
-    attention, selection, pooling, target = (
-        importlib.import_module(f"seerattention.ops.{op}.triton")
-        for op in ("block_sparse_attention", "block_selection", "block_pooling", "pooled_attention")
+    attention, selection, pooling, target, decode_target = (
+        importlib.import_module(f"seerattention.ops.{name}")
+        for name in (
+            "block_sparse_attention.triton",
+            "block_selection.triton",
+            "block_pooling.triton",
+            "pooled_attention.triton",
+            "pooled_attention.triton_decode",
+        )
     )
     kernel = NoKernel()
-    for module in (attention, selection, pooling, target):
+    for module in (attention, selection, pooling, target, decode_target):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, kernel)
@@ -165,10 +171,11 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
         attention.block_sparse_attention_triton(q, k, k, blocks, 0.1, True)
         rows = torch.arange(6, device="meta")
         for reduce in ("max", "sum"):
-            target.pooled_attention(q, k, rows, scale=0.1, reduce=reduce, normalize=True, **common)
-            lse = torch.zeros(1, 4, 333, device="meta")
-            target.pooled_attention(q, k, rows, scale=0.1, reduce=reduce, normalize=True, lse=lse, **common)
-    assert kernel.launches == 11  # two for a target without lse
+            for lse in (None, torch.zeros(1, 4, 333, device="meta")):
+                rest = {**common, "scale": 0.1, "reduce": reduce, "normalize": True, "lse": lse}
+                target.pooled_attention(q, k, rows, **rest)
+                decode_target.pooled_attention_decode(q, k, rows, **rest)
+    assert kernel.launches == 15  # two for a target of prefill gates without lse
     assert not waits.found
 
 

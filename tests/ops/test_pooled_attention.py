@@ -213,7 +213,7 @@ def test_given_the_lse_of_the_forward(
     q, k = make(*tokens, heads, kv_heads, head_dim)
     lse = lse_of(q, k)
     if implementation == "triton":  # as many query heads a program as on a Hopper GPU
-        monkeypatch.setattr(kernels(), "_tokens", lambda *_: 256)
+        monkeypatch.setattr(kernels(), "query_rows", lambda *_: 256)
         monkeypatch.setattr(kernels(), "query_lse", None)  # not asked
     last = all_rows(*tokens, block_size)[-1]
     lengths = torch.tensor([tokens[1], max(1, tokens[1] - tokens[0] // 2)])
@@ -231,7 +231,7 @@ def kernels():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 1), (8, 1)])
 @pytest.mark.parametrize("tokens", [64, 128, 256])
 def test_triton_shares_keys_between_heads(heads, kv_heads, tokens, monkeypatch, nan_filled_empty):
-    monkeypatch.setattr(kernels(), "_tokens", lambda *_: tokens)
+    monkeypatch.setattr(kernels(), "query_rows", lambda *_: tokens)
     q, k = make(50, 90, heads, kv_heads, 16, batch=1)
     for block_size in (32, 64):
         check(q, k, block_size, "triton", rows=[2, 1] if block_size == 32 else None)

@@ -4,7 +4,7 @@ from .block_pooling import block_pooling
 from .block_selection import dense_indices, select_threshold, select_topk, select_topp
 from .block_sparse_attention import block_sparse_attention
 from .indices import BlockIndices
-from .pooled_attention import pooled_attention
+from .pooled_attention import pooled_attention, pooled_attention_decode
 
 __all__ = [
     "BlockIndices",
@@ -12,6 +12,7 @@ __all__ = [
     "block_sparse_attention",
     "dense_indices",
     "pooled_attention",
+    "pooled_attention_decode",
     "select_threshold",
     "select_topk",
     "select_topp",

@@ -238,10 +238,10 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: the last dimension of {name} must be contiguous; call .contiguous() first")
 
 
-def check_block_size(op: str, block_size: int) -> None:
-    """Raise ValueError unless ``block_size`` is 32, 64 or 128."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"{op}: block_size must be one of {BLOCK_SIZES}, got {block_size}")
+def check_block_size(op: str, block_size: int, sizes: Sequence[int] = BLOCK_SIZES) -> None:
+    """Raise ValueError unless ``block_size`` is one of ``sizes``, by default 32, 64 and 128."""
+    if block_size not in sizes:
+        raise ValueError(f"{op}: block_size must be one of {tuple(sizes)}, got {block_size}")
 
 
 def default_scale(head_dim: int, scale: float | None) -> float:

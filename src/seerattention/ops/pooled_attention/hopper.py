@@ -37,7 +37,7 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # triton 3.7 renam
 
 @gluon.jit
 def _order():
-    """Slot and place of this program; the order is that of ``_order`` in ``triton.py``."""
+    """Slot and place of this program; the order is that of ``order`` in ``triton.py``."""
     num_slots = gl.num_programs(0)
     num_places = gl.num_programs(1)
     i_program = gl.program_id(1) * num_slots + gl.program_id(0)

@@ -8,12 +8,12 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import first_query_block, num_blocks
 from . import cpu, reference
+from .arguments import check_arguments, check_range
 
 __all__ = ["pooled_attention"]
 
 OP = "pooled_attention"
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "hopper")
-REDUCTIONS = ("max", "sum")
 
 
 @torch.no_grad()
@@ -65,29 +65,11 @@ def pooled_attention(
         ValueError: shapes that do not fit, an unknown block size or reduction, rows out of range, a scale of 0 or less.
         TypeError: unsupported dtypes.
     """
-    dispatch.check_query_key(OP, q, k)
     dispatch.check_block_size(OP, block_size)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"{OP}: reduce must be one of {REDUCTIONS}, got {reduce!r}")
-    batch, _, query_length, head_dim = q.shape
-    key_length = k.shape[2]
+    scale, lengths = check_arguments(OP, q, k, scale=scale, rows=rows, lengths=lengths, reduce=reduce, lse=lse)
     if rows is None:
-        first = first_query_block(query_length, key_length, block_size)
-        rows = torch.arange(first, num_blocks(key_length, block_size), device=q.device)
-    elif rows.dim() != 1 or rows.dtype != torch.int64:
-        raise ValueError(f"{OP}: rows must be int64 [R], got {rows.dtype} {tuple(rows.shape)}")
-    if lengths is not None:
-        if lengths.shape != (batch,) or lengths.is_floating_point():
-            raise ValueError(f"{OP}: lengths must be integers [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
-        lengths = lengths.to(q.device, torch.int64)
-    scale = dispatch.default_scale(head_dim, scale)
-    if not scale > 0:
-        raise ValueError(f"{OP}: scale must be positive, got {scale}")
-    if lse is not None and (lse.shape != q.shape[:3] or lse.dtype != torch.float32 or lse.device != q.device):
-        raise ValueError(
-            f"{OP}: lse must be float32 {list(q.shape[:3])} on {q.device}, got {lse.dtype} {list(lse.shape)} on "
-            f"{lse.device}"
-        )
+        first = first_query_block(q.shape[2], k.shape[2], block_size)
+        rows = torch.arange(first, num_blocks(k.shape[2], block_size), device=q.device)
     return _pooled_attention(q, k, rows, block_size, scale, lengths, reduce, normalize, lse, implementation)
 
 
@@ -120,7 +102,8 @@ def _pooled_attention(
     lse: Tensor | None,
     implementation: str | None,
 ) -> Tensor:
-    _check_range(rows, q.shape[2], k.shape[2], block_size)
+    first, end = first_query_block(q.shape[2], k.shape[2], block_size), num_blocks(k.shape[2], block_size)
+    check_range(OP, rows, first, end, "the blocks that hold queries")
     rows = rows.to(q.device)
     function = reference.pooled_attention
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
@@ -169,12 +152,3 @@ def hopper_usable(q: Tensor, k: Tensor, block_size: int, reduce: str) -> str | N
     if 4 * (-group % 4) > group:
         return f"it takes four query heads at a time, of which too many would be idle with {group} a KV head"
     return None
-
-
-def _check_range(rows: Tensor, query_length: int, key_length: int, block_size: int) -> None:
-    """The check that reads values, and so waits for a device: it is made on the CPU only, and not while tracing."""
-    if rows.device.type != "cpu" or not rows.numel():
-        return
-    first, end = first_query_block(query_length, key_length, block_size), num_blocks(key_length, block_size)
-    if not (first <= int(rows.min()) and int(rows.max()) < end):
-        raise ValueError(f"{OP}: rows must lie in [{first}, {end}), the blocks that hold queries, got {rows.tolist()}")

@@ -62,10 +62,15 @@ def finish(
     if not normalize:
         return out
     if reduce == "max":
-        return out.div_(out.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
+        return divide_by_sum(out)
     start = (rows * block_size).clamp(min=key_length - query_length)
     end = ((rows + 1) * block_size).clamp(max=key_length)
     if lengths is not None:
         end = torch.minimum(end, lengths[:, None])  # [B, R]
     queries = (end - start).clamp(min=1)
     return out.div_(queries.view(-1, 1, rows.numel(), 1))
+
+
+def divide_by_sum(out: Tensor) -> Tensor:
+    """Each row of ``out [..., Nk]`` divided in place by its sum; rows of 0 stay 0."""
+    return out.div_(out.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))

@@ -43,7 +43,7 @@ def _query_of(o_m, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _order():
+def order():
     """Slot and place (batch row, KV head and part of its heads in one number) of this program.
 
     The usual ascending rows are longest at the end. Their longest eighth comes first, for one place after the other, so
@@ -62,7 +62,7 @@ def _order():
 def _place(rows, lengths, heads, group, key_length, HAS_LENGTHS: tl.constexpr, UNITS: tl.constexpr):
     """What this program computes: slot and query block, batch row, KV head, first of its query heads within the group,
     and the number of valid keys."""
-    i_slot, i_place = _order()
+    i_slot, i_place = order()
     i_row = tl.load(rows + i_slot).to(tl.int32)
     parts = (group + UNITS - 1) // UNITS
     i_bkv = i_place // parts
@@ -88,14 +88,27 @@ def _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASK_KEYS: tl.constexpr
 
 
 @triton.jit
-def _queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim):
+def scores(
+    b_q, p_k, o_keys, o_q, o_d, stride_kt, head_dim, limit, MASKED: tl.constexpr, MASK_DIM: tl.constexpr
+):  # fmt: skip
+    """Products of queries at positions ``o_q`` with a strip of keys, not yet scaled; ``MASKED``: -inf where a key comes
+    after the query, and no key from ``limit`` on is read."""
+    b_k = _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASKED, MASK_DIM)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    if MASKED:
+        b_s = tl.where(o_keys[None, :] <= o_q[:, None], b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim):
     """Queries ``[M, D]``: one head and one position a row, zeros where a row is not valid."""
     p_q = q + i_b * stride_qb + o_head * stride_qh + (o_q - offset).to(tl.int64) * stride_qt
     return tl.load(p_q[:, None] + o_d[None, :], mask=m_valid[:, None] & (o_d < head_dim)[None, :], other=0.0)
 
 
 @triton.jit
-def _accumulate(b_s, b_max, b_sum):
+def accumulate(b_s, b_max, b_sum):
     """One step of the running log-sum-exp of each query."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
@@ -140,19 +153,16 @@ def query_lse_fwd_kernel(
     m_valid = (o_q >= offset) & (o_q < end) & (o_unit < group)
     if diagonal < end:
         p_k = k + i_b * stride_kb + i_kv * stride_kh
-        b_q = _queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+        b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
         b_max = tl.full([UNITS * BLOCK], float("-inf"), tl.float32)
         b_sum = tl.zeros([UNITS * BLOCK], tl.float32)
         for start in range(0, diagonal, BLOCK_N):
-            b_k = _strip(p_k, start + o_n, o_d, stride_kt, head_dim, end, False, MASK_DIM)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-            b_max, b_sum = _accumulate(b_s, b_max, b_sum)
+            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, False, MASK_DIM)
+            b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
         # Every query sees the first key of its own block, so b_max is finite from the first strip on.
         for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
-            b_k = _strip(p_k, start + o_n, o_d, stride_kt, head_dim, end, True, MASK_DIM)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-            b_s = tl.where((start + o_n)[None, :] <= o_q[:, None], b_s, float("-inf"))
-            b_max, b_sum = _accumulate(b_s, b_max, b_sum)
+            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, True, MASK_DIM)
+            b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
         p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
         tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_valid)
 
@@ -221,7 +231,7 @@ def pooled_attention_fwd_kernel(
         o_head = i_kv * group + o_unit
         m_valid = (o_q >= offset) & (o_q < end) & (o_unit < group)
         p_k = k + i_b * stride_kb + i_kv * stride_kh
-        b_q = _queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+        b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
         p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
         b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * 1.4426950408889634
 
@@ -229,8 +239,7 @@ def pooled_attention_fwd_kernel(
         initial = 0.0 if SUM else float("-inf")
         b_tile = tl.full([UNITS], initial, tl.float32)
         for start in range(0, diagonal, BLOCK_N):
-            b_k = _strip(p_k, start + o_n, o_d, stride_kt, head_dim, end, False, MASK_DIM)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, False, MASK_DIM)
             b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
             b_tile = b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
             done = (start + BLOCK_N) % BLOCK == 0
@@ -239,10 +248,7 @@ def pooled_attention_fwd_kernel(
             b_total += tl.where(done, b_value, 0.0)
             b_tile = tl.where(done, initial, b_tile)
         for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
-            o_keys = start + o_n
-            b_k = _strip(p_k, o_keys, o_d, stride_kt, head_dim, end, True, MASK_DIM)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            b_s = tl.where(o_keys[None, :] <= o_q[:, None], b_s, float("-inf"))
+            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, True, MASK_DIM)
             b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
             b_tile = b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
         b_value = b_tile if SUM else tl.exp2(b_tile)
@@ -323,7 +329,7 @@ def pooled_attention(
     rows = rows.contiguous()
     if lse is None:
         lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
-    tokens = _tokens(q, head_dim)
+    tokens = query_rows(q, head_dim)
     units, block_n, block_d, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, group, tokens)
     with torch.cuda.device_of(q):
         pooled_attention_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
@@ -357,7 +363,7 @@ def pooled_attention(
     return out
 
 
-def _tokens(q: Tensor, head_dim: int) -> int:
+def query_rows(q: Tensor, head_dim: int) -> int:
     """Rows of queries a program: on Hopper, whose products read them from shared memory, more fit than elsewhere, where
     they stay in registers."""
     if q.dtype == torch.float32:
@@ -367,14 +373,19 @@ def _tokens(q: Tensor, head_dim: int) -> int:
     )
 
 
+def strip_shape(dtype: torch.dtype, head_dim: int, keys: int) -> tuple[int, int]:
+    """Keys a strip, at most ``keys`` of them, and padded head_dim."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    while keys > 16 and keys * block_d * dtype.itemsize > MAX_STRIP_BYTES[dtype]:
+        keys //= 2
+    return keys, block_d
+
+
 def _launch_shape(
     dtype: torch.dtype, head_dim: int, block_size: int, group: int, tokens: int
 ) -> tuple[int, int, int, int, int]:
     """Heads a program, keys a strip, padded head_dim, warps, pipeline stages."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_n = min(block_size, 64)
-    while block_n > 16 and block_n * block_d * dtype.itemsize > MAX_STRIP_BYTES[dtype]:
-        block_n //= 2
+    block_n, block_d = strip_shape(dtype, head_dim, min(block_size, 64))
     # As many heads as fit, unless more than a quarter of them would be missing in the last program of a group.
     units = max(1, tokens // block_size)
     while units > 1 and 4 * (-(-group // units) * units - group) > group:

@@ -1,0 +1,248 @@
+"""1-D pooled attention in Triton: Q K^T, reduced to one value for each query token and block of keys.
+
+As in ``triton.py``, the maximum of exp(s - lse) is exp(max(s - lse)), and nothing but the result is stored. A program
+holds some query tokens, neighbours in ``rows``, with all query heads of one KV head, so that a strip of keys is read
+once for all of them. Where no log-sum-exp is given, the program goes through its keys twice and finds it first.
+
+Among 16 rows of a product, which lie with one warp, the heads of a token are as far apart as they can be: rows eight
+apart lie with the same thread, which takes the maximum of two heads by itself, that of more of them in few steps with
+other threads, and up to 16 heads take no shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import dispatch
+from ..indices import num_blocks
+from .triton import LOG2E, accumulate, order, queries, query_rows, scores, strip_shape
+
+# Lengths and head counts are not specialised: a prompt of another length must not compile the kernel again.
+_RUNTIME_SCALARS = ["num_rows", "heads", "group", "query_length", "key_length", "num_keys"]
+
+
+@triton.jit
+def _token_of(o_m, HEADS: tl.constexpr):
+    """Which of the program's tokens a row holds. HEADS is a power of two; APART tokens are interleaved."""
+    APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
+    return o_m // (HEADS * APART) * APART + o_m % APART
+
+
+@triton.jit
+def _head_of(o_m, HEADS: tl.constexpr):
+    """Which query head of the group a row holds."""
+    APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
+    return o_m // APART % HEADS
+
+
+@triton.jit
+def _fold(b_x, axis: tl.constexpr, SUM: tl.constexpr):
+    return tl.sum(b_x, axis) if SUM else tl.max(b_x, axis)
+
+
+@triton.jit
+def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr):
+    """A strip of raw scores ``[M, N]`` to one value for each token and each of the PARTS blocks of the strip: the
+    logarithm of the largest probability (to base 2), or the mass. Rows that are not valid have lse +inf and count for
+    nothing."""
+    M: tl.constexpr = b_s.shape[0]
+    WIDTH: tl.constexpr = b_s.shape[1] // PARTS
+    APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
+    if SUM:
+        b_s = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    # A thread holds pairs of neighbouring columns, eight apart: it reduces what it has, and only the last steps are
+    # between threads.
+    b_x = _fold(_fold(tl.reshape(b_s, [M, PARTS, WIDTH // 8, 4, 2]), 4, SUM), 2, SUM)
+    if not SUM:
+        b_x = b_x * scale_log2 - b_lse[:, None, None]
+    b_x = _fold(tl.reshape(b_x, [M // (HEADS * APART), HEADS, APART, PARTS, 4]), 1, SUM)
+    return tl.reshape(_fold(b_x, 3, SUM), [M // HEADS, PARTS])
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SCALARS)
+def pooled_attention_decode_fwd_kernel(
+    q,
+    k,
+    lse,
+    rows,
+    lengths,
+    out,
+    scale_log2,
+    weight,
+    num_rows,
+    heads,
+    group,
+    query_length,
+    key_length,
+    head_dim,
+    num_keys,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    HAS_LSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    SUM: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_DIM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Rows of TOKENS query tokens for one KV head: every element of them is written."""
+    # A step is whole strips and whole blocks of keys.
+    STEP: tl.constexpr = BLOCK if BLOCK > BLOCK_N else BLOCK_N
+    PARTS: tl.constexpr = STEP // BLOCK
+    M: tl.constexpr = TOKENS * HEADS
+    i_tokens, i_bkv = order()
+    kv_heads = heads // group
+    i_b, i_kv = (i_bkv // kv_heads).to(tl.int64), (i_bkv % kv_heads).to(tl.int64)
+    offset = key_length - query_length
+    end = key_length
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
+
+    o_m = tl.arange(0, M)
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    o_slot = i_tokens * TOKENS + _token_of(o_m, HEADS)
+    o_q = tl.load(rows + o_slot, mask=o_slot < num_rows, other=-1).to(tl.int32)
+    m_token = (o_q >= offset) & (o_q < end)
+    m_valid = m_token & (_head_of(o_m, HEADS) < group)
+    o_head = i_kv * group + _head_of(o_m, HEADS)
+    # Keys before `whole` are visible to all of the tokens, keys from `stop` on to none. What holds no token sees
+    # everything, so that its scores, of zeros, are finite.
+    visible = tl.max(tl.where(m_token, o_q, -1), 0) + 1
+    stop = (visible + STEP - 1) // STEP * STEP
+    o_q = tl.where(m_token, o_q, stop)
+    whole = tl.minimum(tl.min(o_q, 0) + 1, visible) // STEP * STEP
+
+    p_k = k + i_b * stride_kb + i_kv * stride_kh
+    b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+    if HAS_LSE:
+        p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
+        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * 1.4426950408889634
+    else:
+        # Every query sees the first key, so b_max is finite from the first strip on.
+        b_max = tl.full([M], float("-inf"), tl.float32)
+        b_sum = tl.zeros([M], tl.float32)
+        for MASKED in tl.static_range(2):
+            for start in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
+                b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+                b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
+        b_lse = tl.where(m_valid, b_max + tl.log2(b_sum), float("inf"))
+
+    o_slot = i_tokens * TOKENS + tl.arange(0, TOKENS)
+    m_slot = o_slot < num_rows
+    p_out = out + ((i_b * kv_heads + i_kv) * num_rows + o_slot) * num_keys
+    o_part = tl.arange(0, PARTS)
+    # A block of several strips is stored with its last one.
+    initial = 0.0 if SUM else float("-inf")
+    b_block = tl.full([TOKENS, PARTS], initial, tl.float32)
+    b_total = tl.zeros([TOKENS], tl.float32)
+    for MASKED in tl.static_range(2):
+        for start in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
+            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+            b_strip = _reduce(b_s, b_lse, scale_log2, SUM, HEADS, PARTS)
+            b_block = b_block + b_strip if SUM else tl.maximum(b_block, b_strip)
+            done = (start + BLOCK_N) % BLOCK == 0
+            b_value = b_block * weight if SUM else tl.exp2(b_block)
+            o_key = start // BLOCK + o_part
+            tl.store(
+                p_out[:, None] + o_key[None, :], b_value, mask=m_slot[:, None] & (o_key < num_keys)[None, :] & done
+            )
+            b_total += tl.where(done, tl.sum(b_value, 1), 0.0)
+            b_block = tl.where(done, initial, b_block)
+
+    # The rows are still in the cache: divide them, and fill them up with zeros. Rows of padding are 0 and stay 0.
+    b_factor = 1.0 / tl.maximum(b_total, 1e-37)
+    tl.debug_barrier()
+    for start in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
+        o_key = start + tl.arange(0, BLOCK_OUT)
+        m_out = m_slot[:, None] & (o_key < num_keys)[None, :]
+        m_written = (o_key < stop // BLOCK)[None, :]
+        p_part = p_out[:, None] + o_key[None, :]
+        if DIVIDE:
+            b_part = tl.load(p_part, mask=m_out & m_written, other=0.0)
+            tl.store(p_part, b_part * b_factor[:, None], mask=m_out)
+        else:
+            tl.store(p_part, tl.zeros([TOKENS, BLOCK_OUT], tl.float32), mask=m_out & (m_written == 0))
+
+
+def pooled_attention_decode(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    lengths: Tensor | None,
+    reduce: str,
+    normalize: bool,
+    lse: Tensor | None = None,
+) -> Tensor:
+    batch, heads, query_length, head_dim = q.shape
+    kv_heads, key_length = k.shape[1:3]
+    group, num_rows, num_keys = heads // kv_heads, rows.numel(), num_blocks(key_length, block_size)
+    out = torch.empty(batch, kv_heads, num_rows, num_keys, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out
+    padded_group, tokens, block_n, block_d, num_warps, num_stages = _launch_shape(q, group, lse is not None)
+    with torch.cuda.device_of(q):
+        pooled_attention_decode_fwd_kernel[(-(-num_rows // tokens), batch * kv_heads)](
+            q,
+            k,
+            None if lse is None else lse.contiguous(),
+            rows.contiguous(),
+            lengths,
+            out,
+            scale * LOG2E,
+            1.0 / group if normalize else 1.0,
+            num_rows,
+            heads,
+            group,
+            query_length,
+            key_length,
+            head_dim,
+            num_keys,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            HAS_LSE=lse is not None,
+            HAS_LENGTHS=lengths is not None,
+            SUM=reduce == "sum",
+            DIVIDE=normalize and reduce == "max",
+            HEADS=padded_group,
+            TOKENS=tokens,
+            BLOCK=block_size,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            MASK_DIM=block_d != head_dim,
+            BLOCK_OUT=max(16, 2048 // tokens),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out
+
+
+def _launch_shape(q: Tensor, group: int, lse_given: bool) -> tuple[int, int, int, int, int, int]:
+    """Heads (padded) and tokens a program, keys a strip, padded head_dim, warps, pipeline stages."""
+    head_dim = q.shape[3]
+    block_n, block_d = strip_shape(q.dtype, head_dim, 64)
+    num_query_rows, num_stages = query_rows(q, head_dim), 3
+    if not lse_given:  # finding it takes registers of its own
+        num_query_rows = min(num_query_rows, 128)
+    if head_dim > 128 and dispatch.shared_memory(q.device) < 160_000:
+        num_query_rows, num_stages = 64, 2
+    full_precision = q.dtype == torch.float32
+    if full_precision:
+        num_stages = 1
+    padded_group = triton.next_power_of_2(group)
+    tokens = max(1, num_query_rows // padded_group)
+    return padded_group, tokens, block_n, block_d, 8 if full_precision or head_dim > 128 else 4, num_stages
