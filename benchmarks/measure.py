@@ -29,8 +29,12 @@ from seerattention.evaluate.timing import peak_memory, time_functions
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.indices import BlockIndices, num_blocks
-from seerattention.ops.pooled_attention import interface as pooled_interface
-from seerattention.ops.pooled_attention import pooled_attention
+from seerattention.ops.pooled_attention import (
+    interface,
+    interface_decode,
+    pooled_attention,
+    pooled_attention_decode,
+)
 from seerattention.policies import Policy, Threshold, TokenBudget, TopK, TopP
 
 from .candidates import AUTOMATIC, attention_candidates, our_implementations
@@ -101,6 +105,8 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     with torch.inference_mode():
         if case.op == "pooled_attention":
             return measure_pooled_attention(case, options)
+        if case.op == "pooled_attention_decode":
+            return measure_pooled_attention_decode(case, options)
         if case.op == "gate_path":
             return measure_gate_path(case, options)
         return measure_attention(case, options)
@@ -135,17 +141,51 @@ def measure_attention(case: Case, options: Options) -> dict[str, Any]:
 
 
 def measure_pooled_attention(case: Case, options: Options) -> dict[str, Any]:
-    """The distillation target beside a dense forward: all query-block rows, and a random quarter of them.
+    """The distillation target beside a dense forward: all query-block rows, and a random quarter of them."""
+    rows = num_blocks(case.keys, case.shape.block_size)
+    shares = {
+        "all rows": ("all", torch.arange(rows)),
+        "a quarter of the rows": ("quarter", _draw_rows(rows, max(1, rows // 4))),
+    }
+    return _measure_target(case, options, pooled_attention, interface.IMPLEMENTATIONS, shares, case.shape.heads)
+
+
+def measure_pooled_attention_decode(case: Case, options: Options) -> dict[str, Any]:
+    """The target of decode gates beside a dense forward: random query tokens, one a block and eight a block."""
+    blocks = num_blocks(case.keys, case.shape.block_size)
+    shares = {
+        "one token a block": ("one", _draw_rows(case.keys, blocks)),
+        "eight tokens a block": ("eight", _draw_rows(case.keys, min(case.keys, 8 * blocks))),
+    }
+    return _measure_target(
+        case, options, pooled_attention_decode, interface_decode.IMPLEMENTATIONS, shares, case.shape.kv_heads
+    )
+
+
+def _draw_rows(available: int, wanted: int) -> Tensor:
+    """``wanted`` of the rows, ascending."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+
+
+def _measure_target(
+    case: Case,
+    options: Options,
+    op: Callable[..., Tensor],
+    implementations: tuple[str, ...],
+    shares: dict[str, tuple[str, Tensor]],
+    heads: int,
+) -> dict[str, Any]:
+    """A distillation target of ``heads`` maps beside a dense forward, for some choices of rows.
 
     Extra time is what a dense forward that also returns its log-sum-exp takes longer than without, and the target given
     that; the target that computes both is timed, too ("alone").
+
+    Args:
+        shares: choices of rows by name, with a short name for metrics.
     """
     shape, device = case.shape, options.device
     q, k, v = make_inputs(shape, case.queries, case.keys, device)
-    rows = num_blocks(case.keys, shape.block_size)
-    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    quarter = drawn[: max(1, rows // 4)].sort().values.to(device)
-    shares = {"all rows": ("all", None, rows), "a quarter of the rows": ("quarter", quarter, len(quarter))}
+    shares = {share: (short, rows.to(device)) for share, (short, rows) in shares.items()}
     checked = _Checked()
     lists = dense_lists(shape, case.queries, case.keys, device)
     for name, function in dense_kernels(q, k, v).items():
@@ -158,16 +198,14 @@ def measure_pooled_attention(case: Case, options: Options) -> dict[str, Any]:
             checked.add(f"with LSE: {name}", with_lse, partial(check_attention, with_lse, q, k, v, lists))
         if given is None and f"with LSE: {name}" in checked.functions:
             given = with_lse()[1]
-    for name in our_implementations(pooled_interface.IMPLEMENTATIONS, device):
-        for share, (_, chosen, _) in shares.items():
+    for name in our_implementations(implementations, device):
+        for share, (_, rows) in shares.items():
             for suffix, lse in (("", given), (", alone", None)):
                 key = f"ours: {name or AUTOMATIC}, {share}{suffix}"
                 if not options.wants(key) or (not suffix and lse is None):
                     continue
-                function = partial(
-                    pooled_attention, q, k, block_size=shape.block_size, rows=chosen, lse=lse, implementation=name
-                )
-                checked.add(key, function, partial(_pooled_error, function, q, k, chosen, shape.block_size))
+                function = partial(op, q, k, block_size=shape.block_size, rows=rows, lse=lse, implementation=name)
+                checked.add(key, function, partial(_target_error, op, function, q, k, rows, shape.block_size))
     found = checked.time(options)
     metrics: dict[str, Any] = {}
     dense = _fastest(found, "dense: ")
@@ -178,7 +216,8 @@ def measure_pooled_attention(case: Case, options: Options) -> dict[str, Any]:
         if kernel is not None:
             returning = max(0.0, found[kernel]["median_s"] - forward)
             metrics["lse_extra_time"] = returning / forward
-    for share, (short, _, count) in shares.items():
+    blocks = num_blocks(case.keys, shape.block_size)
+    for share, (short, rows) in shares.items():
         key = f"ours: {AUTOMATIC}, {share}"
         if f"{key}, alone" in found and dense is not None:
             metrics[f"{short}_extra_time_alone"] = found[f"{key}, alone"]["median_s"] / forward
@@ -186,7 +225,7 @@ def measure_pooled_attention(case: Case, options: Options) -> dict[str, Any]:
             continue
         found[key]["extra_bytes"] = extra = peak_memory(checked.functions[key], device)
         if extra is not None:  # the map itself is float32 [1, heads, rows, key blocks]
-            metrics[f"{short}_memory_over_map"] = extra / (4 * shape.heads * count * rows)
+            metrics[f"{short}_memory_over_map"] = extra / (4 * heads * len(rows) * blocks)
         if returning is not None:
             metrics[f"{short}_extra_time"] = (returning + found[key]["median_s"]) / forward
     return checked.result(found, metrics)
@@ -260,14 +299,13 @@ def _fastest(found: dict[str, dict[str, Any]], prefix: str) -> str | None:
     return min((key for key in found if key.startswith(prefix)), key=lambda key: found[key]["median_s"], default=None)
 
 
-def _pooled_error(function: Callable[[], Tensor], q: Tensor, k: Tensor, rows: Tensor | None, block_size: int) -> float:
+def _target_error(
+    op: Callable[..., Tensor], function: Callable[[], Tensor], q: Tensor, k: Tensor, rows: Tensor, block_size: int
+) -> float:
     """Largest relative error of any head in some rows of the map, checked before it is timed."""
     actual = function()
-    absolute = torch.arange(actual.shape[2], device=q.device) if rows is None else rows
-    sampled = torch.tensor(sample_rows(actual.shape[2], 6), device=q.device)
-    expected = pooled_attention(
-        q.float(), k.float(), block_size=block_size, rows=absolute[sampled], implementation="reference"
-    )
+    sampled = torch.tensor(sample_rows(len(rows), 6), device=q.device)
+    expected = op(q.float(), k.float(), block_size=block_size, rows=rows[sampled], implementation="reference")
     difference = (actual[:, :, sampled] - expected).norm(dim=-1) / expected.norm(dim=-1)
     error = float("inf") if bool(actual.isnan().any()) else float(difference.max())
     require_accurate(error, q.dtype)

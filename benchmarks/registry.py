@@ -104,6 +104,13 @@ OPS = {
         lists=("none",),
         targets=("target-all", "target-quarter", "target-memory"),
     ),
+    "pooled_attention_decode": Op(
+        "the distillation target of decode gates: single query tokens, as many as there are blocks and 8 times as many",
+        lengths=(8192, 32768, 131072),
+        densities=(1.0,),
+        lists=("none",),
+        targets=(),
+    ),
     "gate_path": Op(
         "from q and k to block lists: pooling, gate, selection by every policy",
         lengths=(8192, 32768, 131072),
@@ -148,6 +155,6 @@ def make_cases(
             cases += [
                 Case(name, made, asked, length, density, kind)
                 for kind in kinds
-                for density in (op.densities if densities is None or name == "pooled_attention" else densities)
+                for density in (op.densities if densities is None or op.densities == (1.0,) else densities)
             ]
     return cases

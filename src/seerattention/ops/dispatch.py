@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -164,22 +165,32 @@ def tracing() -> bool:
     return torch.compiler.is_compiling()
 
 
-def custom_op(fake: Callable[P, T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def custom_op(fake: Callable[..., T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator that makes a function one opaque op to tracers: ``torch.ops.<package>.<name of the function>``.
 
     ``torch.compile`` traces the public function, its checks included, down to this op and no further. Outside of a
     trace the function is called as it is: going through torch's dispatcher takes about 30 us a call.
 
     Args:
-        fake: same arguments; gives empty tensors of the shapes, dtypes and strides of the results.
+        fake: takes those of the function's arguments that it needs, by their names; gives empty tensors of the shapes,
+            dtypes and strides of the results.
 
     The function takes tensors, numbers, strings and None, which its annotations name, writes into no argument and
     returns fresh tensors. What depends on values, addresses or the environment belongs into it.
     """
 
+    needed = list(inspect.signature(fake).parameters)
+
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         op = torch.library.custom_op(f"{NAMESPACE}::{function.__name__.lstrip('_')}", function, mutates_args=())
-        op.register_fake(fake)
+        signature = inspect.signature(function)
+
+        def empty_results(*args: P.args, **kwargs: P.kwargs) -> T:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            return fake(**{name: given.arguments[name] for name in needed})
+
+        op.register_fake(empty_results)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -62,7 +62,7 @@ def block_pooling(
     return _block_pooling(x, ",".join(kinds), block_size, lengths, implementation)
 
 
-def _fake(x: Tensor, kinds: str, block_size: int, lengths: Tensor | None, implementation: str | None) -> Tensor:
+def _fake(x: Tensor, kinds: str, block_size: int) -> Tensor:
     batch, heads, length, head_dim = x.shape
     return x.new_empty(batch, heads, num_blocks(length, block_size), len(kinds.split(",")) * head_dim)
 

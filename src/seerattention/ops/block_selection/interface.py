@@ -166,15 +166,7 @@ def _module(op: str, implementation: str | None, scores: Tensor) -> ModuleType:
     return reference
 
 
-def _fake_full(
-    scores: Tensor,
-    bound: float,
-    block_size: int,
-    lengths: Tensor | None,
-    last_blocks_dense: int,
-    implementation: str | None,
-    softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _fake_full(scores: Tensor, implementation: str | None) -> tuple[Tensor, Tensor]:
     num_keys = scores.shape[-1]
     # The reference cuts a spare slot off rows of this memory.
     spare = int(_choose("block_selection", implementation, scores) == "reference")
@@ -198,16 +190,7 @@ def _select_threshold(
     return blocks.indices, blocks.counts
 
 
-def _fake_topk(
-    scores: Tensor,
-    keep: Tensor,
-    block_size: int,
-    lengths: Tensor | None,
-    last_blocks_dense: int,
-    diagonal_extra: bool,
-    capacity: int,
-    implementation: str | None,
-) -> tuple[Tensor, Tensor]:
+def _fake_topk(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     indices = scores.new_empty(*scores.shape[:3], capacity, dtype=torch.int32)
     return indices, scores.new_empty(scores.shape[:3], dtype=torch.int32)
 

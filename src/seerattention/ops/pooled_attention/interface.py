@@ -73,18 +73,7 @@ def pooled_attention(
     return _pooled_attention(q, k, rows, block_size, scale, lengths, reduce, normalize, lse, implementation)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None,
-    implementation: str | None,
-) -> Tensor:
+def _fake(q: Tensor, k: Tensor, rows: Tensor, block_size: int) -> Tensor:
     batch, heads = q.shape[:2]
     return q.new_empty(batch, heads, rows.shape[0], num_blocks(k.shape[2], block_size), dtype=torch.float32)
 

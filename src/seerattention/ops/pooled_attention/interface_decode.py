@@ -77,18 +77,7 @@ def pooled_attention_decode(
     return _pooled_attention_decode(q, k, rows, block_size, scale, lengths, reduce, normalize, lse, implementation)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None,
-    implementation: str | None,
-) -> Tensor:
+def _fake(q: Tensor, k: Tensor, rows: Tensor, block_size: int) -> Tensor:
     batch, kv_heads, key_length, _ = k.shape
     return q.new_empty(batch, kv_heads, rows.shape[0], num_blocks(key_length, block_size), dtype=torch.float32)
 
