@@ -32,6 +32,7 @@ from seerattention.ops.indices import BlockIndices
 OPS = "seerattention.ops"
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),  # bytes of shared memory that a program may use
+    "sm_86": (GPUTarget("cuda", 86, 32), 101376),
     "sm_90": (GPUTarget("cuda", 90, 32), 232448),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
@@ -181,6 +182,19 @@ def pooled_attention(module, target):
             )  # fmt: skip
 
 
+def pooled_attention_wide(module, target):
+    module._capability = lambda device: 8 if target == "sm_86" else 0
+    q, common = torch.zeros(1, 128, 4, 256, dtype=torch.float16).transpose(1, 2), {"scale": 0.1, "lengths": None}
+    for block_size in (64, 128):
+        yield (
+            f"256 {block_size}",
+            functools.partial(
+                module.pooled_attention, q, q[:, :1], torch.arange(1), block_size=block_size, reduce="max",
+                normalize=True, lse=torch.zeros(1, 4, 128), **common,
+            ),
+        )  # fmt: skip
+
+
 def pooled_attention_decode(module, target):
     capability = {"sm_80": 8, "sm_90": 9}.get(target, 0)
     importlib.import_module(f"{OPS}.pooled_attention.triton")._capability = lambda device: capability
@@ -263,17 +277,19 @@ def block_selection(module, target):
         yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
 
 
-# Calls, module, targets
+# Calls, module, targets; consumers' GPUs (sm_86) differ from sm_80 in their shared memory only, which wide heads fill.
+EVERYWHERE = ["sm_80", "sm_90", "gfx942"]
 JOBS = {
     "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
-    "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", list(TARGETS)),
-    "merge_parts": (merge_parts, "block_sparse_attention.triton_parts", list(TARGETS)),
-    "pooled_attention": (pooled_attention, "pooled_attention.triton", list(TARGETS)),
-    "pooled_attention_decode": (pooled_attention_decode, "pooled_attention.triton_decode", list(TARGETS)),
+    "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", EVERYWHERE),
+    "merge_parts": (merge_parts, "block_sparse_attention.triton_parts", EVERYWHERE),
+    "pooled_attention": (pooled_attention, "pooled_attention.triton", EVERYWHERE),
+    "pooled_attention_decode": (pooled_attention_decode, "pooled_attention.triton_decode", EVERYWHERE),
+    "pooled_attention_wide": (pooled_attention_wide, "pooled_attention.triton", ["sm_86", "gfx942"]),
     "pooled_attention_hopper": (pooled_attention_hopper, "pooled_attention.hopper", ["sm_90"]),
-    "block_pooling": (block_pooling, "block_pooling.triton", list(TARGETS)),
-    "gate_scores": (gate_scores, "gate_scores.triton", list(TARGETS)),
-    "block_selection": (block_selection, "block_selection.triton", list(TARGETS)),
+    "block_pooling": (block_pooling, "block_pooling.triton", EVERYWHERE),
+    "gate_scores": (gate_scores, "gate_scores.triton", EVERYWHERE),
+    "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),
 }
 
 

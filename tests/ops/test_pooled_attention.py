@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seerattention.ops import pooled_attention
+from seerattention.ops import dispatch, pooled_attention
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.indices import first_query_block, num_blocks
@@ -235,6 +235,25 @@ def test_triton_shares_keys_between_heads(heads, kv_heads, tokens, monkeypatch, 
     q, k = make(50, 90, heads, kv_heads, 16, batch=1)
     for block_size in (32, 64):
         check(q, k, block_size, "triton", rows=[2, 1] if block_size == 32 else None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_wide_heads_on_a_gpu_of_little_shared_memory(block_size, monkeypatch, caplog, nan_filled_empty):
+    monkeypatch.setattr(dispatch, "shared_memory", lambda device: 101376)
+    dispatch.warn_once.cache_clear()
+    q, k = make(50, 150, 2, 1, 256, batch=1, dtype=torch.float16)
+    check(q, k, block_size, "triton")
+    q, k = q.float(), k.float()
+    if block_size == 64:
+        check(q, k, block_size, "triton")
+        return
+    with pytest.raises(ValueError, match="does not fit this GPU's shared memory; pass implementation=None"):
+        pooled_attention(q, k, block_size=128, implementation="triton")
+    # As on such a GPU, where Triton is the automatic choice: the reference runs, and says so.
+    monkeypatch.setattr(dispatch, "choose_implementation", lambda *args, **kwargs: "triton")
+    check(q, k, block_size, None)
+    assert "the slow reference implementation runs" in caplog.text
 
 
 @needs_interpreter

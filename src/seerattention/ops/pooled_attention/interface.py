@@ -97,6 +97,11 @@ def _pooled_attention(
     function = reference.pooled_attention
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
     reason = hopper_usable(q, k, block_size, reduce) if name in ("triton", "hopper") else None
+    if name == "triton" and (too_large := triton_refuses(q, block_size)):
+        if implementation == "triton":
+            raise ValueError(f"{OP}: implementation='triton' cannot run here: {too_large}; pass implementation=None")
+        dispatch.warn_once(f"{OP}: the slow reference implementation runs, since of the Triton kernel {too_large}")
+        name = "reference"
     if name == "hopper" and reason is not None:
         raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
     if implementation is None and name == "triton" and reason is None and dispatch.hopper_automatic():
@@ -125,6 +130,16 @@ def _pooled_attention(
         normalize=normalize,
         lse=lse,
     )
+
+
+def triton_refuses(q: Tensor, block_size: int) -> str | None:
+    """Why the Triton kernels cannot run on these inputs, or None where they can."""
+    needed = block_size * 256 * 4  # a block of queries, float32, wide heads
+    if q.dtype == torch.float32 and q.shape[3] > 128 and dispatch.shared_memory(q.device) < needed:
+        return (
+            f"a block of {block_size} float32 queries with head_dim {q.shape[3]} does not fit this GPU's shared memory"
+        )
+    return None
 
 
 def hopper_usable(q: Tensor, k: Tensor, block_size: int, reduce: str) -> str | None:

@@ -280,7 +280,7 @@ def query_lse(q: Tensor, k: Tensor, rows: Tensor, *, block_size: int, scale: flo
     group = heads // kv_heads
     lse = torch.empty(batch, heads, query_length, dtype=torch.float32, device=q.device)
     tokens = 64 if q.dtype == torch.float32 else 128
-    units, block_n, block_d, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, group, tokens)
+    units, block_n, block_d, num_warps, num_stages = _launch_shape(q, block_size, group, tokens)
     with torch.cuda.device_of(q):
         query_lse_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
             q,
@@ -330,7 +330,7 @@ def pooled_attention(
     if lse is None:
         lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
     tokens = query_rows(q, head_dim)
-    units, block_n, block_d, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, group, tokens)
+    units, block_n, block_d, num_warps, num_stages = _launch_shape(q, block_size, group, tokens)
     with torch.cuda.device_of(q):
         pooled_attention_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
             q,
@@ -381,17 +381,26 @@ def strip_shape(dtype: torch.dtype, head_dim: int, keys: int) -> tuple[int, int]
     return keys, block_d
 
 
-def _launch_shape(
-    dtype: torch.dtype, head_dim: int, block_size: int, group: int, tokens: int
-) -> tuple[int, int, int, int, int]:
+def small_memory(q: Tensor) -> bool:
+    """Whether wide heads meet a GPU on which 128 rows of queries and two strips of keys do not fit: a consumer's (99 KB
+    of shared memory) or one of AMD (64 KB)."""
+    return q.shape[3] > 128 and dispatch.shared_memory(q.device) < 160_000
+
+
+def _launch_shape(q: Tensor, block_size: int, group: int, tokens: int) -> tuple[int, int, int, int, int]:
     """Heads a program, keys a strip, padded head_dim, warps, pipeline stages."""
-    block_n, block_d = strip_shape(dtype, head_dim, min(block_size, 64))
+    small, full_precision = small_memory(q), q.dtype == torch.float32
+    if small:
+        tokens = 64
+    # A block of 128 tokens is 128 rows of queries at least, and leaves less for keys.
+    keys = 32 if small and block_size == 128 else min(block_size, 64)
+    block_n, block_d = strip_shape(q.dtype, q.shape[3], keys)
     # As many heads as fit, unless more than a quarter of them would be missing in the last program of a group.
     units = max(1, tokens // block_size)
     while units > 1 and 4 * (-(-group // units) * units - group) > group:
         units //= 2
-    num_warps = 8 if block_size == 128 or dtype == torch.float32 else 4
-    return units, block_n, block_d, num_warps, 1 if dtype == torch.float32 else 3
+    num_warps = 8 if block_size == 128 or full_precision else 4
+    return units, block_n, block_d, num_warps, 1 if full_precision else 2 if small else 3
 
 
 def _capability(device: torch.device) -> int:

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import dispatch
 from ..indices import num_blocks
-from .triton import LOG2E, accumulate, order, queries, query_rows, scores, strip_shape
+from .triton import LOG2E, accumulate, order, queries, query_rows, scores, small_memory, strip_shape
 
 # Lengths and head counts are not specialised: a prompt of another length must not compile the kernel again.
 _RUNTIME_SCALARS = ["num_rows", "heads", "group", "query_length", "key_length", "num_keys"]
@@ -238,7 +237,7 @@ def _launch_shape(q: Tensor, group: int, lse_given: bool) -> tuple[int, int, int
     num_query_rows, num_stages = query_rows(q, head_dim), 3
     if not lse_given:  # finding it takes registers of its own
         num_query_rows = min(num_query_rows, 128)
-    if head_dim > 128 and dispatch.shared_memory(q.device) < 160_000:
+    if small_memory(q):
         num_query_rows, num_stages = 64, 2
     full_precision = q.dtype == torch.float32
     if full_precision:
