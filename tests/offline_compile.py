@@ -161,7 +161,6 @@ def hopper(module, target):
 
 
 def pooled_attention(module, target):
-    module._capability = lambda device: {"sm_80": 8, "sm_90": 9}.get(target, 0)
     cases = [(128, 64, torch.bfloat16)]
     if target == "sm_90":
         cases += [(64, 64, torch.float16), (80, 32, torch.bfloat16), (128, 128, torch.bfloat16)]
@@ -183,7 +182,6 @@ def pooled_attention(module, target):
 
 
 def pooled_attention_wide(module, target):
-    module._capability = lambda device: 8 if target == "sm_86" else 0
     q, common = torch.zeros(1, 128, 4, 256, dtype=torch.float16).transpose(1, 2), {"scale": 0.1, "lengths": None}
     for block_size in (64, 128):
         yield (
@@ -196,8 +194,6 @@ def pooled_attention_wide(module, target):
 
 
 def pooled_attention_decode(module, target):
-    capability = {"sm_80": 8, "sm_90": 9}.get(target, 0)
-    importlib.import_module(f"{OPS}.pooled_attention.triton")._capability = lambda device: capability
     cases = [(128, 4, 64, torch.bfloat16, reduce, given) for reduce in ("max", "sum") for given in (False, True)]
     if target == "sm_90":
         for shape in [
@@ -314,6 +310,8 @@ def main(names):
                 kernel.device_caches.clear()
                 setattr(module, name, Compiling(kernel, results))
             dispatch.shared_memory = lambda device, size=shared_memory: size
+            major = gpu.arch // 10 if gpu.backend == "cuda" else 0
+            dispatch.capability = lambda device, major=major: major
             for variant, call in calls(module, target):
                 call()
                 compiled = results.pop()

@@ -104,6 +104,19 @@ def test_lists_in_parts(head_dim, dtype, parts, implementation, monkeypatch, nan
             run_and_check(implementation, q, k, v, make_blocks(kind, q, k))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_in_halves(head_dim, dtype, monkeypatch, nan_filled_empty):
+    """What the Triton kernel does on GPUs before Hopper, here by hand."""
+    monkeypatch.setattr(
+        importlib.import_module("seerattention.ops.block_sparse_attention.triton"), "_in_halves", lambda *_: True
+    )
+    for lengths in LENGTHS:
+        q, k, v = make_qkv(*lengths, batch=2, heads=8, head_dim=head_dim, dtype=dtype, device="cuda")
+        for kind in LIST_KINDS:
+            run_and_check("triton", q, k, v, make_blocks(kind, q, k))
+
+
 @pytest.mark.parametrize("queries", [1, 100, 512])
 def test_few_queries_on_long_keys_are_shared_out(queries, implementation, nan_filled_empty):
     """As they come, without a hand on the number of parts; and bit-identical when repeated."""

@@ -21,6 +21,7 @@ from helpers import (
     make_qkv,
     masked_sdpa,
 )
+from seerattention.ops import dispatch
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.indices import BlockIndices
 
@@ -258,6 +259,32 @@ def test_triton_interpreted(case, nan_filled_empty):
     lengths, heads, kv_heads, head_dim, block_size, dtype, kind = case
     q, k, v = make_qkv(*lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     run_and_check("triton", q, k, v, make_blocks(kind, q, k, block_size))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kind", "dtype"),
+    [(128, "random", torch.float16), (80, "empty_rows", torch.float16), (96, "all", torch.float16)],
+)
+def test_triton_interpreted_in_halves(head_dim, kind, dtype, monkeypatch, nan_filled_empty):
+    """As on GPUs whose tensor cores take operands from registers."""
+    module = pytest.importorskip("seerattention.ops.block_sparse_attention.triton")
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu covers it")
+    monkeypatch.setattr(dispatch, "capability", lambda device: 8)
+    for lengths in ((65, 65), (37, 200)):
+        q, k, v = make_qkv(*lengths, head_dim=head_dim, dtype=dtype)
+        assert module._in_halves(q, 64)
+        run_and_check("triton", q, k, v, make_blocks(kind, q, k))
+
+
+def test_what_is_in_halves(monkeypatch):
+    module = pytest.importorskip("seerattention.ops.block_sparse_attention.triton")
+    for capability, halves in ((0, False), (8, True), (9, False), (10, False), (12, True)):
+        monkeypatch.setattr(dispatch, "capability", lambda device, value=capability: value)
+        for head_dim in (64, 128, 256):
+            q = torch.zeros(1, 1, 64, head_dim, dtype=torch.float16)
+            assert module._in_halves(q, 64) == (halves and head_dim == 128)
+        assert not module._in_halves(torch.zeros(1, 1, 64, 128), 64)
 
 
 def test_triton_batch_and_no_lse(nan_filled_empty):

@@ -19,8 +19,7 @@ REGISTERS, SHARED_MEMORY = 65536, 228 * 1024
 PROGRAMS = {64: 5, 128: 4}
 # Bytes of spilled registers that are there today; fewer are welcome.
 KNOWN_SPILLS = {
-    ("block_sparse_attention", "sm_80", "128 64 torch.bfloat16 lse=True"): 640,
-    ("block_sparse_attention", "sm_80", "128 64 in parts"): 640,
+    ("block_sparse_attention", "sm_80", "128 64 torch.bfloat16 lse=True"): 12,  # with triton 3.7; none with 3.6
     ("block_sparse_attention", "sm_90", "64 64 torch.float32 lse=True"): 256,
     # One register, before the loops and after them.
     ("pooled_attention_decode", "sm_90", "sum 128 1 128 torch.bfloat16 lse=True"): 8,

@@ -102,6 +102,14 @@ def hopper_refuses(**tensors: Tensor) -> str | None:
 
 
 @functools.cache
+def capability(device: torch.device) -> int:
+    """Major compute capability of an NVIDIA GPU; 0 on a GPU of AMD and on the CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one Triton program may use."""
     if device.type != "cuda":

@@ -77,6 +77,7 @@ def block_sparse_attention_fwd_kernel(
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    HALVES: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,8 +85,10 @@ def block_sparse_attention_fwd_kernel(
 ):
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
-    IN_PARTS: and only those of one part of the list, of which the third dimension of the grid has the number.
+    IN_PARTS: and only those of one part of the list, of which the third dimension of the grid has the number. HALVES:
+    the channels of v and of the output are two tensors each.
     """
+    V_DIM: tl.constexpr = PADDED_DIM // 2 if HALVES else PADDED_DIM
     SPLIT: tl.constexpr = BLOCK // TILE
     # Later rows have longer lists: start them first, so that the short ones fill the tail of the grid.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -110,7 +113,10 @@ def block_sparse_attention_fwd_kernel(
     p_k += i_b * s_k_b + i_kv * s_k_h
     p_v += i_b * s_v_b + i_kv * s_v_h
     o_k = o_t.to(tl.int64)[:, None] * s_k_t + o_d[None, :]
-    o_v = o_t.to(tl.int64)[:, None] * s_v_t + o_d[None, :]
+    o_dv = tl.arange(0, V_DIM)
+    m_dv, m_dw = o_dv < HEAD_DIM, V_DIM + o_dv < HEAD_DIM
+    o_v = o_t.to(tl.int64)[:, None] * s_v_t + o_dv[None, :]
+    p_w = p_v + V_DIM  # the second half of v, and below b_w and b_out_w
 
     count = tl.load(p_counts + i_b * s_counts_b + i_list * s_counts_h + i_row.to(tl.int64) * s_counts_r)
     p_list = p_indices + i_b * s_indices_b + i_list * s_indices_h + i_row.to(tl.int64) * s_indices_r
@@ -132,7 +138,8 @@ def block_sparse_attention_fwd_kernel(
 
     b_max = tl.full([TILE], float("-inf"), tl.float32)
     b_sum = tl.zeros([TILE], tl.float32)
-    b_out = tl.zeros([TILE, PADDED_DIM], tl.float32)
+    b_out = tl.zeros([TILE, V_DIM], tl.float32)
+    b_out_w = tl.zeros([TILE, V_DIM], tl.float32) if HALVES else 0.0
     # The next index is carried from iteration to iteration: only then can the loads of K and V be pipelined.
     i_key = tl.load(p_list)
     for i in tl.range(0, num_tiles, num_stages=STAGES):
@@ -141,15 +148,20 @@ def block_sparse_attention_fwd_kernel(
         if HEAD_DIM == PADDED_DIM:
             b_k = tl.load(p_k + o_key * s_k_t + o_k)
             b_v = tl.load(p_v + o_key * s_v_t + o_v)
+            b_w = tl.load(p_w + o_key * s_v_t + o_v) if HALVES else 0.0
         else:
             b_k = tl.load(p_k + o_key * s_k_t + o_k, mask=m_d[None, :], other=0.0)
-            b_v = tl.load(p_v + o_key * s_v_t + o_v, mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_v + o_key * s_v_t + o_v, mask=m_dv[None, :], other=0.0)
+            b_w = tl.load(p_w + o_key * s_v_t + o_v, mask=m_dw[None, :], other=0.0) if HALVES else 0.0
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale_log2)
         b_p = tl.exp2(b_scores * scale_log2 - b_new_max[:, None])
         b_decay = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+        b_p = b_p.to(b_v.dtype)
+        b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+        if HALVES:
+            b_out_w = tl.dot(b_p, b_w, b_out_w * b_decay[:, None], input_precision=PRECISION)
         b_max = b_new_max
 
     if has_diagonal:
@@ -157,7 +169,8 @@ def block_sparse_attention_fwd_kernel(
         m_key = o_key < key_length
         start = (last * BLOCK + i_sub * TILE).to(tl.int64)
         b_k = tl.load(p_k + start * s_k_t + o_k, mask=m_key[:, None] & m_d[None, :], other=0.0)
-        b_v = tl.load(p_v + start * s_v_t + o_v, mask=m_key[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v + start * s_v_t + o_v, mask=m_key[:, None] & m_dv[None, :], other=0.0)
+        b_w = tl.load(p_w + start * s_v_t + o_v, mask=m_key[:, None] & m_dw[None, :], other=0.0) if HALVES else 0.0
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
         # Queries past the last key see every real key here; what they compute is never stored.
         b_scores = tl.where((o_query[:, None] >= o_key[None, :]) & m_key[None, :], b_scores, float("-inf"))
@@ -166,18 +179,21 @@ def block_sparse_attention_fwd_kernel(
         b_p = tl.exp2(b_scores - b_new_max[:, None])
         b_decay = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+        b_p = b_p.to(b_v.dtype)
+        b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+        if HALVES:
+            b_out_w = tl.dot(b_p, b_w, b_out_w * b_decay[:, None], input_precision=PRECISION)
         b_max = b_new_max
 
     # A row without keys has sum 0: output 0, lse -inf.
     m_seen = b_sum > 0
-    b_out = b_out / tl.where(m_seen, b_sum, 1.0)[:, None]
+    b_seen = tl.where(m_seen, b_sum, 1.0)[:, None]
     p_out += i_b * s_out_b + i_h * s_out_h
-    tl.store(
-        p_out + o_local.to(tl.int64)[:, None] * s_out_t + o_d[None, :],
-        b_out.to(p_out.dtype.element_ty),
-        mask=m_query[:, None] & m_d[None, :],
-    )
+    p_out = p_out + o_local.to(tl.int64)[:, None] * s_out_t + o_dv[None, :]
+    tl.store(p_out, (b_out / b_seen).to(p_out.dtype.element_ty), mask=m_query[:, None] & m_dv[None, :])
+    if HALVES:
+        b_out_w = (b_out_w / b_seen).to(p_out.dtype.element_ty)
+        tl.store(p_out + V_DIM, b_out_w, mask=m_query[:, None] & m_dw[None, :])
     if RETURN_LSE:
         b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453, float("-inf"))
         tl.store(p_lse + (i_b * num_heads + i_h) * query_length + o_local, b_lse, mask=m_query)
@@ -231,6 +247,7 @@ def block_sparse_attention_triton(
             PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
             BLOCK=blocks.block_size,
             TILE=tile,
+            HALVES=_in_halves(q, tile),
             RETURN_LSE=written_lse is not None,
             IN_PARTS=parts > 1,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -240,6 +257,18 @@ def block_sparse_attention_triton(
         if parts > 1:
             merge_parts(written, written_lse, out, lse)
     return out, lse
+
+
+def _in_halves(q: Tensor, tile: int) -> bool:
+    """Whether products with v are to be two, of half of its channels each.
+
+    Where products take their operands from registers (before Hopper, and on consumers' GPUs), Triton deals a product
+    out to the warps by columns if it has more columns than rows, and the product of scores with it. Every warp then
+    holds all the queries, probabilities travel through shared memory, and registers spill. Halves are as wide as high.
+    """
+    if q.dtype == torch.float32 or tile != 64 or not 64 < q.shape[3] <= 128:
+        return False
+    return dispatch.capability(q.device) not in (0, 9, 10)
 
 
 def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_memory: int) -> tuple[int, int, int]:

@@ -369,7 +369,9 @@ def query_rows(q: Tensor, head_dim: int) -> int:
     if q.dtype == torch.float32:
         return 64
     return (
-        256 if head_dim <= 128 and dispatch.shared_memory(q.device) >= 200_000 and _capability(q.device) == 9 else 128
+        256
+        if head_dim <= 128 and dispatch.shared_memory(q.device) >= 200_000 and dispatch.capability(q.device) == 9
+        else 128
     )
 
 
@@ -401,10 +403,3 @@ def _launch_shape(q: Tensor, block_size: int, group: int, tokens: int) -> tuple[
         units //= 2
     num_warps = 8 if block_size == 128 or full_precision else 4
     return units, block_n, block_d, num_warps, 1 if full_precision else 2 if small else 3
-
-
-def _capability(device: torch.device) -> int:
-    """Major compute capability; 0 on a GPU of AMD and on the CPU."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_capability(device)[0]
