@@ -317,6 +317,8 @@ def main(names):
                 compiled = results.pop()
                 assert not results
                 report.append({"op": op, "target": target, "variant": variant, **describe(*compiled)})
+        for name, kernel in kernels.items():  # as they were, for another job with this module
+            setattr(module, name, kernel)
     print(json.dumps({"triton": triton.__version__, "kernels": report}, indent=1))
 
 
