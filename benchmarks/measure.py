@@ -26,6 +26,7 @@ from seerattention.evaluate.kernels import (
     sample_rows,
 )
 from seerattention.evaluate.timing import peak_memory, time_functions
+from seerattention.ops.block_pooling import block_pooling
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.indices import BlockIndices, num_blocks
@@ -281,6 +282,14 @@ def measure_gate_path(case: Case, options: Options) -> dict[str, Any]:
     attend = partial(block_sparse_attention, q, k, v, lists["TopK"])
     checked.add("ours: sparse attention", attend, partial(check_attention, attend, q, k, v, lists["TopK"]))
     checked.add("part: gate logits", partial(gate.logits, q, k), gate_error)
+    pooled = ((q, gate.gate.config.q_pooling), (k, gate.gate.config.k_pooling))
+
+    def pool() -> list[Tensor]:
+        return [block_pooling(x, kinds, block_size=shape.block_size) for x, kinds in pooled]
+
+    checked.add("part: pooling", pool, gate_error)  # logits are right only if what they are made of is
+    select = partial(policies["TopK"].select, logits, block_size=shape.block_size)
+    checked.add("part: selection by TopK", select, gate_error)
     found = checked.time(options)
     metrics: dict[str, Any] = {}
     attention = found.get("ours: sparse attention")
