@@ -37,3 +37,12 @@ def test_log_is_written_as_it_grows(tmp_path):
     assert path.read_text() == "one\n"
     log.add("two")
     assert path.read_text() == "one\ntwo\n"
+
+
+def test_a_signal_is_a_failure(monkeypatch):
+    """A process that crashed has a negative status, which is less than that of one that passed."""
+    monkeypatch.setattr(run.sys, "argv", ["run", "--processes", "1", "passes.py", "crashes.py"])
+    monkeypatch.setattr(run, "run_job", lambda path, *rest: -11 if path.name == "crashes.py" else 0)
+    assert run.main() == 1
+    monkeypatch.setattr(run, "run_job", lambda *rest: 0)
+    assert run.main() == 0
