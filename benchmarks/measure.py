@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -265,6 +265,7 @@ def measure_gate_path(case: Case, options: Options) -> dict[str, Any]:
     lists = {name: policy.select(logits, block_size=shape.block_size) for name, policy in policies.items()}
     rows = sample_rows(logits.shape[2], 6)
 
+    @cache  # all that is checked here rests on the same logits
     def gate_error() -> float:
         return _gate_error(logits, case, q, k, rows)
 

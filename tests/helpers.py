@@ -7,6 +7,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
+from seerattention.ops import block_sparse_attention, dispatch
 from seerattention.ops.indices import BlockIndices, first_query_block, num_blocks
 
 LIST_KINDS = ("random", "single", "all", "empty_rows", "shared")
@@ -122,9 +123,21 @@ def assert_lse_close(lse, reference, tolerance=2e-5):
     torch.testing.assert_close(lse[~empty], reference[~empty].float(), rtol=tolerance, atol=tolerance)
 
 
+def check_attention(implementation, q, k, v, blocks):
+    """Output and lse of an implementation against the exact ones, held to the error of masked SDPA in the same dtype.
+
+    Returns the output.
+    """
+    exact, exact_lse = exact_attention(q, k, v, blocks)
+    out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
+    assert_lse_close(lse, exact_lse)
+    assert_as_accurate_as(out, masked_sdpa(q, k, v, blocks), exact)
+    return out
+
+
 def split_lists(monkeypatch, parts):
     """Block-sparse attention cuts every list that has so many entries into ``parts`` parts, whatever the grid."""
     module = importlib.import_module("seerattention.ops.block_sparse_attention.triton_parts")
     monkeypatch.setattr(module, "MIN_ENTRIES", 1)
     monkeypatch.setattr(module, "MAX_PARTS", parts)
-    monkeypatch.setattr(module, "_multiprocessors", lambda device: 1 << 30)
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 1 << 30)

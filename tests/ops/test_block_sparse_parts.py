@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from helpers import (
-    assert_as_accurate_as,
-    assert_lse_close,
-    exact_attention,
+    check_attention,
     make_blocks,
     make_qkv,
-    masked_sdpa,
     split_lists,
 )
+from seerattention.ops import dispatch
 from seerattention.ops.block_sparse_attention import block_sparse_attention
-from seerattention.ops.indices import BlockIndices
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers it")
@@ -25,10 +22,7 @@ parts = importlib.import_module("seerattention.ops.block_sparse_attention.triton
 
 
 def run_and_check(q, k, v, blocks):
-    exact, exact_lse = exact_attention(q, k, v, blocks)
-    out, lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="triton")
-    assert_lse_close(lse, exact_lse)
-    assert_as_accurate_as(out, masked_sdpa(q, k, v, blocks), exact)
+    out = check_attention("triton", q, k, v, blocks)
     assert out.stride() == q.stride()
     assert torch.equal(block_sparse_attention(q, k, v, blocks, implementation="triton"), out)
 
@@ -68,12 +62,6 @@ def test_large_logits(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def make_lists(capacity, rows=1, heads=32):
-    return BlockIndices(
-        torch.zeros(1, heads, rows, capacity, dtype=torch.int32), torch.ones(1, heads, rows, dtype=torch.int32), 2048
-    )
-
-
 @pytest.mark.parametrize(
     ("programs", "capacity", "expected"),
     [
@@ -87,8 +75,8 @@ def make_lists(capacity, rows=1, heads=32):
     ],
 )
 def test_number_of_parts(programs, capacity, expected, monkeypatch):
-    monkeypatch.setattr(parts, "_multiprocessors", lambda device: 132)
-    assert parts.num_parts(programs, make_lists(capacity), torch.device("cuda"), 4) == expected
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 132)
+    assert parts.num_parts(programs, capacity, torch.device("cuda"), 4) == expected
 
 
 def test_a_full_grid_writes_the_results_themselves():

@@ -119,6 +119,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 on the CPU, where kernels are interpreted one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
 def warn_once(message: str) -> None:
     """Log a warning the first time that it comes up in this process."""
     logger.warning(message)

@@ -22,17 +22,17 @@ MAX_WARPS = 4
 
 
 @triton.jit
-def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, stride_xt, MASKED: tl.constexpr):
-    """Take in the tokens ``o_t`` of the columns at ``p_x``; MASKED: only where ``m_x`` holds."""
+def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, stride_xt):
+    """Take in the tokens ``o_t`` of the columns at ``p_x``, where ``m_x`` holds (None: everywhere)."""
     p_step = p_x[None, :] + o_t.to(tl.int64)[:, None] * stride_xt
-    if MASKED:
-        b_x = tl.load(p_step, mask=m_x, other=0.0).to(tl.float32)
-        b_max = tl.maximum(b_max, tl.max(tl.where(m_x, b_x, float("-inf")), 0))
-        b_min = tl.minimum(b_min, tl.min(tl.where(m_x, b_x, float("inf")), 0))
-    else:
+    if m_x is None:
         b_x = tl.load(p_step).to(tl.float32)
         b_max = tl.maximum(b_max, tl.max(b_x, 0))
         b_min = tl.minimum(b_min, tl.min(b_x, 0))
+    else:
+        b_x = tl.load(p_step, mask=m_x, other=0.0).to(tl.float32)
+        b_max = tl.maximum(b_max, tl.max(tl.where(m_x, b_x, float("-inf")), 0))
+        b_min = tl.minimum(b_min, tl.min(tl.where(m_x, b_x, float("inf")), 0))
     return b_max, b_min, b_sum + tl.sum(b_x, 0)
 
 
@@ -80,12 +80,12 @@ def block_pooling_fwd_kernel(
     if (count == BLOCK) & (tl.program_id(0) % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
         for start in range(0, BLOCK, STEP):
             o_t = i_block * BLOCK + start + o_step
-            b_max, b_min, b_sum = _pool_step(p_x, o_t, o_t, b_max, b_min, b_sum, stride_xt, False)
+            b_max, b_min, b_sum = _pool_step(p_x, o_t, None, b_max, b_min, b_sum, stride_xt)
     else:
         for start in range(0, count, STEP):
             o_t = i_block * BLOCK + start + o_step
             m_x = (o_t < end)[:, None] & m_column[None, :]
-            b_max, b_min, b_sum = _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, stride_xt, True)
+            b_max, b_min, b_sum = _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, stride_xt)
 
     p_out = out + ((i_b * heads + o_h) * num + i_block) * NUM_KINDS * HEAD_DIM + o_d
     if MAX_SLOT >= 0:

@@ -255,7 +255,7 @@ def block_sparse_attention_hopper(
     group = num_heads // num_kv_heads
     tile = [1, 1, TILE, padded_dim]
     grid = (blocks.num_rows * (blocks.block_size // TILE) * group, batch * num_kv_heads)
-    parts = num_parts(grid[0] * grid[1], blocks, q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
+    parts = num_parts(grid[0] * grid[1], indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
     written, written_lse = result_buffers(out, lse, parts)
     with torch.cuda.device(q.device):
         block_sparse_attention_hopper_kernel[(*grid, parts)](

@@ -217,7 +217,7 @@ def block_sparse_attention_triton(
     indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
     grid = (blocks.num_rows * (blocks.block_size // tile), batch * num_heads)
-    parts = num_parts(grid[0] * grid[1], blocks, q.device, PROGRAMS_PER_MULTIPROCESSOR)
+    parts = num_parts(grid[0] * grid[1], indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR)
     written, written_lse = result_buffers(out, lse, parts)
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:

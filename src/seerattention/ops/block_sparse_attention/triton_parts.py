@@ -15,30 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..indices import BlockIndices
+from .. import dispatch
 
 # A part writes, and its merging reads, as many bytes as two tiles of keys and values: shorter parts would not pay.
 MIN_ENTRIES = 8
 MAX_PARTS = 32
 
 
-def num_parts(programs: int, blocks: BlockIndices, device: torch.device, per_multiprocessor: int) -> int:
+def num_parts(programs: int, capacity: int, device: torch.device, per_multiprocessor: int) -> int:
     """Parts into which lists are cut so that the GPU has work everywhere; 1 where it has without.
 
     It follows from shapes alone, so that nothing waits for the device: lists count as long as their capacity.
 
     Args:
         programs: as many as there are with whole lists.
+        capacity: of the lists, in entries.
         per_multiprocessor: programs that a multiprocessor holds at one time.
     """
-    room = _multiprocessors(device) * per_multiprocessor // max(1, programs)
-    return max(1, min(room, blocks.indices.shape[-1] // MIN_ENTRIES, MAX_PARTS))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; on the CPU, where kernels are interpreted one program after the other, there is nothing to fill."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    room = dispatch.multiprocessors(device) * per_multiprocessor // max(1, programs)
+    return max(1, min(room, capacity // MIN_ENTRIES, MAX_PARTS))
 
 
 def result_buffers(out: Tensor, lse: Tensor | None, parts: int) -> tuple[Tensor, Tensor | None]:

@@ -329,7 +329,7 @@ def pooled_attention(
     rows = rows.contiguous()
     if lse is None:
         lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
-    tokens = query_rows(q, head_dim)
+    tokens = query_rows(q)
     units, block_n, block_d, num_warps, num_stages = _launch_shape(q, block_size, group, tokens)
     with torch.cuda.device_of(q):
         pooled_attention_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
@@ -363,16 +363,13 @@ def pooled_attention(
     return out
 
 
-def query_rows(q: Tensor, head_dim: int) -> int:
+def query_rows(q: Tensor) -> int:
     """Rows of queries a program: on Hopper, whose products read them from shared memory, more fit than elsewhere, where
     they stay in registers."""
     if q.dtype == torch.float32:
         return 64
-    return (
-        256
-        if head_dim <= 128 and dispatch.shared_memory(q.device) >= 200_000 and dispatch.capability(q.device) == 9
-        else 128
-    )
+    more_fit = q.shape[3] <= 128 and dispatch.shared_memory(q.device) >= 200_000
+    return 256 if more_fit and dispatch.capability(q.device) == 9 else 128
 
 
 def strip_shape(dtype: torch.dtype, head_dim: int, keys: int) -> tuple[int, int]:

@@ -234,7 +234,7 @@ def _launch_shape(q: Tensor, group: int, lse_given: bool) -> tuple[int, int, int
     """Heads (padded) and tokens a program, keys a strip, padded head_dim, warps, pipeline stages."""
     head_dim = q.shape[3]
     block_n, block_d = strip_shape(q.dtype, head_dim, 64)
-    num_query_rows, num_stages = query_rows(q, head_dim), 3
+    num_query_rows, num_stages = query_rows(q), 3
     if not lse_given:  # finding it takes registers of its own
         num_query_rows = min(num_query_rows, 128)
     if small_memory(q):
