@@ -142,30 +142,38 @@ def block_sparse_attention_hopper_kernel(
 
     mbarrier.expect(bar_q, d_q.block_type.nbytes)
     tma.async_copy_global_to_shared(d_q, [i_b, i_h, local, 0], bar_q, smem_q)
+    # Nearly every list has the diagonal, whose place is known: its tile is on its way before the list has been read. Of
+    # the parts of a list the last one has it.
+    if IN_PARTS:
+        m_ahead = gl.program_id(2) == gl.num_programs(2) - 1
+    else:
+        m_ahead = True
+    diagonal = first_row + i_row
+    o_key = diagonal * BLOCK + i_sub * TILE
+    copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_ahead)
+    copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_ahead)
 
     count = gl.load(p_counts + i_b.to(gl.int64) * s_counts_b + i_list * s_counts_h + i_row.to(gl.int64) * s_counts_r)
     p_list = p_indices + i_b.to(gl.int64) * s_indices_b + i_list * s_indices_h + i_row.to(gl.int64) * s_indices_r
+    ahead = 1  # tiles copied before those of the list
     if IN_PARTS:
         i_part = gl.program_id(2)
         begin = count * i_part // gl.num_programs(2)
         count = count * (i_part + 1) // gl.num_programs(2) - begin
         p_list += begin
+        ahead = m_ahead.to(gl.int32)
         i_part = i_part.to(gl.int64)
         p_out += i_part * s_out_p
         p_lse += i_part * gl.num_programs(1) * kv_group * query_length
     # Lists ascend, so the diagonal block, if listed, is the last entry. Of its tiles, those before this program's
     # queries are visible as a whole, like all the blocks before it; one needs the causal mask; the rest is not visible.
     last = gl.load(p_list + gl.maximum(count - 1, 0))
-    has_diagonal = (count > 0) & (last == first_row + i_row)
+    has_diagonal = (count > 0) & (last == diagonal)
     num_whole = count * SPLIT
     if has_diagonal:
         num_whole = (count - 1) * SPLIT + i_sub
-    num_tiles = num_whole + has_diagonal.to(gl.int32)
-
     # The slot read for an empty list is undefined, but then nothing is copied.
     o_key = _key_start(p_list, 0, BLOCK, TILE)
-    copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_tiles > 0)
-    copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_tiles > 0)
 
     b_q = smem_q.reshape([TILE, PADDED_DIM])
     b_kt = smem_k.reshape([TILE, PADDED_DIM]).permute((1, 0))
@@ -174,14 +182,38 @@ def block_sparse_attention_hopper_kernel(
     b_sum = gl.zeros([TILE], gl.float32, SCORES_ROW)
     b_out = gl.zeros([TILE, PADDED_DIM], gl.float32, OUT)
     b_zero = gl.zeros([TILE, TILE], gl.float32, SCORES)
-    # Waited for even where the list is empty: a program must not end with a copy under way.
+    # Waited for even where there is nothing to do: a program must not end with a copy under way.
     mbarrier.wait(bar_q, 0)
+
+    if has_diagonal:
+        mbarrier.wait(bar_k, 0)
+        b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
+        b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
+        copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_whole > 0)
+        pin(bar_pin)
+        # Queries and keys of this tile start at one position. Causality also hides the keys past key_length from every
+        # query that is stored.
+        o_m = gl.arange(0, TILE, layout=SCORES_ROW)
+        o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
+        b_scores = gl.where(o_m[:, None] >= o_n[None, :], b_scores, float("-inf"))
+        b_p, _, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
+        b_p = gl.convert_layout(b_p.to(DTYPE), P)
+        mbarrier.wait(bar_v, 0)
+        b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
+        b_out = warpgroup_mma_wait(0, deps=(b_out,))
+        copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_whole > 0)
+    else:
+        if m_ahead:
+            mbarrier.wait(bar_k, 0)
+            mbarrier.wait(bar_v, 0)
+        copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_whole > 0)
+        copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_whole > 0)
 
     for i in range(num_whole):
         # Never past the list, whose spare slots are undefined. Read early, so that the load hides behind the product.
-        m_more = i + 1 < num_tiles
-        o_key = _key_start(p_list, gl.minimum(i + 1, num_tiles - 1), BLOCK, TILE)
-        mbarrier.wait(bar_k, i & 1)
+        m_more = i + 1 < num_whole
+        o_key = _key_start(p_list, gl.minimum(i + 1, num_whole - 1), BLOCK, TILE)
+        mbarrier.wait(bar_k, (i + ahead) & 1)
         b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
         b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
         copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_more)
@@ -189,26 +221,10 @@ def block_sparse_attention_hopper_kernel(
         b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
         b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
         b_p = gl.convert_layout(b_p.to(DTYPE), P)
-        mbarrier.wait(bar_v, i & 1)
+        mbarrier.wait(bar_v, (i + ahead) & 1)
         b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
         copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_more)
-
-    if has_diagonal:
-        mbarrier.wait(bar_k, num_whole & 1)
-        b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
-        b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
-        # Queries and keys of this tile start at one position. Causality also hides the keys past key_length from every
-        # query that is stored.
-        o_m = gl.arange(0, TILE, layout=SCORES_ROW)
-        o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
-        b_scores = gl.where(o_m[:, None] >= o_n[None, :], b_scores, float("-inf"))
-        b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
-        b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
-        b_p = gl.convert_layout(b_p.to(DTYPE), P)
-        mbarrier.wait(bar_v, num_whole & 1)
-        b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
-        b_out = warpgroup_mma_wait(0, deps=(b_out,))
 
     # A row without keys has sum 0: output 0, lse -inf.
     b_seen = gl.where(b_sum > 0, b_sum, 1.0)
