@@ -56,15 +56,19 @@ def test_bench():
     assert 0.1 <= result.selected < 0.15
 
 
-@pytest.mark.parametrize("op", ["block_sparse_attention", "chunk_attention", "pooled_attention", "gate_path"])
+@pytest.mark.parametrize(
+    "op", ["block_sparse_attention", "chunk_attention", "pooled_attention", "pooled_attention_decode", "gate_path"]
+)
 def test_run(op, tmp_path):
     from benchmarks.run import main
 
     arguments = ["--op", op, "--shape", "head64", "--lengths", "4096", "--densities", "0.1", "--seconds", "0.05"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    (result,) = json.loads((tmp_path / f"{op}.json").read_text())["runs"][0]["results"]
-    assert any(key.startswith("ours") for key in result["implementations"])
-    assert result["metrics"]
+    results = json.loads((tmp_path / f"{op}.json").read_text())["runs"][0]["results"]
+    assert results
+    for result in results:
+        assert any(key.startswith("ours") for key in result["implementations"])
+        assert result["metrics"]
 
 
 @pytest.mark.parametrize("module", ["e2e", "distill"])

@@ -63,20 +63,27 @@ def test_large_logits(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("programs", "capacity", "expected"),
+    ("rows", "keys", "capacity", "expected"),
     [
-        (32, 205, 16),  # one query block of 32 heads on 528 places
-        (32, 40, 5),  # never fewer entries a part than pay
-        (32, 7, 1),
-        (8, 2048, 32),  # never more parts than merging takes in its stride
-        (256, 205, 2),
-        (512, 205, 1),  # a chunk of 1K queries fills the GPU
-        (4096, 205, 1),
+        (1, 131072, 205, 25),  # never fewer entries a part than pay
+        (1, 2048, 32, 4),
+        (1, 448, 7, 1),
+        (1, 1 << 20, 2048, 32),  # never more parts than merging takes in its stride
+        (4, 131072, 205, 25),  # a KV head at a time: its keys and values alone are more than the cache
+        (16, 131072, 205, 8),
+        (32, 131072, 205, 4),
+        (128, 131072, 205, 1),
+        (16, 32768, 52, 6),
+        (16, 8192, 13, 1),  # the cache holds several KV heads, whose programs fill the GPU
+        (2048, 131072, 205, 1),
     ],
 )
-def test_number_of_parts(programs, capacity, expected, monkeypatch):
+def test_number_of_parts(rows, keys, capacity, expected, monkeypatch):
+    """For query blocks of an 8B shape on an H100."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 132)
-    assert parts.num_parts(programs, capacity, torch.device("cuda"), 4) == expected
+    monkeypatch.setattr(dispatch, "cache_size", lambda device: 50 << 20)
+    k = torch.empty(1, 8, keys, 128, dtype=torch.bfloat16, device="meta")
+    assert parts.num_parts(k, 4 * rows, capacity, 4) == expected
 
 
 def test_a_full_grid_writes_the_results_themselves():

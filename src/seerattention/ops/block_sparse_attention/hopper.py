@@ -101,8 +101,8 @@ def block_sparse_attention_hopper_kernel(
 ):
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
-    IN_PARTS: and only those of one part of the list, of which the third dimension of the grid has the number; results
-    are float32 then.
+    IN_PARTS: and only those of one part of the list, of which the second dimension of the grid has the number;
+    results are float32 then.
     """
     SPLIT: gl.constexpr = BLOCK // TILE
     DTYPE: gl.constexpr = d_q.dtype
@@ -133,8 +133,8 @@ def block_sparse_attention_hopper_kernel(
     i_row = i_tile // SPLIT
     i_sub = i_tile % SPLIT
     num_kv_heads = num_heads // kv_group
-    i_b = gl.program_id(1) // num_kv_heads
-    i_kv = gl.program_id(1) % num_kv_heads
+    i_b = gl.program_id(2) // num_kv_heads
+    i_kv = gl.program_id(2) % num_kv_heads
     i_h = i_kv * kv_group + gl.program_id(0) % kv_group
     i_list = (i_h // list_group).to(gl.int64)
     # Index of the first query of the tile, negative where a chunk starts inside a block.
@@ -145,7 +145,7 @@ def block_sparse_attention_hopper_kernel(
     # Nearly every list has the diagonal, whose place is known: its tile is on its way before the list has been read. Of
     # the parts of a list the last one has it.
     if IN_PARTS:
-        m_ahead = gl.program_id(2) == gl.num_programs(2) - 1
+        m_ahead = gl.program_id(1) == gl.num_programs(1) - 1
     else:
         m_ahead = True
     diagonal = first_row + i_row
@@ -157,14 +157,14 @@ def block_sparse_attention_hopper_kernel(
     p_list = p_indices + i_b.to(gl.int64) * s_indices_b + i_list * s_indices_h + i_row.to(gl.int64) * s_indices_r
     ahead = 1  # tiles copied before those of the list
     if IN_PARTS:
-        i_part = gl.program_id(2)
-        begin = count * i_part // gl.num_programs(2)
-        count = count * (i_part + 1) // gl.num_programs(2) - begin
+        i_part = gl.program_id(1)
+        begin = count * i_part // gl.num_programs(1)
+        count = count * (i_part + 1) // gl.num_programs(1) - begin
         p_list += begin
         ahead = m_ahead.to(gl.int32)
         i_part = i_part.to(gl.int64)
         p_out += i_part * s_out_p
-        p_lse += i_part * gl.num_programs(1) * kv_group * query_length
+        p_lse += i_part * gl.num_programs(2) * kv_group * query_length
     # Lists ascend, so the diagonal block, if listed, is the last entry. Of its tiles, those before this program's
     # queries are visible as a whole, like all the blocks before it; one needs the causal mask; the rest is not visible.
     last = gl.load(p_list + gl.maximum(count - 1, 0))
@@ -270,11 +270,11 @@ def block_sparse_attention_hopper(
     padded_dim = 64 if head_dim <= 64 else 128
     group = num_heads // num_kv_heads
     tile = [1, 1, TILE, padded_dim]
-    grid = (blocks.num_rows * (blocks.block_size // TILE) * group, batch * num_kv_heads)
-    parts = num_parts(grid[0] * grid[1], indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
+    programs = blocks.num_rows * (blocks.block_size // TILE) * group  # of one KV head
+    parts = num_parts(k, programs, indices.shape[-1], PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
     written, written_lse = result_buffers(out, lse, parts)
     with torch.cuda.device(q.device):
-        block_sparse_attention_hopper_kernel[(*grid, parts)](
+        block_sparse_attention_hopper_kernel[(programs, parts, batch * num_kv_heads)](
             tile_descriptor(q, tile),
             tile_descriptor(k, tile),
             tile_descriptor(v, tile),

@@ -85,7 +85,7 @@ def block_sparse_attention_fwd_kernel(
 ):
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
-    IN_PARTS: and only those of one part of the list, of which the third dimension of the grid has the number. HALVES:
+    IN_PARTS: and only those of one part of the list, of which the second dimension of the grid has the number. HALVES:
     the channels of v and of the output are two tensors each.
     """
     V_DIM: tl.constexpr = PADDED_DIM // 2 if HALVES else PADDED_DIM
@@ -94,8 +94,8 @@ def block_sparse_attention_fwd_kernel(
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_row = i_tile // SPLIT
     i_sub = i_tile % SPLIT
-    i_b = (tl.program_id(1) // num_heads).to(tl.int64)
-    i_h = (tl.program_id(1) % num_heads).to(tl.int64)
+    i_b = (tl.program_id(2) // num_heads).to(tl.int64)
+    i_h = (tl.program_id(2) % num_heads).to(tl.int64)
     i_kv = i_h // kv_group
     i_list = i_h // list_group
 
@@ -121,13 +121,13 @@ def block_sparse_attention_fwd_kernel(
     count = tl.load(p_counts + i_b * s_counts_b + i_list * s_counts_h + i_row.to(tl.int64) * s_counts_r)
     p_list = p_indices + i_b * s_indices_b + i_list * s_indices_h + i_row.to(tl.int64) * s_indices_r
     if IN_PARTS:
-        i_part = tl.program_id(2)
-        begin = count * i_part // tl.num_programs(2)
-        count = count * (i_part + 1) // tl.num_programs(2) - begin
+        i_part = tl.program_id(1)
+        begin = count * i_part // tl.num_programs(1)
+        count = count * (i_part + 1) // tl.num_programs(1) - begin
         p_list += begin
         i_part = i_part.to(tl.int64)
         p_out += i_part * s_out_p
-        p_lse += i_part * tl.num_programs(1) * query_length
+        p_lse += i_part * tl.num_programs(2) * query_length
     # Lists ascend, so the diagonal block, if listed, is the last entry. Everything before it is visible as a whole, and
     # so are the key tiles of the diagonal block that lie before this program's queries.
     last = tl.load(p_list + tl.maximum(count - 1, 0))
@@ -216,12 +216,13 @@ def block_sparse_attention_triton(
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
     indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
-    grid = (blocks.num_rows * (blocks.block_size // tile), batch * num_heads)
-    parts = num_parts(grid[0] * grid[1], indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR)
+    programs = blocks.num_rows * (blocks.block_size // tile)  # of one head
+    group = num_heads // num_kv_heads
+    parts = num_parts(k, programs * group, indices.shape[-1], PROGRAMS_PER_MULTIPROCESSOR)
     written, written_lse = result_buffers(out, lse, parts)
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        block_sparse_attention_fwd_kernel[(*grid, parts)](
+        block_sparse_attention_fwd_kernel[(programs, parts, batch * num_heads)](
             q,
             k,
             v,
@@ -237,7 +238,7 @@ def block_sparse_attention_triton(
             *indices.stride()[:3],
             *blocks.counts.stride(),
             num_heads,
-            num_heads // num_kv_heads,
+            group,
             num_heads // blocks.counts.shape[1],
             query_length,
             key_length,

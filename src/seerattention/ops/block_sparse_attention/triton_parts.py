@@ -1,9 +1,11 @@
 """Lists in parts: several programs share one list, and a small kernel puts their results together.
 
 A program for each query block of each head leaves most of a GPU idle where there are few query blocks: the question of
-a later turn, or a chunk of a few hundred tokens, on a long cache. There each list is cut into parts of as many entries,
-one program each (as split-KV decoding does), which write their output and log-sum-exp in float32. With
-lse = log(sum_p exp(lse_p)), the output is sum_p exp(lse_p - lse) out_p.
+a later turn, or a chunk of a few hundred tokens, on a long cache. And where they are just enough, the programs of all
+KV heads run at one time, whose keys and values together do not fit into the L2 cache, so that what two lists share is
+brought from memory twice. There each list is cut into parts of as many entries, one program each (as split-KV decoding
+does), which write their output and log-sum-exp in float32; the parts of one KV head come after each other in the grid.
+With lse = log(sum_p exp(lse_p)), the output is sum_p exp(lse_p - lse) out_p.
 """
 
 from __future__ import annotations
@@ -22,17 +24,22 @@ MIN_ENTRIES = 8
 MAX_PARTS = 32
 
 
-def num_parts(programs: int, capacity: int, device: torch.device, per_multiprocessor: int) -> int:
-    """Parts into which lists are cut so that the GPU has work everywhere; 1 where it has without.
+def num_parts(k: Tensor, programs: int, capacity: int, per_multiprocessor: int) -> int:
+    """Parts into which lists are cut so that the GPU has work everywhere, and work on few KV heads at one time.
 
     It follows from shapes alone, so that nothing waits for the device: lists count as long as their capacity.
 
     Args:
-        programs: as many as there are with whole lists.
+        k: keys ``[B, Hkv, Tk, D]``.
+        programs: as many as there are for one KV head with whole lists.
         capacity: of the lists, in entries.
         per_multiprocessor: programs that a multiprocessor holds at one time.
     """
-    room = dispatch.multiprocessors(device) * per_multiprocessor // max(1, programs)
+    batch, kv_heads, length, head_dim = k.shape
+    # KV heads whose keys and values half of the cache holds: what one half has, the other may have, too.
+    cached = dispatch.cache_size(k.device) // 2 // max(1, 2 * length * head_dim * k.itemsize)
+    at_once = min(batch * kv_heads, max(1, cached))
+    room = dispatch.multiprocessors(k.device) * per_multiprocessor // max(1, programs * at_once)
     return max(1, min(room, capacity // MIN_ENTRIES, MAX_PARTS))
 
 
