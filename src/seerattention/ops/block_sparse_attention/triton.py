@@ -18,7 +18,7 @@ from ..indices import BlockIndices
 from .triton_parts import merge_parts, num_parts, result_buffers
 
 # Programs of 4 warps that a multiprocessor holds at one time, about: enough to say when a grid leaves it idle.
-PROGRAMS_PER_MULTIPROCESSOR = 2
+PROGRAMS_PER_MULTIPROCESSOR = 1
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
 # stay specialised because their divisibility by 16 is what lets loads be vectorised.
@@ -218,7 +218,7 @@ def block_sparse_attention_triton(
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
     programs = blocks.num_rows * (blocks.block_size // tile)  # of one head
     group = num_heads // num_kv_heads
-    parts = num_parts(k, programs * group, indices.shape[-1], PROGRAMS_PER_MULTIPROCESSOR)
+    parts = num_parts(programs * batch * num_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR)
     written, written_lse = result_buffers(out, lse, parts)
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:

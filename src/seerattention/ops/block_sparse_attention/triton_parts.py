@@ -24,22 +24,17 @@ MIN_ENTRIES = 8
 MAX_PARTS = 32
 
 
-def num_parts(k: Tensor, programs: int, capacity: int, per_multiprocessor: int) -> int:
-    """Parts into which lists are cut so that the GPU has work everywhere, and work on few KV heads at one time.
+def num_parts(programs: int, capacity: int, device: torch.device, per_multiprocessor: int) -> int:
+    """Parts into which lists are cut so that the GPU has work everywhere; 1 where it has without.
 
     It follows from shapes alone, so that nothing waits for the device: lists count as long as their capacity.
 
     Args:
-        k: keys ``[B, Hkv, Tk, D]``.
-        programs: as many as there are for one KV head with whole lists.
+        programs: as many as there are with whole lists.
         capacity: of the lists, in entries.
-        per_multiprocessor: programs that a multiprocessor holds at one time.
+        per_multiprocessor: programs that keep a multiprocessor busy.
     """
-    batch, kv_heads, length, head_dim = k.shape
-    # KV heads whose keys and values half of the cache holds: what one half has, the other may have, too.
-    cached = dispatch.cache_size(k.device) // 2 // max(1, 2 * length * head_dim * k.itemsize)
-    at_once = min(batch * kv_heads, max(1, cached))
-    room = dispatch.multiprocessors(k.device) * per_multiprocessor // max(1, programs * at_once)
+    room = dispatch.multiprocessors(device) * per_multiprocessor // max(1, programs)
     return max(1, min(room, capacity // MIN_ENTRIES, MAX_PARTS))
 
 
