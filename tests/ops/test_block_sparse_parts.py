@@ -63,27 +63,20 @@ def test_large_logits(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "keys", "capacity", "expected"),
+    ("programs", "capacity", "expected"),
     [
-        (1, 131072, 205, 25),  # never fewer entries a part than pay
-        (1, 2048, 32, 4),
-        (1, 448, 7, 1),
-        (1, 1 << 20, 2048, 32),  # never more parts than merging takes in its stride
-        (4, 131072, 205, 25),  # a KV head at a time: its keys and values alone are more than the cache
-        (16, 131072, 205, 8),
-        (32, 131072, 205, 4),
-        (128, 131072, 205, 1),
-        (16, 32768, 52, 6),
-        (16, 8192, 13, 1),  # the cache holds several KV heads, whose programs fill the GPU
-        (2048, 131072, 205, 1),
+        (32, 205, 4),  # one query block of 32 heads on 132 multiprocessors
+        (64, 205, 2),
+        (32, 24, 3),  # never fewer entries a part than pay
+        (32, 7, 1),
+        (4, 2048, 32),  # never more parts than merging takes in its stride
+        (128, 205, 1),  # 256 queries of 32 heads
+        (4096, 205, 1),
     ],
 )
-def test_number_of_parts(rows, keys, capacity, expected, monkeypatch):
-    """For query blocks of an 8B shape on an H100."""
+def test_number_of_parts(programs, capacity, expected, monkeypatch):
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(dispatch, "cache_size", lambda device: 50 << 20)
-    k = torch.empty(1, 8, keys, 128, dtype=torch.bfloat16, device="meta")
-    assert parts.num_parts(k, 4 * rows, capacity, 4) == expected
+    assert parts.num_parts(programs, capacity, torch.device("cuda"), 1) == expected
 
 
 def test_a_full_grid_writes_the_results_themselves():

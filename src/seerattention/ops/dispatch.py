@@ -125,12 +125,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def cache_size(device: torch.device) -> int:
-    """Bytes of the GPU's L2 cache; 0 on the CPU."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-
-
-@functools.cache
 def warn_once(message: str) -> None:
     """Log a warning the first time that it comes up in this process."""
     logger.warning(message)

@@ -29,8 +29,9 @@ from .triton_parts import merge_parts, num_parts, result_buffers
 TILE = 64
 NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
 # Registers a thread by padded head_dim, which set how many programs of 128 threads share the 65536 registers of a
-# multiprocessor. With fewer registers ptxas serialises the wgmma even before it spills.
+# multiprocessor: 5 and 4. With fewer registers ptxas serialises the wgmma even before it spills.
 MAX_REGISTERS = {64: 96, 128: 128}
+# Programs that lists are cut into at least, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = {64: 2, 128: 1}
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all.
@@ -271,7 +272,9 @@ def block_sparse_attention_hopper(
     group = num_heads // num_kv_heads
     tile = [1, 1, TILE, padded_dim]
     programs = blocks.num_rows * (blocks.block_size // TILE) * group  # of one KV head
-    parts = num_parts(programs * batch * num_kv_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
+    parts = num_parts(
+        programs * batch * num_kv_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim]
+    )
     written, written_lse = result_buffers(out, lse, parts)
     with torch.cuda.device(q.device):
         block_sparse_attention_hopper_kernel[(programs, parts, batch * num_kv_heads)](

@@ -17,7 +17,7 @@ from .. import dispatch
 from ..indices import BlockIndices
 from .triton_parts import merge_parts, num_parts, result_buffers
 
-# Programs of 4 warps that a multiprocessor holds at one time, about: enough to say when a grid leaves it idle.
+# Programs that lists are cut into at least, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = 1
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out

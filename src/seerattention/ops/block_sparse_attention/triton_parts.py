@@ -1,11 +1,13 @@
 """Lists in parts: several programs share one list, and a small kernel puts their results together.
 
 A program for each query block of each head leaves most of a GPU idle where there are few query blocks: the question of
-a later turn, or a chunk of a few hundred tokens, on a long cache. And where they are just enough, the programs of all
-KV heads run at one time, whose keys and values together do not fit into the L2 cache, so that what two lists share is
-brought from memory twice. There each list is cut into parts of as many entries, one program each (as split-KV decoding
-does), which write their output and log-sum-exp in float32; the parts of one KV head come after each other in the grid.
-With lse = log(sum_p exp(lse_p)), the output is sum_p exp(lse_p - lse) out_p.
+a later turn, or a chunk of a hundred tokens, on a long cache. There each list is cut into parts of as many entries, one
+program each (as split-KV decoding does), which write their output and log-sum-exp in float32. With
+lse = log(sum_p exp(lse_p)), the output is sum_p exp(lse_p - lse) out_p.
+
+A program or two a multiprocessor are enough: it is memory that bounds so few queries on so many keys, and programs that
+walk their lists side by side share what they read. More parts than that made 256 and 512 queries slower
+(docs/experiments.md).
 """
 
 from __future__ import annotations
