@@ -58,10 +58,10 @@ def build(root: Path, plots: Path) -> str:
         "that are visited, the diagonal tile once.",
     ]
     gpus = [path.name for path in sorted(root.iterdir()) if path.is_dir() and path.name != "cpu" and _measured(path)]
-    if _STATED_FOR not in gpus:
-        gpus.append(_STATED_FOR)
-    for device in sorted(gpus, key=lambda name: (name != _STATED_FOR, name)):
+    for device in sorted(gpus or [_STATED_FOR], key=lambda name: (name != _STATED_FOR, name)):
         parts += _gpu(root / device, plots)
+    if gpus and _STATED_FOR not in gpus:
+        parts += [f"## {_STATED_FOR.upper()}", f"The GPU that the targets were stated for: {_NOT_MEASURED}."]
     parts += _cpu(root / "cpu")
     return "\n\n".join(parts) + "\n"
 

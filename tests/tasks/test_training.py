@@ -7,7 +7,7 @@ import pytest
 
 import seerattention as seer
 from seerattention.tasks import TaskGenerator, TrainingMix
-from seerattention.tasks.training import DRILL_MIX, KINDS, LONG_DRILL, PAIR_KEYS, SHORT_DRILLS, TASK_MIX
+from seerattention.tasks.training import DRILL_MIX, LONG_DRILL, PAIR_KEYS, SHORT_DRILLS, TASK_MIX
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def mix_of(generator, kind, drill):
 
 
 @pytest.mark.parametrize("length", [128, 512, 2048])
-@pytest.mark.parametrize("kind", sorted(KINDS["drill_mix"]))
+@pytest.mark.parametrize("kind", sorted(DRILL_MIX))
 def test_drills(generator, tokenizer, kind, length):
     if length < LONG_DRILL and kind not in SHORT_DRILLS:
         pytest.skip("drills of this kind begin longer")

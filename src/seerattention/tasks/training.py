@@ -38,7 +38,7 @@ DRILL_MIX = {
     "variable": 1.0,
 }
 #: Drills that fit into any length; the others join from ``LONG_DRILL`` tokens on.
-SHORT_DRILLS = ("copy", "wordcopy", "keyvalue", "wordvalue", "steps", "alike", "needles", "plain")
+SHORT_DRILLS = ("copy", "wordcopy", "keyvalue", "wordvalue", "steps", "alike", "needles")
 LONG_DRILL = 256
 #: How often each kind of key names needles: listed pairs of words, listed pairs that share words, listed pairs that all
 #: share one word, pairs of arbitrary words.
@@ -53,7 +53,7 @@ OTHER_TEMPLATE = 0.25
 
 #: Mixes by their names, as they are where nothing else is asked for, and the kinds that each may hold.
 MIXES = {"task_mix": TASK_MIX, "drill_mix": DRILL_MIX, "key_mix": PAIR_KEYS}
-KINDS = {"task_mix": set(TASK_MIX), "drill_mix": {*DRILL_MIX, "plain"}, "key_mix": {*PAIR_KEYS, *STEP_KEYS, *WORD_KEYS}}
+KINDS = {"task_mix": set(TASK_MIX), "drill_mix": set(DRILL_MIX), "key_mix": {*PAIR_KEYS, *STEP_KEYS, *WORD_KEYS}}
 
 
 def checked_mix(name: str, mix: Mapping[str, float] | None) -> dict[str, float]:
@@ -284,10 +284,6 @@ class TrainingMix:
     def _drill_needles(self, room: int) -> list[Event]:
         return self._needles_drill(room)
 
-    def _drill_plain(self, room: int) -> list[Event]:
-        """Needles at their easiest: all statements, then all questions, in the words of the statements."""
-        return self._needles_drill(room, plain=True)
-
     def _drill_alike(self, room: int) -> list[Event]:
         """Needles whose keys share one of their two words.
 
@@ -299,17 +295,15 @@ class TrainingMix:
         """Needles keyed by a number or a single word, on the way to pairs of words."""
         return self._needles_drill(room, STEP_KEYS)
 
-    def _needles_drill(self, room: int, kinds: dict[str, float] | None = None, plain: bool = False) -> list[Event]:
-        """Statements and questions; unless ``plain``, half of the time in turn, so that the candidates grow from one
-        to many, and some questions in other words."""
-        in_turn = not plain and self.rng.random() < 0.5
+    def _needles_drill(self, room: int, kinds: dict[str, float] | None = None) -> list[Event]:
+        """Statements and questions; half of the time in turn, so that the candidates grow from one to many."""
+        in_turn = self.rng.random() < 0.5
         template = int(self.rng.integers(len(self.pieces.templates)))
         needles = [
             (key, self.pieces.value()) for key in self._keys(int(self.rng.integers(2, max(5, room // 26))), kinds)
         ]
         statements = [self.pieces.statement(template, key, value) for key, value in needles]
-        asked = (lambda: template) if plain else (lambda: self._template(template))
-        askers = [lambda n=n: self.pieces.question(asked(), *n) for n in needles]
+        askers = [lambda n=n: self.pieces.question(self._template(template), *n) for n in needles]
         events: list[Event] = []
         for number, statement in enumerate(statements, 1):
             events.append(statement)
