@@ -132,11 +132,18 @@ def test_the_default_phases_if_all_goes_well(multivalue, begin):
 
 
 def test_the_default_phases_if_words_come_late():
-    """Drills take their longest; the easy stage stays as long as it was, the long texts keep the most of the time."""
-    slow = stretches(lambda kind: 20 if kind == "keyvalue" else 10_000)
-    assert [slow[i] for i in (0, 1, 5)] == pytest.approx([46, 59, 66], abs=2)
-    assert slow[2:5] == pytest.approx([36, 55, 73], abs=2)
+    """The first drills end with numbers, the others take their longest; long texts keep the most of the time."""
+    slow = stretches(lambda kind: 60 if kind == "keyvalue" else 10_000)
+    assert slow[0] == pytest.approx(60, abs=10)  # the losses are smoothed over a few reports
+    assert [slow[1], slow[5]] == pytest.approx([59, 66], abs=2)
+    assert slow[2:5] == pytest.approx([36, 53, 71], abs=3)
     assert sum(slow[-2:]) > 0.4 * 660
+
+
+def test_the_first_drills_have_time_for_numbers():
+    """They took up to 70 s on a GPU, beside other work."""
+    late = stretches(lambda kind: 70 if kind == "keyvalue" else 10_000)
+    assert 70 <= late[0] < 80
 
 
 def test_numbers_that_are_not_looked_up_stop_the_default_run_early():
