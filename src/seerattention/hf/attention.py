@@ -9,20 +9,18 @@ warns once.
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
-from ..ops.dense import dense_attention_with_lse
 from ..policies import Dense
+from .sdpa import Arguments, attend_densely, attend_densely_with_lse
 from .state import NAME, Call, LayerInputs, LayerState
 
 DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
@@ -98,56 +96,35 @@ def seer_attention(
     """
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
+    arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if seer_call is None or (query.shape[2] == 1 and not seer_call.layer.model.statistics):
-        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    return _attend(module, query, key, value, attention_mask, dropout, scaling, seer_call, kwargs)
+        return attend_densely(arguments)
+    return _attend(arguments, seer_call)
 
 
 @torch.compiler.disable(reason="whether a prompt may be sparse is decided on its mask and positions, by their values")
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    seer_call: Call,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+def _attend(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor | None]:
     """Everything but plain decoding, in the precision that sdpa has under autocast; scores stay float32."""
-    device_type = query.device.type
-    without_autocast: AbstractContextManager[Any] = nullcontext()
-    if torch.is_autocast_enabled(device_type):
-        # Rotated queries and keys are float32 there, values are not, and the gates' products would be rounded.
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        without_autocast = torch.autocast(device_type, enabled=False)
-    with without_autocast:
-        return _prefill(module, query, key, value, attention_mask, dropout, scaling, seer_call, kwargs)
+    device_type = arguments.query.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return _prefill(arguments, call)
+    # Rotated queries and keys are float32 there, values are not, and the gates' products would be rounded.
+    dtype = torch.get_autocast_dtype(device_type)
+    tensors = {name: getattr(arguments, name).to(dtype) for name in ("query", "key", "value")}
+    with torch.autocast(device_type, enabled=False):
+        return _prefill(arguments._replace(**tensors), call)
 
 
-def _prefill(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    seer_call: Call,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+def _prefill(arguments: Arguments, call: Call) -> tuple[Tensor, Tensor | None]:
     """Decide, select, count, report, attend."""
-    layer, state = seer_call.layer, seer_call.layer.model
-    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    layer, state, mask = call.layer, call.layer.model, arguments.mask
     inputs: LayerInputs | None = None
     blocks: BlockIndices | None = None
-    problem = _not_a_prompt(layer, seer_call, module, query, key, attention_mask, kwargs)
+    problem = _not_a_prompt(arguments, call)
     if problem is None:
-        wants_sparse = _wants_sparse(layer, module, query, dropout, kwargs)
+        wants_sparse = _wants_sparse(arguments, layer)
         if wants_sparse or state.observers:
-            inputs, starts = _layer_inputs(seer_call, query, key, value, attention_mask, scale)
+            inputs, starts = _layer_inputs(arguments, call)
         if wants_sparse:
             assert inputs is not None
             blocks = _select(layer, inputs)
@@ -155,65 +132,58 @@ def _prefill(
         raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
     for statistics in state.statistics:
         lengths = None if inputs is None else inputs.lengths
-        if inputs is None and attention_mask is not None and attention_mask.dim() == 2:
-            lengths = attention_mask.sum(-1)
-        statistics.add(layer.index, blocks, lengths, query, key.shape[2], state.block_size)
+        if inputs is None and mask is not None and mask.dim() == 2:
+            lengths = mask.sum(-1)
+        statistics.add(layer.index, blocks, lengths, arguments.query, arguments.key.shape[2], state.block_size)
     result: tuple[Tensor, Tensor | None] | None = None
     if inputs is not None and state.observers:
         if blocks is None:
             # Before the observers, who would otherwise compute its log-sum-exp again.
-            result, lse = _dense_with_lse(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+            result, lse = attend_densely_with_lse(arguments)
             inputs = dataclasses.replace(inputs, lse=lse)
         for observer in tuple(state.observers):
             observer(inputs, blocks)
     if result is not None:
         return result
     if blocks is None:
-        return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        return attend_densely(arguments)
     assert inputs is not None
-    out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=scale))
-    if attention_mask is not None:
-        out = shift_right(out, starts).masked_fill(~attention_mask[:, None, :, None], 0.0)
+    out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale))
+    if mask is not None:
+        out = shift_right(out, starts).masked_fill(~mask[:, None, :, None], 0.0)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _not_a_prompt(
-    layer: LayerState,
-    call: Call,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> str | None:
+def _not_a_prompt(arguments: Arguments, call: Call) -> str | None:
     """Why these tensors are not one whole prompt per row under plain causal attention, or None. Warns where one might
     expect sparsity."""
-    state, length = layer.model, query.shape[2]
+    state, mask, options = call.layer.model, arguments.mask, arguments.options
+    length, key_length = arguments.query.shape[2], arguments.key.shape[2]
     if length == 1:
         return _DECODING
-    window = kwargs.get("sliding_window")
-    window = layer.window if window is None else window
+    window = options.get("sliding_window")
+    window = call.layer.window if window is None else window
     reason = None
-    if call.static_cache and length != key.shape[2]:
+    if call.static_cache and length != key_length:
         reason = "StaticCache prefill is not sparse yet"
-    elif length != key.shape[2]:
+    elif length != key_length:
         reason = "a chunk of a prompt on top of a cache (chunked prefill, multi-turn) is not sparse yet"
     elif window is not None and length > window:
         return "the layer attends to a sliding window"
-    elif not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
+    elif not options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         reason = "attention is not causal"
-    elif attention_mask is not None and attention_mask.dim() != 2:
+    elif mask is not None and mask.dim() != 2:
         reason = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
-    elif not state.positions_run_on(kwargs.get("position_ids"), attention_mask):
+    elif not state.positions_run_on(options.get("position_ids"), mask):
         reason = "its position_ids restart or jump (packed sequences)"
     if reason is not None:
         state.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
     return reason
 
 
-def _wants_sparse(layer: LayerState, module: nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> bool:
+def _wants_sparse(arguments: Arguments, layer: LayerState) -> bool:
     """Whether a whole prompt is to be attended sparsely in this layer."""
-    state = layer.model
+    state, query = layer.model, arguments.query
     if state.dense_depth or (layer.gate is None and state.selector is None):
         return False
     if state.selector is None and isinstance(layer.policy or state.policy, Dense):
@@ -227,9 +197,9 @@ def _wants_sparse(layer: LayerState, module: nn.Module, query: Tensor, dropout: 
             "gradients are recorded and the sparse kernels have no backward pass (for inference, use torch.no_grad() "
             "or torch.inference_mode())"
         )
-    elif dropout > 0:
+    elif arguments.dropout > 0:
         reason = "attention dropout is on (call model.eval() for inference)"
-    elif _wants_weights(module, kwargs):
+    elif arguments.wants_weights:
         reason = "output_attentions=True asks for the whole attention map"
     if reason is not None:
         state.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
@@ -242,17 +212,10 @@ def _min_context(layer: LayerState, device: torch.device) -> int:
     return DEFAULT_MIN_CONTEXT.get(device.type, _OTHER_DEVICES_MIN_CONTEXT) if minimum is None else minimum
 
 
-def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the attention probabilities are asked for, in the call or in the model's config."""
-    asked = kwargs.get("output_attentions")
-    return bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
-
-
-def _layer_inputs(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float
-) -> tuple[LayerInputs, Tensor]:
+def _layer_inputs(arguments: Arguments, call: Call) -> tuple[LayerInputs, Tensor]:
     """The layer's tensors with content first in every row, and where the content started."""
-    layer = call.layer
+    layer, padding = call.layer, arguments.mask
+    query, key, value = arguments.query, arguments.key, arguments.value
     layer.place_gate(query.device)
     query_pre, key_pre = layer.take(call)
     cos, sin = call.cos.to(query.device), call.sin.to(query.device)
@@ -271,7 +234,7 @@ def _layer_inputs(
         cos=cos,
         sin=sin,
         lengths=lengths,
-        scale=scale,
+        scale=arguments.scale,
         gate=layer.gate,
     )
     return inputs, starts  # type: ignore[return-value]
@@ -314,67 +277,3 @@ def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) ->
     indices = torch.where(short[..., None], full.indices[..., :capacity], indices)
     counts = torch.where(short, full.counts, blocks.counts)
     return BlockIndices(indices, counts, blocks.num_key_blocks, blocks.block_size)
-
-
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' own dense attention, given the mask that it would have got."""
-    if attention_mask is not None and attention_mask.dim() == 2:
-        length = attention_mask.shape[-1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        attention_mask = causal & attention_mask[:, None, None, :]
-    if _wants_weights(module, kwargs):
-        return _dense_with_weights(query, key, value, attention_mask, dropout, scaling)
-    return AttentionInterface()["sdpa"](
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-
-
-def _dense_with_lse(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
-    """:func:`_dense` of a whole prompt under causal attention, and its log-sum-exp where sdpa's kernel gives one.
-
-    There is none with padding, dropout or gradients, nor where the map itself is asked for.
-    """
-    plain = attention_mask is None and dropout == 0 and not _wants_weights(module, kwargs)
-    plain = plain and AttentionInterface()["sdpa"] is sdpa_attention_forward and kwargs.get("position_bias") is None
-    records = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if plain and not records:
-        found = dense_attention_with_lse(query, key, value, scale=scaling)
-        if found is not None:
-            return (found[0].transpose(1, 2).contiguous(), None), found[1]
-    return _dense(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
-
-
-def _dense_with_weights(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float, scaling: float | None
-) -> tuple[Tensor, Tensor]:
-    """Dense attention written out, for ``output_attentions=True``."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if attention_mask is None:
-        rows, columns = scores.shape[-2:]
-        attention_mask = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
-    if attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + attention_mask
-    weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
