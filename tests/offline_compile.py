@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from seerattention.ops import dispatch
 from seerattention.ops.indices import BlockIndices
+from seerattention.ops.pooled_attention.arguments import Wanted
 
 OPS = "seerattention.ops"
 TARGETS = {
@@ -172,25 +173,18 @@ def pooled_attention(module, target):
         shape = f"{head_dim} {block_size} {dtype}"
         yield f"lse {shape}", functools.partial(module.query_lse, q, k, rows, block_size=block_size, **common)
         for reduce in ("max", "sum"):
-            yield (
-                f"{reduce} {shape}",
-                functools.partial(
-                    module.pooled_attention, q, k, rows, block_size=block_size, reduce=reduce, normalize=True, lse=lse,
-                    **common,
-                ),
-            )  # fmt: skip
+            wanted = Wanted(block_size, 0.1, None, reduce, True, lse)
+            yield f"{reduce} {shape}", functools.partial(module.pooled_attention, q, k, rows, wanted)
 
 
 def pooled_attention_wide(module, target):
-    q, common = torch.zeros(1, 128, 4, 256, dtype=torch.float16).transpose(1, 2), {"scale": 0.1, "lengths": None}
+    q = torch.zeros(1, 128, 4, 256, dtype=torch.float16).transpose(1, 2)
     for block_size in (64, 128):
+        wanted = Wanted(block_size, 0.1, None, "max", True, torch.zeros(1, 4, 128))
         yield (
             f"256 {block_size}",
-            functools.partial(
-                module.pooled_attention, q, q[:, :1], torch.arange(1), block_size=block_size, reduce="max",
-                normalize=True, lse=torch.zeros(1, 4, 128), **common,
-            ),
-        )  # fmt: skip
+            functools.partial(module.pooled_attention, q, q[:, :1], torch.arange(1), wanted),
+        )
 
 
 def pooled_attention_decode(module, target):
@@ -206,11 +200,10 @@ def pooled_attention_decode(module, target):
             cases += [(*shape, "max", False), (*shape, "sum", True)]
     for head_dim, group, block_size, dtype, reduce, given in cases:
         q = torch.zeros(1, 128, group, head_dim, dtype=dtype).transpose(1, 2)
-        common = {"block_size": block_size, "scale": 0.1, "lengths": None, "reduce": reduce, "normalize": True}
-        lse = torch.zeros(1, group, 128) if given else None
+        wanted = Wanted(block_size, 0.1, None, reduce, True, torch.zeros(1, group, 128) if given else None)
         yield (
             f"{reduce} {head_dim} {group} {block_size} {dtype} lse={given}",
-            functools.partial(module.pooled_attention_decode, q, q[:, :1], torch.arange(128), lse=lse, **common),
+            functools.partial(module.pooled_attention_decode, q, q[:, :1], torch.arange(128), wanted),
         )
 
 
@@ -222,17 +215,10 @@ def pooled_attention_hopper(module, target):
         (96, torch.bfloat16, False),
     ]:
         q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
-        lse, lengths = torch.zeros(1, 4, 128), None if normalize else torch.tensor([100])
+        wanted = Wanted(64, 0.1, None if normalize else torch.tensor([100]), "max", normalize, torch.zeros(1, 4, 128))
         yield (
             f"{head_dim} {dtype} normalize={normalize}",
-            functools.partial(
-                module.pooled_attention_hopper,
-                *(q, q[:, :1], rows),
-                scale=0.1,
-                lengths=lengths,
-                normalize=normalize,
-                lse=lse,
-            ),
+            functools.partial(module.pooled_attention, q, q[:, :1], rows, wanted),
         )
 
 

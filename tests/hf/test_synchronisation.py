@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import seerattention as seer
 from seerattention.ops import dispatch
 from seerattention.ops.indices import BlockIndices
+from seerattention.ops.pooled_attention.arguments import Wanted
 
 # Ops that wait for the device, or whose results have a shape that depends on values.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
@@ -172,9 +173,9 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
         rows = torch.arange(6, device="meta")
         for reduce in ("max", "sum"):
             for lse in (None, torch.zeros(1, 4, 333, device="meta")):
-                rest = {**common, "scale": 0.1, "reduce": reduce, "normalize": True, "lse": lse}
-                target.pooled_attention(q, k, rows, **rest)
-                decode_target.pooled_attention_decode(q, k, rows, **rest)
+                wanted = Wanted(64, 0.1, lengths, reduce, True, lse)
+                target.pooled_attention(q, k, rows, wanted)
+                decode_target.pooled_attention_decode(q, k, rows, wanted)
     assert kernel.launches == 15  # two for a target of prefill gates without lse
     assert not waits.found
 

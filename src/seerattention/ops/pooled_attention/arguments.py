@@ -1,6 +1,8 @@
-"""Checks of arguments that the 2-D and the 1-D op of this directory share."""
+"""What the 2-D and the 1-D op of this directory share: what may be asked of them, and the checks of it."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +10,20 @@ from torch import Tensor
 from .. import dispatch
 
 REDUCTIONS = ("max", "sum")
+
+
+class Wanted(NamedTuple):
+    """What is asked of an implementation, checked; every one is called with ``q, k, rows`` and this.
+
+    The public functions of both ops say what each field means.
+    """
+
+    block_size: int
+    scale: float
+    lengths: Tensor | None
+    reduce: str
+    normalize: bool
+    lse: Tensor | None
 
 
 def check_arguments(

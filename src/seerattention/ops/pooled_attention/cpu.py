@@ -6,21 +6,12 @@ import torch
 from torch import Tensor
 
 from ..indices import num_blocks
+from .arguments import Wanted
 from .reference import finish
 
 
-def pooled_attention(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None = None,
-) -> Tensor:
+def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    block_size, scale, lengths, reduce, _, lse = wanted
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
     group = heads // kv_heads
@@ -65,4 +56,4 @@ def pooled_attention(
                 else:
                     tiles = probabilities.sum(1).unflatten(-1, (row + 1, block_size)).sum(-1)
                 out[b, heads_here, slot, : row + 1] = tiles
-    return finish(out, rows, block_size, key_length, query_length, lengths, reduce, normalize)
+    return finish(out, rows, key_length, query_length, wanted)

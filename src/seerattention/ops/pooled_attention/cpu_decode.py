@@ -6,24 +6,15 @@ import torch
 from torch import Tensor
 
 from ..indices import num_blocks
+from .arguments import Wanted
 from .reference_decode import finish
 
 # Tokens at a time. They share a product with the keys that the last of them sees: ascending rows waste little of it.
 TOKENS = 32
 
 
-def pooled_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None = None,
-) -> Tensor:
+def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    block_size, scale, lengths, reduce, _, lse = wanted
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
     group, num_keys = heads // kv_heads, num_blocks(key_length, block_size)
@@ -68,4 +59,4 @@ def pooled_attention_decode(
                 else:
                     pooled = probabilities.sum(0).unflatten(-1, (blocks, block_size)).sum(-1)
                 out[b, head, slots, :blocks] = pooled
-    return finish(out, group, reduce, normalize)
+    return finish(out, group, wanted)

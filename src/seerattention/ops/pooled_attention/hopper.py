@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..hopper import copy_tile, pin, tile_descriptor
 from ..indices import num_blocks
+from .arguments import Wanted
+from .triton import query_lse
 
 TILE = 64
 UNITS = 4  # query heads a program; 16 queries of each make the 64 rows of a product
@@ -230,23 +232,17 @@ def pooled_attention_hopper_kernel(
             gl.store(p_part, gl.zeros([UNITS, BLOCK_OUT], gl.float32, OUT), mask=m_part & (m_filled == 0))
 
 
-def pooled_attention_hopper(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    scale: float,
-    lengths: Tensor | None,
-    normalize: bool,
-    lse: Tensor,
-) -> Tensor:
+def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
     """Launch the kernel for tile maxima of blocks of 64; ``hopper_usable`` found no reason against it."""
+    block_size, scale, lengths, _, normalize, lse = wanted
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
     num_keys = num_blocks(key_length, TILE)
     out = torch.empty(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
+    if lse is None:
+        lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
     padded_dim = 64 if head_dim <= 64 else 128
     group = heads // kv_heads
     with torch.cuda.device(q.device):

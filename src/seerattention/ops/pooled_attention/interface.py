@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import first_query_block, num_blocks
 from . import cpu, reference
-from .arguments import check_arguments, check_range
+from .arguments import Wanted, check_arguments, check_range
 
 __all__ = ["pooled_attention"]
 
@@ -93,7 +93,7 @@ def _pooled_attention(
 ) -> Tensor:
     first, end = first_query_block(q.shape[2], k.shape[2], block_size), num_blocks(k.shape[2], block_size)
     check_range(OP, rows, first, end, "the blocks that hold queries")
-    rows = rows.to(q.device)
+    rows, wanted = rows.to(q.device), Wanted(block_size, scale, lengths, reduce, normalize, lse)
     function = reference.pooled_attention
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
     reason = hopper_usable(q, k, block_size, reduce) if name in ("triton", "hopper") else None
@@ -107,29 +107,16 @@ def _pooled_attention(
     if implementation is None and name == "triton" and reason is None and dispatch.hopper_automatic():
         name = "hopper"
     if name == "hopper":
-        from .hopper import pooled_attention_hopper  # imported late: triton is an optional dependency
-        from .triton import query_lse
+        from . import hopper  # imported late: triton is an optional dependency
 
-        if lse is None:
-            lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
-        return pooled_attention_hopper(q, k, rows, scale=scale, lengths=lengths, normalize=normalize, lse=lse)
-    if name == "cpu":
+        function = hopper.pooled_attention
+    elif name == "cpu":
         function = cpu.pooled_attention
     elif name == "triton":
         from . import triton
 
         function = triton.pooled_attention
-    return function(
-        q,
-        k,
-        rows,
-        block_size=block_size,
-        scale=scale,
-        lengths=lengths,
-        reduce=reduce,
-        normalize=normalize,
-        lse=lse,
-    )
+    return function(q, k, rows, wanted)
 
 
 def triton_refuses(q: Tensor, block_size: int) -> str | None:

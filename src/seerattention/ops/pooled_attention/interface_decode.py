@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import num_blocks
 from . import cpu_decode, reference_decode
-from .arguments import check_arguments, check_range
+from .arguments import Wanted, check_arguments, check_range
 
 __all__ = ["pooled_attention_decode"]
 
@@ -96,7 +96,7 @@ def _pooled_attention_decode(
     implementation: str | None,
 ) -> Tensor:
     check_range(OP, rows, k.shape[2] - q.shape[2], k.shape[2], "the positions of the queries")
-    rows = rows.to(q.device)
+    rows, wanted = rows.to(q.device), Wanted(block_size, scale, lengths, reduce, normalize, lse)
     function = reference_decode.pooled_attention_decode
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
     if name == "cpu":
@@ -105,14 +105,4 @@ def _pooled_attention_decode(
         from . import triton_decode  # imported late: triton is an optional dependency
 
         function = triton_decode.pooled_attention_decode
-    return function(
-        q,
-        k,
-        rows,
-        block_size=block_size,
-        scale=scale,
-        lengths=lengths,
-        reduce=reduce,
-        normalize=normalize,
-        lse=lse,
-    )
+    return function(q, k, rows, wanted)

@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 
 from ..indices import num_blocks
+from .arguments import Wanted
 
 
-def pooled_attention(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None = None,
-) -> Tensor:
+def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    block_size, scale, lengths, reduce, _, lse = wanted
     batch, heads, query_length, _ = q.shape
     key_length = k.shape[2]
     num_keys = num_blocks(key_length, block_size)
@@ -42,31 +33,22 @@ def pooled_attention(
         padded = torch.nn.functional.pad(probabilities, (0, num_keys * block_size - key_length))
         tiles = padded.unflatten(-1, (num_keys, block_size))
         out[:, :, slot] = tiles.amax(dim=(2, 4)) if reduce == "max" else tiles.sum(dim=(2, 4))
-    return finish(out, rows, block_size, key_length, query_length, lengths, reduce, normalize)
+    return finish(out, rows, key_length, query_length, wanted)
 
 
-def finish(
-    out: Tensor,
-    rows: Tensor,
-    block_size: int,
-    key_length: int,
-    query_length: int,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-) -> Tensor:
+def finish(out: Tensor, rows: Tensor, key_length: int, query_length: int, wanted: Wanted) -> Tensor:
     """Divide ``out [B, H, R, Nk]`` in place: rows of tile maxima by their sum, of tile masses by the number of queries.
 
     Rows without a valid query are 0 and stay 0.
     """
-    if not normalize:
+    if not wanted.normalize:
         return out
-    if reduce == "max":
+    if wanted.reduce == "max":
         return divide_by_sum(out)
-    start = (rows * block_size).clamp(min=key_length - query_length)
-    end = ((rows + 1) * block_size).clamp(max=key_length)
-    if lengths is not None:
-        end = torch.minimum(end, lengths[:, None])  # [B, R]
+    start = (rows * wanted.block_size).clamp(min=key_length - query_length)
+    end = ((rows + 1) * wanted.block_size).clamp(max=key_length)
+    if wanted.lengths is not None:
+        end = torch.minimum(end, wanted.lengths[:, None])  # [B, R]
     queries = (end - start).clamp(min=1)
     return out.div_(queries.view(-1, 1, rows.numel(), 1))
 

@@ -6,24 +6,15 @@ import torch
 from torch import Tensor
 
 from ..indices import num_blocks
+from .arguments import Wanted
 from .reference import divide_by_sum
 
 # Tokens at a time: bounds the part of the map that is in memory.
 TOKENS = 64
 
 
-def pooled_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None = None,
-) -> Tensor:
+def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    block_size, scale, lengths, reduce, _, lse = wanted
     batch, heads, query_length, _ = q.shape
     kv_heads, key_length = k.shape[1:3]
     group, num_keys = heads // kv_heads, num_blocks(key_length, block_size)
@@ -43,11 +34,11 @@ def pooled_attention_decode(
         # [B, Hkv, group, tokens, Nk, block_size]
         blocks = padded.unflatten(-1, (num_keys, block_size)).unflatten(1, (kv_heads, group))
         out[:, :, start : start + TOKENS] = blocks.amax((2, 5)) if reduce == "max" else blocks.sum((2, 5))
-    return finish(out, group, reduce, normalize)
+    return finish(out, group, wanted)
 
 
-def finish(out: Tensor, group: int, reduce: str, normalize: bool) -> Tensor:
+def finish(out: Tensor, group: int, wanted: Wanted) -> Tensor:
     """Divide ``out [B, Hkv, R, Nk]`` in place: rows of maxima by their sum, of masses by the heads of a group."""
-    if not normalize:
+    if not wanted.normalize:
         return out
-    return divide_by_sum(out) if reduce == "max" else out.div_(group)
+    return divide_by_sum(out) if wanted.reduce == "max" else out.div_(group)

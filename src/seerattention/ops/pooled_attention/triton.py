@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..indices import num_blocks
+from .arguments import Wanted
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
@@ -308,18 +309,8 @@ def query_lse(q: Tensor, k: Tensor, rows: Tensor, *, block_size: int, scale: flo
     return lse
 
 
-def pooled_attention(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None = None,
-) -> Tensor:
+def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    block_size, scale, lengths, reduce, normalize, lse = wanted
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
     group, num_keys = heads // kv_heads, num_blocks(key_length, block_size)

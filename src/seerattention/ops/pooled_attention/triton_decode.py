@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..indices import num_blocks
+from .arguments import Wanted
 from .triton import LOG2E, accumulate, order, queries, query_rows, scores, small_memory, strip_shape
 
 # Lengths and head counts are not specialised: a prompt of another length must not compile the kernel again.
@@ -175,18 +176,8 @@ def pooled_attention_decode_fwd_kernel(
             tl.store(p_part, tl.zeros([TOKENS, BLOCK_OUT], tl.float32), mask=m_out & (m_written == 0))
 
 
-def pooled_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None = None,
-) -> Tensor:
+def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    block_size, scale, lengths, reduce, normalize, lse = wanted
     batch, heads, query_length, head_dim = q.shape
     kv_heads, key_length = k.shape[1:3]
     group, num_rows, num_keys = heads // kv_heads, rows.numel(), num_blocks(key_length, block_size)
