@@ -16,7 +16,7 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     plan = DemoPlan.choose("cpu", fast=True)
-    names = ["dense", "committed gates, 0.5", "committed gates, 0.2", "fresh gates, 0.2"]
+    names = ["dense", "committed gates, 0.5", "committed gates, 0.2", "fresh gates, 0.2", "untrained gates, 0.2"]
     for part in ("timing", "retrieval", "perplexity"):
         assert [item["setting"] for item in data[part]] == names
     densities = [item["density"] for item in data["retrieval"]]

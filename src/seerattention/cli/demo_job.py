@@ -68,6 +68,7 @@ class DemoPlan:
     seconds: float = 420.0
     committed: Sequence[float] = (0.2, 0.1, 0.05)
     fresh: Sequence[float] = (0.2, 0.1)
+    untrained: Sequence[float] = (0.2,)
     tasks: Sequence[str] = ("multikey", "keyvalue")
     learning_rate: float = 4e-3
 
@@ -152,7 +153,8 @@ def run_demo(
         model, tokenizer: a model without gates, and its tokenizer.
         gates: folder of the committed gates.
         train_books, test_books: token ids of texts: for distillation, and for every measurement.
-        folder: the fresh gates are saved in ``folder / "fresh-gates"``.
+        folder: the fresh gates are saved in ``folder / "fresh-gates"``, as they were before distillation in
+            ``folder / "untrained-gates"``.
         progress: ``progress(what, total)`` is a context manager that gives ``advance(amount)``.
     """
     started = time.monotonic()
@@ -165,8 +167,8 @@ def run_demo(
         {"input_ids": cut_documents(test_books, recall_length, 1)},
         {"input_ids": torch.as_tensor(task.input_ids)[None]},
     ]
-    fresh = folder / "fresh-gates"
-    history = _distil_fresh_gates(model, tokenizer, train_books, held_out, plan, fresh, seed, progress)
+    fresh, untrained = folder / "fresh-gates", folder / "untrained-gates"
+    history = _distil_fresh_gates(model, tokenizer, train_books, held_out, plan, untrained, fresh, seed, progress)
     hf.attach(model, gates, min_context=0)
     try:
         committed_recall = block_recall(model, held_out, TopK(RECALL_DENSITY))
@@ -183,6 +185,10 @@ def run_demo(
         Setting.dense(),
         *(Setting(f"committed gates, {density:g}", gates=gates, policy=TopK(density)) for density in plan.committed),
         *(Setting(f"fresh gates, {density:g}", gates=fresh, policy=TopK(density)) for density in plan.fresh),
+        *(
+            Setting(f"untrained gates, {density:g}", gates=untrained, policy=TopK(density))
+            for density in plan.untrained
+        ),
     ]
     documents = cut_documents(test_books, plan.length, plan.max_rounds)
     warmup = min(plan.length, _WARMUP_LENGTH)
@@ -226,14 +232,17 @@ def _distil_fresh_gates(
     books: Sequence[np.ndarray],
     held_out: list[dict[str, Tensor]],
     plan: DemoPlan,
-    folder: Path,
+    untrained: Path,
+    trained: Path,
     seed: int,
     progress: Progress,
 ) -> DistillHistory:
+    """Distil new gates; saves them as they were before and after."""
     batches = _training_batches(tokenizer, books, plan, seed)
     steps = _affordable_steps(model, batches, plan)
     hf.attach(model, GATE_CONFIG, min_context=0)
     try:
+        hf.save_gates(model, untrained)
         config = DistillConfig(
             learning_rate=plan.learning_rate,
             steps=steps,
@@ -249,7 +258,7 @@ def _distil_fresh_gates(
                     advance(1)
 
             history = distill(model, batches, config, eval_batches=held_out, on_step=show)
-        hf.save_gates(model, folder)
+        hf.save_gates(model, trained)
     finally:
         hf.detach(model)
     return history
