@@ -80,8 +80,7 @@ SHARED_WORDS = {"keyvalue": 0.7, "alike": 5.0, "needles": 4.0, "multivalue": 1.0
 # Losses that bound the drill phases: blind guesses cost 6.9; guesses among the two to four needles of 128 tokens about
 # 0.5, among the up to nineteen of 512 tokens 0.8 to 1.4; look-up costs less than 0.05. Several values for one name come
 # last (1.3 at the end of the embedded model's training), so no drill phase waits for those. Numbers form within 60 to
-# 70 s of the first phase; needles did so in one run
-# of several, so only the second phase waits for them.
+# 70 s of the first phase; needles did so in one run of several, so only the second phase waits for them.
 PHASES = (
     Phase(128, 0.035, 16_384, 3e-4, drills=1.0, most=0.12, until=("keyvalue",), stop_above=2.0, **EASY),
     Phase(

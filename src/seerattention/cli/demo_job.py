@@ -181,13 +181,17 @@ def run_demo(
         hf.detach(model)
     clock.lap("distillation")
 
+    kinds = (
+        ("committed", gates, plan.committed),
+        ("fresh", fresh, plan.fresh),
+        ("untrained", untrained, plan.untrained),
+    )
     settings = [
         Setting.dense(),
-        *(Setting(f"committed gates, {density:g}", gates=gates, policy=TopK(density)) for density in plan.committed),
-        *(Setting(f"fresh gates, {density:g}", gates=fresh, policy=TopK(density)) for density in plan.fresh),
         *(
-            Setting(f"untrained gates, {density:g}", gates=untrained, policy=TopK(density))
-            for density in plan.untrained
+            Setting(f"{kind} gates, {density:g}", gates=saved, policy=TopK(density))
+            for kind, saved, densities in kinds
+            for density in densities
         ),
     ]
     documents = cut_documents(test_books, plan.length, plan.max_rounds)

@@ -31,7 +31,7 @@ NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
 # Registers a thread by padded head_dim, which set how many programs of 128 threads share the 65536 registers of a
 # multiprocessor: 5 and 4. With fewer registers ptxas serialises the wgmma even before it spills.
 MAX_REGISTERS = {64: 96, 128: 128}
-# Programs that lists are cut into at least, see ``triton_parts.num_parts``.
+# Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = {64: 2, 128: 1}
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all.

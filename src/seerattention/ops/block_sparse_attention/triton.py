@@ -17,7 +17,7 @@ from .. import dispatch
 from ..indices import BlockIndices
 from .triton_parts import merge_parts, num_parts, result_buffers
 
-# Programs that lists are cut into at least, see ``triton_parts.num_parts``.
+# Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = 1
 
 # Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
