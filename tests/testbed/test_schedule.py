@@ -134,9 +134,9 @@ def test_the_default_phases_if_all_goes_well(multivalue, begin):
 def test_the_default_phases_if_words_come_late():
     """The first drills end with numbers, the others take their longest; long texts keep the most of the time."""
     slow = stretches(lambda kind: 60 if kind == "keyvalue" else 10_000)
-    assert slow[0] == pytest.approx(60, abs=10)  # the losses are smoothed over a few reports
-    assert [slow[1], slow[5]] == pytest.approx([59, 66], abs=2)
-    assert slow[2:5] == pytest.approx([36, 53, 71], abs=3)
+    # Numbers are learnt after 60 s, and a few reports later the running mean of their losses is low enough, too.
+    assert [slow[i] for i in (0, 1, 5)] == pytest.approx([65, 59, 66], abs=2)
+    assert slow[2:5] == pytest.approx([36, 54, 71], abs=2)
     assert sum(slow[-2:]) > 0.4 * 660
 
 
