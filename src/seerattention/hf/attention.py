@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
+from ..ops.indices import ordered_lists
 from ..policies import Dense
 from .sdpa import Arguments, attend_densely, attend_densely_with_lse
 from .state import NAME, Call, LayerInputs, LayerState
@@ -250,6 +251,7 @@ def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
         policy = layer.policy or state.policy
         logits = inputs.gate_logits(masked=False)
         blocks = policy.select(logits, block_size=state.block_size, lengths=inputs.lengths)
+    blocks = blocks.checked()  # for statistics, observers and the op alike; the package's own lists as they are
     if inputs.lengths is None:
         return blocks
     return _complete_short_rows(blocks, inputs.lengths, _min_context(layer, inputs.q.device))
@@ -276,4 +278,4 @@ def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) ->
         indices, capacity = nn.functional.pad(indices, (0, longest - capacity)), longest
     indices = torch.where(short[..., None], full.indices[..., :capacity], indices)
     counts = torch.where(short, full.counts, blocks.counts)
-    return BlockIndices(indices, counts, blocks.num_key_blocks, blocks.block_size)
+    return ordered_lists(indices, counts, blocks.num_key_blocks, blocks.block_size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices
+from ..indices import BlockIndices, ordered_lists, read_lists
 from . import reference
 from .reference import causal_softmax, dense_indices
 
@@ -61,7 +61,7 @@ def select_threshold(
     op = "select_threshold"
     lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
     lists = _select_threshold(probabilities, threshold, block_size, lengths, last_blocks_dense, implementation, softmax)
-    return BlockIndices(*lists, probabilities.shape[-1], block_size)
+    return ordered_lists(*lists, probabilities.shape[-1], block_size)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def select_topk(
     if last_blocks_dense:
         longest = num_keys
     lists = _select_topk(scores, keep, block_size, lengths, last_blocks_dense, diagonal_extra, longest, implementation)
-    return BlockIndices(*lists, num_keys, block_size)
+    return ordered_lists(*lists, num_keys, block_size)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def select_topp(
     if not p > 0:
         raise ValueError(f"{op}: p must be positive, got {p}")
     lists = _select_topp(probabilities, p, block_size, lengths, last_blocks_dense, implementation, softmax)
-    return BlockIndices(*lists, probabilities.shape[-1], block_size)
+    return ordered_lists(*lists, probabilities.shape[-1], block_size)
 
 
 # -- the same as ops of plain tensors: what torch.compile sees --------------------------------------------------------
@@ -187,7 +187,7 @@ def _select_threshold(
     blocks = _module("select_threshold", implementation, scores).select_threshold(
         scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
-    return blocks.indices, blocks.counts
+    return read_lists(blocks)
 
 
 def _fake_topk(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def _select_topk(
         diagonal_extra=diagonal_extra,
         capacity=capacity,
     )
-    return blocks.indices, blocks.counts
+    return read_lists(blocks)
 
 
 @dispatch.custom_op(_fake_full)
@@ -231,7 +231,7 @@ def _select_topp(
     blocks = _module("select_topp", implementation, scores).select_topp(
         scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
-    return blocks.indices, blocks.counts
+    return read_lists(blocks)
 
 
 def _choose(op: str, implementation: str | None, scores: Tensor) -> str:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..indices import BlockIndices
+from ..indices import BlockIndices, ordered_lists
 from .reference import topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
 
@@ -385,4 +385,4 @@ def _launch(
                 **_limit(registers),
                 **arguments,
             )
-    return BlockIndices(indices, counts, num_keys, block_size)
+    return ordered_lists(indices, counts, num_keys, block_size)
