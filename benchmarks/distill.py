@@ -27,8 +27,8 @@ import torch
 
 import seerattention as seer
 from seerattention.cli.common import Terminal, resolve_device
-from seerattention.distill.losses import draw_rows, kl_sum
-from seerattention.distill.trainer import Trainer
+from seerattention.distillation.losses import draw_rows, kl_sum
+from seerattention.distillation.trainer import Trainer
 from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.tables import Table, format_length
 from seerattention.evaluate.timing import synchronize

@@ -49,7 +49,7 @@ Retries = Annotated[int, typer.Option(help="Begin again with the next seed that 
 
 
 def _texts(sources: list[str], text_field: str) -> Iterator[str]:
-    from seerattention.distill.documents import open_documents
+    from seerattention.distillation.documents import open_documents
 
     for source in sources:
         yield from open_documents(source, text_field=text_field)(0)

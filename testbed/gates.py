@@ -85,7 +85,7 @@ def distil(
 
     import seerattention as seer
     from seerattention.cli.common import Terminal
-    from seerattention.distill import distill
+    from seerattention.distillation import distill
 
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

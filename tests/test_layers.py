@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "seerattention"
 # Highest first. A room may import any room of a lower level.
 LEVELS = (
     {"cli"},
-    {"evaluate", "distill", "testbed"},
+    {"evaluate", "distillation", "testbed"},
     {"tasks", "hf"},
     {"baselines", "gates", "policies"},
     {"blocks", "config", "files"},
@@ -136,7 +136,7 @@ def test_no_hugging_face_below_hf(room):
     ("room", "source"),
     [
         ("ops", "from ..policies import Dense"),
-        ("hf", "def f():\n    from ..distill import distill"),
+        ("hf", "def f():\n    from ..distillation import distill"),
         ("gates", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import seerattention.hf.attach"),
         ("policies", "from . import gates"),
         ("tasks", "import importlib\nimportlib.import_module('seerattention.cli')"),

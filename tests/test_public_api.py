@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import seerattention
+
+PACKAGE = Path(seerattention.__file__).parent
+
+
+def is_room(path: Path) -> bool:
+    """A module or a package of the package; not what is left of one that was renamed."""
+    return (path / "__init__.py").exists() or (path.suffix == ".py" and not path.stem.startswith("__"))
+
+
+ROOMS = sorted(path.stem for path in PACKAGE.iterdir() if is_room(path))
 
 
 def run(code: str) -> None:
@@ -40,10 +53,42 @@ def test_nothing_is_registered_before_attach():
 
 @pytest.mark.parametrize(
     "first",
-    ["import seerattention.distill", "from seerattention.distill.config import DistillConfig", "import seerattention"],
+    [
+        "import seerattention.distillation as room\nassert room.documents.open_documents",
+        "from seerattention.distillation.config import DistillConfig",
+        "import seerattention",
+    ],
 )
 def test_distill_is_the_function_whatever_was_imported_before(first):
     run(
         f"{first}\nimport seerattention as seer\nassert callable(seer.distill)\n"
-        "from seerattention.distill import distill\nassert seer.distill is distill"
+        "from seerattention.distillation import distill\nassert seer.distill is distill\n"
+        "assert type(seer) is type(__import__('sys'))"
     )
+
+
+def test_rooms_are_attributes_without_an_import_of_their_own():
+    run("import seerattention as seer; assert callable(seer.ops.block_sparse_attention)")
+    run(
+        "import seerattention as seer\n"
+        f"first = {{room: getattr(seer, room) for room in {ROOMS!r}}}\n"
+        "for name in seer.__all__:\n    getattr(seer, name)\n"
+        "for room, module in first.items():\n"
+        "    assert getattr(seer, room) is module and module.__name__ == f'seerattention.{room}'"
+    )
+
+
+def test_every_room_is_offered():
+    """Each of them is found when nothing has imported it before."""
+    assert set(ROOMS) <= set(dir(seerattention))
+
+
+def test_no_public_name_hides_a_room():
+    """A name that is a function here and a module there depends on what was imported first."""
+    functions = {name for name in seerattention.__all__ if not isinstance(getattr(seerattention, name), ModuleType)}
+    assert not functions & set(ROOMS)
+
+
+def test_the_former_name_of_the_room_says_that_it_is_gone():
+    with pytest.raises(ModuleNotFoundError, match=r"seerattention\.distill"):
+        importlib.import_module("seerattention.distill")

@@ -6,23 +6,34 @@
     seer.distill(model, batches, seer.DistillConfig())      # train them on the model's own attention
     model.generate(**long_prompt)                           # prefilled sparsely
 
-Names are imported when they are first used, so ``import seerattention`` costs nothing.
+Names, and the rooms below (``seer.ops.block_sparse_attention``), are imported when they are first used, so
+``import seerattention`` costs nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import baselines, testbed
+    from . import baselines as baselines
+    from . import blocks as blocks
+    from . import cli as cli
+    from . import config as config
+    from . import distillation as distillation
+    from . import evaluate as evaluate
+    from . import files as files
+    from . import gates as gates
+    from . import hf as hf
+    from . import ops as ops
+    from . import policies as policies
+    from . import tasks as tasks
+    from . import testbed as testbed
     from .blocks import BlockIndices
     from .config import GateConfig, PrefillGateConfig
-    from .distill import DistillConfig, distill
+    from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
     from .hf.calibrate import calibrate
     from .hf.checkpoint import save_gates
@@ -33,7 +44,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "BlockIndices": "blocks",
     "Dense": "policies",
-    "DistillConfig": "distill",
+    "DistillConfig": "distillation",
     "GateConfig": "config",
     "LayerInputs": "hf",
     "Policy": "policies",
@@ -46,13 +57,27 @@ _NAMES = {
     "calibrate": "hf",
     "dense": "hf",
     "detach": "hf",
-    "distill": "distill",
+    "distill": "distillation",
     "observe": "hf",
     "record": "hf",
     "save_gates": "hf",
     "set_policy": "hf",
 }
-_ROOMS = ("baselines", "testbed")
+_ROOMS = (
+    "baselines",
+    "blocks",
+    "cli",
+    "config",
+    "distillation",
+    "evaluate",
+    "files",
+    "gates",
+    "hf",
+    "ops",
+    "policies",
+    "tasks",
+    "testbed",
+)
 
 __all__ = [
     "BlockIndices",
@@ -92,17 +117,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """``seerattention.distill`` is a function although a subpackage of that name exists: importing the subpackage,
-    which binds it to its name here, must not hide the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "distill" and isinstance(value, ModuleType):
-            value = value.distill
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return sorted({*__all__, *_ROOMS})

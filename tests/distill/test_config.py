@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from seerattention.distill import DistillConfig, DistillHistory
+from seerattention.distillation import DistillConfig, DistillHistory
 
 
 @pytest.mark.parametrize(

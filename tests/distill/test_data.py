@@ -10,9 +10,9 @@ import pytest
 import torch
 import zstandard
 
-from seerattention.distill.batches import BatchWalk
-from seerattention.distill.data import PackedText, Position, tokenize_with
-from seerattention.distill.documents import open_documents
+from seerattention.distillation.batches import BatchWalk
+from seerattention.distillation.data import PackedText, Position, tokenize_with
+from seerattention.distillation.documents import open_documents
 
 from .tiny import tiny_tokenizer
 

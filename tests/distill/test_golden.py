@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load, load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seerattention.distill import DistillConfig
-from seerattention.distill.losses import kl_count, kl_sum
-from seerattention.distill.trainer import Trainer
+from seerattention.distillation import DistillConfig
+from seerattention.distillation.losses import kl_count, kl_sum
+from seerattention.distillation.trainer import Trainer
 from seerattention.hf import attach, dense, observe
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seerattention.distill import DistillConfig, distill
+from seerattention.distillation import DistillConfig, distill
 
 from .tiny import attached_llama, forget, gate_tensors, random_batches, topic_batches
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from seerattention.cli.distill import command as seer_distill
-from seerattention.distill.checkpoint import STATE_FILE, load_state
+from seerattention.distillation.checkpoint import STATE_FILE, load_state
 from seerattention.files import temporary_name
 
 from .tiny import tiny_llama, tiny_tokenizer, write_text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seerattention.blocks import causal_block_mask
-from seerattention.distill.losses import draw_rows, kl_count, kl_sum
+from seerattention.distillation.losses import draw_rows, kl_count, kl_sum
 
 
 def _case(batch=2, heads=3, blocks=5, seed=0):

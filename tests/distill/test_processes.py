@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from seerattention.distill import DistillConfig
-from seerattention.distill.run import distill
-from seerattention.distill.trainer import Trainer
+from seerattention.distillation import DistillConfig
+from seerattention.distillation.run import distill
+from seerattention.distillation.trainer import Trainer
 
 from .tiny import attached_llama, gate_tensors, random_batches
 

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from seerattention.distill import StepReport
-from seerattention.distill.progress import distill_progress
+from seerattention.distillation import StepReport
+from seerattention.distillation.progress import distill_progress
 
 
 def _show(terminal: bool, total: int | None) -> str:

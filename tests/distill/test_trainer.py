@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from seerattention.config import GateConfig, PrefillGateConfig
-from seerattention.distill import DistillationError, DistillConfig, checkpoint, distill
-from seerattention.distill.checkpoint import load_state, save_state
-from seerattention.distill.trainer import Trainer
+from seerattention.distillation import DistillationError, DistillConfig, checkpoint, distill
+from seerattention.distillation.checkpoint import load_state, save_state
+from seerattention.distillation.trainer import Trainer
 from seerattention.files import temporary_name
 from seerattention.hf import attach, dense, observe
 from seerattention.hf.recall import block_recall

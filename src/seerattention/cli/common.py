@@ -220,7 +220,7 @@ def book_tokens(
 
     texts: Iterator[str] | Sequence[str]
     if data is not None:
-        from ..distill.documents import open_documents
+        from ..distillation.documents import open_documents
 
         texts = open_documents(data, text_field=text_field)(0)
     elif model == _TESTBED:

@@ -40,7 +40,7 @@ def command(
     less on a GPU.
     """
     # A run this short leaves layers that "do not seem to learn"; the table of block recall says so better.
-    with errors(), log_level("seerattention.distill", logging.ERROR):
+    with errors(), log_level("seerattention.distillation", logging.ERROR):
         terminal = Terminal(as_json)
         chosen = resolve_device(device)
         terminal.say(f"loading the testbed model on {chosen}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import hf
 from ..baselines import Oracle
-from ..distill import DistillConfig, DistillHistory, StepReport, distill
+from ..distillation import DistillConfig, DistillHistory, StepReport, distill
 from ..evaluate.maps import HeadMap, Inspection, inspect_attention
 from ..evaluate.perplexity import PerplexityResult, cut_documents, evaluate_perplexity
 from ..evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_samples

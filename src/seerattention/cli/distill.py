@@ -15,8 +15,8 @@ from .common import Terminal, errors, load_model, resolve_device, token_count
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..distill import DistillConfig, DistillHistory
-    from ..distill.processes import Processes
+    from ..distillation import DistillConfig, DistillHistory
+    from ..distillation.processes import Processes
 
 __all__ = ["command"]
 
@@ -126,12 +126,12 @@ def _distill(
 
     from .. import hf
     from ..config import GateConfig
-    from ..distill import DistillationError, DistillConfig
-    from ..distill import distill as run_distillation
-    from ..distill.checkpoint import STATE_FILE
-    from ..distill.documents import open_documents
-    from ..distill.processes import Processes
-    from ..distill.progress import distill_progress
+    from ..distillation import DistillationError, DistillConfig
+    from ..distillation import distill as run_distillation
+    from ..distillation.checkpoint import STATE_FILE
+    from ..distillation.documents import open_documents
+    from ..distillation.processes import Processes
+    from ..distillation.progress import distill_progress
 
     # What can be wrong with the options is found before a model is loaded.
     config = DistillConfig(**settings)
@@ -176,7 +176,7 @@ def _text(job: _Job, documents: Any, tokenizer: Any, processes: Processes, *, re
     """Training batches, and the held-out ones: the first sequences of the text, which training leaves out."""
     from itertools import islice
 
-    from ..distill.data import PackedText, Position, tokenize_with
+    from ..distillation.data import PackedText, Position, tokenize_with
 
     tokenize = tokenize_with(tokenizer)
     common: dict[str, Any] = {"length": job.length, "document_tokens": job.document_tokens or None}

@@ -5,9 +5,12 @@ from .block_selection import dense_indices, select_threshold, select_topk, selec
 from .block_sparse_attention import block_sparse_attention
 from .indices import BlockIndices
 from .pooled_attention import pooled_attention, pooled_attention_decode
+from .span import Pages, Span
 
 __all__ = [
     "BlockIndices",
+    "Pages",
+    "Span",
     "block_pooling",
     "block_sparse_attention",
     "dense_indices",

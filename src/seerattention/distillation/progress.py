@@ -20,7 +20,7 @@ _SMOOTHING = 0.9
 
 @contextmanager
 def distill_progress(console: Console, what: str = "distilling gates") -> Iterator[Callable[[StepReport], None]]:
-    """Yields an ``on_step`` for :func:`~seerattention.distill.distill` that shows a bar on ``console``.
+    """Yields an ``on_step`` for :func:`~seerattention.distillation.distill` that shows a bar on ``console``.
 
     Where the console is no terminal, about ten plain lines are written instead.
     """

@@ -1,8 +1,9 @@
 """Self-distillation: gates learn to predict the attention map of the model that they are attached to."""
 
+from . import data, documents
 from .config import DistillConfig
 from .history import DistillHistory
 from .run import StepReport, distill
 from .trainer import DistillationError
 
-__all__ = ["DistillConfig", "DistillHistory", "DistillationError", "StepReport", "distill"]
+__all__ = ["DistillConfig", "DistillHistory", "DistillationError", "StepReport", "data", "distill", "documents"]

@@ -45,7 +45,7 @@ class PackedText:
     What is left at the end of a pass, less than a global batch, is dropped.
 
     Args:
-        documents: see :func:`~seerattention.distill.documents.open_documents`.
+        documents: see :func:`~seerattention.distillation.documents.open_documents`.
         tokenize: text -> token ids, see :func:`tokenize_with`.
         length: tokens a sequence.
         batch_size: sequences a batch and process.
