@@ -195,8 +195,13 @@ def ordered_lists(indices: Tensor, counts: Tensor, num_key_blocks: int, block_si
 
     Nobody checks that again. The tensors must be fresh: only this object may know them.
     """
-    blocks = BlockIndices(indices, counts, num_key_blocks, block_size)
-    object.__setattr__(blocks, "_order", True)
+    blocks = object.__new__(BlockIndices)  # without checks: this is called twice in every layer
+    put = object.__setattr__
+    put(blocks, "_indices", indices)
+    put(blocks, "_counts", counts)
+    put(blocks, "num_key_blocks", num_key_blocks)
+    put(blocks, "block_size", block_size)
+    put(blocks, "_order", True)
     return blocks
 
 
@@ -216,15 +221,31 @@ def is_ordered(blocks: BlockIndices) -> bool:
 def _lend(blocks: BlockIndices) -> None:
     """The tensors are about to be seen outside: from now on it is their versions that say whether they were changed.
 
-    Tensors made in inference mode have none, and in a trace nobody knows them: nothing is known of them any more.
+    Tensors made in inference mode have no versions, so what is handed out there is a copy that has. In a trace nobody
+    knows versions, and nothing is known of the lists any more.
     """
-    if blocks._order is True:
-        object.__setattr__(blocks, "_order", None if torch.compiler.is_compiling() else _versions(blocks))
+    if blocks._order is not True:
+        return
+    order: Any = None
+    if not torch.compiler.is_compiling():
+        for name in ("_indices", "_counts"):
+            tensor = getattr(blocks, name)
+            if tensor.is_inference():
+                object.__setattr__(blocks, name, _with_version(tensor))
+        order = _versions(blocks)
+    object.__setattr__(blocks, "_order", order)
 
 
-def _versions(blocks: BlockIndices) -> tuple[int, int] | None:
+def _versions(blocks: BlockIndices) -> tuple[int, int]:
     indices, counts = read_lists(blocks)
-    return None if indices.is_inference() or counts.is_inference() else (indices._version, counts._version)
+    return indices._version, counts._version
+
+
+def _with_version(x: Tensor) -> Tensor:
+    """A copy that is no tensor of inference mode; what is expanded stays so."""
+    with torch.inference_mode(False):
+        once = [slice(0, 1) if step == 0 else slice(None) for step in x.stride()]
+        return x[tuple(once)].clone().expand(x.shape)
 
 
 # -- lists from outside ------------------------------------------------------------------------------------------------
