@@ -22,8 +22,8 @@ from .reference import causal_softmax, dense_indices
 __all__ = ["causal_softmax", "dense_indices", "select_threshold", "select_topk", "select_topp"]
 
 IMPLEMENTATIONS = ("reference", "triton")
-# A Triton program holds a whole row in registers.
-MAX_TRITON_BLOCKS = 8192
+# A Triton program holds a whole row in registers, of at most 1024 threads: 2M tokens in blocks of 64.
+MAX_TRITON_BLOCKS = 1 << 15
 
 
 @torch.no_grad()
@@ -49,13 +49,14 @@ def select_threshold(
         last_blocks_dense: the last this many valid query blocks of each row read all causal blocks.
         softmax: what is given are logits, of which the causal softmax is to be taken first. The kernels take it on the
             way, so that probabilities need no memory; theirs may differ from torch's in the last bits.
-        implementation: ``"reference"``, ``"triton"`` or None (automatic).
+        implementation: ``"reference"``, ``"triton"`` (up to 32,768 key blocks) or None (automatic: the kernel on GPUs).
 
     Returns:
         BlockIndices with capacity Nk.
 
     Raises:
-        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``.
+        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``, more key blocks
+            than the kernel takes.
         TypeError: scores that are not floating point.
     """
     op = "select_threshold"
@@ -104,7 +105,8 @@ def select_topk(
         raise TypeError(f"{op}: keep must hold integers, got {keep.dtype}")
     if keep.shape not in ((num_rows,), (batch, num_rows)):
         raise ValueError(f"{op}: keep must be [{num_rows}] or [{batch}, {num_rows}], got {tuple(keep.shape)}")
-    longest = num_keys if capacity is None else min(num_keys, max(1, capacity))
+    # At least the diagonal, and with diagonal_extra another block, are on every list.
+    longest = num_keys if capacity is None else min(num_keys, max(1 + int(diagonal_extra), capacity))
     on_cpu = keep.device.type == "cpu"
     if capacity is None and on_cpu and keep.numel() and not torch.compiler.is_compiling():  # a trace has no values
         longest = min(num_keys, max(1, int(keep.max())) + int(diagonal_extra))
@@ -237,12 +239,10 @@ def _select_topp(
 def _choose(op: str, implementation: str | None, scores: Tensor) -> str:
     name = dispatch.choose_implementation(op, implementation, scores.device, names=IMPLEMENTATIONS)
     if name == "triton" and scores.shape[-1] > MAX_TRITON_BLOCKS:
-        if implementation == "triton":
-            raise ValueError(
-                f"{op}: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; "
-                "pass implementation=None or 'reference'"
-            )
-        return "reference"
+        raise ValueError(
+            f"{op}: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; use larger "
+            "blocks, or pass implementation='reference' if there is memory for some 30 bytes a score"
+        )
     return name
 
 
