@@ -328,8 +328,8 @@ def _raise_for_entry(indices: Tensor, counts: Tensor, num_key_blocks: int) -> No
             b, h, row, slot = wrong.nonzero()[0].tolist()
             row += rows.start
             raise ValueError(
-                f"BlockIndices: indices[{b}, {h}, {row}, {slot}] is {int(indices[b, h, row, slot])}, but the key blocks "
-                f"are 0 to {num_key_blocks - 1}; entries that are not to be read belong past counts[{b}, {h}, {row}]"
+                f"BlockIndices: indices[{b}, {h}, {row}, {slot}] is {int(indices[b, h, row, slot])}, but the key "
+                f"blocks are 0 to {num_key_blocks - 1}; what is not to be read belongs past counts[{b}, {h}, {row}]"
             )
 
 
