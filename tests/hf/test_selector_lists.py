@@ -1,4 +1,4 @@
-"""Lists of a selector in a model: order and repeats make no difference, the future is not seen, counts say what runs."""
+"""Lists of a selector in a model: order and repeats make no difference, and the future is not seen."""
 
 from __future__ import annotations
 

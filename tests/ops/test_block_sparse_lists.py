@@ -79,7 +79,7 @@ def test_flex(case):
     check_lists("cpu_flex", case, with_lse=False)
 
 
-# -- the same, of lists that were the package's own ---------------------------------------------------------------------
+# -- the same, of lists that were the package's own --------------------------------------------------------------------
 
 
 def backward(blocks):
@@ -211,7 +211,7 @@ def test_in_a_compiled_function():
     torch.testing.assert_close(expected, block_sparse_attention(q, k, v, everything), rtol=1e-5, atol=1e-5)
 
 
-# -- lists that no set can be made of -----------------------------------------------------------------------------------
+# -- lists that no set can be made of ----------------------------------------------------------------------------------
 
 
 def wrong_lists(place, value):
