@@ -129,9 +129,9 @@ def check_what_lists_say(case, device="cpu"):
     assert blocks.to_mask().tolist() == mask
     assert abs(blocks.density() - case.density()) < 1e-12
     checked = blocks.checked()
+    assert checked.checked() is checked
     indices, counts = checked.indices.tolist(), checked.counts.tolist()
     for b, one in enumerate(sets):
         for h, head in enumerate(one):
             for row, found in enumerate(head):
                 assert indices[b][h][row][: counts[b][h][row]] == sorted(found)
-    assert checked.checked() is checked

@@ -55,22 +55,6 @@ def causal_block_mask(
     return torch.arange(num_key_blocks, device=device)[None, :] <= rows[:, None]
 
 
-class _Lent:
-    """A tensor of :class:`BlockIndices`: who reads it may write into it, and that is remembered."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = f"_{name}"
-
-    def __get__(self, instance: BlockIndices | None, owner: type | None = None) -> Tensor:
-        if instance is None:
-            raise AttributeError(self.name)  # so that the dataclass takes it for a field without a default
-        _lend(instance)
-        return getattr(instance, self.name)
-
-    def __set__(self, instance: BlockIndices, value: Tensor) -> None:
-        object.__setattr__(instance, self.name, value)
-
-
 @dataclass(frozen=True)
 class BlockIndices:
     """Left-packed lists of key blocks, one list per (batch, head, query block). A list stands for a set.
@@ -94,8 +78,8 @@ class BlockIndices:
         TypeError: dtypes other than int32.
     """
 
-    indices: Tensor = _Lent()  # type: ignore[assignment]
-    counts: Tensor = _Lent()  # type: ignore[assignment]
+    indices: Tensor
+    counts: Tensor
     num_key_blocks: int
     block_size: int = 64
 
@@ -160,8 +144,8 @@ class BlockIndices:
         capture or in ``torch.compile``, where nothing can be looked at, entries that are no key block are dropped and
         counts cut to the capacity. Whoever uses lists of their own many times calls this once.
 
-        Writing into ``indices`` or ``counts`` is noticed as far as torch notices it (not through ``.data``, numpy or a
-        kernel of one's own).
+        Writing into ``indices`` or ``counts`` is noticed: on the CPU, lists are looked at again once somebody has got
+        hold of their tensors; elsewhere, as far as torch notices it (not through ``.data`` or a kernel of one's own).
 
         Raises:
             ValueError: an entry that is no key block, or a count outside of the capacity.
@@ -190,6 +174,27 @@ class BlockIndices:
 # -- what is known of lists --------------------------------------------------------------------------------------------
 
 
+class _Lent:
+    """A tensor of :class:`BlockIndices`: who reads it may write into it, and that is remembered."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: BlockIndices | None, owner: type | None = None) -> Tensor | _Lent:
+        if instance is None:
+            return self
+        _lend(instance)
+        return getattr(instance, self.name)
+
+    def __set__(self, instance: BlockIndices, value: Tensor) -> None:
+        object.__setattr__(instance, self.name, value)
+
+
+# Fields of the dataclass first, so that they are plain ones to it and to type checkers.
+for _field in ("indices", "counts"):
+    setattr(BlockIndices, _field, _Lent(_field))
+
+
 def ordered_lists(indices: Tensor, counts: Tensor, num_key_blocks: int, block_size: int) -> BlockIndices:
     """Lists that the package has made: ascending, each block once, causal, counts within the capacity.
 
@@ -215,25 +220,31 @@ def is_ordered(blocks: BlockIndices) -> bool:
     known = blocks._order
     if known is None or known is True:
         return known is True
-    return not torch.compiler.is_compiling() and known == _versions(blocks)
+    # Of what a recorded graph reads, somebody who has got hold of it may change the values before a replay.
+    return _values_are_visible(read_lists(blocks)[0]) and known == _versions(blocks)
 
 
 def _lend(blocks: BlockIndices) -> None:
     """The tensors are about to be seen outside: from now on it is their versions that say whether they were changed.
 
     Tensors made in inference mode have no versions, so what is handed out there is a copy that has. In a trace nobody
-    knows versions, and nothing is known of the lists any more.
+    knows versions, and where looking at lists costs little they are not relied on: nothing is known any more.
     """
     if blocks._order is not True:
         return
     order: Any = None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not _looking_costs_little(read_lists(blocks)[0]):
         for name in ("_indices", "_counts"):
             tensor = getattr(blocks, name)
             if tensor.is_inference():
                 object.__setattr__(blocks, name, _with_version(tensor))
         order = _versions(blocks)
     object.__setattr__(blocks, "_order", order)
+
+
+def _looking_costs_little(x: Tensor) -> bool:
+    """On the CPU: nothing is waited for, and it takes half a percent of the time of attention at most."""
+    return x.device.type == "cpu"
 
 
 def _versions(blocks: BlockIndices) -> tuple[int, int]:
