@@ -30,12 +30,12 @@ def block_sparse_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one query token a row, or a few, that reads only the key blocks on its list (arXiv 2506.08889).
 
-    Each token has a list of its own for each KV head, which the query heads of the group share. Query t of a row attends
-    to the keys of the listed blocks up to its own position. There is no backward. The number of programs follows from
-    shapes, nothing waits for the device, and the call can be captured in a CUDA graph.
+    Each token has a list of its own for each KV head, which the query heads of the group share. Query t of a row
+    attends to the keys of the listed blocks up to its own position. There is no backward. The number of programs
+    follows from shapes, nothing waits for the device, and the call can be captured in a CUDA graph.
 
     Args:
-        q: ``[B, Hq, Tq, D]``, float32, float16 or bfloat16, D at most 256. Any strides with a contiguous last dimension.
+        q: ``[B, Hq, Tq, D]``, float32, float16 or bfloat16, D at most 256, last dimension contiguous.
         k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv; with pages ``[pages, Hkv, page_size, D]``.
         v: like k.
         blocks: lists ``[B, Hkv, Tq, capacity]`` with blocks of 16, 32, 64 or 128 tokens, ``by_token``: a row of lists
@@ -47,8 +47,8 @@ def block_sparse_decode(
         implementation: None chooses; ``"reference"``, ``"triton"`` or ``"cpu"``.
 
     Returns:
-        ``out`` in shape and dtype of q; with ``return_lse`` also ``lse``, float32, q's shape without the last dimension,
-        natural logarithm. A query that sees no key, and a slot without a query, has output 0 and lse -inf.
+        ``out`` in shape and dtype of q; with ``return_lse`` also ``lse``, float32, q's shape without the last
+        dimension, natural logarithm. A query that sees no key, and a slot without a query, has output 0 and lse -inf.
 
     Raises:
         ValueError: shapes, devices, block size or scale that do not fit, or an implementation that cannot run here.
