@@ -164,6 +164,20 @@ def test_checked_lists_are_a_copy():
     assert given.to_mask().tolist() == [[[[True, False]]]]
 
 
+def test_lists_of_query_tokens():
+    """Their rows do not say which blocks are of the future: what is left out is what occurs twice."""
+    indices = torch.tensor([[[[3, 0, 3, 1], [2, 2, 0, 9], [9, 9, 9, 9]]]], dtype=torch.int32)
+    blocks = BlockIndices(indices, torch.tensor([[[4, 2, 0]]], dtype=torch.int32), 4, by_token=True)
+    checked = blocks.checked()
+    assert checked.by_token
+    assert checked.to_mask().tolist() == blocks.to_mask().tolist() == [[[[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]]]
+    assert checked.density() == blocks.density() == 4 / 12
+    assert checked.counts.tolist() == [[[3, 1, 0]]]
+    q, k, v = make_qkv(3 * 64, 4 * 64, heads=1, kv_heads=1)
+    with pytest.raises(ValueError, match="lists must be of query blocks, got lists of query tokens"):
+        block_sparse_attention(q, k, v, blocks)
+
+
 def test_no_lists_at_all():
     none = BlockIndices(torch.zeros(1, 2, 0, 3, dtype=torch.int32), torch.zeros(1, 2, 0, dtype=torch.int32), 4)
     assert none.density() == 1.0

@@ -103,7 +103,7 @@ def test_every_allocation_names_its_dtype():
                 and isinstance(node.func.value, ast.Name)
                 and node.func.value.id == "torch"
                 and node.func.attr in MAKERS
-                and "dtype" not in {keyword.arg for keyword in node.keywords}
+                and not {"dtype", None} & {keyword.arg for keyword in node.keywords}  # None: ``**options``
             ):
                 missing.append(f"{path.name}:{node.lineno}")
     assert not missing

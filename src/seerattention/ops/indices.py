@@ -68,6 +68,7 @@ class BlockIndices:
         counts: int32 ``[B, H, Nq]``, the number of valid entries of each list; 0 is allowed (such a row's output is 0).
         num_key_blocks: Nk, the number of key blocks that the lists index.
         block_size: tokens a block.
+        by_token: rows are query tokens, not query blocks: lists of decoding.
 
     ``H`` is the number of query heads, or of KV heads when a whole group of query heads shares a list.
     Query blocks are the last ``Nq`` of the ``Nk`` key blocks.
@@ -82,6 +83,7 @@ class BlockIndices:
     counts: Tensor
     num_key_blocks: int
     block_size: int = 64
+    by_token: bool = False
 
     # What is known of the order of the lists. None: nothing. True: they are the package's own (``ordered_lists``) and
     # nobody outside has seen their tensors. Two numbers: they were, when the tensors had these versions.
@@ -96,7 +98,7 @@ class BlockIndices:
             )
         if indices.dtype != torch.int32 or counts.dtype != torch.int32:
             raise TypeError(f"indices and counts must be int32, got {indices.dtype} and {counts.dtype}")
-        if self.num_rows > self.num_key_blocks:
+        if not self.by_token and self.num_rows > self.num_key_blocks:
             raise ValueError(f"got {self.num_rows} query blocks but only {self.num_key_blocks} key blocks")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,8 +135,9 @@ class BlockIndices:
         """
         indices, counts = read_lists(self)
         if not is_ordered(self) and _values_are_visible(indices):
-            _examine(indices, counts, self.num_key_blocks)
-        return _causal_set(indices, counts, self.first_row, self.num_key_blocks)
+            _examine(indices, counts, self.num_key_blocks, self.by_token)
+        seen = _last_seen(slice(0, self.num_rows), counts, self.num_key_blocks, self.by_token)
+        return _causal_set(indices, counts, seen, self.num_key_blocks)
 
     def checked(self) -> BlockIndices:
         """The same sets in lists that ascend, hold each block once, and causal blocks only.
@@ -153,21 +156,23 @@ class BlockIndices:
         if is_ordered(self):
             return self
         given = read_lists(self)
-        indices, counts = clean_lists(*given, self.num_key_blocks)
+        indices, counts = clean_lists(*given, self.num_key_blocks, self.by_token)
         if indices is given[0]:  # whose owner may write into it
             indices, counts = indices.clone(), counts.clone()
-        return ordered_lists(indices, counts, self.num_key_blocks, self.block_size)
+        return ordered_lists(indices, counts, self.num_key_blocks, self.block_size, self.by_token)
 
     def density(self) -> float:
         """Causal blocks on the lists over causal blocks, over all batch rows and heads (synchronises the device).
 
-        1.0 where there is no list. Raises as :meth:`checked` does.
+        Lists of query tokens do not know their positions: all Nk blocks count as causal there. 1.0 where there is no
+        list. Raises as :meth:`checked` does.
         """
         counts = read_lists(self)[1]
         batch, heads, rows = counts.shape
-        causal = batch * heads * sum(range(self.first_row + 1, self.first_row + rows + 1))
+        seen = [self.num_key_blocks] * rows if self.by_token else range(self.first_row + 1, self.num_key_blocks + 1)
+        causal = batch * heads * sum(seen)
         if not is_ordered(self):
-            counts = clean_lists(*read_lists(self), self.num_key_blocks)[1]
+            counts = clean_lists(*read_lists(self), self.num_key_blocks, self.by_token)[1]
         return int(counts.sum(dtype=torch.int64)) / causal if causal else 1.0
 
 
@@ -195,7 +200,9 @@ for _field in ("indices", "counts"):
     setattr(BlockIndices, _field, _Lent(_field))
 
 
-def ordered_lists(indices: Tensor, counts: Tensor, num_key_blocks: int, block_size: int) -> BlockIndices:
+def ordered_lists(
+    indices: Tensor, counts: Tensor, num_key_blocks: int, block_size: int, by_token: bool = False
+) -> BlockIndices:
     """Lists that the package has made: ascending, each block once, causal, counts within the capacity.
 
     Nobody checks that again. The tensors must be fresh: only this object may know them.
@@ -206,6 +213,7 @@ def ordered_lists(indices: Tensor, counts: Tensor, num_key_blocks: int, block_si
     put(blocks, "_counts", counts)
     put(blocks, "num_key_blocks", num_key_blocks)
     put(blocks, "block_size", block_size)
+    put(blocks, "by_token", by_token)
     put(blocks, "_order", True)
     return blocks
 
@@ -263,12 +271,12 @@ def _with_version(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clean_lists(indices: Tensor, counts: Tensor, num_key_blocks: int) -> tuple[Tensor, Tensor]:
+def clean_lists(indices: Tensor, counts: Tensor, num_key_blocks: int, by_token: bool = False) -> tuple[Tensor, Tensor]:
     """Lists of the same causal blocks, ascending and each block once; those given, where they are so already.
 
     Args:
-        indices, counts: as of :class:`BlockIndices`.
-        num_key_blocks: Nk.
+        indices, counts, num_key_blocks, by_token: as of :class:`BlockIndices`. Rows that are query tokens keep blocks
+            of the future: which these are only the op knows.
 
     Returns:
         int32 ``[B, H, Nq, capacity]``, the capacity at most Nk where lists had to be made, and int32 ``[B, H, Nq]``.
@@ -277,13 +285,14 @@ def clean_lists(indices: Tensor, counts: Tensor, num_key_blocks: int) -> tuple[T
         ValueError: an entry that is no key block, or a count outside of the capacity; not under a CUDA graph capture
             or in a trace, where such entries are dropped and such counts cut.
     """
-    if _values_are_visible(indices) and _examine(indices, counts, num_key_blocks):
+    if _values_are_visible(indices) and _examine(indices, counts, num_key_blocks, by_token):
         return indices, counts
     width = min(indices.shape[-1], num_key_blocks)
     clean = indices.new_empty(*counts.shape, width)
     clean_counts = counts.new_empty(counts.shape)
-    for rows, query in _chunks(counts, num_key_blocks, max(num_key_blocks, indices.shape[-1])):
-        mask = _causal_set(indices[:, :, rows], counts[:, :, rows], query, num_key_blocks)
+    for rows in _chunks(counts, max(num_key_blocks, indices.shape[-1])):
+        seen = _last_seen(rows, counts, num_key_blocks, by_token)
+        mask = _causal_set(indices[:, :, rows], counts[:, :, rows], seen, num_key_blocks)
         clean[:, :, rows], clean_counts[:, :, rows] = _pack(mask, width)
     return clean, clean_counts
 
@@ -295,26 +304,34 @@ def _values_are_visible(x: Tensor) -> bool:
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def _chunks(counts: Tensor, num_key_blocks: int, width: int) -> Iterator[tuple[slice, int]]:
-    """Rows to look at together, of ``width`` entries in each list, and the query block of the first of them."""
+def _chunks(counts: Tensor, width: int) -> Iterator[slice]:
+    """Rows to look at together, of ``width`` entries in each list."""
     batch, heads, rows = counts.shape
     step = max(1, CHUNK_ENTRIES // max(1, batch * heads * width))
     for start in range(0, rows, step):
-        yield slice(start, start + step), num_key_blocks - rows + start
+        yield slice(start, min(start + step, rows))
 
 
-def _examine(indices: Tensor, counts: Tensor, num_key_blocks: int) -> bool:
+def _last_seen(rows: slice, counts: Tensor, num_key_blocks: int, by_token: bool) -> Tensor:
+    """The last key block that these rows may see, ``[rows, 1]``: their own, or any block of a query token."""
+    if by_token:
+        return torch.full((rows.stop - rows.start, 1), num_key_blocks - 1, dtype=torch.int64, device=counts.device)
+    first = num_key_blocks - counts.shape[2]
+    return torch.arange(first + rows.start, first + rows.stop, device=counts.device)[:, None]
+
+
+def _examine(indices: Tensor, counts: Tensor, num_key_blocks: int, by_token: bool) -> bool:
     """Whether lists are as :func:`ordered_lists` says. Waits for the device; raises ValueError where none can be."""
     capacity = indices.shape[-1]
     slots = torch.arange(capacity, device=indices.device)
     found = torch.zeros(3, dtype=torch.bool, device=indices.device)
     found[0] = ((counts < 0) | (counts > capacity)).any()
-    for rows, query in _chunks(counts, num_key_blocks, capacity):
+    for rows in _chunks(counts, capacity):
         entries, listed = indices[:, :, rows], slots < counts[:, :, rows, None]
-        queries = torch.arange(query, query + entries.shape[2], device=indices.device)[:, None]
+        future = entries > _last_seen(rows, counts, num_key_blocks, by_token)
         unordered = (entries[..., 1:] <= entries[..., :-1]) & listed[..., 1:]
         found[1] |= (listed & _no_block(entries, num_key_blocks)).any()
-        found[2] |= (listed & (entries > queries)).any() | unordered.any()
+        found[2] |= (listed & future).any() | unordered.any()
     count_is_wrong, entry_is_wrong, out_of_order = found.tolist()
     if count_is_wrong:
         b, h, row = ((counts < 0) | (counts > capacity)).nonzero()[0].tolist()
@@ -333,7 +350,7 @@ def _no_block(entries: Tensor, num_key_blocks: int) -> Tensor:
 
 def _raise_for_entry(indices: Tensor, counts: Tensor, num_key_blocks: int) -> None:
     slots = torch.arange(indices.shape[-1], device=indices.device)
-    for rows, _ in _chunks(counts, num_key_blocks, indices.shape[-1]):
+    for rows in _chunks(counts, indices.shape[-1]):
         wrong = (slots < counts[:, :, rows, None]) & _no_block(indices[:, :, rows], num_key_blocks)
         if bool(wrong.any()):
             b, h, row, slot = wrong.nonzero()[0].tolist()
@@ -344,11 +361,10 @@ def _raise_for_entry(indices: Tensor, counts: Tensor, num_key_blocks: int) -> No
             )
 
 
-def _causal_set(indices: Tensor, counts: Tensor, first_query: int, num_key_blocks: int) -> Tensor:
-    """Bool ``[B, H, rows, Nk]``: the causal blocks on the lists of query blocks from ``first_query`` on."""
+def _causal_set(indices: Tensor, counts: Tensor, last_seen: Tensor, num_key_blocks: int) -> Tensor:
+    """Bool ``[B, H, rows, Nk]``: the blocks on the lists that are not after ``last_seen [rows, 1]``."""
     slots = torch.arange(indices.shape[-1], device=indices.device)
-    queries = torch.arange(first_query, first_query + indices.shape[2], device=indices.device)[:, None]
-    listed = (slots < counts[..., None]) & (indices >= 0) & (indices <= queries)
+    listed = (slots < counts[..., None]) & (indices >= 0) & (indices <= last_seen)
     # What is not listed goes to one spare place, which is cut off.
     place = torch.where(listed, indices, num_key_blocks).long()
     mask = torch.zeros((*counts.shape, num_key_blocks + 1), dtype=torch.bool, device=indices.device)

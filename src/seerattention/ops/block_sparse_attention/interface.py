@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -101,7 +100,7 @@ def _block_sparse_attention(
     if not ordered:
         blocks = ordered_lists(*clean_lists(indices, counts, num_key_blocks), num_key_blocks, block_size)
     lse: Tensor | None = None
-    with torch.no_grad(), _without_autocast(q.device.type):
+    with torch.no_grad(), dispatch.without_autocast(q.device.type):
         if 0 in q.shape:
             out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         elif name == "triton":
@@ -159,13 +158,6 @@ def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str 
     return None
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast would round the float32 products inside the implementations."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> None:
     dispatch.check_query_key(OP, q, k)
     dispatch.check_floating(OP, q=q, v=v)
@@ -179,6 +171,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float |
         raise ValueError(f"{OP}: scale must be positive and finite or None, got {scale}")
     if not isinstance(blocks, BlockIndices):
         raise TypeError(f"{OP}: blocks must be BlockIndices, got {type(blocks).__name__}; see BlockIndices.from_mask")
+    if blocks.by_token:
+        raise ValueError(f"{OP}: lists must be of query blocks, got lists of query tokens; see block_sparse_decode")
     dispatch.check_block_size(OP, blocks.block_size)
     indices, counts = read_lists(blocks)
     if indices.device != q.device or counts.device != q.device:
