@@ -82,7 +82,7 @@ def calls(implementation, dtype):
 def test_results_do_not_depend_on_the_default_dtype(implementation, another_default):
     if implementation == "triton" and not (dispatch.triton_importable() and dispatch.triton_interpreted()):
         pytest.skip("needs triton and TRITON_INTERPRET=1")
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16)[: 1 if implementation == "triton" else 2]:  # interpreted, it takes long
         for name, call in calls(implementation, dtype).items():
             torch.set_default_dtype(torch.float32)
             expected = flat(call())
