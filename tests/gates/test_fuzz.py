@@ -331,5 +331,5 @@ def test_an_unknown_sparsity_method_is_refused(tmp_path):
     write_published(tmp_path / "gate")
     path = tmp_path / "gate" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "seerattn_sparsity_method": "magic"}))
-    with pytest.raises(DamagedFileError, match="seerattn_sparsity_method must be one of .*, got 'magic'"):
+    with pytest.raises(DamagedFileError, match=r"seerattn_sparsity_method must be one of .*, got 'magic'"):
         load_gates(tmp_path / "gate", CONFIG)
