@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..blocks import BlockIndices, content_bounds, num_blocks
 from ..gates import BlockGate
 from ..hf.contexts import dense, observe
-from ..hf.recall import run_prompt
+from ..hf.prompts import run_prompt
 from ..hf.state import LayerInputs
 from ..hf.state import gates as attached_gates
 from ..ops import pooled_attention
