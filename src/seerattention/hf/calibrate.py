@@ -93,7 +93,7 @@ def calibrate(
     if state.selector is not None or not any(True for _ in gated_layers(state)):
         raise ValueError("calibrate needs a model attached with gates and without a selector")
     prompts = [
-        check_batch(model, {"input_ids": batch} if isinstance(batch, Tensor) else batch)  # before any work
+        check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model)  # before any work
         for batch in batches
     ]
     if not prompts:

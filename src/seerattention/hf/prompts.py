@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import find_decoder
+from .state import state_of
 
-__all__ = ["check_batch", "input_device", "last_hidden_states", "module_device", "run_prompt"]
+__all__ = ["check_batch", "input_device", "last_hidden_states", "module_device", "place_gates", "run_prompt"]
 
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids")
 _INTEGERS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Labels change no attention, so a batch of a training set may carry them; they are never passed on.
@@ -37,14 +39,14 @@ _DECIDED_HERE = (
 )
 
 
-def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def check_batch(batch: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
     """The arguments of a model's forward that a batch holds, or an error that says what is wrong with it.
 
     Args:
-        model: whatever the batch is to run through.
         batch: ``"input_ids"`` int64 or int32 ``[B, T]``; optionally ``"attention_mask"``, bool or integers 0 and 1
             ``[B, T]``, and anything else that the model's forward takes by name (``position_ids``, ``pixel_values``).
             ``labels`` and values that are None are left out: no attention depends on them.
+        model: whatever the batch is to run through; None: which keys it takes is not checked.
 
     Raises:
         TypeError: the batch is no mapping with ``input_ids``, or a value is no tensor of the right dtype.
@@ -55,34 +57,31 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         found = f"one with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(f'a batch must be a mapping with "input_ids" [B, T], got {found}')
     given = {name: value for name, value in batch.items() if value is not None and name not in _LEFT_OUT}
+    if "input_ids" not in given:
+        raise TypeError('a batch must be a mapping with "input_ids" [B, T], got None under it')
     decided = sorted(set(given) & set(_DECIDED_HERE))
     if decided:
         raise ValueError(
             f"a batch must not hold {', '.join(decided)}: prompts are read whole, from input_ids and without a cache; "
             "leave it out"
         )
-    if "input_ids" not in given:
-        raise TypeError('a batch must be a mapping with "input_ids" [B, T], got None under it')
     for name, value in given.items():
-        per_token = name in ("input_ids", "attention_mask", "position_ids")
+        per_token = name in _PER_TOKEN
         if not isinstance(value, Tensor) and (per_token or hasattr(value, "__array__")):
             raise TypeError(
                 f"{name} must be a torch tensor{' [B, T]' if per_token else ''}, got {type(value).__name__}; convert "
                 "it with torch.as_tensor (data sets: dataset.with_format('torch'))"
             )
-    ids = given["input_ids"]
-    _check_ids(ids)
-    if "attention_mask" in given:
-        _check_mask(given["attention_mask"], ids)
-    if "position_ids" in given:
-        _check_positions(given["position_ids"], ids)
-    chain = _forwards(model)
-    unknown = [name for name in given if name != "input_ids" and not _takes(chain, name)]
-    if unknown:
-        raise ValueError(
-            f"the forward of this {type(model).__name__} does not take {', '.join(sorted(map(str, unknown)))}, which "
-            "the batch holds; remove it from the batch"
-        )
+    _check_shapes(given)
+    _check_dtypes(given)
+    if model is not None:
+        chain = _forwards(model)
+        unknown = sorted(str(name) for name in given if name != "input_ids" and not _takes(chain, name))
+        if unknown:
+            raise ValueError(
+                f"the forward of this {type(model).__name__} does not take {', '.join(unknown)}, which the batch "
+                "holds; remove it from the batch"
+            )
     return given
 
 
@@ -102,7 +101,7 @@ def run_prompt(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     Raises:
         TypeError, ValueError: see :func:`check_batch`.
     """
-    arguments = check_batch(model, batch)
+    arguments = check_batch(batch, model)
     device = input_device(model)
     arguments = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -166,6 +165,12 @@ def module_device(module: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in module.parameters() if not parameter.is_meta), None)
 
 
+def place_gates(model: nn.Module) -> None:
+    """Move the gates of an attached model to where their layers compute, offloaded layers (on meta) included."""
+    for layer in state_of(model).layers:
+        layer.place_gate(module_device(layer.attention))
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards each module is in the mode in which it was, which need not be that of all."""
@@ -179,31 +184,34 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check_ids(ids: Tensor) -> None:
-    if ids.dtype not in _INTEGERS:
-        raise TypeError(f"input_ids must be int64 or int32, got {ids.dtype}; convert them with .long()")
-    if ids.dim() == 1:
-        raise ValueError(f"input_ids must be [B, T], got {tuple(ids.shape)}; a single prompt is input_ids[None]")
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise ValueError(f"input_ids must be [B, T] and not empty, got {tuple(ids.shape)}")
+def _check_shapes(given: Mapping[str, Any]) -> None:
+    shape = tuple(given["input_ids"].shape)
+    if len(shape) == 1:
+        raise ValueError(f"input_ids must be [B, T], got {shape}; a single prompt is input_ids[None]")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"input_ids must be [B, T] and not empty, got {shape}")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask must be {shape} like input_ids, got {tuple(mask.shape)}")
+    if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
+        raise ValueError(
+            f"position_ids must be {shape} like input_ids, or one row for all, got {tuple(positions.shape)}"
+        )
 
 
-def _check_mask(mask: Tensor, ids: Tensor) -> None:
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}")
+def _check_dtypes(given: Mapping[str, Any]) -> None:
+    for name in ("input_ids", "position_ids"):
+        if name in given and given[name].dtype not in _INTEGERS:
+            raise TypeError(f"{name} must be int64 or int32, got {given[name].dtype}; convert them with .long()")
+    mask = given.get("attention_mask")
+    if mask is None:
+        return
     if mask.dtype not in _MASKS:
         raise TypeError(f"attention_mask must be bool or integers 0 and 1, got {mask.dtype}; convert it with .bool()")
-    if not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got other numbers")
-
-
-def _check_positions(positions: Tensor, ids: Tensor) -> None:
-    if positions.dtype not in _INTEGERS:
-        raise TypeError(f"position_ids must be int64 or int32, got {positions.dtype}; convert them with .long()")
-    if positions.dim() != 2 or positions.shape[1] != ids.shape[1] or positions.shape[0] not in (1, ids.shape[0]):
-        raise ValueError(
-            f"position_ids must be {tuple(ids.shape)} like input_ids, or one row for all, got {tuple(positions.shape)}"
-        )
+    if not bool(mask.any(-1).all()):
+        raise ValueError("attention_mask has a row without any token; leave such rows out of the batch")
 
 
 def _forwards(model: nn.Module) -> list[Mapping[str, inspect.Parameter]]:
