@@ -8,8 +8,17 @@ import torch
 import transformers
 
 import seerattention as seer
-from seerattention.hf.prompts import check_batch, input_device, last_hidden_states, run_prompt
+from seerattention.hf.prompts import (
+    check_batch,
+    input_device,
+    last_hidden_states,
+    module_device,
+    place_gates,
+    run_prompt,
+)
 from seerattention.hf.recall import block_recall
+from seerattention.hf.state import LayerState
+from seerattention.ops import pooled_attention
 
 VOCABULARY = 128
 TEXT = {
@@ -197,9 +206,26 @@ def test_prompt_tuning_is_part_of_what_is_measured():
         seer.calibrate(model, [IDS], density=0.6)
         block_recall(model, [{"input_ids": IDS}])
     assert set(seen) == {240}
-    padded = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    padded["attention_mask"][:, 150:] = 0
-    assert 0 < distil(model, padded)[0] < 10
+
+
+@pytest.mark.parametrize("content", [200, 150])
+def test_prompt_tuning_is_distilled_on_all_rows(content):
+    """Virtual tokens are rows and keys like others: 40 + 200 tokens are 8 blocks of 32, the last one half full."""
+    model, expected = gated(prompt_tuned()), []
+    batch = {"input_ids": IDS, "attention_mask": (torch.arange(200) < content).long()[None]}
+    rows = -(-(40 + content) // 32)
+
+    def measure(inputs, blocks):
+        target = pooled_attention(inputs.q, inputs.k, block_size=32, scale=inputs.scale, lengths=inputs.lengths)
+        log_q = inputs.gate_logits().log_softmax(-1)
+        kl = torch.where(target > 0, target * (target.clamp(min=1e-30).log() - log_q), torch.zeros(())).sum(-1)
+        expected.append(kl[:, :, :rows].mean().item())
+
+    with torch.no_grad(), seer.dense(model), seer.observe(model, measure):
+        model(**batch)
+    history = seer.distill(model, [batch], seer.DistillConfig(skip_rows=0.0))
+    assert [losses[0] for losses in history.loss_per_layer.values()] == pytest.approx(expected, rel=1e-4)
+    assert history.tokens == content
 
 
 def test_the_mode_of_each_module_is_put_back():
@@ -220,6 +246,22 @@ def test_offloaded_models(use):
     assert input_device(offloaded) == torch.device("cpu")
     batch = {"input_ids": IDS}
     assert USES[use](gated(offloaded), batch) == USES[use](gated(plain), batch)
+
+
+def test_gates_go_where_offloaded_layers_compute(monkeypatch):
+    """Before they are copied for training: outside of a forward such layers have no device of their own."""
+    model = gated(accelerate.cpu_offload(llama(), execution_device="cpu"))
+    placed = []
+    monkeypatch.setattr(LayerState, "place_gate", lambda layer, device: placed.append((layer.index, device)))
+    for device, expected in ((1, "cuda:1"), ("cuda:2", "cuda:2"), (torch.device("cpu"), "cpu")):
+        for part in model.model.layers[1].modules():
+            if hasattr(part, "_hf_hook"):
+                part._hf_hook.execution_device = device
+        placed.clear()
+        place_gates(model)
+        assert placed == [(0, torch.device("cpu")), (1, torch.device(expected))]
+    assert module_device(torch.nn.Linear(2, 2)) == torch.device("cpu")
+    assert module_device(torch.nn.Linear(2, 2, device="meta")) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
