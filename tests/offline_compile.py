@@ -9,6 +9,7 @@ TRITON_INTERPRET unset, as in `tests/ops/test_offline_compile.py`. By hand, with
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -29,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from seerattention.ops import dispatch
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.pooled_attention.arguments import Wanted
+from seerattention.ops.span import Pages, Span
 
 OPS = "seerattention.ops"
 TARGETS = {
@@ -127,6 +129,28 @@ def block_sparse_attention(module, target):
             "128 64 in parts",
             lambda: module.block_sparse_attention_triton(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
         )
+
+
+def block_sparse_decode(module, target):
+    """A step on padded rows and one on pages, in parts and whole; then what puts parts together."""
+    kept = module.num_parts, module.merge_decode_parts_kernel
+    module.merge_decode_parts_kernel = collections.defaultdict(lambda: lambda *args, **options: None)
+    cases = [(128, 4, torch.bfloat16, 1, 0), (64, 8, torch.float16, 2, 128)]
+    if target == "sm_90":
+        cases += [(256, 1, torch.bfloat16, 2, 0), (64, 7, torch.float32, 1, 64), (128, 4, torch.bfloat16, 2, 64)]
+    ones = torch.ones(1, dtype=torch.int32)
+    for head_dim, group, dtype, parts, page in cases:
+        q = torch.zeros(1, group * 2, 1, head_dim, dtype=dtype)
+        k = torch.zeros(1, 2, page or 128, head_dim, dtype=dtype)
+        pages = Pages(torch.zeros(1, 4, dtype=torch.int32), page) if page else None
+        span = Span.of_rows(1, 128, start=ones, length=ones, pages=pages) if page else Span(1, 1, 128)
+        indices, counts = torch.zeros(1, 2, 1, 2, dtype=torch.int32), torch.zeros(1, 2, 1, dtype=torch.int32)
+        module.num_parts = lambda *_, parts=parts: parts
+        yield (
+            f"{head_dim} {group} {dtype} parts={parts} page={page}",
+            functools.partial(module.block_sparse_decode_triton, q, k, k, indices, counts, 64, span, 0.1),
+        )
+    module.num_parts, module.merge_decode_parts_kernel = kept
 
 
 def merge_parts(module, target):
@@ -264,6 +288,7 @@ EVERYWHERE = ["sm_80", "sm_90", "gfx942"]
 JOBS = {
     "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
     "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", EVERYWHERE),
+    "block_sparse_decode": (block_sparse_decode, "block_sparse_decode.triton", EVERYWHERE),
     "merge_parts": (merge_parts, "block_sparse_attention.triton_parts", EVERYWHERE),
     "pooled_attention": (pooled_attention, "pooled_attention.triton", EVERYWHERE),
     "pooled_attention_decode": (pooled_attention_decode, "pooled_attention.triton_decode", EVERYWHERE),

@@ -79,6 +79,7 @@ def test_all_kernels_compile(report):
         "pooled_attention_decode",
         "block_pooling",
         "block_selection",
+        "block_sparse_decode",
         "gate_scores",
     }
     assert targets == {(op, target) for op in ops for target in ("sm_80", "sm_90", "gfx942")} | {

@@ -3,13 +3,18 @@
 from .block_pooling import block_pooling
 from .block_selection import dense_indices, select_threshold, select_topk, select_topp
 from .block_sparse_attention import block_sparse_attention
+from .block_sparse_decode import block_sparse_decode
 from .indices import BlockIndices
 from .pooled_attention import pooled_attention, pooled_attention_decode
+from .span import Pages, Span
 
 __all__ = [
     "BlockIndices",
+    "Pages",
+    "Span",
     "block_pooling",
     "block_sparse_attention",
+    "block_sparse_decode",
     "dense_indices",
     "pooled_attention",
     "pooled_attention_decode",

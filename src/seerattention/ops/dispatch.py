@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -172,6 +173,13 @@ def choose_implementation(
                 "the first call to run it in Triton's interpreter, or pass implementation=None"
             )
     return implementation
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast would round the float32 products inside the implementations."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def tracing() -> bool:

@@ -55,6 +55,7 @@ class BlockIndices:
         counts: int32 ``[B, H, Nq]``, the number of valid entries of each list; 0 is allowed (such a row's output is 0).
         num_key_blocks: Nk, the number of key blocks that the lists index.
         block_size: tokens a block.
+        by_token: rows are query tokens, not query blocks: lists of decoding.
 
     ``H`` is the number of query heads, or of KV heads when a whole group of query heads shares a list.
     Query blocks are the last ``Nq`` of the ``Nk`` key blocks.
@@ -64,6 +65,7 @@ class BlockIndices:
     counts: Tensor
     num_key_blocks: int
     block_size: int = 64
+    by_token: bool = False
 
     def __post_init__(self) -> None:
         if self.indices.dim() != 4 or self.counts.shape != self.indices.shape[:3]:
@@ -73,7 +75,7 @@ class BlockIndices:
             )
         if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
             raise TypeError(f"indices and counts must be int32, got {self.indices.dtype} and {self.counts.dtype}")
-        if self.num_rows > self.num_key_blocks:
+        if not self.by_token and self.num_rows > self.num_key_blocks:
             raise ValueError(f"got {self.num_rows} query blocks but only {self.num_key_blocks} key blocks")
 
     @property

@@ -1,0 +1,157 @@
+"""Checks and dispatch of block-sparse decoding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..indices import BlockIndices
+from ..span import Pages, Span
+from .cpu import block_sparse_decode_cpu
+from .reference import block_sparse_decode_reference
+
+OP = "block_sparse_decode"
+IMPLEMENTATIONS = ("reference", "triton", "cpu")
+
+
+def block_sparse_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockIndices,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    span: Span | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of one query token a row, or a few, that reads only the key blocks on its list (arXiv 2506.08889).
+
+    Each token has a list of its own for each KV head, which the query heads of the group share. Query t of a row
+    attends to the keys of the listed blocks up to its own position. There is no backward. The number of programs
+    follows from shapes, nothing waits for the device, and the call can be captured in a CUDA graph.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``, float32, float16 or bfloat16, D at most 256, last dimension contiguous.
+        k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv; with pages ``[pages, Hkv, page_size, D]``.
+        v: like k.
+        blocks: lists ``[B, Hkv, Tq, capacity]`` with blocks of 16, 32, 64 or 128 tokens, ``by_token``: a row of lists
+            is a query token. In any order, without repeats; what lies behind a token's own block counts for nothing.
+        scale: positive softmax scale; None is ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        span: which positions the queries and keys are, and in which slots or pages they lie (cached batches with
+            padding, packed rows, static caches); None: the last Tq of Tk in every row.
+        implementation: None chooses; ``"reference"``, ``"triton"`` or ``"cpu"``.
+
+    Returns:
+        ``out`` in shape and dtype of q; with ``return_lse`` also ``lse``, float32, q's shape without the last
+        dimension, natural logarithm. A query that sees no key, and a slot without a query, has output 0 and lse -inf.
+
+    Raises:
+        ValueError: shapes, devices, block size or scale that do not fit, or an implementation that cannot run here.
+        TypeError: dtypes that differ or are not supported.
+        NotImplementedError: an input requires grad while grad mode is on.
+    """
+    span = _check(q, k, v, blocks, scale, span)
+    scale = dispatch.default_scale(q.shape[-1], scale)
+    pages = span.pages
+    out, lse = _block_sparse_decode(
+        q,
+        k,
+        v,
+        blocks.indices,
+        blocks.counts,
+        blocks.block_size,
+        span.queries,
+        span.keys,
+        span.table,
+        span.packed,
+        None if pages is None else pages.table,
+        0 if pages is None else pages.page_size,
+        scale,
+        implementation,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _fake(q: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@dispatch.custom_op(_fake)
+def _block_sparse_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int,
+    queries: int,
+    keys: int,
+    table: Tensor | None,
+    packed: bool,
+    page_table: Tensor | None,
+    page_size: int,
+    scale: float,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose an implementation and run it."""
+    pages = None if page_table is None else Pages(page_table, page_size)
+    span = Span(counts.shape[0], queries, keys, table, packed, pages)
+    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
+    if name == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"{OP}: implementation='cpu' needs CPU tensors, got {q.device.type}")
+    with torch.no_grad(), dispatch.without_autocast(q.device.type):
+        if 0 in q.shape or keys == 0:
+            return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+        if name == "triton":
+            from .triton import block_sparse_decode_triton  # imported late: triton is an optional dependency
+
+            return block_sparse_decode_triton(q, k, v, indices, counts, block_size, span, scale)
+        function = block_sparse_decode_cpu if name == "cpu" else block_sparse_decode_reference
+        return function(q, k, v, indices, counts, block_size, span, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None, span: Span | None) -> Span:
+    """Check the arguments; returns the span, the default one where none was given."""
+    dispatch.check_floating(OP, q=q, k=k, v=v)
+    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
+        raise ValueError(
+            f"{OP}: q, k and v must be [B, H, T, D], k and v of one shape, got {tuple(q.shape)}, {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{OP}: {q.shape[1]} query heads of {q.shape[3]} channels do not fit {k.shape[1]} KV heads of {k.shape[3]}"
+        )
+    if not 0 < q.shape[3] <= dispatch.MAX_HEAD_DIM:
+        raise ValueError(f"{OP}: head_dim must be between 1 and {dispatch.MAX_HEAD_DIM}, got {q.shape[3]}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            f"{OP} has no backward; call it under torch.no_grad() or on detached tensors, or use dense attention"
+        )
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{OP}: scale must be positive and finite or None, got {scale}")
+    if not isinstance(blocks, BlockIndices):
+        raise TypeError(f"{OP}: blocks must be BlockIndices, got {type(blocks).__name__}; see BlockIndices.from_mask")
+    dispatch.check_block_size(OP, blocks.block_size, (16, *dispatch.BLOCK_SIZES))
+    if span is None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"{OP}: q has {q.shape[0]} rows and k {k.shape[0]}; packed rows and pages need a span")
+        span = Span(q.shape[0], q.shape[2], k.shape[2])
+    span.check(OP, q, k, blocks.block_size)
+    if blocks.indices.device != q.device or blocks.counts.device != q.device:
+        raise ValueError(f"{OP}: q is on {q.device} but blocks are on {blocks.indices.device}; move one of them")
+    expected = (span.batch, k.shape[1], span.queries)
+    if not blocks.by_token:
+        raise ValueError(f"{OP}: lists must be of query tokens: BlockIndices(..., by_token=True)")
+    if blocks.counts.shape != expected or blocks.num_key_blocks != span.num_key_blocks(blocks.block_size):
+        raise ValueError(
+            f"{OP}: blocks must be lists of [{span.batch}, {k.shape[1]} KV heads, {span.queries} query tokens] over "
+            f"{span.num_key_blocks(blocks.block_size)} key blocks, got {list(blocks.counts.shape)} over "
+            f"{blocks.num_key_blocks}"
+        )
+    return span
