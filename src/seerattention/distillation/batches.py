@@ -24,11 +24,9 @@ class BatchWalk:
         batches: iterable of mappings as in :func:`~seerattention.hf.prompts.check_batch`.
         passes: None: start over as often as asked for; 1: one pass.
         check: what each batch is put through; raises where a batch is wrong.
-        keep_digest: keep :attr:`digest`; it reads every number of every batch.
 
     Attributes:
-        digest: of all batches taken, in order; None where it is not kept, or where the batches know themselves what
-            they have given (they have ``state_dict``).
+        digest: of all batches taken, in order; None where it is not kept (:meth:`keep_digest`).
     """
 
     def __init__(
@@ -37,7 +35,6 @@ class BatchWalk:
         passes: int | None = None,
         *,
         check: Callable[[Batch], Batch] = check_batch,
-        keep_digest: bool = False,
     ):
         self.batches = batches
         self.passes = passes
@@ -45,7 +42,14 @@ class BatchWalk:
         self._stateful = hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
         self._taken = 0
         self._iterator: Iterator[Batch] | None = None
-        self.digest = "" if keep_digest and not self._stateful else None
+        self.digest: str | None = None
+
+    def keep_digest(self, wanted: bool) -> None:
+        """Keep :attr:`digest` from the first batch on, which reads every number of every batch.
+
+        Batches with a ``state_dict`` keep their own account of what they have given, and get none.
+        """
+        self.digest = "" if wanted and not self._stateful else None
 
     def take(self, count: int) -> list[Batch]:
         """The next ``count`` batches; fewer, or none, at the end."""

@@ -116,6 +116,8 @@ def distill(
         if path is not None and processes.is_main:
             stack.enter_context(locked(path))
         run = _Run(model, batches, config, processes, list(eval_batches or ()), on_step, settings or {}, interrupts)
+        # By all processes of several, whatever path each was given: the digests are added up.
+        run.walk.keep_digest(path is not None or processes.world_size > 1)
         if path is not None:
             run.keep_state(path, save_every, save_seconds)
         try:
@@ -149,7 +151,7 @@ class _Run:
         if total is None and isinstance(batches, Sized):
             total = math.ceil(len(batches) / config.accumulation)
         check = partial(check_batch, model=model)
-        self.walk = BatchWalk(batches, 1 if config.steps is None else None, check=check, keep_digest=True)
+        self.walk = BatchWalk(batches, 1 if config.steps is None else None, check=check)
         self.trainer = Trainer(model, config, total_steps=total, processes=processes)
         self.trainer.broadcast()
         self.history = DistillHistory(recall_density=config.eval_density if eval_batches else None)
