@@ -27,8 +27,9 @@ def command(
 def _convert(source: str, destination: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from ..hf.checkpoint import CONFIG_FILE, read_json
-    from ..hf.sources import convert
+    from ..files import read_json
+    from ..gates.checkpoint import CONFIG_FILE
+    from ..gates.sources import convert
 
     folder = convert(source, destination)
     description = read_json(folder / CONFIG_FILE)

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..config import GateConfig
 from ..gates import build_gate
+from ..gates.checkpoint import GateCheckpoint
+from ..gates.sources import load_gates
 from ..policies import Dense, Policy, Threshold, TopK
 from .architectures import FAMILIES, Geometry, find_decoder, sliding_window
 from .attention import register
-from .checkpoint import GateCheckpoint
-from .sources import load_gates
 from .state import NAME, LayerState, ModelState, Selector, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
