@@ -36,4 +36,5 @@ def _convert(source: str, destination: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"path": str(folder), **description}))
     else:
-        Console().print(f"wrote {folder} (gates {description['gates']}, policy {description['policies']['prefill']})")
+        wrote = f"wrote {folder} (gates {description['gates']}, policy {description['policies']['prefill']})"
+        Console().print(wrote, markup=False, soft_wrap=True)

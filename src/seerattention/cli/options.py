@@ -27,6 +27,7 @@ __all__ = [
     "check_model",
     "check_output",
     "check_seed",
+    "is_given",
     "named",
     "parse_density",
     "parse_index",
@@ -159,12 +160,14 @@ def named(option: str | Mapping[str, str]) -> Iterator[None]:
         raise kind(f"{name}: {error}") from error
 
 
+def is_given(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter of the command was named on the command line, not left at its default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def say_unused(context: typer.Context, terminal: Terminal, parameters: tuple[str, ...], reason: str) -> None:
     """Say which of these parameters were given although they have no effect, and why."""
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in parameters
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    ]
+    given = [f"--{name.replace('_', '-')}" for name in parameters if is_given(context, name)]
     if given:
         terminal.say(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {reason}")
