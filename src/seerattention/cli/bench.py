@@ -68,7 +68,7 @@ def command(
 
         chosen = torch.device(resolve_device(device))
         default = _LENGTHS.get(chosen.type, _LENGTHS["cuda"])
-        asked_lengths = sorted(set(parse_list(lengths or default, token_count, "lengths")))
+        asked_lengths = sorted(set(parse_list(default if lengths is None else lengths, token_count, "lengths")))
         asked_densities = sorted(set(parse_list(densities, parse_density, "densities")), reverse=True)
         if asked_lengths[0] < 2 * block_size:
             raise ValueError(f"--lengths must be at least two blocks, {2 * block_size} tokens, got {asked_lengths[0]}")

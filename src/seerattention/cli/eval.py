@@ -105,7 +105,7 @@ def command(
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,
             parse_list(densities, parse_density, "densities"),
-            parse_list(thresholds, parse_threshold, "thresholds") if thresholds else [],
+            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
             oracle,
         )
         check_seed(seed)
