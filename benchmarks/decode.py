@@ -130,7 +130,7 @@ def draw_lists(
     noise[..., -1] = 2
     indices = noise.topk(count).indices.sort().values.to(torch.int32).to(device)
     counts = torch.full((batch, kv_heads, 1), count, dtype=torch.int32, device=device)
-    return BlockIndices(indices, counts, blocks, block_size, by_token=True)
+    return BlockIndices(indices, counts, blocks, block_size, by_token=True).checked()
 
 
 def paged(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Span]:
