@@ -76,13 +76,14 @@ def block_sparse_decode(
         None if pages is None else pages.table,
         0 if pages is None else pages.page_size,
         scale,
+        return_lse,
         implementation,
     )
     return (out, lse) if return_lse else out
 
 
-def _fake(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 @dispatch.custom_op(_fake)
@@ -102,9 +103,10 @@ def _block_sparse_decode(
     page_table: Tensor | None,
     page_size: int,
     scale: float,
+    return_lse: bool,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose an implementation and run it."""
+    """Choose an implementation and run it; without ``return_lse`` the second result is empty."""
     pages = None if page_table is None else Pages(page_table, page_size)
     span = Span(counts.shape[0], queries, keys, table, packed, pages)
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
@@ -112,15 +114,18 @@ def _block_sparse_decode(
         raise ValueError(f"{OP}: implementation='cpu' needs CPU tensors, got {q.device.type}")
     with torch.no_grad(), dispatch.without_autocast(q.device.type):
         if 0 in q.shape or keys == 0:
-            return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+            shape = q.shape[:3] if return_lse else (0,)
+            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
         if not ordered:
             indices, counts = clean_lists(indices, counts, num_key_blocks, by_token=True)
         if name == "triton":
             from .triton import block_sparse_decode_triton  # imported late: triton is an optional dependency
 
-            return block_sparse_decode_triton(q, k, v, indices, counts, block_size, span, scale)
-        function = block_sparse_decode_cpu if name == "cpu" else block_sparse_decode_reference
-        return function(q, k, v, indices, counts, block_size, span, scale)
+            out, lse = block_sparse_decode_triton(q, k, v, indices, counts, block_size, span, scale, return_lse)
+        else:
+            function = block_sparse_decode_cpu if name == "cpu" else block_sparse_decode_reference
+            out, lse = function(q, k, v, indices, counts, block_size, span, scale)
+        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None, span: Span | None) -> Span:
