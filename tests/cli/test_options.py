@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import typer
 
 from seerattention import testbed
 from seerattention.cli import COMMANDS, build
-from seerattention.cli.common import errors, parse_list, resolve_device, token_count
+from seerattention.cli.common import parse_list, resolve_device, token_count
 from seerattention.cli.options import check_output
 
 LENGTHS = ["0", "1", "-4K", "16k4", "1.5K", "K", "", "4 K", "٤", "1e3", "nan", "0K"]
@@ -146,21 +145,6 @@ def nothing_works(monkeypatch):
     monkeypatch.setattr(testbed, "load", work, raising=False)
     monkeypatch.setattr("seerattention.evaluate.bench.bench_attention", work)
     monkeypatch.setattr("huggingface_hub.snapshot_download", work)
-
-
-@pytest.fixture
-def arguments(folder, tmp_path):
-    """Arguments of each command with which nothing is wrong; a later one of the same name replaces them."""
-    model = ["--model", folder / "model", "--device", "cpu"]
-    return {
-        "demo": ["--output", tmp_path / "out"],
-        "distill": [*model, "--data", folder / "text.txt", "--output", tmp_path / "out", "--length", "512"],
-        "eval": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
-        "inspect": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
-        "bench": ["--device", "cpu", "--lengths", "256"],
-        "convert": [folder / "gates"],
-        "env": [],
-    }
 
 
 @pytest.mark.parametrize("command", WRONG)
@@ -305,116 +289,3 @@ def test_options_without_effect_are_said(command, given, said, arguments, folder
         build(command)([str(text) for text in (command, *arguments[command], *given)])
     stderr = " ".join(capsys.readouterr().err.split())
     assert said in stderr if said else "no effect" not in stderr
-
-
-# ---- errors() --------------------------------------------------------------------------------------------------------
-
-
-class _Fails:
-    @staticmethod
-    def sentence():
-        raise ValueError("--speed must be a number")
-
-    @staticmethod
-    def long_sentence():
-        raise TypeError("a sentence that begins on another line\nthan the statement")
-
-    @staticmethod
-    def not_yet():
-        raise NotImplementedError("that is not supported yet")
-
-    @staticmethod
-    def missing():
-        os.stat("/nowhere/at/all")
-
-    @staticmethod
-    def full():
-        raise OSError(28, "No space left on device")
-
-    @staticmethod
-    def module():
-        import no_such_module_at_all  # noqa: F401
-
-    @staticmethod
-    def memory():
-        torch.empty(1 << 60, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("sentence", "error: --speed must be a number"),
-        ("long_sentence", "error: a sentence that begins on another line than the statement"),
-        ("not_yet", "error: that is not supported yet"),
-        ("missing", "error: /nowhere/at/all: No such file or directory"),
-        ("full", "error: No space left on device"),
-        ("module", "error: No module named 'no_such_module_at_all'"),
-        ("memory", "error: out of memory"),
-    ],
-)
-def test_mistakes_are_one_sentence(name, said, capsys):
-    with pytest.raises(typer.Exit) as caught, errors():
-        getattr(_Fails, name)()
-    assert caught.value.exit_code == 1
-    stderr = capsys.readouterr().err
-    assert stderr.startswith(said)
-    assert len(stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("bug", "kind"),
-    [
-        (lambda: [1, 2][5], IndexError),
-        (lambda: {}["key"], KeyError),
-        (lambda: None.shape, AttributeError),
-        (lambda: 1 + "1", TypeError),
-        (lambda: int("1.5"), ValueError),
-        (lambda: list(zip([1], [1, 2], strict=True)), ValueError),
-        (lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError),
-        (lambda: (_ for _ in ()).throw(AssertionError("no")), AssertionError),
-    ],
-)
-def test_bugs_keep_their_traceback(bug, kind, capsys):
-    with pytest.raises(kind), errors():
-        bug()
-    assert capsys.readouterr().err == ""
-
-
-def test_a_damaged_model_is_named(seer_command, arguments, folder, tmp_path):
-    shutil.copytree(folder / "model", tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    for spoil in (None, ("tokenizer.json", "[]"), ("config.json", "[]"), ("config.json", "{")):
-        if spoil:
-            (tmp_path / "model" / spoil[0]).write_text(spoil[1])
-        result = seer_command("inspect", *arguments["inspect"], "--model", tmp_path / "model")
-        assert result.exit_code == 1, result.exception
-        last = result.stderr.splitlines()[-1]
-        assert last.startswith("error: ")
-        assert str(tmp_path / "model") in last
-    result = seer_command("bench", *arguments["bench"], "--model", tmp_path / "model")
-    assert result.exit_code == 1
-    assert str(tmp_path / "model") in result.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("command", ["distill", "eval", "inspect"])
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("surrogate.jsonl", json.dumps({"text": "words " * 90 + "\ud83d"}).encode(), "surrogate.jsonl:1 "),
-        ("latin1.txt", "words caf\xe9".encode("latin-1"), "latin1.txt:1 is not UTF-8"),
-        ("field.jsonl", b'{"body": "words"}\n', "field.jsonl:1 has no text under 'text'"),
-    ],
-)
-def test_wrong_texts_are_one_sentence(command, name, content, said, seer_command, arguments, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    result = seer_command(command, *arguments[command], "--data", tmp_path / name)
-    assert result.exit_code == 1, result.exception
-    assert said in result.stderr.splitlines()[-1]
-
-
-def test_a_wrong_prompt_is_one_sentence(seer_command, arguments, tmp_path):
-    (tmp_path / "prompt").write_bytes(b"one\ntwo \xe9")
-    result = seer_command("inspect", *arguments["inspect"], "--text", tmp_path / "prompt")
-    assert result.exit_code == 1
-    assert f"{tmp_path / 'prompt'}:2 is not UTF-8" in result.stderr
