@@ -1,14 +1,14 @@
 """What an attached model carries: one ``ModelState`` on its decoder, one ``LayerState`` per attention layer.
 
 Neither is an ``nn.Module``, so gates stay out of the base model's parameters and state dict; both are reachable from
-the model's hooks and attributes only (no globals), so deep copies and several models in one process just work.
+the model's hooks and attributes only (no globals), so deep copies and several models in one process just work. What
+belongs to one forward is not here (``forward.py``).
 """
 
 from __future__ import annotations
 
-import threading
+import copy
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,17 +20,13 @@ from transformers import StaticCache
 from ..blocks import BlockIndices
 from ..config import GateConfig
 from ..gates import BlockGate
+from ..ops.dispatch import FLOATING_DTYPES
 from ..policies import Policy
-from .architectures import Family, Geometry, find_decoder
-from .stats import Statistics
-
-NAME = "seer"
-"""The attention implementation that transformers dispatches to."""
+from .architectures import Family, Geometry, find_attention, find_decoder, sliding_window
+from .forward import Call, Forward, current_forward, watching
+from .implementation import NAME, StandIn
 
 _ATTRIBUTE = "_seer_attention"
-
-# Quantized layers have parameters of other dtypes, in which gates cannot compute.
-_GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Selector = Callable[..., BlockIndices]
 
@@ -79,51 +75,46 @@ class LayerInputs:
 Observer = Callable[[LayerInputs, "BlockIndices | None"], None]
 
 
-@dataclass
-class Call:
-    """One forward call of one attention layer: what the hooks saw, carried to the attention function as an argument."""
-
-    layer: LayerState
-    cos: Tensor
-    sin: Tensor
-    static_cache: bool
-    query: Tensor | None = None
-    key: Tensor | None = None
-
-
-@dataclass
+@dataclass(eq=False)
 class ModelState:
     """Everything that belongs to one attached model.
 
     Attributes:
+        decoder: the module whose forward is one forward of the model.
         register: makes the attention implementation known to transformers. It travels with copies and pickles: a
             process that unpickles a model may never have attached one.
+        configs: the decoder's config objects, with what stands in them while they are attached.
+        others: config objects of other parts of the model, with their implementations.
+        detached: set by detach; forwards that are under way then end with an error where they were sparse before.
     """
 
+    decoder: nn.Module
     family: Family
     geometry: Geometry
     gate_config: GateConfig | None
     policy: Policy
     selector: Selector | None
     min_context: int | None
-    original_config: Any
-    config_entries: dict[str, Any]  # of the original config at attach
     register: Callable[[], None]
+    configs: list[tuple[Any, StandIn]] = field(default_factory=list)
+    others: list[tuple[Any, str | None]] = field(default_factory=list)
     layers: list[LayerState] = field(default_factory=list)
-    observers: list[Observer] = field(default_factory=list)
-    statistics: list[Statistics] = field(default_factory=list)
-    dense_depth: int = 0
     warned: set[str] = field(default_factory=set)
-    # The positions and mask last looked at (weakly), their in-place versions, and the answer.
-    _positions: tuple[tuple[Callable[[], Tensor | None], ...], tuple[int, ...], bool] | None = None
+    detached: bool = False
+    # What this model did: prompts attended sparsely, and prompts attended densely for their gradients.
+    ran_sparse: bool = False
+    ran_gradients: bool = False
+    _forwards: set[Forward] = field(default_factory=set)
+    _hooks: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what contexts are open around the original is not theirs."""
-        return {**self.__dict__, "observers": [], "statistics": [], "dense_depth": 0, "_positions": None}
+        return {**self.__dict__, "_forwards": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.register()
+        for _, stand_in in self.configs:
+            stand_in.owners.add(self)
 
     @property
     def block_size(self) -> int:
@@ -135,56 +126,156 @@ class ModelState:
             self.warned.add(reason)
             warnings.warn(message, UserWarning, stacklevel=2)
 
-    def positions_run_on(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
-        """Whether the content's positions rise by one from token to token (they restart in packed sequences).
+    def attach_hooks(self) -> None:
+        self._hooks = [
+            self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
 
-        All layers of a forward share one tensor of positions, so the answer, which waits for the device, is kept.
-        """
-        if position_ids is None:
-            return True
-        if position_ids.dim() != 2:
-            return False
-        seen = (position_ids, attention_mask)
-        versions = tuple(0 if x is None or x.is_inference() else x._version for x in seen)
-        memo = self._positions
-        if memo is not None and memo[1] == versions and all(ref() is x for ref, x in zip(memo[0], seen, strict=True)):
-            return memo[2]
-        consecutive = position_ids.diff(dim=-1) == 1
-        if attention_mask is not None:
-            consecutive = consecutive | ~(attention_mask[:, 1:] & attention_mask[:, :-1])
-        answer = bool(consecutive.all())
-        self._positions = (tuple((lambda: None) if x is None else weakref.ref(x) for x in seen), versions, answer)
-        return answer
+    def remove_hooks(self) -> None:
+        """Forwards that are under way keep the hook that ends them."""
+        for layer in self.layers:
+            layer.remove_hooks()
+        for forward in tuple(self._forwards):
+            forward.close()
+        for hook in self._hooks[: 1 if self._forwards else None]:
+            hook.remove()
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        single = tokens is not None and tokens.shape[1] == 1
+        if not self._aligned():
+            self._align()
+        if self._standing() and not (single and not watching()):
+            self._open(module, single)
+
+    def _standing(self) -> bool:
+        return self.decoder.config._attn_implementation == NAME  # type: ignore[union-attr]
+
+    def _aligned(self) -> bool:
+        """Whether every config has its stand-in; where not, the implementation was changed."""
+        for config, stand_in in self.configs:
+            if config._attn_implementation_internal is not stand_in:
+                return False
+        return True
+
+    @torch.compiler.disable(reason="configs are changed")
+    def _align(self) -> None:
+        """Make a change of the implementation one of all parts or of none: the decoder's own config decides."""
+        standing = self._standing()
+        implementation = self.decoder.config._attn_implementation  # type: ignore[union-attr]
+        for config, stand_in in self.configs:
+            present = config._attn_implementation
+            if standing or present == NAME:
+                config._attn_implementation_internal = stand_in if standing else implementation
+        for config, original in self.others:
+            if config._attn_implementation == NAME and not isinstance(config._attn_implementation, StandIn):
+                config._attn_implementation_internal = original
+        if not standing:
+            self.warn_once(
+                "implementation",
+                f"the attention implementation was changed to {implementation!r} after gates were attached, so "
+                f"attention is dense; model.set_attn_implementation({NAME!r}) turns them on again",
+            )
+
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _open(self, module: nn.Module, single: bool) -> None:
+        forward = Forward(self)
+        self._forwards.add(forward)
+        if not single:
+            for layer in self.layers:
+                layer.follow_modules(module)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._forwards:
+            self._end(output)
+
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _end(self, output: Any) -> None:
+        forward = current_forward()
+        if forward is None or forward.state is not self:
+            return
+        forward.leave()
+        self._forwards.discard(forward)
+        if self.detached and not self._forwards:
+            for hook in self._hooks:
+                hook.remove()
+        if output is None:  # it ends with an error
+            return
+        if self.detached and forward.sparse:
+            raise RuntimeError(
+                "gates were detached while this forward was under way: some of its layers were attended sparsely and "
+                "the others densely; run it again"
+            )
+        self._report_unseen(forward)
+
+    def _report_unseen(self, forward: Forward) -> None:
+        """Warn about layers that should be sparse, but whose attention never came to the attention function."""
+        if not forward.called and not any(layer.lost for layer in self.layers):
+            return
+        layers: Any = self.decoder.layers
+        unseen = [
+            layer.index
+            for layer in self.layers
+            if layer.may_be_sparse and (layer.lost or layer.index in forward.called - forward.seen)
+        ]
+        unseen += range(len(self.layers), min(len(layers), self.decoder.config.num_hidden_layers))  # type: ignore
+        if unseen and not self.detached:
+            self.warn_once(
+                "unseen",
+                f"seerattention: layers {', '.join(map(str, unseen))} are not attended sparsely: their attention modules "
+                "were replaced or patched and do not call transformers' attention interface with themselves, or they "
+                "came after attach; detach before changing modules and attach again",
+            )
 
 
 class LayerState:
     """One attention layer: its gate, its policy where it differs from the model's, and the three hooks that feed it."""
 
-    def __init__(self, model: ModelState, index: int, decoder_layer: nn.Module, window: int | None):
+    def __init__(self, model: ModelState, index: int, decoder_layer: nn.Module):
         self.model = model
         self.index = index
         self.decoder_layer = decoder_layer
-        self.window = window
+        self.window = sliding_window(model.decoder.config, index)
         self.gate: BlockGate | None = None
         self.policy: Policy | None = None
+        self.stray = False  # in a copy of the layer alone, without its model: the hooks do nothing
+        self.lost = False  # the layer has no attention module any more that could be hooked
         self._placement: tuple[torch.device, torch.dtype] | None = None
-        # The call in flight, by thread: one model may serve several threads.
-        self._calls: dict[int, Call] = {}
         self._hooks: list[Any] = []
-        self._captured: tuple[nn.Module, nn.Module] | None = None
+        self._hooked: tuple[nn.Module, ...] = ()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": {}}
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        with_model = not self.stray and id(self.model.decoder) in memo
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo) if with_model else {"stray": True}
+        return twin
 
     @property
     def attention(self) -> nn.Module:
-        return self.decoder_layer.self_attn  # type: ignore[return-value]
+        """The attention module, inside of adapters that wrap it.
+
+        Raises:
+            AttributeError: there is none of the kind that the family has.
+        """
+        return find_attention(self.decoder_layer, self.model.family)
+
+    @property
+    def may_be_sparse(self) -> bool:
+        """Whether the layer attends sparsely to some prompts."""
+        return self.gate is not None or (self.model.selector is not None and not self.window_is_its_own)
+
+    @property
+    def window_is_its_own(self) -> bool:
+        """Whether the layer has a sliding window that other layers of the model do not have: it never gets a gate."""
+        return self.window is not None and any(layer.window is None for layer in self.model.layers)
 
     def attach_hooks(self) -> None:
-        attention = self.attention
-        family = self.model.family
+        attention, family = self.attention, self.model.family
         query, key = getattr(attention, family.query), getattr(attention, family.key)
-        self._captured = (query, key)
+        self._hooked = (attention, query, key)
         self._hooks = [
             attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             query.register_forward_hook(self._after_query),
@@ -194,17 +285,39 @@ class LayerState:
     def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._captured = [], None
-        self._calls.clear()
+        self._hooks, self._hooked = [], ()
+
+    def follow_modules(self, decoder: nn.Module) -> None:
+        """Hook the present modules: adapters (LoRA) that came after attach put modules of their own there."""
+        family, layers = self.model.family, decoder.layers
+        try:
+            attention = find_attention(layers[self.index], family)  # type: ignore[index]
+        except (AttributeError, IndexError):
+            self.lost = True
+            return
+        present = (attention, getattr(attention, family.query), getattr(attention, family.key))
+        if all(a is b for a, b in zip(present, self._hooked, strict=True)) or self._hooks_are_in(present):
+            return
+        self.remove_hooks()
+        self.decoder_layer, self.lost = layers[self.index], False  # type: ignore[index]
+        self.attach_hooks()
+
+    def _hooks_are_in(self, modules: tuple[nn.Module, ...]) -> bool:
+        """Replicas of a module on other devices (DataParallel) share its dicts of hooks."""
+        attention, query, key = modules
+        places = (attention._forward_pre_hooks, query._forward_hooks, key._forward_hooks)
+        return all(hook.id in place for hook, place in zip(self._hooks, places, strict=True))
 
     def place_gate(self, device: torch.device | None = None) -> None:
         """Move the gate where its layer went, or at least to ``device`` (offloaded layers have no place of their own).
 
-        Only a *change* of the layer changes the dtype: trainers may keep the gate in float32.
+        Only a *change* of the layer changes the dtype: trainers may keep the gate in float32. Quantized layers have
+        parameters of other dtypes, in which gates cannot compute.
         """
         if self.gate is None:
             return
-        parameter = next((p for p in self.attention.parameters() if p.dtype in _GATE_DTYPES and not p.is_meta), None)
+        parameters = () if self.lost else self.attention.parameters()
+        parameter = next((p for p in parameters if p.dtype in FLOATING_DTYPES and not p.is_meta), None)
         placement = None if parameter is None else (parameter.device, parameter.dtype)
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
             if placement is not None and placement != self._placement:
@@ -225,62 +338,65 @@ class LayerState:
         call.query = call.key = None
         return query, key
 
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.stray:
+            return
         if kwargs.get("cache") is not None and "Paged" in type(kwargs["cache"]).__name__:
             raise NotImplementedError(
                 "continuous batching is not supported with gates attached; call seerattention.detach(model) first"
             )
-        implementation = module.config._attn_implementation  # type: ignore[union-attr]
-        if implementation != NAME:
-            self.model.warn_once(
-                "implementation",
-                f"the attention implementation was changed to {implementation!r} after gates were attached, so "
-                f"attention is dense; model.set_attn_implementation({NAME!r}) turns them on again",
-            )
-            return None
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-        call = Call(self, cos, sin, static_cache=isinstance(kwargs.get("past_key_values"), StaticCache))
-        if hidden.shape[1] > 1:
-            self._follow_replaced_modules(module)
-            self._calls[_thread()] = call
-        return args, {**kwargs, "seer_call": call}
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if hidden is None or (hidden.shape[1] == 1 and not watching()):
+            return
+        table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        self._begin(module, table, kwargs, hidden.shape[1] == 1)
 
-    def _follow_replaced_modules(self, module: nn.Module) -> None:
-        """Hook the present projections: adapters (LoRA) that came after attach put modules of their own there."""
-        family = self.model.family
-        present = (getattr(module, family.query), getattr(module, family.key))
-        assert self._captured is not None
-        if present[0] is not self._captured[0] or present[1] is not self._captured[1]:
-            for hook in self._hooks[1:]:
-                hook.remove()
-            self._captured = present
-            self._hooks[1:] = [
-                present[0].register_forward_hook(self._after_query),
-                present[1].register_forward_hook(self._after_key),
-            ]
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _begin(self, module: nn.Module, table: tuple[Tensor, Tensor], kwargs: dict[str, Any], single: bool) -> None:
+        forward = current_forward()
+        if forward is None or forward.state is not self.model:
+            if forward is None and not single and module.config._attn_implementation == NAME:  # type: ignore
+                self.model.warn_once(
+                    "outside",
+                    "seerattention: a layer that is called outside of a forward of its decoder is attended densely, "
+                    "because nothing is known there of the whole prompt",
+                )
+            return
+        implementation = module.config._attn_implementation  # type: ignore[union-attr]
+        if implementation != NAME and any(config is module.config for config, _ in self.model.configs):
+            if self.model.detached:
+                return
+            raise RuntimeError(
+                f"the attention implementation was changed to {implementation!r} while a forward of this model was "
+                "under way; run it again"
+            )
+        forward.called.add(self.index)
+        if table is not None:
+            forward.call = Call(
+                layer=self,
+                module=module,
+                cos=table[0],
+                sin=table[1],
+                position_ids=kwargs.get("position_ids"),
+                static_cache=isinstance(kwargs.get("past_key_values"), StaticCache),
+            )
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(_thread()) if self._calls else None
-        if call is not None:
-            call.query = output
-            self._release(call)
+        if not self.stray and output.shape[1] > 1:
+            self._keep(query=output)
 
     def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(_thread()) if self._calls else None
-        if call is not None:
-            call.key = output
-            self._release(call)
+        if not self.stray and output.shape[1] > 1:
+            self._keep(key=output)
 
-    def _release(self, call: Call) -> None:
-        """A call that has both tensors travels on its own, as an argument of the attention function."""
-        if call.query is not None and call.key is not None:
-            del self._calls[_thread()]
-
-
-@torch.compiler.disable(reason="Dynamo does not know thread ids")
-def _thread() -> int:
-    return threading.get_ident()
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _keep(self, query: Tensor | None = None, key: Tensor | None = None) -> None:
+        """A call that has both tensors waits for the attention function, which takes them."""
+        forward = current_forward()
+        call = None if forward is None else forward.call
+        if call is not None and call.layer is self:
+            call.query = call.query if query is None else query
+            call.key = call.key if key is None else key
 
 
 def state_of(model: nn.Module) -> ModelState:

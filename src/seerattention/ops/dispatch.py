@@ -21,6 +21,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_HEAD_DIM = 256
+# What every op takes for floating-point inputs, whatever torch's default dtype is; so does everything above the ops.
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (32, 64, 128)
 
 # Of the names under which torch knows the ops: that of the package which they are part of.
