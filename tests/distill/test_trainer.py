@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from seerattention.config import GateConfig, PrefillGateConfig
-from seerattention.distillation import DistillationError, DistillConfig, checkpoint, distill
+from seerattention.distillation import DistillationError, DistillConfig, distill
 from seerattention.distillation.checkpoint import load_state, save_state
 from seerattention.distillation.trainer import Trainer
-from seerattention.files import temporary_name
+from seerattention.files import temporary_files
 from seerattention.hf import attach, dense, observe
 from seerattention.hf.recall import block_recall
 from seerattention.ops import pooled_attention
@@ -273,13 +274,15 @@ def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
     save_state(path, {"a": torch.arange(3)}, {"step": 1})
 
-    def fail(*args, **kwargs):
-        temporary_name(path).write_bytes(b"half of it")
+    def fail(temporary, content):
+        with open(temporary, "wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_state(path, {"a": torch.arange(4)}, {"step": 2})
+    assert not temporary_files(path)
     tensors, meta = load_state(path)
     assert meta == {"step": 1}
     assert tensors["a"].tolist() == [0, 1, 2]

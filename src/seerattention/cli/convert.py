@@ -18,8 +18,9 @@ def command(
     gate_config.json + gates.safetensors. Weights keep their bits."""
     from rich.console import Console
 
-    from ..hf.checkpoint import CONFIG_FILE, read_json
-    from ..hf.sources import convert
+    from ..files import read_json
+    from ..gates.checkpoint import CONFIG_FILE
+    from ..gates.sources import convert
 
     try:
         folder = convert(source, destination)

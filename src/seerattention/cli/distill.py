@@ -208,14 +208,14 @@ def _write_results(
 ) -> None:
     from .. import hf
     from ..evaluate.tables import Table
-    from ..files import replace_file, temporary_name, write_file
+    from ..files import replacing, write_file
 
     hf.save_gates(model, output)
     result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}
     write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     picture = output / "curves.png"
-    _curves(history).savefig(temporary_name(picture), format="png", dpi=120)
-    replace_file(picture)
+    with replacing(picture) as temporary:
+        _curves(history).savefig(temporary, format="png", dpi=120)
 
     rows = []
     for layer, losses in history.loss_per_layer.items():

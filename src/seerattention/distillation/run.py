@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..gates.geometry import fingerprint
 from ..hf.architectures import find_decoder
-from ..hf.checkpoint import fingerprint
 from ..hf.recall import recall_sums
 from ..hf.state import state_of
 from ..policies import TopK

@@ -22,6 +22,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..gates.geometry import Geometry
+
+__all__ = ["FAMILIES", "Family", "Geometry", "find_attention", "find_decoder", "gated_indices", "sliding_window"]
+
 
 def _flat(x: Tensor, head_dim: int) -> Tensor:
     """``[B, T, H * D]`` -> ``[B, H, T, D]``."""
@@ -59,21 +63,6 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _PROJECTIONS,
     "qwen3": _NORMS_PER_HEAD,
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Shape of a decoder's attention: ``num_heads`` query heads, ``num_kv_heads`` KV heads, ``head_dim``."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: Any) -> Geometry:
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

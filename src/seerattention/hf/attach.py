@@ -12,13 +12,13 @@ from torch import nn
 
 from ..config import GateConfig
 from ..gates import build_gate
+from ..gates.checkpoint import GateCheckpoint
+from ..gates.sources import load_gates
 from ..ops.dispatch import FLOATING_DTYPES
 from ..policies import Dense, Policy, Threshold, TopK
 from .architectures import FAMILIES, Geometry, find_decoder, gated_indices
 from .attention import register
-from .checkpoint import GateCheckpoint
 from .implementation import NAME, configs_of, give_back, original_of, stand_in
-from .sources import load_gates
 from .state import LayerState, ModelState, Selector, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
