@@ -24,8 +24,18 @@ from transformers.masking_utils import (
 from .forward import Forward, current_forward
 from .implementation import original_of
 
-# Questions about a tensor that need no values.
-_METADATA = (Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__)
+# What reads memory without an op that could be answered for; and what chooses its kernel by the kind of mask.
+_READS_MEMORY = (
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__dlpack__,
+    Tensor.__reduce_ex__,
+    torch.nn.functional.scaled_dot_product_attention,
+)
 
 
 class _Recipe:
@@ -75,16 +85,15 @@ class SeerMask(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func is Tensor.to and isinstance(args[0], SeerMask):
-            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
+        if func in _READS_MEMORY:
+            args, kwargs = tree_map_only(SeerMask, SeerMask.real, (args, kwargs))
+        elif func is Tensor.to and isinstance(args[0], SeerMask):
             mask = args[0]
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
             if device is not None and dtype in (None, mask.dtype):  # layers on several devices: still no storage
                 return cls(mask.padding.to(device, non_blocking=non_blocking), mask.full, mask.dtype, mask.recipe)
-        args, kwargs = tree_map_only(SeerMask, SeerMask.real, (args, kwargs))
-        return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -355,7 +355,8 @@ class LayerState:
     def _begin(self, module: nn.Module, table: tuple[Tensor, Tensor], kwargs: dict[str, Any], single: bool) -> None:
         forward = current_forward()
         if forward is None or forward.state is not self.model:
-            if forward is None and not single and module.config._attn_implementation == NAME:  # type: ignore
+            silent = single or module.training  # layers are run again for the gradients of checkpointing
+            if forward is None and not silent and module.config._attn_implementation == NAME:  # type: ignore
                 self.model.warn_once(
                     "outside",
                     "seerattention: a layer that is called outside of a forward of its decoder is attended densely, "
