@@ -108,6 +108,21 @@ def test_gates_of_quantized_layers_keep_a_dtype_that_computes(model_of):
     assert gates(model)[0].k_linear.dtype == torch.float32
 
 
+def test_trained_gates_draw_no_random_numbers(model_of, tmp_path):
+    """The user's seed decides the same after attach as before, and the gates are whole."""
+    model = attached(model_of())
+    seer.save_gates(model, tmp_path)
+    weights = [gate.state_dict() for gate in gates(model)]
+    model = model_of()
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        seer.attach(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for gate, expected in zip(gates(model), weights, strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in gate.state_dict().items())
+        assert all(value.requires_grad and not value.is_inference() for value in gate.parameters())
+
+
 def test_attention_maps_asked_for_in_the_config(model_of, ids_of):
     model, ids = model_of(), ids_of(100)
     model.set_attn_implementation("eager")

@@ -81,10 +81,9 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """Everything but plain decoding. Sparse attention has the precision that sdpa has under autocast; scores stay
     float32."""
     forward = current_forward()
-    call = None if forward is None else forward.call
-    if forward is None or call is None or call.module is not arguments.module:
+    call = None if forward is None else forward.take_call(arguments.module)
+    if forward is None or call is None:
         return attend_densely(arguments)
-    forward.call = None
     forward.seen.add(call.layer.index)
     device_type = arguments.query.device.type
     if not torch.is_autocast_enabled(device_type):
@@ -201,7 +200,9 @@ def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward) -> 
     elif arguments.wants_weights:
         reason = "output_attentions=True asks for the whole attention map"
     elif query.dtype not in FLOATING_DTYPES:
-        reason = f"the sparse kernels do not compute in {query.dtype} (convert the model, for example with model.float())"
+        reason = (
+            f"the sparse kernels do not compute in {query.dtype} (convert the model, for example with model.float())"
+        )
     if reason is not None:
         _warn_dense(layer, reason)
     state.ran_sparse |= reason is None

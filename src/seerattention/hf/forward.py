@@ -7,12 +7,14 @@ to the next.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,33 +84,71 @@ class Forward:
 
     Attributes:
         state: the model's.
+        decoder: the module whose forward it is (a replica has others than the model).
+        compiled: whether compiled code runs it.
         dense: whether all layers attend densely, because the caller said so.
         observers, statistics: what is to be called, and counted, in every layer.
         masks: masks of kinds that do not say themselves what they are, with whether they are causality and padding,
             and the padding.
-        call: the attention layer that is under way.
         called, seen: indices of layers whose attention module was called, and that reached the attention function.
         sparse: whether a layer was attended sparsely.
     """
 
-    def __init__(self, state: ModelState):
+    def __init__(self, state: ModelState, decoder: nn.Module, compiled: bool):
         mine = [watch for watch in _watches.get() if watch.state is state]
         self.state = state
+        self.decoder = decoder
+        self.compiled = compiled
         self.dense = any(watch.kind == DENSE for watch in mine)
         self.observers = tuple(watch.value for watch in mine if watch.kind == OBSERVE)
         self.statistics = tuple(watch.value for watch in mine if watch.kind == RECORD)
         self.masks: list[tuple[Any, bool, Tensor | None]] = []
-        self.call: Call | None = None
         self.called: set[int] = set()
         self.seen: set[int] = set()
         self.sparse = False
+        self._call: Callable[[], Call | None] = _nothing
         self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
         self._outer = _forward.get()
+        # Ctrl-C runs no hooks, so forwards may be left over that it ended.
+        while self._outer is not None and not self._outer._is_running():
+            self._outer = self._outer._outer
         _forward.set(self)
+
+    @property
+    def call(self) -> Call | None:
+        """The attention layer that is under way."""
+        return self._call()
+
+    def begin(self, call: Call, keeper: Tensor | None) -> None:
+        """Remember a call as long as ``keeper`` lives, an argument of the attention module: whatever ends the call, its
+        tensors do not stay. None: until the call ends or another begins."""
+        if keeper is None:
+            self._call = lambda: call
+        else:
+            keeper.seer_call = call  # type: ignore[attr-defined]
+            self._call = weakref.ref(call)
+
+    def take_call(self, module: nn.Module) -> Call | None:
+        """The call of an attention module, which is then over; None where another one is under way, or none."""
+        call = self._call()
+        if call is None or call.module is not module:
+            return None
+        self._call = _nothing
+        return call
+
+    def _is_running(self) -> bool:
+        """Whether its decoder's call is on the stack; compiled code does not show."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not self.compiled:
+            # Locals of that function only: asking a frame for its locals keeps their values until it ends.
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self.decoder:
+                return True
+            frame = frame.f_back
+        return self.compiled
 
     def close(self) -> None:
         """Let go of all tensors. Called in the context that opened it, or by whoever detaches the model."""
-        self.call = None
+        self._call = _nothing
         self.masks.clear()
         self._positions.clear()
 
@@ -138,6 +178,10 @@ class Forward:
         answer = bool(consecutive.all())
         self._positions.append((tuple(None if x is None else weakref.ref(x) for x in asked), answer))
         return answer
+
+
+def _nothing() -> None:
+    return None
 
 
 @torch.compiler.disable(reason="Dynamo does not know contexts")

@@ -127,10 +127,8 @@ class ModelState:
             warnings.warn(message, UserWarning, stacklevel=2)
 
     def attach_hooks(self) -> None:
-        self._hooks = [
-            self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        self._hooks.append(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._hooks.append(self.decoder.register_forward_hook(self._after_forward, always_call=True))
 
     def remove_hooks(self) -> None:
         """Forwards that are under way keep the hook that ends them."""
@@ -148,7 +146,7 @@ class ModelState:
         if not self._aligned():
             self._align()
         if self._standing() and not (single and not watching()):
-            self._open(module, single)
+            self._open(module, single, torch.compiler.is_compiling())
 
     def _standing(self) -> bool:
         return self.decoder.config._attn_implementation == NAME  # type: ignore[union-attr]
@@ -180,8 +178,8 @@ class ModelState:
             )
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
-    def _open(self, module: nn.Module, single: bool) -> None:
-        forward = Forward(self)
+    def _open(self, module: nn.Module, single: bool, compiled: bool) -> None:
+        forward = Forward(self, module, compiled)
         self._forwards.add(forward)
         if not single:
             for layer in self.layers:
@@ -276,11 +274,9 @@ class LayerState:
         attention, family = self.attention, self.model.family
         query, key = getattr(attention, family.query), getattr(attention, family.key)
         self._hooked = (attention, query, key)
-        self._hooks = [
-            attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
-            query.register_forward_hook(self._after_query),
-            key.register_forward_hook(self._after_key),
-        ]
+        self._hooks.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        self._hooks.append(query.register_forward_hook(self._after_query))
+        self._hooks.append(key.register_forward_hook(self._after_key))
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -349,13 +345,15 @@ class LayerState:
         if hidden is None or (hidden.shape[1] == 1 and not watching()):
             return
         table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-        self._begin(module, table, kwargs, hidden.shape[1] == 1)
+        self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
-    def _begin(self, module: nn.Module, table: tuple[Tensor, Tensor], kwargs: dict[str, Any], single: bool) -> None:
+    def _begin(
+        self, module: nn.Module, table: tuple[Tensor, Tensor], kwargs: dict[str, Any], hidden: Tensor, compiled: bool
+    ) -> None:
         forward = current_forward()
         if forward is None or forward.state is not self.model:
-            silent = single or module.training  # layers are run again for the gradients of checkpointing
+            silent = hidden.shape[1] == 1 or module.training  # layers are run again for the gradients of checkpointing
             if forward is None and not silent and module.config._attn_implementation == NAME:  # type: ignore
                 self.model.warn_once(
                     "outside",
@@ -373,14 +371,9 @@ class LayerState:
             )
         forward.called.add(self.index)
         if table is not None:
-            forward.call = Call(
-                layer=self,
-                module=module,
-                cos=table[0],
-                sin=table[1],
-                position_ids=kwargs.get("position_ids"),
-                static_cache=isinstance(kwargs.get("past_key_values"), StaticCache),
-            )
+            static = isinstance(kwargs.get("past_key_values"), StaticCache)
+            call = Call(self, module, *table, position_ids=kwargs.get("position_ids"), static_cache=static)
+            forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if not self.stray and output.shape[1] > 1:
