@@ -127,6 +127,6 @@ def find_attention(decoder_layer: nn.Module, family: Family) -> nn.Module:
         if family.query in module._modules and family.key in module._modules:
             return module
     raise AttributeError(
-        f"{type(attention).__name__} has no {family.query} and {family.key}, nor has a module inside it: gates need the "
-        "attention modules of transformers; take adapters that replace them away, or attach before they come"
+        f"{type(attention).__name__} has no {family.query} and {family.key}, nor has a module inside it: gates need "
+        "the attention modules of transformers; take adapters that replace them away, or attach before they come"
     )

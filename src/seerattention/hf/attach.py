@@ -19,7 +19,8 @@ from ..policies import Dense, Policy, Threshold, TopK
 from .architectures import FAMILIES, Geometry, find_decoder, gated_indices
 from .attention import register
 from .implementation import NAME, configs_of, give_back, original_of, stand_in
-from .state import LayerState, ModelState, Selector, is_attached, set_state, state_of
+from .layer import LayerState
+from .state import ModelState, Selector, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
 """The policy of fresh gates; the threshold that the paper uses on LongBench."""

@@ -24,8 +24,9 @@ from ..policies import Dense
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Call, Forward, current_forward, watching
 from .implementation import NAME, original_of
+from .layer import LayerState
 from .masks import read_mask, seer_mask
-from .state import LayerInputs, LayerState
+from .state import LayerInputs
 
 DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
 """Prompts shorter than this many tokens are attended densely when ``min_context`` is None, by device type."""
@@ -200,9 +201,7 @@ def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward) -> 
     elif arguments.wants_weights:
         reason = "output_attentions=True asks for the whole attention map"
     elif query.dtype not in FLOATING_DTYPES:
-        reason = (
-            f"the sparse kernels do not compute in {query.dtype} (convert the model, for example with model.float())"
-        )
+        reason = f"the sparse kernels do not compute in {query.dtype} (convert it with model.float())"
     if reason is not None:
         _warn_dense(layer, reason)
     state.ran_sparse |= reason is None

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .state import LayerState, ModelState
+    from .layer import LayerState
+    from .state import ModelState
 
 DENSE, OBSERVE, RECORD = "dense", "observe", "record"
+
+_KEPT = "_seer_call"  # attribute of the tensor that keeps a call alive
 
 
 @dataclass(eq=False)
@@ -37,7 +40,7 @@ class Watch:
 
 _watches: ContextVar[tuple[Watch, ...]] = ContextVar("seer_watches", default=())
 _forward: ContextVar[Forward | None] = ContextVar("seer_forward", default=None)
-# How many with blocks are open anywhere: compiled decoding asks for this number, and for the context only if it is not 0.
+# How many with blocks are open anywhere: compiled decoding asks for the context only where this is not 0.
 _open_watches = 0
 _lock = threading.Lock()
 
@@ -107,6 +110,7 @@ class Forward:
         self.seen: set[int] = set()
         self.sparse = False
         self._call: Callable[[], Call | None] = _nothing
+        self._keeper: Callable[[], Tensor | None] = _nothing
         self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
         self._outer = _forward.get()
         # Ctrl-C runs no hooks, so forwards may be left over that it ended.
@@ -124,16 +128,20 @@ class Forward:
         tensors do not stay. None: until the call ends or another begins."""
         if keeper is None:
             self._call = lambda: call
+            self._keeper = _nothing
         else:
-            keeper.seer_call = call  # type: ignore[attr-defined]
-            self._call = weakref.ref(call)
+            keeper.__dict__[_KEPT] = call
+            self._call, self._keeper = weakref.ref(call), weakref.ref(keeper)
 
     def take_call(self, module: nn.Module) -> Call | None:
         """The call of an attention module, which is then over; None where another one is under way, or none."""
         call = self._call()
         if call is None or call.module is not module:
             return None
-        self._call = _nothing
+        keeper = self._keeper()
+        if keeper is not None:
+            keeper.__dict__.pop(_KEPT, None)
+        self._call = self._keeper = _nothing
         return call
 
     def _is_running(self) -> bool:

@@ -75,18 +75,18 @@ class SeerMask(Tensor):
         mask.padding, mask.full, mask.recipe = padding, full, recipe
         return mask
 
-    def real(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The mask as the untouched model makes it."""
         return self.recipe.on(self.padding.device)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SeerMask(padding={tuple(self.padding.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _READS_MEMORY:
-            args, kwargs = tree_map_only(SeerMask, SeerMask.real, (args, kwargs))
+            args, kwargs = tree_map_only(SeerMask, SeerMask.materialize, (args, kwargs))
         elif func is Tensor.to and isinstance(args[0], SeerMask):
             mask = args[0]
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
@@ -96,8 +96,10 @@ class SeerMask(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        args, kwargs = tree_map_only(SeerMask, SeerMask.real, (args, kwargs or {}))
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(SeerMask, SeerMask.materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     # For torch.compile, which takes tensors like this apart and puts them together again.
@@ -120,7 +122,8 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     Returns:
         The mask of the untouched model; as a :class:`SeerMask` where that is causality and padding ``[B, 1, T, T]``.
     """
-    make = AttentionMaskInterface._global_mapping.get(original_of(kwargs["config"]))
+    original = original_of(kwargs["config"])
+    make: Any = None if original is None else AttentionMaskInterface._global_mapping.get(original)
     if make is flash_attention_mask:
         return make(*args, **kwargs)  # None, or the padding itself
     queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
@@ -166,7 +169,7 @@ def _describe(mask: Any, plain: bool, padding: Tensor | None) -> None:
 
 
 def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, Tensor | None]:
-    """Whether a mask is causality and padding of whole prompts, and the padding (bool ``[B, T]``; None: there is none)."""
+    """Whether a mask is causality and padding of whole prompts, and the padding: bool ``[B, T]``, or None."""
     if isinstance(mask, SeerMask):
         return True, None if mask.full else mask.padding
     for known, plain, padding in forward.masks:
