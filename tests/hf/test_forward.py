@@ -124,7 +124,7 @@ def test_after_an_exception_the_next_forward_is_as_ever(model_of, ids_of):
 
 
 def narrow(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, position_ids=None,
-           use_cache=None):  # fmt: skip
+           use_cache=None, cache_position=None):  # fmt: skip
     """As research code writes it: its own arguments, and no attention function."""
     return hidden_states, None
 
@@ -165,7 +165,7 @@ def test_patched_attention_that_calls_the_attention_function_is_sparse(model_of,
         own = type(attention).forward
 
         def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None,
-                    position_ids=None, use_cache=None, own=own):  # fmt: skip
+                    position_ids=None, use_cache=None, cache_position=None, own=own):  # fmt: skip
             return own(self, hidden_states, position_embeddings, attention_mask, past_key_values)
 
         attention.forward = forward.__get__(attention)
@@ -293,7 +293,7 @@ def test_speculative_decoding_reads_prompt_and_first_candidates_as_one_prompt(mo
     ids = ids_of(60).repeat(1, 3)  # the end of the prompt stands in it before, so there are candidates
     forwards = []
     model.model.register_forward_hook(lambda module, args, output: forwards.append(output.last_hidden_state.shape[1]))
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
     with seer.record(model) as stats, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "seerattention: this forward")
         model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=4, **options)
