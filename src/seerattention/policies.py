@@ -123,7 +123,7 @@ class TopK(Policy):
             share = 1.0 - math.sqrt(1.0 - self.density)
             longest = max(1, int(share * num_keys))
             if lengths is None:
-                keep = torch.full((num_rows,), longest, device=logits.device)
+                keep = torch.full((num_rows,), longest, dtype=torch.int64, device=logits.device)
             else:
                 blocks = (lengths + (block_size - 1)) // block_size
                 keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
@@ -194,7 +194,7 @@ class TokenBudget(Policy):
         blocks = -(-self.tokens // block_size)
         return select_topk(
             logits,
-            torch.full((logits.shape[-2],), blocks, device=logits.device),
+            torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device),
             block_size=block_size,
             lengths=lengths,
             last_blocks_dense=self.last_blocks_dense,

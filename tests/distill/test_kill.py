@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from seerattention.cli.distill import command as seer_distill
 from seerattention.distillation.checkpoint import STATE_FILE, load_state
+from seerattention.distillation.lock import locked
 from seerattention.files import temporary_files
 
 from .tiny import tiny_llama, tiny_tokenizer, write_text
@@ -185,4 +186,6 @@ def test_mistakes_are_one_sentence(inputs, tmp_path):
     assert "block_size must be one of" in mistake(model, data, tmp_path, **{"block-size": 48})
     assert "give more text" in mistake(model, data, tmp_path, length="64K")
     assert "--text-field" in mistake(model, data, tmp_path, **{"text-field": "body"})
+    with locked(tmp_path / STATE_FILE):
+        assert "another run is writing to" in mistake(model, data, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))

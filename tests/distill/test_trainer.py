@@ -329,3 +329,48 @@ def test_block_recall_of_padded_batches():
     mask[1, :125] = 0
     padded = block_recall(model, [{"input_ids": ids, "attention_mask": mask}], TopK(0.4))
     assert padded == pytest.approx(block_recall(model, [long, short], TopK(0.4)), rel=1e-4)
+
+
+# ---- batches that teach nothing --------------------------------------------------------------------------------------
+
+
+def test_prompts_of_one_block_teach_nothing_and_every_layer_is_named(caplog):
+    """Their loss is zero, which must not pass for a layer that has learned; however short the run."""
+    for steps in (2, 14):
+        caplog.clear()
+        model = attached_llama()
+        history = distill(model, random_batches(2, length=32), DistillConfig(steps=steps, warmup=1))
+        assert history.loss == [0.0] * steps
+        assert history.no_gradient == {"layers.0": steps, "layers.1": steps}
+        assert set(history.not_learning) == {"layers.0", "layers.1"}
+        assert caplog.text.count("step 1 does not teach any layer anything") == 1
+        assert "32 tokens (one block)" in caplog.text
+        assert "layers.1 does not seem to learn: its gradient was zero in every step" in caplog.text
+
+
+def test_steps_that_teach_nothing_are_counted_and_left_out_of_the_verdict(caplog):
+    """One-block prompts at the end: without them this run does not learn, and their zero losses must not hide it."""
+    batches = [*random_batches(1) * 12, *random_batches(6, length=20)]
+    history = distill(attached_llama(), batches, DistillConfig(learning_rate=1e-12, warmup=2))
+    assert history.no_gradient == {"layers.0": 6, "layers.1": 6}
+    assert set(history.not_learning) == {"layers.0", "layers.1"}
+    assert "step 13 does not teach any layer anything" in caplog.text
+
+    learning = attached_llama()
+    forget(learning)
+    config = DistillConfig(steps=60, learning_rate=5e-3, warmup=5)
+    history = distill(learning, [*topic_batches(8), *random_batches(2, length=20)], config)
+    assert history.not_learning == {}
+    assert "12 of 60 steps taught layers.1 nothing" in caplog.text
+
+
+def test_a_gate_without_any_gradient_is_named(caplog):
+    model = tiny_llama_with(GateConfig(block_size=32, prefill=PrefillGateConfig(q_linear=True)))
+    from seerattention.hf.state import gates
+
+    with torch.no_grad():
+        for parameter in gates(model)[1].parameters():
+            parameter.zero_()
+    history = distill(model, random_batches(3), DistillConfig())
+    assert history.not_learning == {"layers.1": "its gradient was zero in every step"}
+    assert "step 1 does not teach layers.1 anything" in caplog.text

@@ -20,6 +20,7 @@ from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.dispatch import FLOATING_DTYPES
+from ..ops.indices import ordered_lists, read_lists
 from ..policies import Dense
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Call, Forward, current_forward, watching
@@ -260,6 +261,7 @@ def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
         policy = layer.policy or state.policy
         logits = inputs.gate_logits(masked=False)
         blocks = policy.select(logits, block_size=state.block_size, lengths=inputs.lengths)
+    blocks = blocks.checked()  # for statistics, observers and the op alike; the package's own lists as they are
     if inputs.lengths is None:
         return blocks
     return _complete_short_rows(blocks, inputs.lengths, _min_context(layer, inputs.q.device))
@@ -271,7 +273,8 @@ def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) ->
     if longest == 0:
         return blocks
     short = (lengths < minimum)[:, None, None]
-    batch, heads, rows = blocks.counts.shape
+    indices, counts = read_lists(blocks)
+    batch, heads, rows = counts.shape
     full = dense_indices(
         batch,
         heads,
@@ -279,11 +282,12 @@ def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) ->
         blocks.num_key_blocks,
         block_size=blocks.block_size,
         lengths=lengths,
-        device=blocks.counts.device,
+        device=counts.device,
     )
-    indices, capacity = blocks.indices, blocks.indices.shape[-1]
+    full_indices, full_counts = read_lists(full)
+    capacity = indices.shape[-1]
     if capacity < longest:
         indices, capacity = nn.functional.pad(indices, (0, longest - capacity)), longest
-    indices = torch.where(short[..., None], full.indices[..., :capacity], indices)
-    counts = torch.where(short, full.counts, blocks.counts)
-    return BlockIndices(indices, counts, blocks.num_key_blocks, blocks.block_size)
+    indices = torch.where(short[..., None], full_indices[..., :capacity], indices)
+    counts = torch.where(short, full_counts, counts)
+    return ordered_lists(indices, counts, blocks.num_key_blocks, blocks.block_size)

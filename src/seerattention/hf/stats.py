@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import BlockIndices, first_query_block
+from ..ops.indices import read_lists
 
 
 class Statistics:
@@ -45,8 +46,9 @@ class Statistics:
             selected = causal
             self.dense_calls += 1
         else:
-            shared = heads // blocks.counts.shape[1]  # lists may be shared by the query heads of a group
-            selected = (blocks.counts * valid[:, None]).sum(dtype=torch.float64) * shared
+            counts = read_lists(blocks)[1]
+            shared = heads // counts.shape[1]  # lists may be shared by the query heads of a group
+            selected = (counts * valid[:, None]).sum(dtype=torch.float64) * shared
             self.sparse_calls += 1
             share, device = selected / causal, query.device
             self._shares[device] = self._shares[device] + share if device in self._shares else share

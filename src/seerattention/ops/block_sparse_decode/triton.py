@@ -241,22 +241,33 @@ def merge_decode_parts_kernel(
 
 
 def block_sparse_decode_triton(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, span: Span, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int,
+    span: Span,
+    scale: float,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Launch the kernels; arguments as checked by the interface.
 
     Returns:
-        ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension.
+        ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension, or None.
     """
     heads, slots, head_dim = q.shape[1:]
     batch, kv_heads, queries, capacity = indices.shape
     group = heads // kv_heads
-    # Slots without a query are written by nobody.
-    make = torch.empty_like if span.plain else torch.zeros_like
-    out = make(q)
-    lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
+    out, lse = torch.empty_like(q), None
+    if return_lse:
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    if capacity == 0 or not span.plain:  # slots without a query are written by nobody
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
     if capacity == 0:
-        return out.zero_(), lse
+        return out, lse
     indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     counts = counts if counts.stride(-1) == 1 else counts.contiguous()
     parts = num_parts(batch * kv_heads * queries, capacity, q.device)
@@ -268,7 +279,7 @@ def block_sparse_decode_triton(
         new = {"dtype": torch.float32, "device": q.device}
         written = torch.empty(batch, heads, queries, parts, head_dim, **new)
         written_lse = torch.empty(batch, heads, queries, parts, **new)
-    constants = {"TABLE": table is not None, "PACKED": span.packed, "RETURN_LSE": True}
+    constants = {"TABLE": table is not None, "PACKED": span.packed, "RETURN_LSE": return_lse}
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
         block_sparse_decode_fwd_kernel[(parts, queries, batch * kv_heads)](
