@@ -121,6 +121,7 @@ def test_after_an_exception_the_next_forward_is_as_ever(model_of, ids_of):
             logits_of(model, ids)
         hook.remove()
         assert torch.equal(logits_of(model, ids), expected)
+        assert current_forward() is None
 
 
 def narrow(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, position_ids=None,
