@@ -17,7 +17,7 @@ from seerattention.hf.prompts import (
     run_prompt,
 )
 from seerattention.hf.recall import block_recall
-from seerattention.hf.state import LayerState
+from seerattention.hf.layer import LayerState
 from seerattention.ops import pooled_attention
 
 VOCABULARY = 128
