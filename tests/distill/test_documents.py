@@ -63,7 +63,7 @@ def test_frames_without_text_are_passed_over(tmp_path):
     skipped = struct.pack("<II", 0x184D2A53, 3) + b"abc"
     frame = zstandard.compress(b"words")
     assert read(write(tmp_path / "a.txt.zst", skipped + frame + skipped)) == ["words"]
-    assert read(write(tmp_path / "a.txt.gz", gzip.compress(b"words") + bytes(512))) == ["words"]  # as tar pads
+    assert read(write(tmp_path / "a.txt.gz", gzip.compress(b"words", mtime=0) + bytes(512))) == ["words"]  # as tar pads
     assert read(write(tmp_path / "a.txt.xz", lzma.compress(b"wo") + bytes(4) + lzma.compress(b"rds"))) == ["words"]
 
 
@@ -133,13 +133,13 @@ LINE = json.dumps({"text": "words"}) + "\n"
     [
         # The content is not what the name says.
         ("a.jsonl.zst", LINE, "named .zst but holds something else (uncompressed text?)"),
-        ("a.jsonl.zst", gzip.compress(LINE.encode()), "named .zst but holds gzip data"),
+        ("a.jsonl.zst", gzip.compress(LINE.encode(), mtime=0), "named .zst but holds gzip data"),
         ("a.txt.gz", LINE, "named .gz but holds something else"),
         ("a.txt.bz2", lzma.compress(b"words"), "named .bz2 but holds xz data"),
         ("a.txt.xz", bz2.compress(b"words"), "named .xz but holds bzip2 data"),
-        ("a.jsonl", gzip.compress(LINE.encode()), "holds gzip data, not plain text; end its name in .gz"),
+        ("a.jsonl", gzip.compress(LINE.encode(), mtime=0), "holds gzip data, not plain text; end its name in .gz"),
         ("a.txt", zstandard.compress(b"words"), "holds zstandard data"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"words")), "holds decompressed, gzip data"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"words", mtime=0), mtime=0), "holds decompressed, gzip data"),
         ("a.txt", b"PK\x03\x04....", "a zip archive"),
         ("a.jsonl", b"PAR1....PAR1", "a Parquet table"),
         # Not UTF-8.
@@ -148,14 +148,14 @@ LINE = json.dumps({"text": "words"}) + "\n"
         ("a.jsonl.zst", zstandard.compress(LINE.encode("utf-16")), "UTF-16 text"),
         ("a.txt", "one\ntwo caf\xe9".encode("latin-1"), ":2 is not UTF-8: byte 0xe9 at character 8"),
         ("a.jsonl", LINE.encode() + b'{"text": "caf\xe9"}\n', ":2 is not UTF-8"),
-        ("a.txt.gz", gzip.compress(b"one\ntwo\nthr\xffee"), ":3 is not UTF-8: byte 0xff"),
+        ("a.txt.gz", gzip.compress(b"one\ntwo\nthr\xffee", mtime=0), ":3 is not UTF-8: byte 0xff"),
         ("a.txt", b"\xed\xa0\xbd", ":1 is not UTF-8"),
         ("a.txt", b"one\n\ntwo \0", ":3 holds a NUL byte"),
         ("a.jsonl", LINE.encode() * 2 + b'{"text": "a\0b"}', ":3 holds a NUL byte"),
         # Nothing in it.
         ("a.txt", b"", "is empty"),
         ("a.jsonl.zst", b"", "is empty"),
-        ("a.txt.gz", gzip.compress(b""), "is empty"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.txt", b"\xef\xbb\xbf", "is empty"),
         ("a.jsonl", b"\n \n", "holds no text"),
         ("a.jsonl.zst", zstandard.compress(b""), "holds no text"),
