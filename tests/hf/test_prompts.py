@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import seerattention as seer
+from seerattention.hf.layer import LayerState
 from seerattention.hf.prompts import (
     check_batch,
     input_device,
@@ -17,7 +18,6 @@ from seerattention.hf.prompts import (
     run_prompt,
 )
 from seerattention.hf.recall import block_recall
-from seerattention.hf.layer import LayerState
 from seerattention.ops import pooled_attention
 
 VOCABULARY = 128
