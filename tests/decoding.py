@@ -93,7 +93,7 @@ def check_layout(implementation, layout, device="cpu", dtype=torch.float32, bloc
     elif layout == "pages":
         q = torch.stack([pad(row[0], queries) for row in rows])
         table = torch.randperm(13, generator=torch.Generator().manual_seed(0))[:12].view(4, 3).int()
-        k, v = (torch.full((13, kv_heads, 32, head_dim), float("nan")) for _ in range(2))
+        k, v = (torch.full((13, kv_heads, 32, head_dim), float("nan"), dtype=dtype) for _ in range(2))
         for b, row in enumerate(rows):
             for page in range(3):
                 k[table[b, page]] = pad(row[1], keys)[:, page * 32 : page * 32 + 32]

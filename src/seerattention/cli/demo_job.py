@@ -29,6 +29,7 @@ from ..hf.recall import block_recall
 from ..policies import TopK
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
+from .demo import DEMO_MINUTES
 
 __all__ = ["DemoPlan", "DemoResult", "run_demo"]
 
@@ -65,7 +66,7 @@ class DemoPlan:
     max_rounds: int = 4
     questions: int = 16
     repeats: int = 2
-    seconds: float = 420.0
+    seconds: float = 60.0 * DEMO_MINUTES
     committed: Sequence[float] = (0.2, 0.1, 0.05)
     fresh: Sequence[float] = (0.2, 0.1)
     untrained: Sequence[float] = (0.2,)
@@ -73,7 +74,7 @@ class DemoPlan:
     learning_rate: float = 4e-3
 
     @classmethod
-    def choose(cls, device: str, fast: bool = False, seconds: float = 420.0) -> DemoPlan:
+    def choose(cls, device: str, fast: bool = False, seconds: float = 60.0 * DEMO_MINUTES) -> DemoPlan:
         """What fits the device; ``fast`` is a smoke test of a few seconds whose numbers mean little."""
         if fast:
             return cls(

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Terminal, book_tokens, default_gates, errors, load_model, parse_list, resolve_device, token_count
+from .common import (
+    Terminal,
+    book_tokens,
+    default_gates,
+    errors,
+    load_model,
+    open_data,
+    parse_list,
+    resolve_device,
+    token_count,
+)
+from .options import check_dtype, check_gates, check_model, check_output, check_seed, parse_density, parse_threshold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,15 +104,23 @@ def command(
         task_list = _choice(parse_list(tasks, str, "tasks"), TASKS, "tasks")
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,
-            parse_list(densities, float, "densities"),
-            parse_list(thresholds, float, "thresholds") if thresholds else [],
+            parse_list(densities, parse_density, "densities"),
+            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
             oracle,
         )
+        check_seed(seed)
+        check_dtype(dtype)
+        check_model(model)
+        if gates not in (None, "none"):
+            check_gates(gates)
+        if output is not None:
+            check_output(output)
+        texts = open_data(data, model, text_field)
         chosen = resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
         loaded, tokenizer = load_model(model, chosen, dtype)
         longest = asked_lengths[-1]
-        books = book_tokens(data, model, tokenizer, limit=max(documents + 1, 16) * longest, text_field=text_field)
+        books = book_tokens(texts, model, tokenizer, limit=max(documents + 1, 16) * longest)
         terminal.say(f"settings: {', '.join(setting.name for setting in settings)}")
         job = _Job(terminal, loaded, tokenizer, books, settings, batch_size, seed)
         results = _Results({}, [], {})
