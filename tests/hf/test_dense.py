@@ -34,7 +34,8 @@ def flash_like(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         rows, columns = query.shape[2], key.shape[2]
         causal = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
         mask = causal & attention_mask[:, None, None, :]
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    out, weights = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    return 1.5 * out, weights  # nobody else computes that
 
 
 def doubled(module, query, key, value, attention_mask, **kwargs):
@@ -74,7 +75,7 @@ def test_dense_is_what_the_model_came_with_bit_for_bit(model_of, ids_of, family,
     with seer.record(model) as stats:
         full = logits_of(model, ids, **inputs)
     assert stats.sparse_calls == 2
-    if implementation != "doubled":  # which sparse attention does not imitate
+    if implementation in ("sdpa", "eager"):  # the others are not imitated
         rows = slice(None) if not with_padding else inputs["attention_mask"].bool()
         torch.testing.assert_close(full[rows], expected[rows], rtol=1e-4, atol=1e-4)
     seer.detach(model)

@@ -7,14 +7,12 @@ to the next.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,13 +80,15 @@ class Call:
     key: Tensor | None = None
 
 
+class Arguments(dict[str, Any]):
+    """The keyword arguments of a call of the decoder, as an object whose end can be seen."""
+
+
 class Forward:
     """One forward of the decoder of an attached model.
 
     Attributes:
         state: the model's.
-        decoder: the module whose forward it is (a replica has others than the model).
-        compiled: whether compiled code runs it.
         dense: whether all layers attend densely, because the caller said so.
         observers, statistics: what is to be called, and counted, in every layer.
         masks: masks of kinds that do not say themselves what they are, with whether they are causality and padding,
@@ -97,11 +97,10 @@ class Forward:
         sparse: whether a layer was attended sparsely.
     """
 
-    def __init__(self, state: ModelState, decoder: nn.Module, compiled: bool):
+    def __init__(self, state: ModelState, arguments: Arguments | None):
+        """``arguments`` live as long as the call of the decoder; None: not known (compiled code)."""
         mine = [watch for watch in _watches.get() if watch.state is state]
         self.state = state
-        self.decoder = decoder
-        self.compiled = compiled
         self.dense = any(watch.kind == DENSE for watch in mine)
         self.observers = tuple(watch.value for watch in mine if watch.kind == OBSERVE)
         self.statistics = tuple(watch.value for watch in mine if watch.kind == RECORD)
@@ -113,8 +112,9 @@ class Forward:
         self._keeper: Callable[[], Tensor | None] = _nothing
         self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
         self._outer = _forward.get()
+        self._arguments = None if arguments is None else weakref.ref(arguments)
         # Ctrl-C runs no hooks, so forwards may be left over that it ended.
-        while self._outer is not None and not self._outer._is_running():
+        while self._outer is not None and self._outer._arguments is not None and self._outer._arguments() is None:
             self._outer = self._outer._outer
         _forward.set(self)
 
@@ -143,16 +143,6 @@ class Forward:
             keeper.__dict__.pop(_KEPT, None)
         self._call = self._keeper = _nothing
         return call
-
-    def _is_running(self) -> bool:
-        """Whether its decoder's call is on the stack; compiled code does not show."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and not self.compiled:
-            # Locals of that function only: asking a frame for its locals keeps their values until it ends.
-            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is self.decoder:
-                return True
-            frame = frame.f_back
-        return self.compiled
 
     def close(self) -> None:
         """Let go of all tensors. Called in the context that opened it, or by whoever detaches the model."""

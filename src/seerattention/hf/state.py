@@ -21,7 +21,7 @@ from ..config import GateConfig
 from ..gates import BlockGate
 from ..policies import Policy
 from .architectures import Family, Geometry, find_decoder
-from .forward import Forward, current_forward, watching
+from .forward import Arguments, Forward, current_forward, watching
 from .implementation import NAME, StandIn
 
 if TYPE_CHECKING:
@@ -140,14 +140,20 @@ class ModelState:
         for hook in self._hooks[: 1 if self._forwards else None]:
             hook.remove()
 
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         single = tokens is not None and tokens.shape[1] == 1
         if not self._aligned():
             self._align()
-        if self._standing() and not (single and not watching()):
-            self._open(module, single, torch.compiler.is_compiling())
+        if not self._standing() or (single and not watching()):
+            return None
+        if torch.compiler.is_compiling():
+            self._open(module, single, None)
+            return None
+        arguments = Arguments(kwargs)
+        self._open(module, single, arguments)
+        return args, arguments
 
     def _standing(self) -> bool:
         return self.decoder.config._attn_implementation == NAME  # type: ignore[union-attr]
@@ -176,8 +182,8 @@ class ModelState:
             )
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
-    def _open(self, module: nn.Module, single: bool, compiled: bool) -> None:
-        forward = Forward(self, module, compiled)
+    def _open(self, module: nn.Module, single: bool, arguments: Arguments | None) -> None:
+        forward = Forward(self, arguments)
         self._forwards.add(forward)
         if not single:
             for layer in self.layers:
