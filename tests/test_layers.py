@@ -17,6 +17,7 @@ PACKAGE = ROOT / "src" / "seerattention"
 LEVELS = (
     {"cli"},
     {"evaluate", "distillation", "testbed"},
+    {"measure"},
     {"tasks", "hf"},
     {"baselines", "gates", "policies"},
     {"blocks", "config", "files"},
@@ -140,6 +141,7 @@ def test_no_hugging_face_below_hf(room):
     ("room", "source"),
     [
         ("ops", "from ..policies import Dense"),
+        ("hf", "from ..measure import record"),
         ("hf", "def f():\n    from ..distillation import distill"),
         ("gates", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import seerattention.hf.attach"),
         ("policies", "from . import gates"),

@@ -91,3 +91,27 @@ def test_no_public_name_hides_a_room():
 def test_the_former_name_of_the_room_says_that_it_is_gone():
     with pytest.raises(ModuleNotFoundError, match=r"seerattention\.distill"):
         importlib.import_module("seerattention.distill")
+
+
+@pytest.mark.parametrize(
+    ("former", "name"),
+    [
+        ("seerattention.hf.recall", "block_recall"),
+        ("seerattention.hf.recall", "recall_sums"),
+        ("seerattention.hf", "Statistics"),
+        ("seerattention.hf", "calibrate"),
+        ("seerattention.hf", "record"),
+    ],
+)
+def test_what_measures_is_found_where_it_was(former, name):
+    """With a warning that points at the line that asks for it."""
+    module = importlib.import_module(former)
+    with pytest.warns(DeprecationWarning, match=f"{former}.{name} has moved: .*seerattention.measure") as caught:
+        assert getattr(module, name) is getattr(seerattention.measure, name)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="no_such_name"):
+        module.no_such_name  # noqa: B018
+
+
+def test_the_former_place_of_block_recall_works_in_a_fresh_process():
+    run("from seerattention.hf.recall import block_recall\nassert 'attention mass' in block_recall.__doc__")

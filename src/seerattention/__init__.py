@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import files as files
     from . import gates as gates
     from . import hf as hf
+    from . import measure as measure
     from . import ops as ops
     from . import policies as policies
     from . import tasks as tasks
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from .config import GateConfig, PrefillGateConfig
     from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
-    from .hf.calibrate import calibrate
     from .hf.checkpoint import save_gates
-    from .hf.contexts import dense, observe, record
+    from .hf.contexts import dense, observe
     from .hf.state import LayerInputs
+    from .measure import calibrate, record
     from .policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP
 
 _NAMES = {
@@ -54,12 +55,12 @@ _NAMES = {
     "TopK": "policies",
     "TopP": "policies",
     "attach": "hf",
-    "calibrate": "hf",
+    "calibrate": "measure",
     "dense": "hf",
     "detach": "hf",
     "distill": "distillation",
     "observe": "hf",
-    "record": "hf",
+    "record": "measure",
     "save_gates": "hf",
     "set_policy": "hf",
 }
@@ -73,6 +74,7 @@ _ROOMS = (
     "files",
     "gates",
     "hf",
+    "measure",
     "ops",
     "policies",
     "tasks",

@@ -15,7 +15,7 @@ from seerattention.distillation.checkpoint import load_state, save_state
 from seerattention.distillation.trainer import Trainer
 from seerattention.files import temporary_files
 from seerattention.hf import attach, dense, observe
-from seerattention.hf.recall import block_recall
+from seerattention.measure import block_recall
 from seerattention.ops import pooled_attention
 from seerattention.policies import Dense, TopK
 

@@ -6,7 +6,7 @@ import torch
 
 import seerattention as seer
 from seerattention.evaluate.maps import draw_maps, draw_recall, inspect_attention
-from seerattention.hf.recall import block_recall
+from seerattention.measure import block_recall
 
 
 @pytest.fixture

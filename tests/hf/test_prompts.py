@@ -17,7 +17,7 @@ from seerattention.hf.prompts import (
     place_gates,
     run_prompt,
 )
-from seerattention.hf.recall import block_recall
+from seerattention.measure import block_recall
 from seerattention.ops import pooled_attention
 
 VOCABULARY = 128

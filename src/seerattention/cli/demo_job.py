@@ -25,7 +25,7 @@ from ..evaluate.perplexity import PerplexityResult, cut_documents, evaluate_perp
 from ..evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_samples
 from ..evaluate.settings import Setting
 from ..evaluate.timing import TimingResult, time_prefill
-from ..hf.recall import block_recall
+from ..measure import block_recall
 from ..policies import TopK
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG

@@ -19,8 +19,8 @@ from torch import nn
 from ..gates.geometry import fingerprint
 from ..hf.architectures import find_decoder
 from ..hf.prompts import check_batch, input_device
-from ..hf.recall import recall_sums
 from ..hf.state import state_of
+from ..measure.recall import recall_sums
 from ..policies import TopK
 from .batches import Batch, BatchWalk
 from .checkpoint import check_same_run, load_state, save_state

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import hf
 from ..hf.state import state_of
+from ..measure import record
 from ..policies import Policy
 
 __all__ = ["Measurement", "Setting"]
@@ -130,6 +131,6 @@ def _recorded(model: nn.Module, measurement: Measurement, measure: bool) -> Iter
     if not measure:
         yield
         return
-    with hf.record(model) as stats:
+    with record(model) as stats:
         yield
     measurement.density = float(stats.total_density)

@@ -1,23 +1,23 @@
 """SeerAttention inside Hugging Face transformers: hooks and a registered attention function, no forked models."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from ..gates.sources import convert
 from .architectures import FAMILIES, Family, find_decoder
 from .attach import attach, detach, set_policy
 from .attention import DEFAULT_MIN_CONTEXT
-from .calibrate import calibrate
 from .checkpoint import save_gates
-from .contexts import dense, observe, record
+from .contexts import dense, observe
 from .state import LayerInputs, gates, is_attached
-from .stats import Statistics
 
 __all__ = [
     "DEFAULT_MIN_CONTEXT",
     "FAMILIES",
     "Family",
     "LayerInputs",
-    "Statistics",
     "attach",
-    "calibrate",
     "convert",
     "dense",
     "detach",
@@ -25,7 +25,17 @@ __all__ = [
     "gates",
     "is_attached",
     "observe",
-    "record",
     "save_gates",
     "set_policy",
 ]
+
+# What this package offered before measuring got a room of its own.
+_MOVED = ("Statistics", "calibrate", "record")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .recall import moved
+
+    return moved(f"{__name__}.{name}", name)

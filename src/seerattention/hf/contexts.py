@@ -1,4 +1,4 @@
-"""What is true of an attached model, or is watched, while a ``with`` block is open: dense, observe, record.
+"""What is true of an attached model, or is watched, while a ``with`` block is open: dense, observe.
 
 The blocks belong to the context (``contextvars``) that opens them: forwards in other threads are not touched, and
 neither are copies of the model. A thread that is started inside a block (``torch.nn.DataParallel`` starts one a
@@ -12,9 +12,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .forward import DENSE, OBSERVE, RECORD, watch
+from .forward import DENSE, OBSERVE, watch
 from .state import Observer, state_of
-from .stats import Statistics
 
 
 @contextmanager
@@ -42,19 +41,3 @@ def observe(model: nn.Module, fn: Observer) -> Iterator[nn.Module]:
     """
     with watch(OBSERVE, state_of(model), fn):
         yield model
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[Statistics]:
-    """Count what attention reads while the context is open::
-
-        with seerattention.record(model) as stats:
-            model.generate(...)
-        stats.density, stats.total_density  # of the layers that ran sparsely, and of all
-
-    Raises:
-        ValueError: nothing is attached to ``model``.
-    """
-    statistics = Statistics()
-    with watch(RECORD, state_of(model), statistics):
-        yield statistics

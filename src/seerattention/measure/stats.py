@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import BlockIndices, first_query_block
+from ..hf.forward import RECORD, watch
+from ..hf.state import state_of
 from ..ops.indices import read_lists
 
 
@@ -81,3 +86,19 @@ class Statistics:
             f"Statistics(density={self.density:.4f}, total_density={self.total_density:.4f}, "
             f"sparse_calls={self.sparse_calls}, dense_calls={self.dense_calls})"
         )
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Statistics]:
+    """Count what attention reads while the context is open::
+
+        with seerattention.record(model) as stats:
+            model.generate(...)
+        stats.density, stats.total_density  # of the layers that ran sparsely, and of all
+
+    Raises:
+        ValueError: nothing is attached to ``model``.
+    """
+    statistics = Statistics()
+    with watch(RECORD, state_of(model), statistics):
+        yield statistics

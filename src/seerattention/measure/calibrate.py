@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import BlockIndices, causal_block_mask
+from ..hf.attach import set_policy
+from ..hf.contexts import dense, observe
+from ..hf.prompts import check_batch, run_prompt
+from ..hf.state import LayerInputs, gated_layers, state_of
 from ..policies import Threshold, causal_softmax
-from .attach import set_policy
-from .contexts import dense, observe
-from .prompts import check_batch, run_prompt
-from .state import LayerInputs, gated_layers, state_of
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
