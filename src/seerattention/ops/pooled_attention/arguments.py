@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,36 @@ def check_arguments(
             f"{lse.device}"
         )
     return scale, lengths
+
+
+def as_op(
+    name: str, fake: Callable[..., Tensor], run: Callable[[Tensor, Tensor, Tensor, Wanted, str | None], Tensor]
+) -> Callable[..., Tensor]:
+    """One op to tracers that calls ``run`` with ``q, k, rows``, what is wanted of it, and the implementation asked for.
+
+    Tracers take tensors, numbers and strings, so that the op has a parameter for each field of :class:`Wanted`.
+
+    Args:
+        name: what torch knows the op by.
+        fake: see :func:`~seerattention.ops.dispatch.custom_op`.
+    """
+
+    def op(
+        q: Tensor,
+        k: Tensor,
+        rows: Tensor,
+        block_size: int,
+        scale: float,
+        lengths: Tensor | None,
+        reduce: str,
+        normalize: bool,
+        lse: Tensor | None,
+        implementation: str | None,
+    ) -> Tensor:
+        return run(q, k, rows, Wanted(block_size, scale, lengths, reduce, normalize, lse), implementation)
+
+    op.__name__ = name
+    return dispatch.custom_op(fake)(op)
 
 
 def check_range(op: str, rows: Tensor, first: int, end: int, what: str) -> None:

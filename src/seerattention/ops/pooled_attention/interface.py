@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import first_query_block, num_blocks
 from . import cpu, reference
-from .arguments import Wanted, check_arguments, check_range
+from .arguments import Wanted, as_op, check_arguments, check_range
 
 __all__ = ["pooled_attention"]
 
@@ -78,25 +78,13 @@ def _fake(q: Tensor, k: Tensor, rows: Tensor, block_size: int) -> Tensor:
     return q.new_empty(batch, heads, rows.shape[0], num_blocks(k.shape[2], block_size), dtype=torch.float32)
 
 
-@dispatch.custom_op(_fake)
-def _pooled_attention(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None,
-    implementation: str | None,
-) -> Tensor:
+def _run(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted, implementation: str | None) -> Tensor:
+    block_size = wanted.block_size
     first, end = first_query_block(q.shape[2], k.shape[2], block_size), num_blocks(k.shape[2], block_size)
     check_range(OP, rows, first, end, "the blocks that hold queries")
-    rows, wanted = rows.to(q.device), Wanted(block_size, scale, lengths, reduce, normalize, lse)
     function = reference.pooled_attention
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
-    reason = hopper_usable(q, k, block_size, reduce) if name in ("triton", "hopper") else None
+    reason = hopper_usable(q, k, block_size, wanted.reduce) if name in ("triton", "hopper") else None
     if name == "triton" and (too_large := triton_refuses(q, block_size)):
         if implementation == "triton":
             raise ValueError(f"{OP}: implementation='triton' cannot run here: {too_large}; pass implementation=None")
@@ -116,7 +104,10 @@ def _pooled_attention(
         from . import triton
 
         function = triton.pooled_attention
-    return function(q, k, rows, wanted)
+    return function(q, k, rows.to(q.device), wanted)
+
+
+_pooled_attention = as_op(OP, _fake, _run)
 
 
 def triton_refuses(q: Tensor, block_size: int) -> str | None:

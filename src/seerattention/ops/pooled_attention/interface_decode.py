@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import num_blocks
 from . import cpu_decode, reference_decode
-from .arguments import Wanted, check_arguments, check_range
+from .arguments import Wanted, as_op, check_arguments, check_range
 
 __all__ = ["pooled_attention_decode"]
 
@@ -82,21 +82,8 @@ def _fake(q: Tensor, k: Tensor, rows: Tensor, block_size: int) -> Tensor:
     return q.new_empty(batch, kv_heads, rows.shape[0], num_blocks(key_length, block_size), dtype=torch.float32)
 
 
-@dispatch.custom_op(_fake)
-def _pooled_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    block_size: int,
-    scale: float,
-    lengths: Tensor | None,
-    reduce: str,
-    normalize: bool,
-    lse: Tensor | None,
-    implementation: str | None,
-) -> Tensor:
+def _run(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted, implementation: str | None) -> Tensor:
     check_range(OP, rows, k.shape[2] - q.shape[2], k.shape[2], "the positions of the queries")
-    rows, wanted = rows.to(q.device), Wanted(block_size, scale, lengths, reduce, normalize, lse)
     function = reference_decode.pooled_attention_decode
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
     if name == "cpu":
@@ -105,4 +92,7 @@ def _pooled_attention_decode(
         from . import triton_decode  # imported late: triton is an optional dependency
 
         function = triton_decode.pooled_attention_decode
-    return function(q, k, rows, wanted)
+    return function(q, k, rows.to(q.device), wanted)
+
+
+_pooled_attention_decode = as_op(OP, _fake, _run)

@@ -10,30 +10,44 @@ from .arguments import Wanted
 
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    block_size, scale, lengths, reduce, _, lse = wanted
+    block_size = wanted.block_size
     batch, heads, query_length, _ = q.shape
     key_length = k.shape[2]
-    num_keys = num_blocks(key_length, block_size)
     k = k.float().repeat_interleave(heads // k.shape[1], dim=1)
-    key_positions = torch.arange(key_length, device=q.device)
     offset = key_length - query_length  # position of the first query
-    out = torch.zeros(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
+    out = q.new_zeros(batch, heads, rows.numel(), num_blocks(key_length, block_size), dtype=torch.float32)
     for slot, row in enumerate(rows.tolist()):
         start, end = max(row * block_size, offset), min((row + 1) * block_size, key_length)
-        positions = torch.arange(start, end, device=q.device)
-        scores = q[:, :, start - offset : end - offset].float() @ k.transpose(-1, -2) * scale
-        scores = scores.masked_fill(key_positions > positions[:, None], float("-inf"))
-        if lse is None:
-            probabilities = scores.softmax(-1)
-        else:
-            probabilities = (scores - lse[:, :, start - offset : end - offset, None]).exp()
-        if lengths is not None:
-            padded_queries = (positions >= lengths[:, None])[:, None, :, None]
-            probabilities = probabilities.masked_fill(padded_queries, 0.0)
-        padded = torch.nn.functional.pad(probabilities, (0, num_keys * block_size - key_length))
-        tiles = padded.unflatten(-1, (num_keys, block_size))
-        out[:, :, slot] = tiles.amax(dim=(2, 4)) if reduce == "max" else tiles.sum(dim=(2, 4))
+        positions, here = torch.arange(start, end, device=q.device), slice(start - offset, end - offset)
+        lse = None if wanted.lse is None else wanted.lse[:, :, here]
+        tiles = attention_map(q[:, :, here], k, positions, wanted, lse)
+        out[:, :, slot] = tiles.amax(dim=(2, 4)) if wanted.reduce == "max" else tiles.sum(dim=(2, 4))
     return finish(out, rows, key_length, query_length, wanted)
+
+
+def attention_map(q: Tensor, k: Tensor, positions: Tensor, wanted: Wanted, lse: Tensor | None) -> Tensor:
+    """Probabilities of queries at some positions, cut into blocks of keys; 0 at keys they do not see, and for padding.
+
+    Args:
+        q: ``[B, H, M, D]``, any of the dtypes.
+        k: float32 ``[B, H, Tk, D]``, one for each query head.
+        positions: int64 ``[M]``, where these queries stand.
+        lse: float32 ``[B, H, M]``, of these queries; None: computed here.
+
+    Returns:
+        float32 ``[B, H, M, Nk, block_size]``.
+    """
+    key_length = k.shape[2]
+    scores = q.float() @ k.transpose(-1, -2) * wanted.scale
+    hidden = torch.arange(key_length, device=q.device) > positions[:, None]
+    scores = scores.masked_fill(hidden, float("-inf"))
+    probabilities = scores.softmax(-1) if lse is None else (scores - lse[..., None]).exp()
+    if wanted.lengths is not None:
+        padded_queries = (positions >= wanted.lengths[:, None])[:, None, :, None]
+        probabilities = probabilities.masked_fill(padded_queries, 0.0)
+    num_keys = num_blocks(key_length, wanted.block_size)
+    padded = torch.nn.functional.pad(probabilities, (0, num_keys * wanted.block_size - key_length))
+    return padded.unflatten(-1, (num_keys, wanted.block_size))
 
 
 def finish(out: Tensor, rows: Tensor, key_length: int, query_length: int, wanted: Wanted) -> Tensor:
