@@ -11,6 +11,7 @@ queries of one head lie with one warp (of four warps and four heads) and reducin
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,8 @@ from .. import dispatch
 from ..indices import num_blocks
 from .arguments import Wanted
 
-LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 
 # A strip of keys takes at most this much shared memory per pipeline stage. float32 products are unrolled multiply-adds,
 # not tensor core instructions: with larger strips they take minutes to compile.
@@ -60,24 +62,40 @@ def order():
 
 
 @triton.jit
+def locate(i_bkv, lengths, heads, group, key_length, HAS_LENGTHS: tl.constexpr):
+    """Batch row, KV head and number of valid keys of a place without parts."""
+    kv_heads = heads // group
+    i_b, i_kv = (i_bkv // kv_heads).to(tl.int64), (i_bkv % kv_heads).to(tl.int64)
+    end = key_length
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
+    return i_b, i_kv, end
+
+
+@triton.jit
 def _place(rows, lengths, heads, group, key_length, HAS_LENGTHS: tl.constexpr, UNITS: tl.constexpr):
     """What this program computes: slot and query block, batch row, KV head, first of its query heads within the group,
     and the number of valid keys."""
     i_slot, i_place = order()
     i_row = tl.load(rows + i_slot).to(tl.int32)
     parts = (group + UNITS - 1) // UNITS
-    i_bkv = i_place // parts
-    kv_heads = heads // group
-    i_b, i_kv = (i_bkv // kv_heads).to(tl.int64), (i_bkv % kv_heads).to(tl.int64)
-    end = key_length
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
+    i_b, i_kv, end = locate(i_place // parts, lengths, heads, group, key_length, HAS_LENGTHS)
     return i_slot, i_row, i_b, i_kv, i_place % parts * UNITS, end
+
+
+@triton.jit
+def _rows(i_row, i_kv, i_unit, group, offset, end, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Position and head of every row of queries of this program, and which rows are valid."""
+    o_m = tl.arange(0, UNITS * BLOCK)
+    o_q = i_row * BLOCK + _query_of(o_m, UNITS)
+    o_unit = i_unit + _unit_of(o_m, UNITS)
+    return o_q, i_kv * group + o_unit, (o_q >= offset) & (o_q < end) & (o_unit < group)
 
 
 @triton.jit
 def _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASK_KEYS: tl.constexpr, MASK_DIM: tl.constexpr):
     """Keys ``[N, D]``; zeros from ``limit`` on and past head_dim, where these are asked for."""
+    # [N, D]
     p_strip = p_k + o_keys.to(tl.int64)[:, None] * stride_kt + o_d[None, :]
     if MASK_KEYS:
         b_k = tl.load(p_strip, mask=(o_keys < limit)[:, None] & (o_d < head_dim)[None, :], other=0.0)
@@ -95,6 +113,7 @@ def scores(
     """Products of queries at positions ``o_q`` with a strip of keys, not yet scaled; ``MASKED``: -inf where a key comes
     after the query, and no key from ``limit`` on is read."""
     b_k = _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASKED, MASK_DIM)
+    # [M, N]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED:
         b_s = tl.where(o_keys[None, :] <= o_q[:, None], b_s, float("-inf"))
@@ -105,6 +124,7 @@ def scores(
 def queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim):
     """Queries ``[M, D]``: one head and one position a row, zeros where a row is not valid."""
     p_q = q + i_b * stride_qb + o_head * stride_qh + (o_q - offset).to(tl.int64) * stride_qt
+    # [M, D]
     return tl.load(p_q[:, None] + o_d[None, :], mask=m_valid[:, None] & (o_d < head_dim)[None, :], other=0.0)
 
 
@@ -118,54 +138,33 @@ def accumulate(b_s, b_max, b_sum):
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def query_lse_fwd_kernel(
-    q,
-    k,
-    rows,
-    lengths,
-    lse,
-    scale_log2,
-    heads,
-    group,
-    query_length,
-    key_length,
-    head_dim,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    HAS_LENGTHS: tl.constexpr,
-    UNITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_DIM: tl.constexpr,
-):
+    q, k, rows, lengths, lse, scale_log2,
+    heads, group, query_length, key_length, head_dim,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    HAS_LENGTHS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
+):  # fmt: skip
     """Natural log-sum-exp of the scaled causal logits of every valid query of the rows asked for."""
     _, i_row, i_b, i_kv, i_unit, end = _place(rows, lengths, heads, group, key_length, HAS_LENGTHS, UNITS)
     diagonal = i_row * BLOCK
     offset = key_length - query_length
-    o_m = tl.arange(0, UNITS * BLOCK)
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    o_q = diagonal + _query_of(o_m, UNITS)
-    o_unit = i_unit + _unit_of(o_m, UNITS)
-    o_head = i_kv * group + o_unit
-    m_valid = (o_q >= offset) & (o_q < end) & (o_unit < group)
+    o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, offset, end, UNITS, BLOCK)
     if diagonal < end:
         p_k = k + i_b * stride_kb + i_kv * stride_kh
+        # [M, D]
         b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
         b_max = tl.full([UNITS * BLOCK], float("-inf"), tl.float32)
         b_sum = tl.zeros([UNITS * BLOCK], tl.float32)
-        for start in range(0, diagonal, BLOCK_N):
-            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, False, MASK_DIM)
-            b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
         # Every query sees the first key of its own block, so b_max is finite from the first strip on.
-        for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
-            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, True, MASK_DIM)
-            b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
+        for MASKED in tl.static_range(2):
+            first, last = diagonal if MASKED else 0, diagonal + BLOCK if MASKED else diagonal
+            for start in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):
+                # [M, N]
+                b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+                b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
         p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
-        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_valid)
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_valid)
 
 
 @triton.jit
@@ -184,37 +183,26 @@ def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, UNITS: tl.constexpr, BLOC
     return tl.max(tl.max(b_row, 2), 1)
 
 
+@triton.jit
+def _add_strip(
+    b_tile, b_q, b_lse, p_k, o_keys, o_q, o_d, stride_kt, head_dim, limit, scale_log2,
+    MASKED: tl.constexpr, MASK_DIM: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One strip of keys more in the value of a tile, ``[UNITS]``."""
+    # [M, N]
+    b_s = scores(b_q, p_k, o_keys, o_q, o_d, stride_kt, head_dim, limit, MASKED, MASK_DIM)
+    b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
+    return b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
+
+
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_fwd_kernel(
-    q,
-    k,
-    lse,
-    rows,
-    lengths,
-    out,
-    scale_log2,
-    heads,
-    group,
-    query_length,
-    key_length,
-    head_dim,
-    num_keys,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    HAS_LENGTHS: tl.constexpr,
-    SUM: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    UNITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_DIM: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
+    q, k, lse, rows, lengths, out, scale_log2,
+    heads, group, query_length, key_length, head_dim, num_keys,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    HAS_LENGTHS: tl.constexpr, SUM: tl.constexpr, NORMALIZE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
     i_slot, i_row, i_b, i_kv, i_unit, end = _place(rows, lengths, heads, group, key_length, HAS_LENGTHS, UNITS)
     diagonal = i_row * BLOCK
@@ -225,33 +213,33 @@ def pooled_attention_fwd_kernel(
     has_queries = diagonal < end
     b_total = tl.zeros([UNITS], tl.float32)
     if has_queries:
-        o_m = tl.arange(0, UNITS * BLOCK)
         o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        o_q = diagonal + _query_of(o_m, UNITS)
-        o_unit = i_unit + _unit_of(o_m, UNITS)
-        o_head = i_kv * group + o_unit
-        m_valid = (o_q >= offset) & (o_q < end) & (o_unit < group)
+        o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, offset, end, UNITS, BLOCK)
         p_k = k + i_b * stride_kb + i_kv * stride_kh
+        # [M, D]
         b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
         p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
-        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * 1.4426950408889634
+        # [M]
+        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * LOG2E
 
         # A tile of several strips is stored with its last one.
         initial = 0.0 if SUM else float("-inf")
         b_tile = tl.full([UNITS], initial, tl.float32)
         for start in range(0, diagonal, BLOCK_N):
-            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, False, MASK_DIM)
-            b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
-            b_tile = b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
+            b_tile = _add_strip(
+                b_tile, b_q, b_lse, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
+                False, MASK_DIM, SUM, UNITS, BLOCK,
+            )  # fmt: skip
             done = (start + BLOCK_N) % BLOCK == 0
             b_value = b_tile if SUM else tl.exp2(b_tile)
             tl.store(p_out + start // BLOCK, b_value, mask=m_u & done)
             b_total += tl.where(done, b_value, 0.0)
             b_tile = tl.where(done, initial, b_tile)
         for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
-            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, True, MASK_DIM)
-            b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
-            b_tile = b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
+            b_tile = _add_strip(
+                b_tile, b_q, b_lse, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
+                True, MASK_DIM, SUM, UNITS, BLOCK,
+            )  # fmt: skip
         b_value = b_tile if SUM else tl.exp2(b_tile)
         tl.store(p_out + i_row, b_value, mask=m_u)
         b_total += b_value
@@ -268,6 +256,7 @@ def pooled_attention_fwd_kernel(
         p_part = p_out[:, None] + o_key[None, :]
         m_causal = (o_key <= i_row)[None, :] & has_queries
         if NORMALIZE:
+            # [UNITS, BLOCK_OUT]
             b_part = tl.load(p_part, mask=m_out & m_causal, other=0.0)
             tl.store(p_part, b_part * b_factor[:, None], mask=m_out)
         else:
@@ -276,82 +265,48 @@ def pooled_attention_fwd_kernel(
 
 def query_lse(q: Tensor, k: Tensor, rows: Tensor, *, block_size: int, scale: float, lengths: Tensor | None) -> Tensor:
     """float32 ``[B, Hq, Tq]``, natural logarithm; written for the valid queries of the blocks in ``rows`` only."""
-    batch, heads, query_length, head_dim = q.shape
-    kv_heads, key_length = k.shape[1:3]
-    group = heads // kv_heads
-    lse = torch.empty(batch, heads, query_length, dtype=torch.float32, device=q.device)
-    tokens = 64 if q.dtype == torch.float32 else 128
-    units, block_n, block_d, num_warps, num_stages = _launch_shape(q, block_size, group, tokens)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    shape = _launch_shape(q, k, block_size, 64 if q.dtype == torch.float32 else 128)
     with torch.cuda.device_of(q):
-        query_lse_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
-            q,
-            k,
-            rows,
-            lengths,
-            lse,
-            scale * LOG2E,
-            heads,
-            group,
-            query_length,
-            key_length,
-            head_dim,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            HAS_LENGTHS=lengths is not None,
-            UNITS=units,
-            BLOCK=block_size,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            MASK_DIM=block_d != head_dim,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        query_lse_fwd_kernel[_grid(q, k, rows, shape)](
+            q, k, rows, lengths, lse, scale * LOG2E.value, *sizes(q, k), *strides(q, k),
+            HAS_LENGTHS=lengths is not None, **shape,
+        )  # fmt: skip
     return lse
 
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
     block_size, scale, lengths, reduce, normalize, lse = wanted
-    batch, heads, query_length, head_dim = q.shape
-    kv_heads, key_length = k.shape[1:3]
-    group, num_keys = heads // kv_heads, num_blocks(key_length, block_size)
-    out = torch.empty(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
+    num_keys = num_blocks(k.shape[2], block_size)
+    out = torch.empty(*q.shape[:2], rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
     rows = rows.contiguous()
     if lse is None:
         lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
-    tokens = query_rows(q)
-    units, block_n, block_d, num_warps, num_stages = _launch_shape(q, block_size, group, tokens)
+    shape = _launch_shape(q, k, block_size, query_rows(q))
     with torch.cuda.device_of(q):
-        pooled_attention_fwd_kernel[(rows.numel(), batch * kv_heads * -(-group // units))](
-            q,
-            k,
-            lse.contiguous(),
-            rows,
-            lengths,
-            out,
-            scale * LOG2E,
-            heads,
-            group,
-            query_length,
-            key_length,
-            head_dim,
-            num_keys,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            HAS_LENGTHS=lengths is not None,
-            SUM=reduce == "sum",
-            NORMALIZE=normalize,
-            UNITS=units,
-            BLOCK=block_size,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            MASK_DIM=block_d != head_dim,
-            BLOCK_OUT=256,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        pooled_attention_fwd_kernel[_grid(q, k, rows, shape)](
+            q, k, lse.contiguous(), rows, lengths, out, scale * LOG2E.value, *sizes(q, k), num_keys, *strides(q, k),
+            HAS_LENGTHS=lengths is not None, SUM=reduce == "sum", NORMALIZE=normalize, BLOCK_OUT=256, **shape,
+        )  # fmt: skip
     return out
+
+
+def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
+    """Query heads, those of a group, lengths of queries and keys, head_dim, as kernels take them."""
+    heads, query_length, head_dim = q.shape[1:]
+    return heads, heads // k.shape[1], query_length, k.shape[2], head_dim
+
+
+def strides(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """Of queries and keys, but for the last dimension, as kernels take them."""
+    return *q.stride()[:3], *k.stride()[:3]
+
+
+def _grid(q: Tensor, k: Tensor, rows: Tensor, shape: dict[str, Any]) -> tuple[int, int]:
+    """Slots, and places: batch rows, KV heads and parts of their groups."""
+    return rows.numel(), k.shape[0] * k.shape[1] * -(-(q.shape[1] // k.shape[1]) // shape["UNITS"])
 
 
 def query_rows(q: Tensor) -> int:
@@ -377,8 +332,9 @@ def small_memory(q: Tensor) -> bool:
     return q.shape[3] > 128 and dispatch.shared_memory(q.device) < 160_000
 
 
-def _launch_shape(q: Tensor, block_size: int, group: int, tokens: int) -> tuple[int, int, int, int, int]:
-    """Heads a program, keys a strip, padded head_dim, warps, pipeline stages."""
+def _launch_shape(q: Tensor, k: Tensor, block_size: int, tokens: int) -> dict[str, Any]:
+    """Constants and options of a launch, from the rows of queries that a program may hold."""
+    group = q.shape[1] // k.shape[1]
     small, full_precision = small_memory(q), q.dtype == torch.float32
     if small:
         tokens = 64
@@ -389,5 +345,12 @@ def _launch_shape(q: Tensor, block_size: int, group: int, tokens: int) -> tuple[
     units = max(1, tokens // block_size)
     while units > 1 and 4 * (-(-group // units) * units - group) > group:
         units //= 2
-    num_warps = 8 if block_size == 128 or full_precision else 4
-    return units, block_n, block_d, num_warps, 1 if full_precision else 2 if small else 3
+    return {
+        "UNITS": units,
+        "BLOCK": block_size,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "MASK_DIM": block_d != q.shape[3],
+        "num_warps": 8 if block_size == 128 or full_precision else 4,
+        "num_stages": 1 if full_precision else 2 if small else 3,
+    }

@@ -11,6 +11,8 @@ other threads, and up to 16 heads take no shared memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,19 @@ from torch import Tensor
 
 from ..indices import num_blocks
 from .arguments import Wanted
-from .triton import LOG2E, accumulate, order, queries, query_rows, scores, small_memory, strip_shape
+from .triton import (
+    LOG2E,
+    accumulate,
+    locate,
+    order,
+    queries,
+    query_rows,
+    scores,
+    sizes,
+    small_memory,
+    strides,
+    strip_shape,
+)
 
 # Lengths and head counts are not specialised: a prompt of another length must not compile the kernel again.
 _RUNTIME_SCALARS = ["num_rows", "heads", "group", "query_length", "key_length", "num_keys"]
@@ -64,51 +78,22 @@ def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, HEADS: tl.constexpr, PART
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_decode_fwd_kernel(
-    q,
-    k,
-    lse,
-    rows,
-    lengths,
-    out,
-    scale_log2,
-    weight,
-    num_rows,
-    heads,
-    group,
-    query_length,
-    key_length,
-    head_dim,
-    num_keys,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    HAS_LSE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    SUM: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_DIM: tl.constexpr,
+    q, k, lse, rows, lengths, out, scale_log2, weight, num_rows,
+    heads, group, query_length, key_length, head_dim, num_keys,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    HAS_LSE: tl.constexpr, HAS_LENGTHS: tl.constexpr, SUM: tl.constexpr, DIVIDE: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-):
+):  # fmt: skip
     """Rows of TOKENS query tokens for one KV head: every element of them is written."""
     # A step is whole strips and whole blocks of keys.
     STEP: tl.constexpr = BLOCK if BLOCK > BLOCK_N else BLOCK_N
     PARTS: tl.constexpr = STEP // BLOCK
     M: tl.constexpr = TOKENS * HEADS
     i_tokens, i_bkv = order()
+    i_b, i_kv, end = locate(i_bkv, lengths, heads, group, key_length, HAS_LENGTHS)
     kv_heads = heads // group
-    i_b, i_kv = (i_bkv // kv_heads).to(tl.int64), (i_bkv % kv_heads).to(tl.int64)
     offset = key_length - query_length
-    end = key_length
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
 
     o_m = tl.arange(0, M)
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -125,10 +110,12 @@ def pooled_attention_decode_fwd_kernel(
     whole = tl.minimum(tl.min(o_q, 0) + 1, visible) // STEP * STEP
 
     p_k = k + i_b * stride_kb + i_kv * stride_kh
+    # [M, D]
     b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
     if HAS_LSE:
         p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
-        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * 1.4426950408889634
+        # [M]
+        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * LOG2E
     else:
         # Every query sees the first key, so b_max is finite from the first strip on.
         b_max = tl.full([M], float("-inf"), tl.float32)
@@ -170,6 +157,7 @@ def pooled_attention_decode_fwd_kernel(
         m_written = (o_key < stop // BLOCK)[None, :]
         p_part = p_out[:, None] + o_key[None, :]
         if DIVIDE:
+            # [TOKENS, BLOCK_OUT]
             b_part = tl.load(p_part, mask=m_out & m_written, other=0.0)
             tl.store(p_part, b_part * b_factor[:, None], mask=m_out)
         else:
@@ -178,51 +166,25 @@ def pooled_attention_decode_fwd_kernel(
 
 def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
     block_size, scale, lengths, reduce, normalize, lse = wanted
-    batch, heads, query_length, head_dim = q.shape
-    kv_heads, key_length = k.shape[1:3]
-    group, num_rows, num_keys = heads // kv_heads, rows.numel(), num_blocks(key_length, block_size)
+    batch, kv_heads, key_length, _ = k.shape
+    group, num_rows, num_keys = q.shape[1] // kv_heads, rows.numel(), num_blocks(key_length, block_size)
     out = torch.empty(batch, kv_heads, num_rows, num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    padded_group, tokens, block_n, block_d, num_warps, num_stages = _launch_shape(q, group, lse is not None)
+    shape = _launch_shape(q, group, lse is not None)
+    lse = None if lse is None else lse.contiguous()
+    weight = 1.0 / group if normalize else 1.0
     with torch.cuda.device_of(q):
-        pooled_attention_decode_fwd_kernel[(-(-num_rows // tokens), batch * kv_heads)](
-            q,
-            k,
-            None if lse is None else lse.contiguous(),
-            rows.contiguous(),
-            lengths,
-            out,
-            scale * LOG2E,
-            1.0 / group if normalize else 1.0,
-            num_rows,
-            heads,
-            group,
-            query_length,
-            key_length,
-            head_dim,
-            num_keys,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            HAS_LSE=lse is not None,
-            HAS_LENGTHS=lengths is not None,
-            SUM=reduce == "sum",
-            DIVIDE=normalize and reduce == "max",
-            HEADS=padded_group,
-            TOKENS=tokens,
-            BLOCK=block_size,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            MASK_DIM=block_d != head_dim,
-            BLOCK_OUT=max(16, 2048 // tokens),
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        pooled_attention_decode_fwd_kernel[(-(-num_rows // shape["TOKENS"]), batch * kv_heads)](
+            q, k, lse, rows.contiguous(), lengths, out, scale * LOG2E.value, weight, num_rows, *sizes(q, k), num_keys,
+            *strides(q, k), HAS_LSE=lse is not None, HAS_LENGTHS=lengths is not None, SUM=reduce == "sum",
+            DIVIDE=normalize and reduce == "max", BLOCK=block_size, **shape,
+        )  # fmt: skip
     return out
 
 
-def _launch_shape(q: Tensor, group: int, lse_given: bool) -> tuple[int, int, int, int, int, int]:
-    """Heads (padded) and tokens a program, keys a strip, padded head_dim, warps, pipeline stages."""
+def _launch_shape(q: Tensor, group: int, lse_given: bool) -> dict[str, Any]:
+    """Constants and options of a launch: query heads (padded) and tokens a program, keys a strip, and so on."""
     head_dim = q.shape[3]
     block_n, block_d = strip_shape(q.dtype, head_dim, 64)
     num_query_rows, num_stages = query_rows(q), 3
@@ -235,4 +197,13 @@ def _launch_shape(q: Tensor, group: int, lse_given: bool) -> tuple[int, int, int
         num_stages = 1
     padded_group = triton.next_power_of_2(group)
     tokens = max(1, num_query_rows // padded_group)
-    return padded_group, tokens, block_n, block_d, 8 if full_precision or head_dim > 128 else 4, num_stages
+    return {
+        "HEADS": padded_group,
+        "TOKENS": tokens,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "MASK_DIM": block_d != head_dim,
+        "BLOCK_OUT": max(16, 2048 // tokens),
+        "num_warps": 8 if full_precision or head_dim > 128 else 4,
+        "num_stages": num_stages,
+    }
