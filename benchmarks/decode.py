@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from seerattention.evaluate.timing import time_functions
 from seerattention.ops import BlockIndices, Pages, Span, block_sparse_decode
 from seerattention.ops.indices import ordered_lists, read_lists
 
+from .command import Budget, add_dtype, make_parser
 from .results import own_arguments, start_run
 
 OURS, OURS_PAGED = "ours", "ours, pages"
@@ -45,13 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = torch.float32 if options.tiny else getattr(torch, options.dtype)
     run = start_run("decode_attention", "benchmarks.decode", given, device, options.output, options.tiny)
     contexts = [300, 512] if options.tiny else options.contexts
-    begun, status = time.monotonic(), 0
+    budget, status = Budget(options.budget, terminal), 0
     cases = [(c, b, d) for c in contexts for b in options.batch for d in options.densities]
     with terminal.progress("decoding", len(cases)) as advance:
-        for context, batch, density in cases:
-            if options.budget and time.monotonic() - begun > options.budget:
-                terminal.say(f"the budget of {options.budget:g} s is spent; left out: {context} tokens and more")
-                break
+        for context, batch, density in budget.of(cases, lambda case: f"{case[0]} tokens and more"):
             result = measure(options, device, dtype, context, batch, density)
             run.add(result)
             status |= bool(result["wrong"])
@@ -232,9 +228,8 @@ def _graphed(function: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.decode", __doc__)
+    add_dtype(parser)
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
@@ -243,12 +238,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--layout", choices=("contiguous", "transposed"), default="contiguous")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=0.3)
-    parser.add_argument("--budget", type=float, help="start no case after so many seconds")
-    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny inputs")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.heads, options.kv_heads, options.head_dim, options.batch = 4, 2, 32, [1, 2]

@@ -26,19 +26,19 @@ from typing import Any
 import torch
 
 import seerattention as seer
-from seerattention.cli.common import Terminal, resolve_device
 from seerattention.distillation.losses import draw_rows, kl_sum
 from seerattention.distillation.trainer import Trainer
 from seerattention.evaluate.kernels import WrongResultError
-from seerattention.evaluate.tables import Table, format_length
+from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import synchronize
 from seerattention.hf import dense, find_decoder, observe
 from seerattention.hf.prompts import run_prompt
 from seerattention.ops.indices import num_blocks
 from seerattention.ops.pooled_attention import pooled_attention
 
-from .models import build_model, model_parser, num_layers, random_tokens, without_layers
-from .results import own_arguments, start_run
+from .command import ModelBenchmark, case_of, fits, gib, make_table, metric, model_parser, tokens
+from .models import num_layers, random_tokens, without_layers
+from .results import own_arguments
 
 _LOSS_TOLERANCE = 1e-2
 _CHECKED_ROWS = 0.5
@@ -51,36 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     given = list(own_arguments() if arguments is None else arguments)
     options = _parse(given)
-    terminal = Terminal()
-    device = torch.device(resolve_device(options.device))
-    dtype = torch.float32 if options.tiny else getattr(torch, options.dtype)
-    run = start_run("distill", "benchmarks.distill", given, device, options.output, options.tiny)
-    started = time.monotonic()
-    for name in ["tiny"] if options.tiny else options.model:
-        layers = min(options.layers or num_layers(name), num_layers(name))
-        terminal.say(f"{name}: building {layers} of {num_layers(name)} layers on {device}")
-        model = seer.attach(build_model(name, layers, device, dtype), seer.GateConfig())
-        lengths = sorted(options.lengths or ([256, 512] if options.tiny else [8192, 32768, 65536]))
-        try:
-            check = check_losses(model, random_tokens(name, min(options.check_length, lengths[-1])))
-        except WrongResultError as error:
-            terminal.say(f"{name}: {error}; nothing is timed")
-            return 1
-        terminal.say(f"{name}: losses agree with the reference to {check:.1e}")
-        cases = [(length, rows) for length in lengths for rows in options.rows]
-        with terminal.progress(name, len(cases)) as advance:
-            for length, rows in cases:
-                if options.budget and time.monotonic() - started > options.budget:
-                    terminal.say(f"the budget of {options.budget:g} s is spent; left out: {length} tokens and more")
-                    break
-                run.add({**measure(name, model, length, rows, options.repeats), "loss_error": check})
-                advance(1)
-        del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    terminal.table(_table(run.results))
-    terminal.say(f"written to {run.path}")
-    return 0
+    benchmark = ModelBenchmark(
+        name="distill",
+        lengths=[8192, 32768, 65536],
+        prepare=lambda model: seer.attach(model, seer.GateConfig()),
+        check=lambda model, name, length: _checked(check_losses(model, random_tokens(name, length))),
+        cases=lambda options, lengths: [(length, rows) for length in lengths for rows in options.rows],
+        measure=lambda name, model, case, options: [measure(name, model, *case, options.repeats)],
+        table=_table,
+    )
+    return benchmark.run(given, options, torch.float32 if options.tiny else getattr(torch, options.dtype))
+
+
+def _checked(loss_error: float) -> tuple[dict[str, Any], str]:
+    return {"loss_error": loss_error}, f"losses agree with the reference to {loss_error:.1e}"
 
 
 def measure(name: str, model: Any, length: int, rows: float, repeats: int) -> dict[str, Any]:
@@ -187,27 +171,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
-    rows = []
-    for result in results:
-        case, metrics = result["case"], result["metrics"]
-        peak = metrics.get("peak_bytes")
-        rows.append(
-            [
-                case["model"],
-                format_length(case["length"]),
-                f"{case['rows']:g}",
-                f"{metrics['step_s']:.3g}",
-                f"{metrics['tokens_per_s']:.0f}",
-                f"{metrics['step_over_forward']:.2f}",
-                f"{1e3 * metrics['layer_extra_s']:.3g}",
-                "" if peak is None else f"{peak / 2**30:.1f}",
-                {True: "yes", False: "no"}.get(metrics.get("fits_24gb"), ""),
-            ]
-        )
-    headers = [
-        "model", "tokens", "rows", "step s", "tokens/s", "step / forward", "extra ms a layer", "peak GiB", "fits 24 GB",
-    ]  # fmt: skip
-    return Table(headers, rows, "One step with one prompt, scaled to all layers.")
+    columns = [
+        ("model", case_of("model")),
+        ("tokens", tokens),
+        ("rows", case_of("rows", "g")),
+        ("step s", metric("step_s", ".3g")),
+        ("tokens/s", metric("tokens_per_s", ".0f")),
+        ("step / forward", metric("step_over_forward", ".2f")),
+        ("extra ms a layer", metric("layer_extra_s", ".3g", 1e3)),
+        ("peak GiB", lambda result: gib(result["metrics"].get("peak_bytes"))),
+        ("fits 24 GB", fits),
+    ]
+    return make_table(results, columns, "One step with one prompt, scaled to all layers.")
 
 
 if __name__ == "__main__":

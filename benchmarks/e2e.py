@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,16 +28,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import seerattention as seer
-from seerattention.cli.common import Terminal, resolve_device
+from seerattention.cli.common import resolve_device
 from seerattention.evaluate.forward import decoder_states
 from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.settings import Setting
-from seerattention.evaluate.tables import Table, format_length
+from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_prefill
 from seerattention.hf.attention import DEFAULT_MIN_CONTEXT
 
-from .models import build_model, model_parser, num_layers, random_tokens, without_layers
-from .results import own_arguments, start_run
+from .command import ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup, tokens
+from .models import num_layers, random_tokens, without_layers
+from .results import own_arguments
 
 # Rounding to this size is no difference, whatever another dense kernel happens to give.
 _FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -48,38 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     given = list(own_arguments() if arguments is None else arguments)
     options = _parse(given)
-    terminal = Terminal()
-    device = torch.device(resolve_device(options.device))
     # The rehearsal on the CPU is in float32; on a GPU, cuDNN's attention takes half precision only.
-    dtype = torch.float32 if options.tiny and device.type == "cpu" else getattr(torch, options.dtype)
-    names = ["tiny"] if options.tiny else options.model
-    run = start_run("e2e", "benchmarks.e2e", given, device, options.output, options.tiny)
-    started = time.monotonic()
-    for name in names:
-        layers = min(options.layers or num_layers(name), num_layers(name))
-        terminal.say(f"{name}: building {layers} of {num_layers(name)} layers on {device}")
-        model = build_model(name, layers, device, dtype)
-        lengths = sorted(options.lengths or ([256, 512] if options.tiny else [1024 << i for i in range(8)]))
-        try:
-            check = check_model(model, random_tokens(name, min(options.check_length, lengths[-1])), dtype)
-        except WrongResultError as error:
-            terminal.say(f"{name}: {error}; nothing is timed")
-            return 1
-        terminal.say(f"{name}: {check}")
-        with terminal.progress(name, len(lengths)) as advance:
-            for length in lengths:
-                if options.budget and time.monotonic() - started > options.budget:
-                    terminal.say(f"the budget of {options.budget:g} s is spent; left out: {length} tokens and more")
-                    break
-                for result in measure(name, model, length, options.densities, options.repeats):
-                    run.add({**result, "check": check})
-                advance(1)
-        del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    terminal.table(_table(run.results))
-    terminal.say(f"written to {run.path}")
-    return 0
+    on_cpu = resolve_device(options.device) == "cpu"
+    dtype = torch.float32 if options.tiny and on_cpu else getattr(torch, options.dtype)
+    benchmark = ModelBenchmark(
+        name="e2e",
+        lengths=[1024 << i for i in range(8)],
+        prepare=lambda model: model,
+        check=lambda model, name, length: _checked(check_model(model, random_tokens(name, length), dtype)),
+        cases=lambda options, lengths: [(length,) for length in lengths],
+        measure=lambda name, model, case, options: measure(name, model, *case, options.densities, options.repeats),
+        table=_table,
+    )
+    return benchmark.run(given, options, dtype)
+
+
+def _checked(check: dict[str, float]) -> tuple[dict[str, Any], str]:
+    return {"check": check}, str(check)
 
 
 def measure(name: str, model: Any, length: int, densities: Sequence[float], repeats: int) -> list[dict[str, Any]]:
@@ -187,25 +172,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
-    rows = []
-    for result in results:
-        case, metrics = result["case"], result["metrics"]
-        peak = result["sparse"]["peak_bytes"]
-        rows.append(
-            [
-                case["model"],
-                format_length(case["length"]),
-                f"{case['density']:g}",
-                "as shipped" if case["min_context"] == "default" else "sparse",
-                f"{metrics['density']:.3f}",
-                f"{1e3 * metrics['dense_s']:.4g}",
-                f"{1e3 * metrics['sparse_s']:.4g}",
-                f"{metrics['speedup']:.2f}x",
-                "" if peak is None else f"{peak / 2**30:.1f}",
-            ]
-        )
-    headers = ["model", "tokens", "asked", "run", "density", "dense ms", "sparse ms", "speed-up", "peak GiB"]
-    return Table(headers, rows, "Time to first token, one prompt in one forward; scaled to all layers.")
+    columns = [
+        ("model", case_of("model")),
+        ("tokens", tokens),
+        ("asked", case_of("density", "g")),
+        ("run", as_asked),
+        ("density", metric("density", ".3f")),
+        ("dense ms", metric("dense_s", ".4g", 1e3)),
+        ("sparse ms", metric("sparse_s", ".4g", 1e3)),
+        ("speed-up", speedup),
+        ("peak GiB", lambda result: gib(result["sparse"]["peak_bytes"])),
+    ]
+    return make_table(results, columns, "Time to first token, one prompt in one forward; scaled to all layers.")
 
 
 if __name__ == "__main__":

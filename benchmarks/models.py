@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,20 +108,3 @@ def without_layers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.num_hidden_layers = layers
-
-
-def model_parser(module: str, text: str | None, check_length: int) -> argparse.ArgumentParser:
-    """The options that benchmarks of whole models share."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
-    parser.add_argument("--layers", type=int, help="build so many layers and scale; default: all")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--check-length", type=int, default=check_length, help="tokens of the check before any time")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--budget", type=float, help="start no case after so many seconds")
-    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny model")
-    return parser

@@ -21,6 +21,7 @@ from seerattention.evaluate.figures import line_figure
 from seerattention.evaluate.tables import Table, format_length
 from seerattention.files import write_file
 
+from .command import as_asked, case_of, fits, gib, make_table, metric, speedup, tokens
 from .registry import OPS
 from .results import ROOT, latest_results, merge_folder, own_arguments
 from .targets import TARGETS, Target
@@ -138,46 +139,39 @@ def _attention_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _e2e_table(results: Sequence[dict[str, Any]]) -> Table:
-    rows = []
-    for result in results:
-        case, metrics, peak = result["case"], result["metrics"], result["sparse"]["peak_bytes"]
-        rows.append(
-            [
-                case["model"] + ("" if case["layers"] == result["whole_layers"] else f", from {case['layers']} layers"),
-                format_length(case["length"]),
-                f"{metrics['density']:.3f}",
-                "as shipped" if case["min_context"] == "default" else "sparse",
-                f"{1e3 * metrics['dense_s']:.4g}",
-                f"{1e3 * metrics['sparse_s']:.4g}",
-                f"{metrics['speedup']:.2f}x",
-                "" if peak is None else f"{peak / 2**30:.1f}",
-            ]
-        )
-    headers = ["model shape", "tokens", "density", "run", "dense, ms", "sparse, ms", "speed-up", "peak GiB"]
-    return Table(headers, rows, "'As shipped' is with the default `min_context`, below which prompts run dense.")
+    columns = [
+        ("model shape", _model_shape),
+        ("tokens", tokens),
+        ("density", metric("density", ".3f")),
+        ("run", as_asked),
+        ("dense, ms", metric("dense_s", ".4g", 1e3)),
+        ("sparse, ms", metric("sparse_s", ".4g", 1e3)),
+        ("speed-up", speedup),
+        ("peak GiB", lambda result: gib(result["sparse"]["peak_bytes"])),
+    ]
+    caption = "'As shipped' is with the default `min_context`, below which prompts run dense."
+    return make_table(results, columns, caption)
 
 
 def _distill_table(results: Sequence[dict[str, Any]]) -> Table:
-    rows = []
-    for result in results:
-        case, metrics = result["case"], result["metrics"]
-        peak = metrics.get("peak_bytes")
-        rows.append(
-            [
-                case["model"] + ("" if case["layers"] == result["whole_layers"] else f", from {case['layers']} layers"),
-                format_length(case["length"]),
-                f"{case['rows']:g}",
-                f"{metrics['tokens_per_s']:.0f}",
-                f"{1e3 * metrics['layer_extra_s']:.3g}",
-                f"{metrics['step_over_forward']:.2f}",
-                "" if peak is None else f"{peak / 2**30:.1f}",
-                {True: "yes", False: "no"}.get(metrics.get("fits_24gb"), ""),
-            ]
-        )
-    headers = [
-        "model shape", "tokens", "rows", "tokens/s", "extra ms a layer", "step / forward", "peak GiB", "fits 24 GB",
-    ]  # fmt: skip
-    return Table(headers, rows, "One step with one prompt; 'rows' is the share of query-block rows in the loss.")
+    columns = [
+        ("model shape", _model_shape),
+        ("tokens", tokens),
+        ("rows", case_of("rows", "g")),
+        ("tokens/s", metric("tokens_per_s", ".0f")),
+        ("extra ms a layer", metric("layer_extra_s", ".3g", 1e3)),
+        ("step / forward", metric("step_over_forward", ".2f")),
+        ("peak GiB", lambda result: gib(result["metrics"].get("peak_bytes"))),
+        ("fits 24 GB", fits),
+    ]
+    caption = "One step with one prompt; 'rows' is the share of query-block rows in the loss."
+    return make_table(results, columns, caption)
+
+
+def _model_shape(result: dict[str, Any]) -> str:
+    case = result["case"]
+    whole = case["layers"] == result["whole_layers"]
+    return str(case["model"]) + ("" if whole else f", from {case['layers']} layers")
 
 
 def _notes(folder: Path) -> list[str]:

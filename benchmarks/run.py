@@ -23,7 +23,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ import torch
 from seerattention.cli.common import Terminal, resolve_device
 from seerattention.evaluate.tables import Table, format_length
 
+from .command import Budget, make_parser, release
 from .lists import KINDS
 from .measure import Options, measure
 from .registry import OPS, SHAPES, TINY_CHUNK_QUERIES, TINY_LENGTHS, Case, make_cases
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compiled=not options.tiny,
         without=tuple(options.without),
     )
-    started, status = time.monotonic(), 0
+    budget, status = Budget(options.budget, terminal), 0
     for name in OPS if options.op == ["all"] else options.op:
         cases = make_cases(
             name,
@@ -66,26 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = start_run(name, "benchmarks.run", given, device, options.output, options.tiny)
         terminal.say(f"{name}: {OPS[name].text}; {len(cases)} cases on {device}")
         with terminal.progress(name, len(cases)) as advance:
-            for case in cases:
-                if options.budget and time.monotonic() - started > options.budget:
-                    terminal.say(f"{name}: the budget of {options.budget:g} s is spent; left out: {_title(case)} ...")
-                    break
+            for case in budget.of(cases, lambda case: f"{_title(case)} ...", prefix=f"{name}: "):
                 begun = time.monotonic()
                 result = {"case": case.to_dict(), **measure(case, settings)}
                 result["wall_s"] = time.monotonic() - begun
                 run.add(result)
                 _show(terminal, case, result)
                 status |= bool(result["wrong"])
-                _release(device)
+                release(device)
                 advance(1)
         terminal.say(f"written to {run.path}")
     return status
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.run", __doc__)
     parser.add_argument("--op", nargs="+", default=["block_sparse_attention"], choices=[*OPS, "all"])
     parser.add_argument("--shape", nargs="+", default=["8b"], choices=list(SHAPES))
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens (keys); default: the op's")
@@ -94,12 +89,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, nargs="+", help="of chunk_attention; default: the op's")
     parser.add_argument("--block-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=0.5, help="device time for each candidate of a case")
     parser.add_argument("--without", nargs="+", default=[], help="leave out candidates whose name holds one of these")
-    parser.add_argument("--budget", type=float, help="start no case after so many seconds")
-    parser.add_argument("--output", type=Path, help="folder of results; default: results/<device>")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny inputs")
     options = parser.parse_args(arguments)
     if "all" in options.op and len(options.op) > 1:
         parser.error("--op all stands alone")
@@ -142,12 +133,6 @@ def _show(terminal: Terminal, case: Case, result: dict[str, Any]) -> None:
     terminal.table(Table(headers, rows, metrics))
     for key, reason in result["refused"].items():
         terminal.out.print(f"  refused: {key}: {reason}", markup=False, soft_wrap=True)
-
-
-def _release(device: torch.device) -> None:
-    """Give cached memory back between cases, whose sizes differ by factors."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
