@@ -20,6 +20,8 @@ from ..files import DamagedFileError, parse_json, read_bytes
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What weights of gates may be; anything else was not written by this package nor by the published code."""
 
+_DIGITS = 16
+
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
@@ -88,9 +90,32 @@ def check_dtypes(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of the SHA-256 of a description and tensors: equal content, equal digest."""
-    content = json.dumps(description).encode() + save({name: x.contiguous() for name, x in tensors.items()})
-    return hashlib.sha256(content).hexdigest()[:16]
+    """16 hexadecimal digits of the SHA-256 of a description and tensors: equal content, equal digest.
+
+    Names, dtypes, shapes and every bit of the tensors count; how a library lays them out in a file does not.
+    """
+    found = hashlib.sha256(json.dumps(description).encode())
+    for name, x in sorted(tensors.items()):
+        found.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:_DIGITS]
+
+
+def is_digest_of(found: Any, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether ``found`` is the :func:`digest` of a description and tensors, or what earlier versions took for it."""
+    if not isinstance(found, str):
+        return False
+    return found == digest(description, tensors) or found == _earlier_digest(description, tensors)
+
+
+def _earlier_digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of the bytes that safetensors makes of the tensors."""
+    return hashlib.sha256(json.dumps(description).encode() + save(own_memory(tensors))).hexdigest()[:_DIGITS]
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU: safetensors refuses tensors that share memory, as views of one buffer do."""
+    return {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
 def read_described(metadata: Mapping[str, str], key: str, source: str) -> dict[str, Any]:
