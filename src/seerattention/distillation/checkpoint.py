@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..config import GateConfig
 from ..files import DamagedFileError, write_file
 from ..gates.tensors import digest, is_digest_of, own_memory, read_described, read_safetensors
+from .history import DistillHistory
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,13 @@ def _check_earlier(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], path:
         if x.dtype != (torch.uint8 if name.startswith("rng/") else torch.float32)
     ]
     wrong += [f"{name} is not finite" for name, x in tensors.items() if not bool(x.isfinite().all())]
+    if not wrong and type(meta["data"].get("taken")) is not int:
+        wrong.append(f"data.taken is {meta['data'].get('taken')!r:.40}")
+    if not wrong:
+        try:
+            DistillHistory.from_dict(meta["history"])
+        except (TypeError, ValueError) as error:
+            wrong.append(f"history: {error}")
     if wrong:
         raise DamagedFileError(f"{path} is damaged: {'; '.join(wrong)}")
 
@@ -92,8 +101,11 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     """Refuse to resume a run with other settings than it was started with.
 
     Raises:
+        DamagedFileError: ``saved`` describes no gates.
         ValueError: lists every setting that differs, with both values.
     """
+    if saved.get("gates") is not None:
+        saved = {**saved, "gates": _in_present_form(saved["gates"], path)}
     differing = [
         f"{key}: was {saved.get(key)!r}, now {current.get(key)!r}"
         for key in sorted(set(saved) | set(current))
@@ -104,3 +116,12 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
             f"{path} belongs to a run with other settings ({'; '.join(differing)}). Repeat the command with the "
             "settings that the run was started with, choose another output directory, or delete the file to start over"
         )
+
+
+def _in_present_form(gates: Any, path: Path) -> dict[str, Any]:
+    """A gate config as this version writes it: with the entries that an earlier one did not have."""
+    try:
+        described: dict[str, Any] = json.loads(json.dumps(GateConfig.from_dict(gates).to_dict()))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DamagedFileError(f"{path} describes no valid gates: {error}; {_ADVICE}") from error
+    return described
