@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
+import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,19 +47,21 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: it is damaged, holds more than a dict of tensors, or would unpack to more than its size.
+        DamagedFileError: it is damaged (checksums are verified where it has them), holds more than a dict of tensors,
+            or would unpack to more than its size.
     """
     content = read_bytes(path)
     damaged = f"{path} is damaged, truncated or holds more than tensors"
     try:
         if zipfile.is_zipfile(io.BytesIO(content)):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > len(content):
-                raise DamagedFileError(f"{damaged}: {len(content):,} bytes would unpack to {unpacked:,}")
-        data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            _check_archive(content, damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols: what cannot be read raises
+            data = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except DamagedFileError:
         raise
+    except pickle.UnpicklingError as error:
+        raise DamagedFileError(f"{damaged}{_asked_for(error)}") from error
     except Exception as error:  # whatever the unpickler makes of bytes that are anything
         raise DamagedFileError(f"{damaged}: {_said(error)}") from error
     if not isinstance(data, dict):
@@ -67,6 +72,31 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         if not _is_plain(value):
             raise DamagedFileError(f"{path}: {key} is no plain tensor that lies in the file as a whole")
     return data
+
+
+def _check_archive(content: bytes, damaged: str) -> None:
+    """Verify the checksums of a zip archive, which torch does not; those that it was told not to write are 0.
+
+    Raises:
+        DamagedFileError: the archive would unpack to more than its size, or holds an entry twice.
+        zipfile.BadZipFile: a checksum differs.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > len(content):
+            raise DamagedFileError(f"{damaged}: {len(content):,} bytes would unpack to {unpacked:,}")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise DamagedFileError(f"{damaged}: an entry is in it twice")
+        for entry in entries:
+            if entry.CRC:
+                archive.read(entry)
+
+
+def _asked_for(error: pickle.UnpicklingError) -> str:
+    """The object that a pickle asks for. torch's own message goes on to advise loading it nevertheless."""
+    found = re.search(r"GLOBAL ([\w.]*\w)", str(error))
+    return f": it asks for {found[1]}, which is not loaded" if found else ""
 
 
 def _is_plain(x: Tensor) -> bool:
