@@ -248,10 +248,13 @@ def pooled_attention_hopper(module, target):
 
 def block_pooling(module, target):
     x = tensors(128, torch.bfloat16)[0]
-    yield (
-        "max min avg",
-        lambda: module.block_pooling(x, ("max", "min", "avg"), block_size=64, lengths=torch.tensor([100])),
-    )
+    for block_size in (64, 8, 4):
+        yield (
+            f"max min avg {block_size}",
+            functools.partial(
+                module.block_pooling, x, ("max", "min", "avg"), block_size=block_size, lengths=torch.tensor([100])
+            ),
+        )
 
 
 def gate_scores(module, target):

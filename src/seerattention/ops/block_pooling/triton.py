@@ -1,8 +1,8 @@
 """Block pooling in Triton: one read of x for all kinds, by threads that need nothing of each other.
 
-A program takes a block of several heads, side by side as models have them in memory, or several short blocks that follow
-each other. Each thread reads 16 bytes of every token, a few tokens at a time, and keeps their maximum, minimum and sum
-itself: no step of the reduction goes through shared memory, and what bounds the kernel is how fast x can be read.
+A program takes a block of several heads, side by side as models have them in memory, or several short blocks that
+follow each other. Each thread reads 16 bytes of every token, a few tokens at a time, and keeps their maximum, minimum
+and sum itself: no step of the reduction goes through shared memory, and what bounds the kernel is how fast x is read.
 """
 
 from __future__ import annotations
@@ -36,26 +36,25 @@ def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS: tl.constexpr, S
         b_x = tl.load(p_step, mask=m_x, other=0.0).to(tl.float32)
         b_high = tl.where(m_x, b_x, float("-inf"))
         b_low = tl.where(m_x, b_x, float("inf"))
-    if BLOCKS == 1:
-        return (
-            tl.maximum(b_max, tl.max(b_high, 0)[None, :]),
-            tl.minimum(b_min, tl.min(b_low, 0)[None, :]),
-            b_sum + tl.sum(b_x, 0)[None, :],
-        )
-    shape: tl.constexpr = (BLOCKS, STEP, b_x.shape[1])
-    return (
-        tl.maximum(b_max, tl.max(tl.reshape(b_high, shape), 1)),
-        tl.minimum(b_min, tl.min(tl.reshape(b_low, shape), 1)),
-        b_sum + tl.sum(tl.reshape(b_x, shape), 1),
-    )
+    if BLOCKS > 1:
+        shape: tl.constexpr = (BLOCKS, STEP, b_x.shape[1])
+        b_max = tl.maximum(b_max, tl.max(tl.reshape(b_high, shape), 1))
+        b_min = tl.minimum(b_min, tl.min(tl.reshape(b_low, shape), 1))
+        b_sum += tl.sum(tl.reshape(b_x, shape), 1)
+    else:
+        b_max = tl.maximum(b_max, tl.max(b_high, 0))
+        b_min = tl.minimum(b_min, tl.min(b_low, 0))
+        b_sum += tl.sum(b_x, 0)
+    return b_max, b_min, b_sum
 
 
 @triton.jit(do_not_specialize=["heads", "length", "num", "offset"])  # another length must not compile it again
 def block_pooling_fwd_kernel(
     x, lengths, table, out, heads, length, num, offset, s_xb, s_xh, s_xt,
-    HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr, MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr,
-    AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr,
-    STEP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
+    MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS blocks of HEADS heads. *_SLOT is the place of a kind among the concatenated results, -1 where it is not
     asked for; block 0 begins ``offset`` tokens before the first one of x, with a table at a multiple of ALIGN."""
@@ -70,11 +69,11 @@ def block_pooling_fwd_kernel(
         x += tl.load(table + i_b * 4).to(tl.int64) * s_xt
         offset = tl.load(table + i_b * 4 + 1) % ALIGN
         end = tl.load(table + i_b * 4 + 2)
-    # Tokens of x with which the blocks begin; those before token 0 are not there. [BLOCKS]
-    o_n = i_n + tl.arange(0, BLOCKS)
-    o_begin = o_n * BLOCK - offset
-    begin = i_n * BLOCK - offset
-    b_count = tl.maximum(tl.minimum(o_begin + BLOCK, end) - tl.maximum(o_begin, 0), 0)
+    # The token of x with which the first block begins (there is none before token 0), and the number from there on.
+    begin = i_n * BLOCK
+    if CHUNK:
+        begin -= offset
+    count = tl.minimum(end - begin, BLOCKS * BLOCK)
 
     # The columns are the channels of one head after the other.
     o_column = tl.arange(0, HEADS * PADDED_DIM)
@@ -82,32 +81,47 @@ def block_pooling_fwd_kernel(
     o_d = o_column % PADDED_DIM
     m_column = (o_h < heads) & (o_d < HEAD_DIM)
     p_x = x + i_b * s_xb + o_h.to(tl.int64) * s_xh + o_d
-    o_row = tl.arange(0, BLOCKS * STEP)
-    o_first = begin + o_row // STEP * BLOCK + o_row % STEP
-    b_max = tl.full([BLOCKS, HEADS * PADDED_DIM], float("-inf"), tl.float32)
-    b_min = tl.full([BLOCKS, HEADS * PADDED_DIM], float("inf"), tl.float32)
-    b_sum = tl.zeros([BLOCKS, HEADS * PADDED_DIM], tl.float32)
-    whole = (begin >= 0) & (begin + BLOCKS * BLOCK <= end)
+    o_step = tl.arange(0, BLOCKS * STEP)  # several blocks at a time follow each other without a gap
+    # One block has vectors and a number where several have a row each: a dimension of 1 costs registers.
+    shape: tl.constexpr = (HEADS * PADDED_DIM,) if BLOCKS == 1 else (BLOCKS, HEADS * PADDED_DIM)
+    b_max = tl.full(shape, float("-inf"), tl.float32)
+    b_min = tl.full(shape, float("inf"), tl.float32)
+    b_sum = tl.zeros(shape, tl.float32)
+    whole = count == BLOCKS * BLOCK
+    if CHUNK:
+        whole = whole & (begin >= 0)
     if whole & (tl.program_id(0) % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
         for start in range(0, BLOCK, STEP):
-            b_max, b_min, b_sum = _pool_step(p_x, o_first + start, None, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
+            b_max, b_min, b_sum = _pool_step(p_x, begin + start + o_step, None, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
     else:
-        for start in range(0, tl.minimum(end - begin, BLOCK), STEP):
-            o_t = o_first + start
-            m_x = ((o_t >= 0) & (o_t < end))[:, None] & m_column[None, :]
+        for start in range(0, tl.minimum(count, BLOCK), STEP):
+            o_t = begin + start + o_step
+            m_x = (o_t < end)[:, None] & m_column[None, :]
+            if CHUNK:
+                m_x = m_x & (o_t >= 0)[:, None]
             b_max, b_min, b_sum = _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
 
-    # [BLOCKS, columns]
-    p_out = out + ((i_b * heads + o_h)[None, :] * num + o_n[:, None]) * NUM_KINDS * HEAD_DIM + o_d[None, :]
-    m_out = (o_n < num)[:, None] & m_column[None, :]
+    if BLOCKS == 1:
+        o_out, m_out = i_n, m_column
+        b_count = count
+        if CHUNK:
+            b_count += tl.minimum(begin, 0)
+    else:
+        o_n = i_n + tl.arange(0, BLOCKS)
+        o_begin = begin + tl.arange(0, BLOCKS) * BLOCK
+        b_count = (tl.minimum(end - o_begin, BLOCK) + tl.minimum(o_begin, 0))[:, None]
+        o_out, m_out = o_n[:, None], (o_n < num)[:, None] & m_column[None, :]
+        o_h, o_d = o_h[None, :], o_d[None, :]
+    # [columns] or [BLOCKS, columns]
+    p_out = out + ((i_b * heads + o_h) * num + o_out) * NUM_KINDS * HEAD_DIM + o_d
     if MAX_SLOT >= 0:
-        b_max = tl.where((b_count > 0)[:, None], b_max, 0.0)
+        b_max = tl.where(b_count > 0, b_max, 0.0)
         tl.store(p_out + MAX_SLOT * HEAD_DIM, b_max.to(out.dtype.element_ty), mask=m_out)
     if MIN_SLOT >= 0:
-        b_min = tl.where((b_count > 0)[:, None], b_min, 0.0)
+        b_min = tl.where(b_count > 0, b_min, 0.0)
         tl.store(p_out + MIN_SLOT * HEAD_DIM, b_min.to(out.dtype.element_ty), mask=m_out)
     if AVG_SLOT >= 0:
-        b_avg = b_sum / tl.maximum(b_count, 1).to(tl.float32)[:, None]
+        b_avg = b_sum / tl.maximum(b_count, 1).to(tl.float32)
         tl.store(p_out + AVG_SLOT * HEAD_DIM, b_avg.to(out.dtype.element_ty), mask=m_out)
 
 
@@ -143,6 +157,7 @@ def block_pooling(
             *x.stride()[1:3],
             HAS_LENGTHS=lengths is not None,
             HAS_TABLE=grid.table is not None,
+            CHUNK=grid.offset > 0 or grid.table is not None,
             MAX_SLOT=slots.get("max", -1),
             MIN_SLOT=slots.get("min", -1),
             AVG_SLOT=slots.get("avg", -1),
