@@ -84,8 +84,8 @@ def gate_scores(
     """Multiply encoded queries and keys, and reduce the products of each tile of ``block_size`` tokens to one score.
 
     Queries and keys may be cut into sub-blocks, shorter than a tile and not equally short. A pair of sub-blocks counts
-    if the key sub-block begins not behind the last token of the query sub-block, and both hold tokens; so in the
-    diagonal tile pairs of the future do not count, and the tile of a row that holds a query always has a score. Products
+    if the key sub-block does not begin behind the last token of the query sub-block, and both hold tokens. So pairs of
+    the future do not count in the diagonal tile, and that tile always has a score in a row that holds a query. Products
     of sub-blocks are never written out.
 
     Args:
@@ -96,8 +96,8 @@ def gate_scores(
         q_pitch, k_pitch: tokens a sub-block, which divide block_size; None: block_size, one product a tile.
         scale: positive factor of the products.
         reduce: ``"max"`` or ``"logsumexp"`` (natural, of scaled products; nothing is subtracted for their number).
-        rows: query blocks of the rows: int64 ``[R]`` or ``[B, R]`` in any order, or the first of consecutive ones. None:
-            those of the span; without a span the last R of the N key blocks.
+        rows: query blocks of the rows: int64 ``[R]`` or ``[B, R]`` in any order, or the first of consecutive ones.
+            None: those of the span; without a span the last R of the N key blocks.
         span: the positions of queries and keys: sub-blocks that hold none of its queries, and keys behind a row's last
             one, do not count. None: whatever is given does.
         masked: False: what lies above the block diagonal may be left undefined, which saves writing it.

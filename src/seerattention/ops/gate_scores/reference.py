@@ -138,7 +138,7 @@ def _limits(tiles: Tiles, rows: Tensor, num_q: int, num_k: int) -> Tensor:
 
 
 def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor) -> Tensor:
-    """``q [B, Hk, G, per_q, R, W]``, ``k [B, Hk, 1, W, per_k, N]``, ``limit [B or 1, R, per_q]`` -> ``[B, Hq, R, N]``."""
+    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores."""
     per_k, columns = k.shape[-2:]
     # Before the diagonal (the last column, where that comes first) all key sub-blocks of a tile are seen.
     last = rows.clamp(max=columns - 1)[:, None, None, :, None]  # [B or 1, 1, 1, R, 1]

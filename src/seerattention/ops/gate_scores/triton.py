@@ -115,21 +115,26 @@ def _reduce_products(
         m_k = (o_k < num_k)[None, :] if EDGE else True
         if WHOLE:
             o_w = tl.arange(0, BLOCK_W)
-            b_k = tl.load(p_k_rows + o_w[:, None], mask=m_k & (o_w < width)[:, None], other=0.0)  # [BLOCK_W, BLOCK_N]
+            # [BLOCK_W, BLOCK_N]
+            b_k = tl.load(p_k_rows + o_w[:, None], mask=m_k & (o_w < width)[:, None], other=0.0)
         for i_q in tl.range(0, BLOCK // Q_PITCH, num_stages=1 if EDGE else 3, disable_licm=EDGE):
             o_q = o_r * (BLOCK // Q_PITCH) + i_q
             p_q_rows = p_q + o_q.to(tl.int64)[:, None] * s_qn
             m_q = (o_q < num_q)[:, None] if EDGE else True
             b_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WHOLE:
-                b_q = tl.load(p_q_rows + o_w[None, :], mask=m_q & (o_w < width)[None, :], other=0.0)  # [BLOCK_M, BLOCK_W]
+                b_q = tl.load(
+                    p_q_rows + o_w[None, :], mask=m_q & (o_w < width)[None, :], other=0.0
+                )  # [BLOCK_M, BLOCK_W]
                 b_x = tl.dot(b_q, b_k, b_x, input_precision=PRECISION)
             else:
                 for i_w in range(0, width, BLOCK_W):
                     o_part = i_w + tl.arange(0, BLOCK_W)
                     m_w = o_part < width
                     b_q = tl.load(p_q_rows + o_part[None, :], mask=m_q & m_w[None, :], other=0.0)  # [BLOCK_M, BLOCK_W]
-                    b_part = tl.load(p_k_rows + o_part[:, None], mask=m_k & m_w[:, None], other=0.0)  # [BLOCK_W, BLOCK_N]
+                    b_part = tl.load(
+                        p_k_rows + o_part[:, None], mask=m_k & m_w[:, None], other=0.0
+                    )  # [BLOCK_W, BLOCK_N]
                     b_x = tl.dot(b_q, b_part, b_x, input_precision=PRECISION)
             if not MAX:
                 b_x *= scale * LOG2E
@@ -184,8 +189,12 @@ def gate_scores_kernel(
             for i_w in range(0, width, BLOCK_W):
                 o_w = i_w + tl.arange(0, BLOCK_W)
                 m_w = o_w < width
-                b_q = tl.load(p_q + o_w[None, :], mask=(o_r < num_q)[:, None] & m_w[None, :], other=0.0)  # [BLOCK_M, BLOCK_W]
-                b_k = tl.load(p_k + o_w[:, None], mask=m_w[:, None] & (o_n < num_k)[None, :], other=0.0)  # [BLOCK_W, BLOCK_N]
+                b_q = tl.load(
+                    p_q + o_w[None, :], mask=(o_r < num_q)[:, None] & m_w[None, :], other=0.0
+                )  # [BLOCK_M, BLOCK_W]
+                b_k = tl.load(
+                    p_k + o_w[:, None], mask=m_w[:, None] & (o_n < num_k)[None, :], other=0.0
+                )  # [BLOCK_W, BLOCK_N]
                 b_out = tl.dot(b_q, b_k, b_out, input_precision=PRECISION)
             b_out *= scale
         else:
@@ -274,9 +283,7 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
         )
 
 
-def encode_blocks(
-    pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int
-) -> Tensor:
+def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:
     """``[B, H, N, W]``, contiguous, dtype of pooled."""
     x = pooled if pooled.stride(-1) == 1 else pooled.contiguous()
     batch, x_heads, num, channels = x.shape
