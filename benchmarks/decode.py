@@ -29,6 +29,7 @@ from seerattention.evaluate.kernels import require_accurate
 from seerattention.evaluate.tables import Table, format_length
 from seerattention.evaluate.timing import time_functions
 from seerattention.ops import BlockIndices, Pages, Span, block_sparse_decode
+from seerattention.ops.indices import ordered_lists, read_lists
 
 from .results import own_arguments, start_run
 
@@ -94,7 +95,7 @@ def measure(
     times = time_functions(functions, device, seconds=options.seconds)
     found = {name: value.to_dict() for name, value in times.items()}
     dense = min((name for name in found if name.startswith("dense")), key=lambda name: found[name]["median_s"])
-    actual = float(blocks.counts.sum()) / (batch * kv_heads * blocks.num_key_blocks)
+    actual = float(read_lists(blocks)[1].sum()) / (batch * kv_heads * blocks.num_key_blocks)
     metrics: dict[str, Any] = {"dense_kernel": dense, "density": actual}
     for name, key in ((OURS, ""), (OURS_PAGED, "_pages")):
         if name in found:
@@ -130,7 +131,7 @@ def draw_lists(
     noise[..., -1] = 2
     indices = noise.topk(count).indices.sort().values.to(torch.int32).to(device)
     counts = torch.full((batch, kv_heads, 1), count, dtype=torch.int32, device=device)
-    return BlockIndices(indices, counts, blocks, block_size, by_token=True)
+    return ordered_lists(indices, counts, blocks, block_size, by_token=True)
 
 
 def paged(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Span]:
@@ -204,7 +205,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices | None) -> T
         scores = q[row].float().unflatten(0, (k.shape[1], group))[:, :, 0] @ keys.mT * q.shape[-1] ** -0.5
         if blocks is not None:
             listed = torch.zeros(k.shape[1], blocks.num_key_blocks, dtype=torch.bool, device=q.device)
-            listed.scatter_(1, blocks.indices[row, :, 0].long(), True)
+            listed.scatter_(1, read_lists(blocks)[0][row, :, 0].long(), True)
             seen = listed.repeat_interleave(blocks.block_size, 1)[:, : k.shape[2]]
             scores = scores.masked_fill(~seen[:, None], float("-inf"))
         rows.append((scores.softmax(-1) @ values).flatten(0, 1)[:, None])

@@ -33,7 +33,7 @@ from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.tables import Table, format_length
 from seerattention.evaluate.timing import synchronize
 from seerattention.hf import dense, find_decoder, observe
-from seerattention.hf.recall import run_prompt
+from seerattention.hf.prompts import run_prompt
 from seerattention.ops.indices import num_blocks
 from seerattention.ops.pooled_attention import pooled_attention
 

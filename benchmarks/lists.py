@@ -10,7 +10,7 @@ from torch import Tensor
 import seerattention as seer
 from seerattention.evaluate.kernels import AttentionShape, random_lists
 from seerattention.hf import dense, observe
-from seerattention.hf.recall import run_prompt
+from seerattention.hf.prompts import run_prompt
 from seerattention.ops.indices import BlockIndices, num_blocks, num_query_blocks
 
 KINDS = ("random", "structured", "testbed")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seerattention.files import replace_file, temporary_name
+from seerattention.files import replacing
 
 BOS, PAD = "<|bos|>", "<|pad|>"
 SHORTEST_BOOK = 20_000  # tokens; shorter ones leave no room for a long haystack
@@ -84,7 +84,7 @@ def tokenise(texts: Iterable[str], tokenizer: Any, path: Path) -> int:
             f"token files hold ids below 65,536, got a vocabulary of {len(tokenizer):,}; use a smaller one"
         )
     total = 0
-    with open(temporary_name(path), "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         for group in _groups(texts, 64):
             # Long texts in pieces, so that every core has work; pieces end at line breaks.
             pieces, ends = [], []
@@ -97,7 +97,6 @@ def tokenise(texts: Iterable[str], tokenizer: Any, path: Path) -> int:
                 ids = np.array([bos, *(i for piece in encoded[start:end] for i in piece.ids)], dtype=np.uint16)
                 ids.tofile(file)
                 total, start = total + len(ids), end
-    replace_file(path)
     return total
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seerattention.files import replace_file, temporary_name, write_file
+from seerattention.files import replacing, write_file
 
 from .data import Batches
 from .model import FastLlama, ModelConfig, export, spread
@@ -167,8 +167,8 @@ class _Run:
         path = self.folder / "checkpoint.pt"
         contents = {"model": self.model.state_dict(), "optimizers": self.optimizers.state()}
         contents |= {"settings": self.settings, "schedule": self.schedule.state(), "state": self.state}
-        torch.save(contents, temporary_name(path))
-        replace_file(path)
+        with replacing(path) as temporary:
+            torch.save(contents, temporary)
 
     def _begin_again(self, error: NotFormed) -> None:
         """From the start with the next seed, in the time that is left; the data workers go on."""

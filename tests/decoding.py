@@ -15,12 +15,13 @@ LAYOUTS = ("left", "right", "packed", "pages")
 def exact(q, k, v, lists, block_size, scale, dtype=torch.float64):
     """One row: q ``[Hq, Tq, D]``, the last of the keys ``[Hkv, T, D]``; lists: nested python lists [Hkv][Tq]."""
     group, queries, keys = q.shape[0] // k.shape[0], q.shape[1], k.shape[1]
-    mask = torch.zeros(q.shape[0], queries, keys, dtype=torch.bool)
+    mask = torch.zeros(q.shape[0], queries, keys, dtype=torch.bool, device=q.device)
     for head in range(q.shape[0]):
         for token in range(queries):
             for block in set(lists[head // group][token]):
                 mask[head, token, block * block_size : (block + 1) * block_size] = True
-    mask &= torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    positions = torch.arange(keys, device=q.device)
+    mask &= positions <= positions[keys - queries :, None]
     q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 0), v.to(dtype).repeat_interleave(group, 0)
     out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None], scale=scale)[0]
     lse = (q @ k.mT * scale).masked_fill(~mask, float("-inf")).logsumexp(-1)
@@ -59,24 +60,25 @@ def pack_lists(rows, num_key_blocks, block_size, capacity, queries):
     return BlockIndices(indices, counts, num_key_blocks, block_size, by_token=True)
 
 
-def check_rows(rows, lists, block_size, outs, lses):
+def check_rows(rows, lists, block_size, outs, lses, device="cpu"):
     for (q, k, v), entries, out, lse in zip(rows, lists, outs, lses, strict=True):
         scale = q.shape[-1] ** -0.5
         expected, expected_lse = exact(q, k, v, entries, block_size, scale)
-        baseline, _ = exact(q, k, v, entries, block_size, scale, dtype=q.dtype)
+        on_device = [x.to(device) for x in (q, k, v)]  # the error of dense attention there
+        baseline = exact(*on_device, entries, block_size, scale, dtype=q.dtype)[0].cpu()
         assert_lse_close(lse, expected_lse)
         assert_as_accurate_as(out, baseline, expected)
 
 
 def check_layout(implementation, layout, device="cpu", dtype=torch.float32, block_size=16):
     """Rows of several lengths in one call, in any layout, with NaN beside them: each equals the row alone."""
-    heads, kv_heads, head_dim = 6, 2, 32
+    heads, kv_heads, head_dim, num_key_blocks = 6, 2, 32, 96 // block_size
     sizes = [(1, 50), (2, 17), (1, 1), (3, 96)]  # queries and keys of each row
     rows = [draw(heads, kv_heads, *size, head_dim, dtype, seed) for seed, size in enumerate(sizes)]
-    lists = [draw_lists(kv_heads, *size, block_size, seed, 6) for seed, size in enumerate(sizes)]
+    lists = [draw_lists(kv_heads, *size, block_size, seed, num_key_blocks) for seed, size in enumerate(sizes)]
     queries, keys = 3, 96
     padded = [[[*head, *[[]] * (queries - len(head))] for head in row] for row in lists]
-    blocks = pack_lists(padded, 6, block_size, 6, queries)
+    blocks = pack_lists(padded, num_key_blocks, block_size, num_key_blocks, queries)
     start = torch.tensor([total - count for count, total in sizes])
     length = torch.tensor([count for count, _ in sizes])
 
@@ -91,7 +93,7 @@ def check_layout(implementation, layout, device="cpu", dtype=torch.float32, bloc
     elif layout == "pages":
         q = torch.stack([pad(row[0], queries) for row in rows])
         table = torch.randperm(13, generator=torch.Generator().manual_seed(0))[:12].view(4, 3).int()
-        k, v = (torch.full((13, kv_heads, 32, head_dim), float("nan")) for _ in range(2))
+        k, v = (torch.full((13, kv_heads, 32, head_dim), float("nan"), dtype=dtype) for _ in range(2))
         for b, row in enumerate(rows):
             for page in range(3):
                 k[table[b, page]] = pad(row[1], keys)[:, page * 32 : page * 32 + 32]
@@ -105,7 +107,9 @@ def check_layout(implementation, layout, device="cpu", dtype=torch.float32, bloc
             slots = {"query_slot": queries - length, "key_slot": keys - start - length}
         span = Span.of_rows(queries, keys, start=start, length=length, **slots)
     q, k, v = (x.to(device) for x in (q, k, v))
-    blocks = BlockIndices(blocks.indices.to(device), blocks.counts.to(device), 6, block_size, by_token=True)
+    blocks = BlockIndices(
+        blocks.indices.to(device), blocks.counts.to(device), num_key_blocks, block_size, by_token=True
+    )
     out, lse = block_sparse_decode(
         q, k, v, blocks, return_lse=True, span=span.to(device), implementation=implementation
     )
@@ -124,4 +128,4 @@ def check_layout(implementation, layout, device="cpu", dtype=torch.float32, bloc
             assert (out[b][:, rest] == 0).all()
             assert (lse[b][:, rest] == float("-inf")).all()
         offset += count
-    check_rows(rows, lists, block_size, alone, alone_lse)
+    check_rows(rows, lists, block_size, alone, alone_lse, device)

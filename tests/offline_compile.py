@@ -299,6 +299,12 @@ def block_selection(module, target):
             yield f"topp {num} {softmax}", functools.partial(module.select_topp, scores, 0.5, **given)
         given = {**common, "diagonal_extra": False, "capacity": num}
         yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
+    for num in (16384, 32768) if target == "sm_90" else ():  # 8 and 16 warps share the registers
+        scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
+        common = {"block_size": 64, "lengths": None, "last_blocks_dense": 0}
+        yield f"topp {num} True", functools.partial(module.select_topp, scores, 0.5, softmax=True, **common)
+        given = {**common, "diagonal_extra": True, "capacity": num}
+        yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
 
 
 # Calls, module, targets; consumers' GPUs (sm_86) differ from sm_80 in their shared memory only, which wide heads fill.

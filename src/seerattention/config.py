@@ -10,12 +10,31 @@ from typing import Any
 
 BLOCK_SIZES = (32, 64, 128)
 POOLING_KINDS = ("max", "min", "avg")
+# Wider gates than any model has heads: a number that was meant for something else.
+MAX_WIDTH = 1024
+
+FORM = "form"
+"""Entry of a gate spec's dict that says which form of gate it describes; a missing one means the paper's."""
 
 
-def _check_pooling(name: str, kinds: tuple[str, ...]) -> None:
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _kinds(name: str, kinds: Any) -> tuple[str, ...]:
+    if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
+        raise TypeError(f"{name} must be a tuple of {POOLING_KINDS}, got {kinds!r}")
+    kinds = tuple(kinds)
     unknown = [kind for kind in kinds if kind not in POOLING_KINDS]
     if not kinds or unknown or len(set(kinds)) != len(kinds):
         raise ValueError(f"{name} must be a non-empty set of {POOLING_KINDS} without repeats, got {kinds}")
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -38,14 +57,18 @@ class PrefillGateConfig:
     rope: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k_pooling", tuple(self.k_pooling))
-        object.__setattr__(self, "q_pooling", tuple(self.q_pooling))
-        _check_pooling("k_pooling", self.k_pooling)
-        _check_pooling("q_pooling", self.q_pooling)
-        if self.hidden_size is not None and (self.hidden_size <= 0 or self.hidden_size % 2):
-            raise ValueError(
-                f"hidden_size must be a positive even number or None (the model's head_dim), got {self.hidden_size}"
-            )
+        object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
+        object.__setattr__(self, "q_pooling", _kinds("q_pooling", self.q_pooling))
+        if self.hidden_size is not None:
+            _check_integer("hidden_size", self.hidden_size)
+            if not 0 < self.hidden_size <= MAX_WIDTH or self.hidden_size % 2:
+                raise ValueError(
+                    f"hidden_size must be a positive even number of at most {MAX_WIDTH}, or None (the model's "
+                    f"head_dim), got {self.hidden_size}"
+                )
+        if self.q_linear is not None:
+            _check_flag("q_linear", self.q_linear)
+        _check_flag("rope", self.rope)
 
     def resolve(self, head_dim: int) -> PrefillGateConfig:
         """The same with ``hidden_size`` and ``q_linear`` filled in for a model with this head_dim.
@@ -79,6 +102,7 @@ class GateConfig:
     decode: None = None
 
     def __post_init__(self) -> None:
+        _check_integer("block_size", self.block_size)
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
         if self.decode is not None:
@@ -89,20 +113,52 @@ class GateConfig:
             raise TypeError(f"prefill must be a PrefillGateConfig, got {type(self.prefill).__name__}")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain types only; each gate spec names its form."""
+        data = dataclasses.asdict(self)
+        for phase in PHASES:
+            if data[phase] is not None:
+                data[phase] = {FORM: _FORM_NAMES[type(getattr(self, phase))], **data[phase]}
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
-        """Inverse of :meth:`to_dict`. Unknown keys warn, a missing ``block_size`` or ``prefill`` raises ValueError."""
+        """Inverse of :meth:`to_dict`. Unknown keys warn.
+
+        Raises:
+            ValueError: a missing ``block_size`` or ``prefill``, an unknown form, or values out of range.
+            TypeError: values of a wrong type.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a gate config must be a mapping, got {type(data).__name__}")
         missing = [key for key in ("block_size", "prefill") if key not in data]
         if missing:
             raise ValueError(f"gate config lacks {missing}; found {sorted(data)}")
         known = _known_fields(cls, data, "gate config")
-        if known["prefill"] is not None:
-            known["prefill"] = PrefillGateConfig(
-                **_known_fields(PrefillGateConfig, known["prefill"], "prefill gate config")
-            )
+        for phase in PHASES:
+            if known.get(phase) is not None:
+                known[phase] = _spec_from_dict(known[phase], f"{phase} gate config")
         return cls(**known)
+
+
+PHASES = ("prefill", "decode")
+"""The phases of inference that have gates of their own, as entries of :class:`GateConfig`."""
+
+FORMS: dict[str, type] = {"paper": PrefillGateConfig}
+"""Gate specs by the name that their form has in files."""
+
+_FORM_NAMES = {spec: name for name, spec in FORMS.items()}
+
+
+def _spec_from_dict(data: Any, what: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{what} must be a mapping, got {type(data).__name__}")
+    name = data.get(FORM, "paper")
+    if not isinstance(name, str) or name not in FORMS:
+        raise ValueError(
+            f"{what}: form must be one of {sorted(FORMS)}, got {name!r}; a newer version of seerattention may have "
+            "written it"
+        )
+    return FORMS[name](**_known_fields(FORMS[name], {k: v for k, v in data.items() if k != FORM}, what))
 
 
 def _known_fields(cls: type, data: Mapping[str, Any], what: str) -> dict[str, Any]:

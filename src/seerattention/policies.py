@@ -22,6 +22,8 @@ from .ops.indices import BlockIndices
 
 __all__ = ["Dense", "Policy", "Threshold", "TokenBudget", "TopK", "TopP", "causal_softmax", "policy_from_dict"]
 
+# Kernels count in 32 bits.
+_MOST_TOKENS = (1 << 31) - 1
 # Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
 _CEIL_SLACK = 1e-9
 
@@ -121,7 +123,7 @@ class TopK(Policy):
             share = 1.0 - math.sqrt(1.0 - self.density)
             longest = max(1, int(share * num_keys))
             if lengths is None:
-                keep = torch.full((num_rows,), longest, device=logits.device)
+                keep = torch.full((num_rows,), longest, dtype=torch.int64, device=logits.device)
             else:
                 blocks = (lengths + (block_size - 1)) // block_size
                 keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
@@ -184,15 +186,15 @@ class TokenBudget(Policy):
     kind: ClassVar[str] = "token_budget"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens must be an integer of at least 1, got {self.tokens!r}")
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or not 1 <= self.tokens <= _MOST_TOKENS:
+            raise ValueError(f"tokens must be an integer from 1 to {_MOST_TOKENS}, got {self.tokens!r}")
         _check_last_blocks(self.last_blocks_dense)
 
     def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
         blocks = -(-self.tokens // block_size)
         return select_topk(
             logits,
-            torch.full((logits.shape[-2],), blocks, device=logits.device),
+            torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device),
             block_size=block_size,
             lengths=lengths,
             last_blocks_dense=self.last_blocks_dense,
@@ -219,9 +221,11 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
     Raises:
         ValueError: an unknown or missing ``kind``, unknown or missing arguments, or values out of range.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a policy must be a mapping with a kind, got {type(data).__name__}")
     arguments = dict(data)
     kind = arguments.pop("kind", None)
-    if kind not in _POLICIES:
+    if not isinstance(kind, str) or kind not in _POLICIES:
         raise ValueError(f"policy kind must be one of {sorted(_POLICIES)}, got {kind!r}")
     policy = _POLICIES[kind]
     fields = dataclasses.fields(policy)  # type: ignore[arg-type]
@@ -266,5 +270,5 @@ def _check_number(policy: str, name: str, value: Any) -> None:
 
 
 def _check_last_blocks(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"last_blocks_dense must be an integer of 0 or more, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKENS:
+        raise ValueError(f"last_blocks_dense must be an integer from 0 to {_MOST_TOKENS}, got {value!r}")

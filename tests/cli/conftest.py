@@ -61,3 +61,18 @@ def seer_process():
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     return run
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    """Arguments of each command with which nothing is wrong; a later one of the same name replaces them."""
+    model = ["--model", folder / "model", "--device", "cpu"]
+    return {
+        "demo": ["--output", tmp_path / "out"],
+        "distill": [*model, "--data", folder / "text.txt", "--output", tmp_path / "out", "--length", "512"],
+        "eval": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
+        "inspect": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
+        "bench": ["--device", "cpu", "--lengths", "256"],
+        "convert": [folder / "gates"],
+        "env": [],
+    }

@@ -1,14 +1,24 @@
 """What holds for every command: listed, helped, imported only when run, mistakes in a sentence."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from seerattention.cli import COMMANDS
+from seerattention import ops
+from seerattention.cli import COMMANDS, env
 from seerattention.cli.common import parse_list, token_count
+from seerattention.cli.demo import DEMO_MINUTES
+from seerattention.cli.demo_job import DemoPlan
 
+ROOT = Path(__file__).parents[2]
+OPS = {
+    path.parent.name + path.stem.removeprefix("interface")
+    for path in ROOT.glob("src/seerattention/ops/*/interface*.py")
+}
 NAMES = [name for name, _, _ in COMMANDS]
 
 
@@ -71,21 +81,38 @@ def test_a_mistake_in_a_process_of_its_own(seer_process):
     assert "Traceback" not in result.stderr
 
 
+def test_the_minutes_of_the_demo_agree(seer_command):
+    told = re.findall(r"(\d+) minutes on 2 CPU cores", (ROOT / "README.md").read_text())
+    help_text = " ".join(re.sub("[│\n]", " ", seer_command("demo", "--help").stdout).split())
+    told += re.findall(r"about (\d+) minutes on 2 CPU cores", help_text)
+    assert len(told) >= 2
+    assert {float(minutes) for minutes in told} == {DEMO_MINUTES}
+    assert DemoPlan().seconds == DemoPlan.choose("cpu").seconds == DemoPlan.choose("cuda").seconds == 60 * DEMO_MINUTES
+
+
 def test_env_names_what_a_bug_report_needs(seer_command):
     result = seer_command("env", "--json")
     assert result.exit_code == 0
     data = json.loads(result.stdout)
     assert set(data["environment"]["versions"]) >= {"python", "torch", "transformers", "triton", "seerattention"}
-    assert set(data["implementations"]["cpu"]) == {
-        "block_sparse_attention",
-        "pooled_attention",
-        "block_pooling",
-        "block_selection",
-    }
+    assert set(data["implementations"]["cpu"]) == OPS
     assert "llama" in data["support"]["model families"]
     table = seer_command("env").stdout
     assert data["environment"]["versions"]["torch"] in table
     assert data["implementations"]["cpu"]["block_sparse_attention"] in table
+
+
+def test_env_lacks_no_op():
+    """Each public op of the package is one that is shown, or one of the functions of a folder that is."""
+    shown = env.ops()
+    assert set(shown) == OPS >= {"block_sparse_attention", "gate_scores", "pooled_attention_decode"}
+    for name in ops.__all__:
+        function = getattr(ops, name)
+        room = function.__module__.split(".")[2]
+        if not isinstance(function, type) and room != "indices" and name != "dense_indices":
+            assert name in shown or room in shown, name
+    for names in shown.values():
+        assert "reference" in names
 
 
 def test_env_says_when_there_is_no_compiler(seer_command, monkeypatch):

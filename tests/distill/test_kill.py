@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from seerattention.cli.distill import command as seer_distill
 from seerattention.distillation.checkpoint import STATE_FILE, load_state
-from seerattention.files import temporary_name
+from seerattention.distillation.lock import locked
+from seerattention.files import temporary_files
 
 from .tiny import tiny_llama, tiny_tokenizer, write_text
 
@@ -109,8 +110,7 @@ def kill_at(process: subprocess.Popen, output: Path, delay: float, inside_write:
         time.sleep(0.002)
     time.sleep(delay)
     if inside_write:
-        temporary = str(temporary_name(state))
-        while process.poll() is None and not os.path.exists(temporary):
+        while process.poll() is None and not temporary_files(state):
             pass
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -137,7 +137,7 @@ def test_killed_runs_end_like_an_unbroken_one(inputs, tmp_path):
             kill_at(process, output, delay=rng.uniform(0.0, 0.15), inside_write=kills % 2 == 0)
         if process.returncode == -signal.SIGKILL:
             kills += 1
-            inside += temporary_name(output / STATE_FILE).exists()
+            inside += bool(temporary_files(output / STATE_FILE))
         assert check_every_file_loads(output) < STEPS, "the run ended before all kills were done"
     assert inside >= 1, "no kill fell into a write"
 
@@ -186,4 +186,6 @@ def test_mistakes_are_one_sentence(inputs, tmp_path):
     assert "block_size must be one of" in mistake(model, data, tmp_path, **{"block-size": 48})
     assert "give more text" in mistake(model, data, tmp_path, length="64K")
     assert "--text-field" in mistake(model, data, tmp_path, **{"text-field": "body"})
+    with locked(tmp_path / STATE_FILE):
+        assert "another run is writing to" in mistake(model, data, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))

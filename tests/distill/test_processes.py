@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -86,6 +87,24 @@ def main(output: str) -> None:
     model = attached_llama()
     history = distill(model, shares[: 3 - rank], DistillConfig())
     save_file({"loss": torch.tensor(history.loss)}, f"{output}/uneven{rank}.safetensors")
+    # Stopped after two steps and continued, with those uneven shares: the second process's are at an end by then.
+    state = Path(output) / "stopped.safetensors"
+
+    def stop(report):
+        if report.step == 3:
+            raise InterruptedError
+
+    with suppress(InterruptedError):
+        distill(attached_llama(), shares[: 3 - rank], DistillConfig(), on_step=stop, state_path=state, save_every=2)
+    changed = shares[: 3 - rank]
+    changed[0] = {"input_ids": changed[0]["input_ids"] + (changed[0]["input_ids"] == 0) * rank}  # of one process only
+    with suppress(ValueError):
+        distill(attached_llama(), changed, DistillConfig(), state_path=state)
+        print("other batches were accepted")
+    PartialState().wait_for_everyone()
+    for _ in range(2):  # the second time there is nothing left to do, and one process has read less than the other
+        history = distill(attached_llama(), shares[: 3 - rank], DistillConfig(), state_path=state)
+    save_file({"loss": torch.tensor(history.loss)}, f"{output}/continued{rank}.safetensors")
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -109,6 +128,9 @@ def test_two_processes_equal_one(tmp_path):
     assert torch.equal(*losses)
     assert len(losses[0]) == 3
     assert "same first batch" not in output
+    for rank in (0, 1):
+        assert torch.equal(load_file(tmp_path / f"continued{rank}.safetensors")["loss"], losses[0])
+    assert "were accepted" not in output
 
 
 def test_gradients_are_averaged_over_all_rows(tmp_path):

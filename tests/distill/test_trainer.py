@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from seerattention.config import GateConfig, PrefillGateConfig
-from seerattention.distillation import DistillationError, DistillConfig, checkpoint, distill
+from seerattention.distillation import DistillationError, DistillConfig, distill
 from seerattention.distillation.checkpoint import load_state, save_state
 from seerattention.distillation.trainer import Trainer
-from seerattention.files import temporary_name
-from seerattention.hf import attach, dense, observe
+from seerattention.evaluate.maps import inspect_attention
+from seerattention.files import temporary_files
+from seerattention.hf import attach, calibrate, dense, observe
 from seerattention.hf.recall import block_recall
 from seerattention.ops import pooled_attention
 from seerattention.policies import Dense, TopK
@@ -273,13 +276,15 @@ def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
     save_state(path, {"a": torch.arange(3)}, {"step": 1})
 
-    def fail(*args, **kwargs):
-        temporary_name(path).write_bytes(b"half of it")
+    def fail(temporary, content):
+        with open(temporary, "wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_state(path, {"a": torch.arange(4)}, {"step": 2})
+    assert not temporary_files(path)
     tensors, meta = load_state(path)
     assert meta == {"step": 1}
     assert tensors["a"].tolist() == [0, 1, 2]
@@ -326,3 +331,67 @@ def test_block_recall_of_padded_batches():
     mask[1, :125] = 0
     padded = block_recall(model, [{"input_ids": ids, "attention_mask": mask}], TopK(0.4))
     assert padded == pytest.approx(block_recall(model, [long, short], TopK(0.4)), rel=1e-4)
+
+
+# ---- batches that teach nothing --------------------------------------------------------------------------------------
+
+
+def test_prompts_of_one_block_teach_nothing_and_every_layer_is_named(caplog):
+    """Their loss is zero, which must not pass for a layer that has learned; however short the run."""
+    for steps in (2, 14):
+        caplog.clear()
+        model = attached_llama()
+        history = distill(model, random_batches(2, length=32), DistillConfig(steps=steps, warmup=1))
+        assert history.loss == [0.0] * steps
+        assert history.no_gradient == {"layers.0": steps, "layers.1": steps}
+        assert set(history.not_learning) == {"layers.0", "layers.1"}
+        assert caplog.text.count("step 1 does not teach any layer anything") == 1
+        assert "32 tokens (one block)" in caplog.text
+        assert "layers.1 does not seem to learn: its gradient was zero in every step" in caplog.text
+
+
+def test_steps_that_teach_nothing_are_counted_and_left_out_of_the_verdict(caplog):
+    """One-block prompts at the end: without them this run does not learn, and their zero losses must not hide it."""
+    batches = [*random_batches(1) * 12, *random_batches(6, length=20)]
+    history = distill(attached_llama(), batches, DistillConfig(learning_rate=1e-12, warmup=2))
+    assert history.no_gradient == {"layers.0": 6, "layers.1": 6}
+    assert set(history.not_learning) == {"layers.0", "layers.1"}
+    assert "step 13 does not teach any layer anything" in caplog.text
+
+    learning = attached_llama()
+    forget(learning)
+    config = DistillConfig(steps=60, learning_rate=5e-3, warmup=5)
+    history = distill(learning, [*topic_batches(8), *random_batches(2, length=20)], config)
+    assert history.not_learning == {}
+    assert "12 of 60 steps taught layers.1 nothing" in caplog.text
+
+
+def test_a_gate_without_any_gradient_is_named(caplog):
+    model = tiny_llama_with(GateConfig(block_size=32, prefill=PrefillGateConfig(q_linear=True)))
+    from seerattention.hf.state import gates
+
+    with torch.no_grad():
+        for parameter in gates(model)[1].parameters():
+            parameter.zero_()
+    history = distill(model, random_batches(3), DistillConfig())
+    assert history.not_learning == {"layers.1": "its gradient was zero in every step"}
+    assert "step 1 does not teach layers.1 anything" in caplog.text
+
+
+def test_held_out_batches_beyond_the_window_get_a_sentence():
+    """Every layer of the model has a window of 128 tokens; nothing can be said about longer prompts."""
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=128,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    short, long = ({"input_ids": torch.randint(3, 97, (1, length))} for length in (120, 300))
+    attach(model, GateConfig(block_size=32), min_context=0)
+    with pytest.raises(ValueError, match=r"cannot be measured on these eval_batches: layers\.0, .*sliding window"):
+        distill(model, [short], DistillConfig(steps=1), eval_batches=[long])
+    with pytest.raises(ValueError, match="sliding window"):
+        block_recall(model, [long], TopK(0.5))
+    with pytest.raises(ValueError, match="sliding window"):
+        calibrate(model, [long], density=0.5)
+    with pytest.raises(ValueError, match="sliding window"):
+        inspect_attention(model, long["input_ids"])

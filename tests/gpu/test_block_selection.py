@@ -48,11 +48,47 @@ def test_equals_reference(shape, dtype):
             assert_identical(select_topp, probabilities, p, **common)
 
 
-def test_widest_row():
-    """Half a million tokens in blocks of 64."""
-    scores = make_scores(3, 8192, torch.float32)
-    assert_identical(select_topk, scores, [100] * 3)
-    assert_identical(select_topp, scores.nan_to_num(0.0, 1.0, 0.0).softmax(-1), 0.5)
+@pytest.mark.parametrize("num_keys", [8192, 16384, 20000, 32768])
+def test_widest_rows(num_keys):
+    """From half a million tokens to two, in blocks of 64; no row of scores is copied or sorted on the way."""
+    scores = make_scores(3, num_keys, torch.float32)
+    assert_identical(select_topk, scores, [100, num_keys // 10, 5])
+    assert_identical(select_topk, scores, [100] * 3, diagonal_extra=True, last_blocks_dense=1)
+    probabilities = scores.nan_to_num(0.0, 1.0, 0.0).softmax(-1)
+    for p in (0.5, 0.9999):
+        assert_identical(select_topp, probabilities, p)
+    assert_identical(select_threshold, probabilities, 2.0 / num_keys)
+    lengths = torch.tensor([64 * num_keys - 100, 64 * num_keys], device="cuda")
+    assert_identical(select_topk, scores, [50] * 3, lengths=lengths)
+
+
+def test_memory_of_wide_rows():
+    """16,384 blocks of 2 heads: lists and counts, and nothing of the size of the scores besides."""
+    scores = torch.randn(1, 2, 1024, 16384, device="cuda")
+    keep = torch.full((1024,), 64)
+    select_topk(scores, keep)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    blocks = select_topk(scores, keep)
+    assert torch.cuda.max_memory_allocated() - before < 2 * blocks.indices.nbytes + (1 << 20)
+
+
+def test_more_than_2_to_the_31_scores():
+    """Addresses past 2^31 elements: the last rows of the last head equal the same rows alone."""
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    scores = torch.empty(1, 5, 16384, 32768, device="cuda", dtype=torch.bfloat16).uniform_()
+    assert scores.numel() > 2**31
+    for function, bound in ((select_topk, torch.full((16384,), 16)), (select_threshold, 0.999)):
+        extra = {"capacity": 16} if function is select_topk else {}
+        rows = scores[:, -1:, -8:].clone()
+        blocks = function(scores, bound, **extra)
+        alone = function(rows, bound[-8:] if function is select_topk else bound, **extra)
+        counts = alone.counts.flatten().tolist()
+        assert blocks.counts[0, -1, -8:].tolist() == counts
+        for row, count in enumerate(counts):
+            assert torch.equal(blocks.indices[0, -1, row - 8, :count], alone.indices[0, 0, row, :count])
+        del blocks
 
 
 def test_keep_on_the_device():
@@ -62,11 +98,12 @@ def test_keep_on_the_device():
     assert_identical(select_topk, scores, keep, capacity=20, diagonal_extra=True)
 
 
-def test_too_long_rows_go_to_the_reference():
-    scores = torch.randn(1, 1, 2, 20000, device="cuda")
-    assert select_topk(scores, [5, 5]).counts.tolist() == [[[5, 5]]]
-    with pytest.raises(ValueError, match="Triton kernel takes up to"):
-        select_topk(scores, [5, 5], implementation="triton")
+def test_longer_rows_are_refused():
+    scores = torch.zeros(1, 1, 2, 32769, device="cuda")
+    for implementation in (None, "triton"):
+        with pytest.raises(ValueError, match="takes up to 32768 key blocks, got 32769"):
+            select_topk(scores, [5, 5], implementation=implementation)
+    assert select_topk(scores, [5, 5], implementation="reference").counts.tolist() == [[[5, 5]]]
 
 
 KINDS = ["normal", "heavy_tails", "sink_and_neighbours", "few_values", "bfloat16", "infinite"]

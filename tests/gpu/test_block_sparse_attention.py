@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
 
 from helpers import (
     LIST_KINDS,
@@ -18,7 +19,8 @@ from helpers import (
     masked_sdpa,
     split_lists,
 )
-from seerattention.ops import dispatch
+from list_cases import check_lists, check_what_lists_say, list_cases
+from seerattention.ops import dense_indices, dispatch, select_threshold, select_topk
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.indices import BlockIndices
 
@@ -249,3 +251,107 @@ def test_another_current_device(implementation):
         pytest.skip("needs two GPUs")
     q, k, v = make_qkv(100, 100, dtype=torch.bfloat16, device="cuda:1")
     run_and_check(implementation, q, k, v, make_blocks("random", q, k))
+
+
+# -- lists from outside ------------------------------------------------------------------------------------------------
+
+RELAXED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@given(case=list_cases(block_sizes=(64, 128), most_keys=400))
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+def test_arbitrary_lists(parts, implementation, monkeypatch, case):
+    """Unsorted, repeated, future, empty: as brute force over the sets."""
+    if parts > 1:
+        split_lists(monkeypatch, parts)
+    check_lists(implementation, case, head_dim=64, dtype=torch.bfloat16, device="cuda")
+
+
+@given(case=list_cases(most_keys=1000))
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+def test_what_lists_say_of_themselves(case):
+    check_what_lists_say(case, "cuda")
+
+
+@pytest.mark.parametrize(("value", "words"), [(-1, "is -1"), (5, "is 5, but the key blocks are 0 to 4")])
+def test_entries_that_are_no_block(value, words, implementation):
+    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    blocks = make_blocks("random", q, k)
+    blocks.indices[0, 1, 2, 0] = value
+    with pytest.raises(ValueError, match=words):
+        block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    blocks.indices[0, 1, 2, 0] = 0
+    blocks.counts[0, 3, 1] = blocks.indices.shape[-1] + 1
+    with pytest.raises(ValueError, match=r"counts\[0, 3, 1\] is 6"):
+        block_sparse_attention(q, k, v, blocks, implementation=implementation)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_lists_of_the_package_wait_for_nothing(inference, implementation):
+    """Also when somebody has looked at them; lists from outside have to be looked at."""
+    q, k, v = make_qkv(300, 300, heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda")
+    scores, keep = torch.rand(1, 4, 5, 5, device="cuda"), torch.tensor([1, 2, 2, 3, 3], device="cuda")
+
+    def run(blocks):
+        return block_sparse_attention(q, k, v, blocks, implementation=implementation)
+
+    def own():
+        return [
+            select_topk(scores, keep),
+            select_threshold(scores, 0.5),
+            dense_indices(1, 4, 5, 5, block_size=64, device="cuda"),
+            BlockIndices.from_mask(scores < 0.5),
+        ]
+
+    with torch.inference_mode(inference):
+        for blocks in own():  # compiles
+            run(blocks)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for blocks in own():
+                run(blocks)
+                assert blocks.indices.shape[:3] == blocks.counts.shape
+                run(blocks)
+            outside = BlockIndices(blocks.indices, blocks.counts, 5)
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                run(outside)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_lists_from_outside_in_a_cuda_graph(implementation):
+    """They are cleaned on the device, whatever is written into them between replays; nothing is refused there."""
+    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    indices = torch.zeros(1, 4, 5, 6, dtype=torch.int32, device="cuda")
+    counts = torch.zeros(1, 4, 5, dtype=torch.int32, device="cuda")
+    blocks = BlockIndices(indices, counts, 5)
+    block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        indices.copy_(torch.randint(-2, 8, indices.shape))
+        counts.copy_(torch.randint(-1, 8, counts.shape))
+        graph.replay()
+        listed = torch.arange(6, device="cuda") < counts[..., None]
+        mask = (F.one_hot(indices.long().clamp(-1, 5) + 1, 7).bool() & listed[..., None]).any(-2)[..., 1:6]
+        expected = block_sparse_attention(q, k, v, BlockIndices.from_mask(mask), implementation=implementation)
+        torch.testing.assert_close(out, expected)
+
+
+def test_cleaning_long_lists_takes_little_memory():
+    """128K tokens of 32 heads: besides the lists that are made, a gigabyte."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    indices = torch.randint(0, 2048, (1, 32, 2048, 256), dtype=torch.int32, device="cuda", generator=generator)
+    counts = torch.full((1, 32, 2048), 256, dtype=torch.int32, device="cuda")
+    blocks = BlockIndices(indices, counts, 2048)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    checked = blocks.checked()
+    assert torch.cuda.max_memory_allocated() - before < checked.indices.nbytes + (1 << 30)
+    row = indices[0, 5, 1000].unique()
+    assert checked.indices[0, 5, 1000, : int(checked.counts[0, 5, 1000])].tolist() == row[row <= 1000].tolist()

@@ -28,7 +28,7 @@ def test_against_the_definition(parts, block_size, shape, dtype, monkeypatch, na
         packed = pack_lists(lists, blocks, block_size, blocks, queries)
         packed = BlockIndices(packed.indices.cuda(), packed.counts.cuda(), blocks, block_size, by_token=True)
         out, lse = block_sparse_decode(q, k, v, packed, return_lse=True)
-        check_rows(rows, lists, block_size, list(out.cpu()), list(lse.cpu()))
+        check_rows(rows, lists, block_size, list(out.cpu()), list(lse.cpu()), "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

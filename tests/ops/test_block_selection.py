@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -144,6 +145,18 @@ def test_topk_capacity():
     cut = select_topk(scores, [5] * 10, capacity=2)
     assert cut.indices.shape[-1] == 2
     assert lists(cut) == topk_lists(scores, [2] * 10, False)
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_interpreter)])
+def test_a_capacity_too_small_for_the_diagonal_and_another_block(implementation):
+    """No list is longer than its room, or one would be written over the next."""
+    scores = make_scores(3, 10, special=False)
+    blocks = select_topk(scores, [5] * 3, capacity=1, diagonal_extra=True, implementation=implementation)
+    assert blocks.counts.max() <= blocks.indices.shape[-1] == 2
+    assert lists(blocks) == topk_lists(scores, [1] * 3, True)
+    assert lists(select_topk(scores, [5] * 3, capacity=1, implementation=implementation)) == topk_lists(
+        scores, [1] * 3, False
+    )
 
 
 def test_keep_per_batch_row():
@@ -363,3 +376,69 @@ def test_rows_padded_in_memory():
             select_topk(scores, [4] * 3, implementation="triton"),
             select_topk(scores, [4] * 3, implementation="reference"),
         )
+
+
+# -- rows of more than half a million tokens ---------------------------------------------------------------------------
+
+
+@needs_interpreter
+def test_rows_wider_than_one_warp_group_has_registers_for():
+    """16,384 blocks, and as many as the kernels take; padded in memory or not, rows that read everything among them."""
+    triton = pytest.importorskip("seerattention.ops.block_selection.triton")
+    for num_keys in (16384, 32765):
+        scores = make_rows("sink_and_neighbours", 2, num_keys)
+        for common in ({}, {"last_blocks_dense": 1, "lengths": torch.tensor([64 * num_keys])}):
+            assert_identical(
+                select_topk(scores, [3, num_keys // 10], implementation="triton", **common),
+                select_topk(scores, [3, num_keys // 10], implementation="reference", **common),
+            )
+        probabilities = scores.softmax(-1)
+        for function, bound in ((select_threshold, 1e-5), (select_topp, 0.9)):
+            assert_identical(
+                function(probabilities, bound, implementation="triton"),
+                function(probabilities, bound, implementation="reference"),
+            )
+        block = max(triton.MIN_WIDTH, 1 << (num_keys - 1).bit_length())
+        assert block // triton.BLOCKS_PER_WARP * 64 <= 1024  # threads of a program, also where a warp has 64
+
+
+def test_longer_rows_are_refused_and_never_computed_another_way(monkeypatch):
+    """The automatic choice, pretending that the CPU is a GPU: the reference would take tens of gigabytes."""
+    interface = importlib.import_module("seerattention.ops.block_selection.interface")
+    monkeypatch.setattr(interface.dispatch, "choose_implementation", lambda op, implementation, *_, **__: "triton")
+    monkeypatch.setattr(interface.reference, "select_topk", lambda *_, **__: pytest.fail("computed"))
+    scores = torch.zeros(1, 1, 2, interface.MAX_TRITON_BLOCKS + 1)
+    for implementation in (None, "triton"):
+        with pytest.raises(ValueError, match="takes up to 32768 key blocks, got 32769; use larger blocks, or pass"):
+            select_topk(scores, [5, 5], implementation=implementation)
+        with pytest.raises(ValueError, match="32768 key blocks, got 32769"):
+            select_threshold(scores, 0.1, implementation=implementation)
+        with pytest.raises(ValueError, match="32768 key blocks, got 32769"):
+            select_topp(scores, 0.1, implementation=implementation)
+
+
+def test_launches_fit_the_registers_of_a_multiprocessor(monkeypatch):
+    """A program that asks for more is not started: the register limit of its threads falls with their number."""
+    triton = pytest.importorskip("seerattention.ops.block_selection.triton")
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append(options)
+
+    for name in ("select_topk_kernel", "select_topp_kernel", "select_threshold_kernel"):
+        monkeypatch.setattr(triton, name, Kernel())
+    monkeypatch.setattr(triton, "_limit", lambda registers: {"maxnreg": registers})
+    common = {"block_size": 64, "lengths": None, "last_blocks_dense": 0}
+    for num_keys in (100, 4096, 8192, 8193, 16384, 32768):
+        scores = torch.zeros(1, 1, 2, num_keys)
+        launches.clear()
+        triton.select_topk(
+            scores, torch.ones(1, 2, dtype=torch.int64), diagonal_extra=False, capacity=1, **common
+        )  # fmt: skip
+        triton.select_topp(scores, 0.5, **common)
+        triton.select_threshold(scores, 0.5, **common)
+        for options in launches:
+            assert options["BLOCK"] >= num_keys
+            assert options["maxnreg"] * 32 * options["num_warps"] <= 1 << 16
+        assert {options["maxnreg"] for options in launches} == ({128} if num_keys > 16384 else {168, 216, 128})

@@ -79,3 +79,17 @@ def test_bad_arguments():
         block_sparse_decode(q.requires_grad_(), k, v, blocks)
     with pytest.raises(ValueError, match="block_size must be one of"):
         block_sparse_decode(q.detach(), k, v, BlockIndices(blocks.indices, blocks.counts, 5, 8, by_token=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_list_is_a_set(implementation):
+    """Repeats count once, whatever the order; what is no key block is refused."""
+    q, k, v = (x[None] for x in draw(4, 2, 1, 40, 32, torch.float32, 0))
+    once = pack_lists([[[[0, 2]], [[1]]]], 3, 16, 4, 1)
+    expected = block_sparse_decode(q, k, v, once, implementation="reference")
+    repeated = pack_lists([[[[2, 0, 2, 0]], [[1, 1]]]], 3, 16, 4, 1)
+    out = block_sparse_decode(q, k, v, repeated, implementation=implementation)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    for wrong in ([3], [-1]):
+        with pytest.raises(ValueError, match="key block"):
+            block_sparse_decode(q, k, v, pack_lists([[[wrong], [[1]]]], 3, 16, 4, 1), implementation=implementation)

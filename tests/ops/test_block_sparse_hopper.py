@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 
 import pytest
 import torch
 
-import gluon_emulator
 from helpers import (
     LIST_KINDS,
     check_attention,
@@ -25,29 +23,9 @@ LENGTHS = [(1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (1, 65), (37, 200),
 
 
 @pytest.fixture
-def emulated(monkeypatch, nan_filled_empty):
-    """implementation="hopper" runs on CPU tensors, in the emulator. Returns the launches."""
-    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-    hopper = importlib.import_module("seerattention.ops.block_sparse_attention.hopper")
-    launches = []
-
-    class Kernel:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, num_warps, maxnreg, **constants):
-                launches.append((num_warps, maxnreg, constants))
-                gluon_emulator.run(self.kernel, grid, args, constants)
-
-            return launch
-
-    monkeypatch.setattr(
-        hopper, "block_sparse_attention_hopper_kernel", Kernel(hopper.block_sparse_attention_hopper_kernel)
-    )
-    monkeypatch.setattr(dispatch, "hopper_unusable", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return launches
+def emulated(emulated_attention, nan_filled_empty):
+    """implementation="hopper" in the emulator, and memory that is NaN until it is written."""
+    return emulated_attention
 
 
 def run_and_check(q, k, v, blocks):

@@ -23,6 +23,8 @@ KNOWN_SPILLS = {
     ("block_sparse_attention", "sm_90", "64 64 torch.float32 lse=True"): 256,
     # One register, before the loops and after them.
     ("pooled_attention_decode", "sm_90", "sum 128 1 128 torch.bfloat16 lse=True"): 8,
+    # 16 warps hold a row, with 128 registers a thread.
+    ("block_selection", "sm_90", "topp 32768 True"): 880,
 }
 # Bytes of shared memory that one program may use.
 MAX_SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "gfx942": 65536}

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Terminal, errors, parse_list, resolve_device, token_count
+from .common import Terminal, errors, load_config, parse_list, resolve_device, token_count
+from .options import check_dtype, check_model, named, parse_density, real, say_unused, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,7 @@ _LENGTHS = {"cpu": "1K,2K,4K,8K", "cuda": "1K,2K,4K,8K,16K,32K,64K,128K"}
 
 
 def command(
+    context: typer.Context,
     lengths: Annotated[
         str | None,
         typer.Option(help="Prompt lengths in tokens (4096 or 4K). Default: 1K to 8K on the CPU, to 128K on a GPU."),
@@ -28,11 +30,11 @@ def command(
         str | None,
         typer.Option(help="Take heads and head_dim from the config of this Hugging Face model (or 'testbed')."),
     ] = None,
-    heads: Annotated[int, typer.Option(help="Query heads; the default is the shape of an 8B Llama.", min=1)] = 32,
-    kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 8,
-    head_dim: Annotated[int, typer.Option(help="Channels of a head.", min=1)] = 128,
+    heads: Annotated[int, typer.Option(help="Query heads; the default is the shape of an 8B Llama.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
-    seconds: Annotated[float, typer.Option(help="Time to spend on each measurement.", min=0.0)] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Time to spend on each measurement.")] = 0.5,
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32.")
     ] = "auto",
@@ -50,20 +52,26 @@ def command(
     Example: seer bench --lengths 4K,16K,64K --densities 0.2,0.1
     """
     with errors():
+        terminal = Terminal(as_json)
+        for option, value in (("--heads", heads), ("--kv-heads", kv_heads), ("--head-dim", head_dim)):
+            whole(option, value)
+        real("--seconds", seconds)
+        check_dtype(dtype)
+        if model is not None:
+            check_model(model)
+            say_unused(context, terminal, ("heads", "kv_heads", "head_dim"), f"--model {model} has its own")
+
         import torch
 
         from ..evaluate.bench import bench_attention, pays_from
         from ..evaluate.environment import environment
 
-        terminal = Terminal(as_json)
         chosen = torch.device(resolve_device(device))
         default = _LENGTHS.get(chosen.type, _LENGTHS["cuda"])
-        asked_lengths = sorted(set(parse_list(lengths or default, token_count, "lengths")))
-        asked_densities = sorted(set(parse_list(densities, float, "densities")), reverse=True)
+        asked_lengths = sorted(set(parse_list(default if lengths is None else lengths, token_count, "lengths")))
+        asked_densities = sorted(set(parse_list(densities, parse_density, "densities")), reverse=True)
         if asked_lengths[0] < 2 * block_size:
             raise ValueError(f"--lengths must be at least two blocks, {2 * block_size} tokens, got {asked_lengths[0]}")
-        if not all(0 < density <= 1 for density in asked_densities):
-            raise ValueError(f"--densities must lie in (0, 1], got {densities}")
         shape = _shape(model, heads, kv_heads, head_dim, block_size, _dtype(dtype, chosen))
         facts = environment()
         terminal.say(f"{_device_name(chosen, facts)}, {_describe(shape)}")
@@ -98,10 +106,7 @@ def _dtype(name: str, device: Any) -> Any:
 
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"--dtype must be auto, bfloat16, float16 or float32, got {name!r}")
-    return dtype
+    return getattr(torch, name)
 
 
 def _shape(model: str | None, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: Any) -> AttentionShape:
@@ -111,19 +116,19 @@ def _shape(model: str | None, heads: int, kv_heads: int, head_dim: int, block_si
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"--block-size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
     if model is not None:
-        from transformers import AutoConfig
-
         from ..hf.architectures import Geometry
 
-        if model == "testbed":
-            from ..testbed import model_path
-
-            model = str(model_path())
-        geometry = Geometry.of(AutoConfig.from_pretrained(model).get_text_config())
+        config = load_config(model)
+        if not getattr(config, "num_attention_heads", None):
+            raise ValueError(f"--model: the config of {model} ({type(config).__name__}) names no attention heads")
+        geometry = Geometry.of(config)
         heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"--head-dim can be at most {MAX_HEAD_DIM}, got {head_dim}")
-    return AttentionShape(heads, kv_heads, head_dim, block_size, dtype)
+        raise ValueError(
+            f"{'--model' if model else '--head-dim'}: head_dim can be at most {MAX_HEAD_DIM}, got {head_dim}"
+        )
+    with named("--model" if model else "--heads and --kv-heads"):
+        return AttentionShape(heads, kv_heads, head_dim, block_size, dtype)
 
 
 def _device_name(device: Any, facts: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,19 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from ..distillation.documents import Documents
     from ..evaluate.tables import Table
 
-__all__ = ["Terminal", "book_tokens", "errors", "load_model", "log_level", "parse_list", "resolve_device"]
+__all__ = [
+    "Terminal",
+    "book_tokens",
+    "errors",
+    "load_config",
+    "load_model",
+    "log_level",
+    "parse_list",
+    "resolve_device",
+]
 
 _LOG_WIDTH = 200  # tables in a log or a pipe are not folded to 80 columns
 _TESTBED = "testbed"
@@ -106,40 +118,94 @@ class Terminal:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn mistakes of the user into one sentence on stderr and exit status 1; bugs keep their traceback."""
+    """Turn mistakes of the user and failures of the machine into one sentence on stderr and exit status 1.
+
+    A sentence is what somebody wrote: OSErrors, missing modules, memory that ran out, and each ValueError, TypeError or
+    NotImplementedError that a ``raise`` statement made. The same errors out of the interpreter or of compiled code (an
+    operand of the wrong type, shapes that do not fit) are bugs, as all others are, and keep their traceback.
+    """
     try:
         yield
-    except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:
-        lines = str(error).split("\n")
-        # transformers explains a missing model over many lines; the first says it.
-        message = " ".join((lines[0] if len(str(error)) > 500 else str(error)).split()) or type(error).__name__
-        typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # `seer env | head`: nobody reads on, and typer ends quietly
+        raise
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        typer.echo(f"error: {sentence}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user about an error; None for a bug."""
+    if _is_out_of_memory(error):
+        return f"out of memory ({_one_line(error)}); use shorter prompts, a smaller batch or model, or another device"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, OSError | ModuleNotFoundError):
+        return _one_line(error)
+    if isinstance(error, ValueError | TypeError | NotImplementedError) and _was_raised(error):
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks; of a long one, as transformers writes about a missing model, the first line."""
+    text = str(error)
+    return " ".join((text.split("\n")[0] if len(text) > 500 else text).split()) or type(error).__name__
+
+
+def _was_raised(error: Exception) -> bool:
+    """Whether a ``raise`` statement made the error; true where there is no source to look at."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or not frames[-1].line or re.search(r"\braise\b", frames[-1].line) is not None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch is not imported for this: where it is not loaded it has raised nothing. Its CPU allocator has no type.
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    return isinstance(error, MemoryError | kind) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def parse_list(text: str, kind: Callable[[str], Any], what: str) -> list[Any]:
-    """Split ``"a,b,c"``; every item goes through ``kind``.
+    """Split ``"a,b,c"``; every item goes through ``kind``. What is named twice is there once.
 
     Raises:
-        ValueError: an item that ``kind`` refuses, or no item.
+        ValueError: an item that ``kind`` refuses, with what it says; or no item.
     """
     items = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         try:
             items.append(kind(item))
-        except ValueError:
-            raise ValueError(f"--{what}: {item!r} is not valid; give a list separated by commas") from None
+        except ValueError as error:
+            reason = "" if kind in (int, float) else f" ({error})"
+            raise ValueError(f"--{what}: {item!r} is not valid{reason}; give a list separated by commas") from None
     if not items:
         raise ValueError(f"--{what} is empty; give a list separated by commas")
-    return items
+    return list(dict.fromkeys(items))
 
 
-def token_count(text: str) -> int:
-    """A length in tokens: ``4096`` or ``4K``."""
-    return int(text[:-1]) * 1024 if text[-1:] in "kK" else int(text)
+def token_count(text: str, option: str | None = None, minimum: int = 2) -> int:
+    """A length in tokens: ``4096`` or ``4K``.
+
+    Args:
+        text: what was given.
+        option: its name, for the message of an option that takes one length.
+        minimum: the least length that makes sense; a prompt has two tokens at least.
+    """
+    found = re.fullmatch(r"([0-9]{1,12})([kK]?)", text.strip())
+    length = int(found[1]) * (1024 if found[2] else 1) if found else -1
+    if length < minimum:
+        wanted = f"a length must be a whole number of at least {minimum} tokens, like 4096 or 4K"
+        raise ValueError(f"{option}: {wanted}, got {text!r}" if option else wanted)
+    return length
 
 
 @contextmanager
@@ -158,44 +224,82 @@ def resolve_device(device: str) -> str:
     """``auto`` is the first CUDA device, else the CPU.
 
     Raises:
-        ValueError: a CUDA device that is not there, or no device name at all.
+        ValueError: no device name, or a device that is not there.
     """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device {device!r} is no torch device; try auto, cpu or cuda") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} was asked for but torch finds no CUDA device here; use --device cpu")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"--device {device} was asked for but torch finds no CUDA device here; use --device cpu")
+        if (chosen.index or 0) >= count:
+            raise ValueError(
+                f"--device {device} was asked for but torch finds only {count} here, cuda:0 to {count - 1}"
+            )
+    elif chosen.type != "cpu":
+        try:
+            torch.empty(1, device=chosen).item()
+        except Exception as error:  # whatever a backend says that is not there, or holds no numbers (meta)
+            raise ValueError(f"--device {device} cannot be used here; try auto, cpu or cuda") from error
     return device
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """The embedded testbed model (``"testbed"``), or any Hugging Face causal language model, and its tokenizer."""
-    import torch
+    from .options import check_dtype, check_model
 
+    check_model(name)
     chosen = resolve_device(device)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"--dtype {dtype!r} is not a torch dtype; try auto, bfloat16, float16 or float32")
+    import torch
     from transformers.utils import logging as transformers_logging
 
+    given = None if check_dtype(dtype) == "auto" else getattr(torch, dtype)
     if name == _TESTBED or not sys.stderr.isatty():  # loading is quick, or its bar would fill a log
         transformers_logging.disable_progress_bar()
     if name == _TESTBED:
         from .. import testbed
 
-        return testbed.load(device=chosen, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"no model folder at {name}")
+        return testbed.load(device=chosen, dtype=given)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(Path(name).expanduser()) if name.startswith("~") else name
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    with _reading(name):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if given is None else given)
     return model.to(chosen).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def load_config(name: str) -> Any:
+    """The config of a model, of the decoder where it has several."""
+    from transformers import AutoConfig
+
+    from .options import check_model
+
+    if check_model(name) == _TESTBED:
+        from ..testbed import model_path
+
+        name = str(model_path())
+    with _reading(name):
+        return AutoConfig.from_pretrained(str(Path(name).expanduser())).get_text_config()
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Files of a model that are damaged make their readers stumble in any way: say which model it is."""
+    try:
+        yield
+    except OSError:
+        raise  # missing files and models, in sentences
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        raise ValueError(f"cannot read the model {name}: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def default_gates(model: str) -> Path | None:
@@ -207,30 +311,49 @@ def default_gates(model: str) -> Path | None:
     return Path(testbed.gates_path())
 
 
+def open_data(data: str | None, model: str, text_field: str = "text") -> Documents | None:
+    """What ``--data`` names, opened before a model is loaded; None for the books that come with the testbed.
+
+    Raises:
+        ValueError: no data named for a model other than the testbed, or data that cannot be texts.
+        FileNotFoundError: no such file or folder, or no text in it.
+    """
+    if data is not None:
+        from ..distillation.documents import open_documents
+
+        return open_documents(data, text_field=text_field)
+    if model != _TESTBED:
+        raise ValueError(
+            "--data is needed for this model: a .txt or .jsonl file, also compressed, a folder of them, or a dataset id"
+        )
+    return None
+
+
 def book_tokens(
-    data: str | None, model: str, tokenizer: Any, *, limit: int, text_field: str = "text", split: str = "test"
+    data: str | Documents | None,
+    model: str,
+    tokenizer: Any,
+    *,
+    limit: int,
+    text_field: str = "text",
+    split: str = "test",
 ) -> list[np.ndarray]:
     """Token ids of the texts in ``data``, or of the embedded books of ``split`` for the testbed; about ``limit``
     tokens.
 
     Raises:
-        ValueError: no data named for a model other than the testbed.
+        ValueError: no text, or as :func:`open_data`, which takes what is not opened yet.
     """
     import numpy as np
 
+    documents = open_data(data, model, text_field) if data is None or isinstance(data, str) else data
     texts: Iterator[str] | Sequence[str]
-    if data is not None:
-        from ..distillation.documents import open_documents
-
-        texts = open_documents(data, text_field=text_field)(0)
-    elif model == _TESTBED:
+    if documents is not None:
+        texts = documents(0)
+    else:
         from .. import testbed
 
         texts = testbed.book_texts(split)
-    else:
-        raise ValueError(
-            "--data is needed for this model: a .txt or .jsonl file (also .zst), a folder of them, or a dataset id"
-        )
     arrays, found = [], 0
     for text in texts:
         # Long books are cut before they are tokenised: no tokenizer needs 32 characters a token on average.
@@ -241,5 +364,5 @@ def book_tokens(
         if found >= limit:
             break
     if not arrays:
-        raise ValueError("the data holds no text")
+        raise ValueError("--data: there is no text in it, all documents are empty")
     return arrays

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from .common import errors
+from .options import check_output
+
 
 def command(
     source: Annotated[str, typer.Argument(help="Published AttnGates folder, or its id on the hub (owner/name).")],
@@ -16,18 +19,22 @@ def command(
 ) -> None:
     """Turn a published AttnGates folder (config.json with seerattn_* fields, attn_gate_weights.pth) into
     gate_config.json + gates.safetensors. Weights keep their bits."""
+    with errors():
+        check_output(destination, "DESTINATION")
+        _convert(source, destination, as_json)
+
+
+def _convert(source: str, destination: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from ..hf.checkpoint import CONFIG_FILE, read_json
-    from ..hf.sources import convert
+    from ..files import read_json
+    from ..gates.checkpoint import CONFIG_FILE
+    from ..gates.sources import convert
 
-    try:
-        folder = convert(source, destination)
-    except (OSError, ValueError, NotImplementedError) as error:
-        Console(stderr=True).print(f"seer convert: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+    folder = convert(source, destination)
     description = read_json(folder / CONFIG_FILE)
     if as_json:
         print(json.dumps({"path": str(folder), **description}))
     else:
-        Console().print(f"wrote {folder} (gates {description['gates']}, policy {description['policies']['prefill']})")
+        wrote = f"wrote {folder} (gates {description['gates']}, policy {description['policies']['prefill']})"
+        Console().print(wrote, markup=False, soft_wrap=True)

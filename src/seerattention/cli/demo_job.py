@@ -29,6 +29,7 @@ from ..hf.recall import block_recall
 from ..policies import TopK
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
+from .demo import DEMO_MINUTES
 
 __all__ = ["DemoPlan", "DemoResult", "run_demo"]
 
@@ -65,7 +66,7 @@ class DemoPlan:
     max_rounds: int = 4
     questions: int = 16
     repeats: int = 2
-    seconds: float = 420.0
+    seconds: float = 60.0 * DEMO_MINUTES
     committed: Sequence[float] = (0.2, 0.1, 0.05)
     fresh: Sequence[float] = (0.2, 0.1)
     untrained: Sequence[float] = (0.2,)
@@ -73,7 +74,7 @@ class DemoPlan:
     learning_rate: float = 4e-3
 
     @classmethod
-    def choose(cls, device: str, fast: bool = False, seconds: float = 420.0) -> DemoPlan:
+    def choose(cls, device: str, fast: bool = False, seconds: float = 60.0 * DEMO_MINUTES) -> DemoPlan:
         """What fits the device; ``fast`` is a smoke test of a few seconds whose numbers mean little."""
         if fast:
             return cls(
@@ -164,7 +165,7 @@ def run_demo(
     asker = TaskGenerator(tokenizer, test_books, split="test", seed=seed + 1)
     task = make_samples(asker, plan.tasks[-1:], recall_length, 1, plan.questions)[plan.tasks[-1]][0]
     held_out = [
-        {"input_ids": cut_documents(test_books, recall_length, 1)},
+        {"input_ids": cut_documents(test_books, recall_length, 1, bos=tokenizer.bos_token_id)},
         {"input_ids": torch.as_tensor(task.input_ids)[None]},
     ]
     fresh, untrained = folder / "fresh-gates", folder / "untrained-gates"
@@ -194,7 +195,7 @@ def run_demo(
             for density in densities
         ),
     ]
-    documents = cut_documents(test_books, plan.length, plan.max_rounds)
+    documents = cut_documents(test_books, plan.length, plan.max_rounds, bos=tokenizer.bos_token_id)
     warmup = min(plan.length, _WARMUP_LENGTH)
     with progress("timing prefill", (plan.repeats * plan.length + warmup) * len(settings)) as advance:
         timing = time_prefill(
@@ -324,7 +325,8 @@ def _evaluate_rounds(
             break
         samples = make_samples(generator, plan.tasks, plan.length, 1, plan.questions)
         with progress(f"evaluating, round {index + 1} of up to {plan.max_rounds}", tokens) as advance:
-            answered = evaluate_retrieval(model, samples, settings, advance=advance)
+            # By generation every question would take a prefill of its own.
+            answered = evaluate_retrieval(model, samples, settings, advance=advance, method="teacher_forcing")
             read = evaluate_perplexity(model, documents[index : index + 1], settings, advance=advance)
         retrieval = [a.joined(b) for a, b in zip(retrieval, answered, strict=True)] if index else answered
         perplexity = [a.joined(b) for a, b in zip(perplexity, read, strict=True)] if index else read

@@ -11,22 +11,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Terminal, errors, load_model, resolve_device, token_count
+from .options import (
+    check_dtype,
+    check_gates,
+    check_model,
+    check_output,
+    check_seed,
+    is_given,
+    named,
+    real,
+    say_unused,
+    whole,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..config import GateConfig
     from ..distillation import DistillConfig, DistillHistory
+    from ..distillation.documents import Documents
     from ..distillation.processes import Processes
 
 __all__ = ["command"]
 
 
+_TEXT = "digest of the text"  # of the whole of it: what no step has read yet decides the rest of the run
+
+
 def command(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")],
     data: Annotated[
         str,
         typer.Option(
-            help=".jsonl or .txt file (also .zst), a folder of them, or a dataset id (owner/name:config@split)."
+            help=".jsonl or .txt file (also .zst, .gz, .bz2, .xz), a folder of them, or a dataset id "
+            "(owner/name:config@split)."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the gates, the history and the state of the run.")],
@@ -37,14 +56,16 @@ def command(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm of a layer; 0: no clipping.")] = 1.0,
-    rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a count.")] = 0.25,
+    rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a whole number.")] = 0.25,
     skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
     k_pooling: Annotated[str, typer.Option(help="Key poolings, of max, min and avg.")] = "max,min,avg",
     q_pooling: Annotated[str, typer.Option(help="Query poolings, of max, min and avg.")] = "avg",
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
-    gates: Annotated[str | None, typer.Option(help="Start from these gates instead of fresh ones.")] = None,
+    gates: Annotated[
+        str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides fresh gates and the rows drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="dtype of the model: auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -66,10 +87,31 @@ def command(
     the run and ends with the same gates. Several GPUs: accelerate launch -m seerattention.cli.distill, same options.
     """
     with errors():
+        terminal = Terminal(as_json)
+        for option, number, least in (
+            ("--batch-size", batch_size, 1),
+            ("--steps", steps, 0),
+            ("--gate-hidden-size", gate_hidden_size, 0),
+            ("--document-tokens", document_tokens, 0),
+            ("--eval-sequences", eval_sequences, 0),
+            ("--eval-every", eval_every, 0),
+            ("--save-every", save_every, 0),
+        ):
+            whole(option, number, least)
+        real("--learning-rate", learning_rate, exclusive=True)
+        real("--clip-norm", clip_norm)
+        real("--save-seconds", save_seconds)
+        check_seed(seed)
+        check_dtype(dtype)
+        check_output(output)
+        if gates is not None:
+            check_gates(gates)
+        if not eval_sequences:
+            say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
         job = _Job(
-            model=model,
+            model=check_model(model),
             data=data,
-            length=token_count(length),
+            length=token_count(length, "--length"),
             batch_size=batch_size,
             text_field=text_field,
             document_tokens=document_tokens,
@@ -80,8 +122,8 @@ def command(
             gate={
                 "block_size": block_size,
                 "prefill": {
-                    "k_pooling": k_pooling.split(","),
-                    "q_pooling": q_pooling.split(","),
+                    "k_pooling": _poolings(k_pooling),
+                    "q_pooling": _poolings(q_pooling),
                     "hidden_size": gate_hidden_size or None,
                 },
             },
@@ -91,7 +133,7 @@ def command(
             "learning_rate": learning_rate,
             "warmup": warmup,
             "clip_norm": clip_norm or None,
-            "rows": int(rows) if rows > 1 else rows,
+            "rows": _row_choice(rows),
             "skip_rows": skip_rows,
             "reduction": reduction,
             "accumulation": accumulation,
@@ -99,7 +141,28 @@ def command(
             "eval_every": eval_every or None,
             "eval_density": eval_density,
         }
-        _distill(job, settings, output, save_every or None, save_seconds, Terminal(as_json))
+        form = {
+            "block_size": block_size,
+            "k_pooling": ",".join(_poolings(k_pooling)),
+            "q_pooling": ",".join(_poolings(q_pooling)),
+            "gate_hidden_size": gate_hidden_size,
+        }
+        asked = {name: value for name, value in form.items() if gates is not None and is_given(context, name)}
+        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked)
+
+
+def _poolings(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _row_choice(rows: float) -> float | int:
+    if rows > 1 and rows.is_integer():
+        return int(rows)
+    if not 0 < rows <= 1:  # NaN is no share either
+        raise ValueError(
+            f"--rows must be a share in (0, 1] of the query blocks or a whole number of them, got {rows:g}"
+        )
+    return rows
 
 
 @dataclass(frozen=True)
@@ -120,8 +183,15 @@ class _Job:
 
 
 def _distill(
-    job: _Job, settings: dict[str, Any], output: Path, save_every: int | None, save_seconds: float, terminal: Terminal
+    job: _Job,
+    settings: dict[str, Any],
+    output: Path,
+    save_every: int | None,
+    save_seconds: float,
+    terminal: Terminal,
+    asked: dict[str, Any],
 ) -> None:
+    """``asked``: what was said of the form of gates although they come from ``job.gates``."""
     import torch
 
     from .. import hf
@@ -132,26 +202,37 @@ def _distill(
     from ..distillation.documents import open_documents
     from ..distillation.processes import Processes
     from ..distillation.progress import distill_progress
+    from ..hf.state import state_of
 
     # What can be wrong with the options is found before a model is loaded.
-    config = DistillConfig(**settings)
-    gate_config = GateConfig.from_dict(job.gate)
+    with named({name: f"--{name.replace('_', '-')}" for name in (*settings, "block_size", "k_pooling", "q_pooling")}):
+        config = DistillConfig(**settings)
+        with named({"hidden_size": "--gate-hidden-size"}):
+            gate_config = GateConfig.from_dict(job.gate)
+    if job.gates is None and job.length <= gate_config.block_size:
+        raise ValueError(
+            f"--length must be more than one block ({gate_config.block_size} tokens), got {job.length}: with one block "
+            "to choose from there is nothing to learn"
+        )
     documents = open_documents(job.data, text_field=job.text_field)
     device = resolve_device(job.device)
     processes = Processes.join(cpu=device == "cpu")
     if processes.world_size > 1 and device == "cuda":
         device = f"cuda:{processes.local_rank}"
     output.mkdir(parents=True, exist_ok=True)
+    same_run = _same_run(job, documents, output / STATE_FILE)
 
     model, tokenizer = load_model(job.model, device, job.dtype)
     torch.manual_seed(config.seed)
-    hf.attach(model, job.gates if job.gates else gate_config, min_context=0)
+    hf.attach(model, gate_config if job.gates is None else job.gates, min_context=0)
     batches, held_out = _text(job, documents, tokenizer, processes, repeat=config.steps is not None)
     main = processes.is_main
     if main:
         terminal.say(
             f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
         )
+        if job.gates is not None:
+            _say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, asked)
     try:
         with distill_progress(terminal.err) if main else nullcontext() as on_step:
             history = run_distillation(
@@ -163,8 +244,12 @@ def _distill(
                 state_path=output / STATE_FILE,
                 save_every=save_every,
                 save_seconds=save_seconds,
-                settings=asdict(job),
+                settings=same_run,
             )
+    except KeyboardInterrupt:
+        if main and (output / STATE_FILE).exists():
+            terminal.say(f"the same command goes on from {output / STATE_FILE}")
+        raise
     except DistillationError as error:
         raise ValueError(str(error)) from error
     if main:
@@ -172,7 +257,34 @@ def _distill(
     processes.finish()
 
 
-def _text(job: _Job, documents: Any, tokenizer: Any, processes: Processes, *, repeat: bool) -> tuple[Any, list[Any]]:
+def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
+    """What must be the same for the run in ``state`` to go on. Runs of earlier versions do not know their text."""
+    from ..distillation.checkpoint import load_state
+
+    if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
+        return asdict(job)
+    return {**asdict(job), _TEXT: documents.fingerprint()}
+
+
+def _say_what_gates_decide(terminal: Terminal, source: str, config: GateConfig | None, asked: dict[str, Any]) -> None:
+    if config is None or config.prefill is None:
+        return
+    form = {
+        "block_size": config.block_size,
+        "k_pooling": ",".join(config.prefill.k_pooling),
+        "q_pooling": ",".join(config.prefill.q_pooling),
+        "gate_hidden_size": config.prefill.hidden_size or 0,
+    }
+    terminal.say(f"starting from the gates in {source}: " + ", ".join(f"{name} {form[name]}" for name in form))
+    for name, value in asked.items():
+        if value != form[name]:
+            option = f"--{name.replace('_', '-')}"
+            terminal.say(f"{option} {value} has no effect: --gates {source} decides, and its {name} is {form[name]}")
+
+
+def _text(
+    job: _Job, documents: Documents, tokenizer: Any, processes: Processes, *, repeat: bool
+) -> tuple[Any, list[Any]]:
     """Training batches, and the held-out ones: the first sequences of the text, which training leaves out."""
     from itertools import islice
 
@@ -208,14 +320,14 @@ def _write_results(
 ) -> None:
     from .. import hf
     from ..evaluate.tables import Table
-    from ..files import replace_file, temporary_name, write_file
+    from ..files import replacing, write_file
 
     hf.save_gates(model, output)
     result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}
     write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     picture = output / "curves.png"
-    _curves(history).savefig(temporary_name(picture), format="png", dpi=120)
-    replace_file(picture)
+    with replacing(picture) as temporary:
+        _curves(history).savefig(temporary, format="png", dpi=120)
 
     rows = []
     for layer, losses in history.loss_per_layer.items():

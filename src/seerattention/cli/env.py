@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from .common import Terminal, errors
-
-_OPS = ("block_sparse_attention", "pooled_attention", "block_pooling", "block_selection")
 
 SUPPORT = (
     ("model families", "{families}; full-attention layers (sliding-window layers stay dense)"),
@@ -56,7 +55,7 @@ def command(
         ]
         terminal.table(Table(["what", "found"], rows), numbers=False)
         devices = list(data["implementations"])
-        rows = [[op, *(data["implementations"][device][op] for device in devices)] for op in _OPS]
+        rows = [[op, *(data["implementations"][device][op] for device in devices)] for op in ops()]
         terminal.table(
             Table(["op", *devices], rows, caption="Implementation that each op chooses on each device found here."),
             numbers=False,
@@ -77,20 +76,41 @@ def collect() -> dict[str, Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     facts = environment()
     implementations = {
-        device: {op: _implementation(op, device, facts["compiler"]) for op in _OPS} for device in devices
+        device: {op: _implementation(names, device, facts["compiler"]) for op, names in ops().items()}
+        for device in devices
     }
     return {"environment": facts, "implementations": implementations, "support": support}
 
 
-def _implementation(op: str, device: str, compiler: str | None) -> str:
-    """What the op would choose on a device; see ``ops/dispatch.py``."""
-    import importlib
+def ops() -> dict[str, Sequence[str]]:
+    """Every op of the package and the names of its implementations.
 
+    Looked up, so that no new op is missing here: each has a folder in ``ops/`` with an ``interface.py``, and variants
+    that a folder holds besides have an ``interface_<variant>.py``.
+    """
+    import importlib
+    import pkgutil
+
+    from .. import ops as package
+
+    found = {}
+    for folder in pkgutil.iter_modules(package.__path__):
+        if not folder.ispkg:
+            continue
+        name = f"{package.__name__}.{folder.name}"
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__):
+            if module.name.split("_")[0] == "interface":
+                op = folder.name + module.name.removeprefix("interface")
+                found[op] = importlib.import_module(f"{name}.{module.name}").IMPLEMENTATIONS
+    return found
+
+
+def _implementation(names: Sequence[str], device: str, compiler: str | None) -> str:
+    """What an op with these implementations would choose on a device; see ``ops/dispatch.py``."""
     import torch
 
     from ..ops import dispatch
 
-    names = importlib.import_module(f"seerattention.ops.{op}.interface").IMPLEMENTATIONS
     if device == "cuda":
         if "triton" not in names or not dispatch.triton_importable():
             return "reference (triton cannot be imported)"

@@ -7,13 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Terminal, book_tokens, default_gates, errors, load_model, parse_list, resolve_device, token_count
+from .common import (
+    Terminal,
+    book_tokens,
+    default_gates,
+    errors,
+    load_model,
+    open_data,
+    parse_list,
+    resolve_device,
+    token_count,
+)
+from .options import check_dtype, check_gates, check_model, check_output, named, parse_index, say_unused
 
 if TYPE_CHECKING:
     import torch
 
+    from ..distillation.documents import Documents
+
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")
     ] = "testbed",
@@ -45,24 +59,35 @@ def command(
     """
     with errors():
         terminal = Terminal(as_json)
-        wanted_layers = None if layers == "all" else parse_list(layers, int, "layers")
-        wanted_heads = None if heads == "all" else parse_list(heads, int, "heads")
-        tokens = token_count(length)
+        wanted_layers = None if layers == "all" else parse_list(layers, parse_index, "layers")
+        wanted_heads = None if heads == "all" else parse_list(heads, parse_index, "heads")
+        tokens = token_count(length, "--length")
+
+        from ..policies import TopK
+
+        with named("--density"):
+            policy = None if density is None else TopK(density)
         folder = gates or default_gates(model)
         if folder is None:
             raise ValueError("--gates is needed for this model: a folder of trained gates or a hub id")
         if text is not None and not text.is_file():
-            raise FileNotFoundError(f"no such file: {text}")
+            raise FileNotFoundError(f"--text: no such file: {text}")
+        if text is not None:
+            say_unused(context, terminal, ("data",), "--text is the prompt")
+        check_gates(str(folder))
+        check_model(model)
+        check_dtype(dtype)
+        check_output(output)
+        documents = None if text is not None else open_data(data, model)
         chosen = resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
         loaded, tokenizer = load_model(model, chosen, dtype)
-        prompt = _prompt(text, data, model, tokenizer, tokens)
+        prompt = _prompt(text, documents, model, tokenizer, tokens)
 
         from .. import hf
         from ..evaluate.maps import inspect_attention
-        from ..policies import TopK
 
-        hf.attach(loaded, folder, prefill=None if density is None else TopK(density), min_context=0)
+        hf.attach(loaded, folder, prefill=policy, min_context=0)
         terminal.say(f"running {prompt.shape[1]} tokens")
         inspection = inspect_attention(loaded, prompt, layers=wanted_layers, heads=wanted_heads)
         terminal.table(_recall_table(inspection))
@@ -79,17 +104,22 @@ def command(
         )
 
 
-def _prompt(text: Path | None, data: str | None, model: str, tokenizer: Any, tokens: int) -> torch.Tensor:
+def _prompt(text: Path | None, documents: Documents | None, model: str, tokenizer: Any, tokens: int) -> torch.Tensor:
     import torch
 
     if text is not None:
-        content = text.read_text(encoding="utf-8")
+        from ..distillation.text_files import read_text
+
+        content = read_text(text)
         ids = tokenizer(content[: 32 * tokens], verbose=False)["input_ids"]
         if len(ids) < 2:
-            raise ValueError(f"{text} holds less than two tokens")
+            raise ValueError(f"--text: {text} holds less than two tokens")
         return torch.tensor([ids[:tokens]])
-    books = book_tokens(data, model, tokenizer, limit=tokens)
-    return torch.from_numpy(max(books, key=len)[None, :tokens])
+    books = book_tokens(documents, model, tokenizer, limit=tokens)
+    longest = max(books, key=len)
+    if len(longest) < 2:
+        raise ValueError("--data: no text in it has two tokens or more")
+    return torch.from_numpy(longest[None, :tokens])
 
 
 def _recall_table(inspection: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from ..hf.prompts import check_batch
+from .identity import batch_digest
 
 logger = logging.getLogger(__name__)
 
@@ -18,24 +21,49 @@ class BatchWalk:
     where it was; anything else is read again up to there, so it must give the same batches each time.
 
     Args:
-        batches: iterable of ``{"input_ids": [B, T]}``, optionally with ``"attention_mask"``.
+        batches: iterable of mappings as in :func:`~seerattention.hf.prompts.check_batch`.
         passes: None: start over as often as asked for; 1: one pass.
+        check: what each batch is put through; raises where a batch is wrong.
+
+    Attributes:
+        digest: of all batches taken, in order; None where it is not kept (:meth:`keep_digest`).
     """
 
-    def __init__(self, batches: Iterable[Batch], passes: int | None = None):
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        passes: int | None = None,
+        *,
+        check: Callable[[Batch], Batch] = check_batch,
+    ):
         self.batches = batches
         self.passes = passes
+        self.check = check
         self._stateful = hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
         self._taken = 0
         self._iterator: Iterator[Batch] | None = None
+        self.digest: str | None = None
+
+    def keep_digest(self, wanted: bool) -> None:
+        """Keep :attr:`digest` from the first batch on, which reads every number of every batch.
+
+        Batches with a ``state_dict`` keep their own account of what they have given, and get none.
+        """
+        self.digest = "" if wanted and not self._stateful else None
 
     def take(self, count: int) -> list[Batch]:
         """The next ``count`` batches; fewer, or none, at the end."""
         taken: list[Batch] = []
         while len(taken) < count and (batch := self._next()) is not None:
-            taken.append(_checked(batch))
-            self._taken += 1
+            taken.append(self._count(batch))
         return taken
+
+    def _count(self, batch: Batch) -> Batch:
+        checked = self.check(batch)
+        self._taken += 1
+        if self.digest is not None:
+            self.digest = batch_digest(self.digest, checked)
+        return checked
 
     def _next(self) -> Batch | None:
         if self._iterator is None:
@@ -57,33 +85,27 @@ class BatchWalk:
             state["source"] = self.batches.state_dict()  # type: ignore[attr-defined]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, all_of_them: bool = True) -> None:
         """Continue where ``state`` was taken.
 
+        Args:
+            all_of_them: False: the batches may end before that point, as the share of another process did.
+
         Raises:
-            ValueError: the batches end before that point: they are not the ones of the interrupted run.
+            ValueError: the batches end before that point, or know themselves that they are others: they are not the
+                ones of the interrupted run.
         """
         if self._stateful and "source" in state:
             self.batches.load_state_dict(state["source"])  # type: ignore[attr-defined]
             self._taken = state["taken"]
             return
         while self._taken < state["taken"]:
-            if self._next() is None:
+            batch = self._next()
+            if batch is None:
+                if not all_of_them:
+                    return
                 raise ValueError(
                     f"cannot resume after {state['taken']} batches: there are only {self._taken}; "
                     "pass the same batches again"
                 )
-            self._taken += 1
-
-
-def _checked(batch: Batch) -> Batch:
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(f'a batch must be a mapping with "input_ids" [B, T], got {type(batch).__name__}')
-    if batch["input_ids"].dim() != 2 or batch["input_ids"].numel() == 0:
-        raise ValueError(f"input_ids must be [B, T] and not empty, got {tuple(batch['input_ids'].shape)}")
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape != batch["input_ids"].shape:
-        raise ValueError(
-            f"attention_mask must be {tuple(batch['input_ids'].shape)} like input_ids, got {tuple(mask.shape)}"
-        )
-    return batch
+            self._count(batch)

@@ -1,20 +1,24 @@
-"""The training state of a run, in one file that is written atomically."""
+"""The training state of a run, in one file that is written atomically and verified when it is read."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from ..files import replace_file, temporary_name
+from ..files import DamagedFileError, write_file
+from ..gates.tensors import digest, read_described, read_safetensors
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.safetensors"
 _FORMAT = "seerattention-training-state-1"
+_ADVICE = "delete it to start over"
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -23,14 +27,15 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     Raises:
         ValueError: a tensor has no element. That is what gates look like when a framework has sharded them away, and
             such a file would be worthless.
+        OSError: the disk is full, read-only, ...; what was there before is unchanged.
     """
     empty = sorted(name for name, tensor in tensors.items() if tensor.numel() == 0)
     if empty:
         raise ValueError(f"refusing to write empty tensors: {empty}; were the gates sharded away?")
-    path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, str(temporary_name(path)), metadata={"format": _FORMAT, "meta": json.dumps(meta)})
-    replace_file(path)
+    described = json.dumps(meta)
+    header = {"format": _FORMAT, "meta": described, "digest": digest(json.loads(described), contiguous)}
+    write_file(path, save(contiguous, metadata=header))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,21 +43,22 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no training state, or it is damaged.
+        DamagedFileError: the file is no training state, or it is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"no training state at {path}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no training state ({error}); delete it to start over") from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} has format {header.get('format')!r}, this version reads {_FORMAT!r}; delete it to start over"
-        )
-    return tensors, json.loads(header["meta"])
+        tensors, header = read_safetensors(path)
+        if header.get("format") != _FORMAT:
+            raise DamagedFileError(f"{path} has format {header.get('format')!r}, this version reads {_FORMAT!r}")
+        meta = read_described(header, "meta", str(path))
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; {_ADVICE}") from error
+    if "digest" not in header:
+        logger.info("%s has no digest to verify it by: an older version wrote it", path)
+    elif digest(meta, tensors) != header["digest"]:
+        raise DamagedFileError(f"{path} is damaged: it does not hold what was saved; {_ADVICE}")
+    return tensors, meta
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .documents import Documents
+from .identity import text_digest
 
 __all__ = ["PackedText", "Position", "tokenize_with"]
+
+
+_PATIENCE = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,14 @@ class Position:
     epoch: int = 0
     document: int = 0
     token: int = 0
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the first pass has read: the index of the document that follows, and the digest of all before it."""
+
+    documents: int
+    digest: str = ""
 
 
 def tokenize_with(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -42,7 +55,8 @@ class PackedText:
 
     Every process reads the whole stream and keeps its own part of each global batch of ``batch_size * world_size``
     sequences, so the position means the same in all of them. A background thread prepares ``prefetch`` batches ahead.
-    What is left at the end of a pass, less than a global batch, is dropped.
+    What is left at the end of a pass, less than a global batch, is dropped. The state holds a digest of the texts read
+    so far: where they have changed, nothing continues from it.
 
     Args:
         documents: see :func:`~seerattention.distillation.documents.open_documents`.
@@ -79,31 +93,74 @@ class PackedText:
         self.document_tokens, self.repeat = document_tokens, repeat
         self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
         self.position = self.start
+        self._read = _Read(self.start.document)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position after the last batch that was handed out; JSON-able."""
-        return asdict(self.position)
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out, and what it was read from; JSON-able."""
+        return {**asdict(self.position), "read": asdict(self._read), "settings": self._settings()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a position; it holds for the next iterator."""
-        self.position = Position(**state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a position; it holds for the next iterator. The texts up to it are read once more.
+
+        Raises:
+            ValueError: the texts, their tokens or the settings are not those with which the state was made.
+        """
+        settings = self._settings()
+        before = state.get("settings", settings)
+        differing = [
+            f"{key} was {before.get(key)!r}, now {settings[key]!r}"
+            for key in settings
+            if before.get(key) != settings[key]
+        ]
+        if differing:
+            raise ValueError(f"cannot continue with text that is packed in another way: {', '.join(differing)}")
+        position = Position(**{key: state[key] for key in asdict(Position())})
+        read = _Read(self.start.document)
+        if "read" in state:  # states of earlier versions have no digest
+            expected = _Read(**state["read"])
+            for text in islice(self.documents(read.documents), expected.documents - read.documents):
+                read = self._and(read, text)
+            if read != expected:
+                raise ValueError(
+                    "the text, or its tokenizer, is not the one that was read before the interruption: one of the "
+                    f"first {expected.documents} documents has changed. Bring back the text as it was, choose another "
+                    "output directory, or delete the saved state to start over"
+                )
+        self.position, self._read = position, read
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides, besides the texts, which tokens a position names."""
+        return {
+            "length": self.length,
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "document_tokens": self.document_tokens,
+            "start": [self.start.document, self.start.token],
+        }
+
+    def _and(self, read: _Read, text: str) -> _Read:
+        """What has been read after one more document. Of the first, its tokens count too: tokenizers may change."""
+        digest = text_digest(read.digest, text)
+        if read.documents == self.start.document:
+            digest = text_digest(digest, str(self._token_ids(text)))
+        return _Read(read.documents + 1, digest)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch, position in _in_background(self._batches(self.position), self.prefetch):
-            self.position = position
+        for batch, position, read in _in_background(self._batches(self.position, self._read), self.prefetch):
+            self.position, self._read = position, read
             yield {"input_ids": batch}
 
-    def _batches(self, position: Position) -> Iterator[tuple[Tensor, Position]]:
+    def _batches(self, position: Position, read: _Read) -> Iterator[tuple[Tensor, Position, _Read]]:
         global_batch = self.batch_size * self.world_size
         while True:
             rows: list[list[int]] = []
             made = 0
-            for row, after in self._sequences(position):
+            for row, after, so_far in self._sequences(position, read):
                 rows.append(row)
                 if len(rows) == global_batch:
                     mine = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                    yield torch.tensor(mine, dtype=torch.long), after
-                    rows, made = [], made + 1
+                    yield torch.tensor(mine, dtype=torch.long), after, so_far
+                    rows, made, read = [], made + 1, so_far
             whole_pass = (position.document, position.token) == (self.start.document, self.start.token)
             if whole_pass and not made:
                 raise ValueError(
@@ -114,18 +171,20 @@ class PackedText:
                 return
             position = Position(position.epoch + 1, self.start.document, self.start.token)
 
-    def _sequences(self, position: Position) -> Iterator[tuple[list[int], Position]]:
-        """Sequences of one pass, from ``position`` on, each with the position that follows it."""
+    def _sequences(self, position: Position, read: _Read) -> Iterator[tuple[list[int], Position, _Read]]:
+        """Sequences of one pass, from ``position`` on, each with the position that follows it and what was read."""
         pending: list[int] = []
         skip = position.token
         for index, text in enumerate(self.documents(position.document), position.document):
+            if index == read.documents:
+                read = self._and(read, text)
             ids = self._token_ids(text)
             taken = min(skip, len(ids))
             skip = 0
             while len(pending) + len(ids) - taken >= self.length:
                 end = taken + self.length - len(pending)
                 row, taken, pending = pending + ids[taken:end], end, []
-                yield row, Position(position.epoch, index, taken)
+                yield row, Position(position.epoch, index, taken), read
             pending += ids[taken:]
 
     def _token_ids(self, text: str) -> list[int]:
@@ -172,4 +231,5 @@ def _in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        # Not for ever: it may be waiting for a disk or a network that does not answer, and it is a daemon.
+        thread.join(timeout=_PATIENCE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ class DistillHistory:
         learning_rate: of each step.
         tokens: prompt tokens read so far, all processes together.
         seconds: time spent in training steps and evaluation, all parts of an interrupted run together.
+        no_gradient: layer name -> number of steps that taught it nothing, because its gradient was exactly zero (rows
+            that see a single block, padding only, gates that are all zero).
         not_learning: layer name -> why it is thought not to have learned; filled at the end of the run.
     """
 
@@ -33,9 +35,14 @@ class DistillHistory:
     learning_rate: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    no_gradient: dict[str, int] = field(default_factory=dict)
     not_learning: dict[str, str] = field(default_factory=dict)
 
-    def add_step(self, losses: Mapping[str, float], learning_rate: float, tokens: int) -> None:
+    def add_step(
+        self, losses: Mapping[str, float], learning_rate: float, tokens: int, no_gradient: Sequence[str] = ()
+    ) -> None:
+        for layer in no_gradient:
+            self.no_gradient[layer] = self.no_gradient.get(layer, 0) + 1
         for layer, value in losses.items():
             self.loss_per_layer.setdefault(layer, []).append(value)
         self.loss.append(sum(losses.values()) / len(losses))
@@ -54,18 +61,24 @@ class DistillHistory:
         return sum(values[-1] for values in self.recall.values()) / len(self.recall)
 
     def find_not_learning(self, min_improvement: float, warmup: int) -> dict[str, str]:
-        """Fill :attr:`not_learning`: layers whose loss hardly fell, or whose block recall is not above where it began.
+        """Fill :attr:`not_learning`: layers without any gradient, whose loss hardly fell, or whose block recall is not
+        above where it began.
 
-        Rows and texts differ from step to step, so the end of the run is averaged over up to a tenth of it. Runs too
-        short to tell (fewer than 10 steps after the warm-up) report nothing.
+        Rows and texts differ from step to step, so the end of the run is averaged over up to a tenth of it; a loss of
+        exactly zero is that of rows with a single block to choose from, and says nothing. Runs too short to tell (fewer
+        than 10 steps after the warm-up) report layers without any gradient only.
         """
         self.not_learning = {}
-        if len(self.loss) - warmup < 10:
-            return self.not_learning
         for layer, losses in self.loss_per_layer.items():
+            if self.no_gradient.get(layer, 0) == len(losses):
+                self.not_learning[layer] = "its gradient was zero in every step"
+                continue
+            telling = [loss for loss in losses if loss != 0]
+            if not telling or len(self.loss) - warmup < 10:
+                continue
             reasons = []
-            window = max(1, len(losses) // 10)
-            first, last = _mean(losses[: min(window, 3)]), _mean(losses[-window:])
+            window = max(1, len(telling) // 10)
+            first, last = _mean(telling[: min(window, 3)]), _mean(telling[-window:])
             if last > (1 - min_improvement) * first:
                 reasons.append(f"loss {first:.4g} -> {last:.4g}")
             recall = self.recall.get(layer, [])

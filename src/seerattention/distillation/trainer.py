@@ -12,14 +12,15 @@ import copy
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import BlockIndices, content_bounds, num_blocks
+from ..blocks import BlockIndices, num_blocks
 from ..gates import BlockGate
 from ..hf.contexts import dense, observe
-from ..hf.recall import run_prompt
+from ..hf.prompts import place_gates, run_prompt
 from ..hf.state import LayerInputs
 from ..hf.state import gates as attached_gates
 from ..ops import pooled_attention
@@ -31,6 +32,44 @@ from .processes import Processes
 __all__ = ["DistillationError", "Trainer"]
 
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one step's batches say, before the update.
+
+    Attributes:
+        losses: mean loss of each layer, by name.
+        norms: norm of each layer's gradient, by name.
+        tokens: prompt tokens read, all processes together.
+    """
+
+    losses: dict[str, float]
+    norms: dict[str, float]
+    tokens: int
+
+    @property
+    def no_gradient(self) -> list[str]:
+        """Layers that these batches teach nothing."""
+        return [name for name, norm in self.norms.items() if norm == 0]
+
+
+class _Rows:
+    """The query-block rows of one batch that enter the loss, the same in all layers.
+
+    They are drawn from the padded width, which all processes share: a global batch draws the same rows however it is
+    dealt out.
+    """
+
+    def __init__(self, inputs: LayerInputs, config: DistillConfig, block_size: int, draw: int):
+        batch_size, _, width, _ = inputs.q.shape
+        self.num_blocks = num_blocks(width, block_size)
+        rows = draw_rows(self.num_blocks, config.rows, config.skip_rows, config.seed, draw)
+        lengths = torch.full((batch_size,), width) if inputs.lengths is None else inputs.lengths.cpu()
+        valid = rows * block_size < lengths[:, None]
+        self.num_valid = int(valid.sum())
+        # One copy to each device, not one for each layer: copies of pageable memory wait for the device.
+        self.on, self.valid_on = functools.cache(rows.to), functools.cache(valid.to)
 
 
 class DistillationError(RuntimeError):
@@ -56,6 +95,7 @@ class Trainer:
         processes: Processes | None = None,
     ):
         self.model, self.config, self.total_steps = model, config, total_steps
+        place_gates(model)
         self.processes = processes or Processes()
         gates = {layer: gate for layer, gate in enumerate(attached_gates(model)) if gate is not None}
         if not gates:
@@ -84,7 +124,7 @@ class Trainer:
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Sequence[Batch]) -> tuple[dict[str, float], int] | None:
-        """One update from some batches (none is allowed where other processes still have some).
+        """:meth:`measure` and :meth:`update`.
 
         Returns:
             Loss of each layer before the update, and the tokens read; all processes together. None if no process had a
@@ -93,66 +133,73 @@ class Trainer:
         Raises:
             DistillationError: a loss or gradient is NaN or infinite. The gates are as they were before the step.
         """
+        measured = self.measure(batches)
+        if measured is None:
+            return None
+        self.update(measured)
+        return measured.losses, measured.tokens
+
+    def measure(self, batches: Sequence[Batch]) -> Measured | None:
+        """Losses and gradients of some batches (none is allowed where other processes still have some).
+
+        Nothing that a saved state holds is changed. Raises as :meth:`train_step`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = {name: torch.zeros((), device=_device(master)) for name, master in self.masters.items()}
+        sums = {
+            name: torch.zeros((), dtype=torch.float32, device=_device(master)) for name, master in self.masters.items()
+        }
         count = tokens = 0
         for index, batch in enumerate(batches):
             counted, read = self._accumulate(batch, self.step * self.config.accumulation + index, sums)
             count, tokens = count + counted, tokens + read
         measured = self._reduce(sums, count, tokens)
-        if measured is None:
-            return None
-        losses, norms, tokens = measured
-        self._check_finite(losses, norms)
-        self._update(norms)
-        return losses, tokens
+        if measured is not None:
+            self._check_finite(measured.losses, measured.norms)
+        return measured
 
     def _accumulate(self, batch: Batch, draw: int, sums: dict[str, Tensor]) -> tuple[int, int]:
         """Add one batch's loss sums and gradients; returns what they are to be divided by, and the tokens read."""
-        config = self.config
-        batch_size, width = batch["input_ids"].shape
-        mask: Tensor | None = batch.get("attention_mask")
-        lengths = torch.full((batch_size,), width) if mask is None else content_bounds(mask.cpu())[1]
         block_size, heads = self._geometry()
-        # From the padded width, which all processes share: a global batch draws the same rows however it is dealt out.
-        rows = draw_rows(num_blocks(width, block_size), config.rows, config.skip_rows, config.seed, draw)
-        valid = rows * block_size < lengths[:, None]
+        rows: _Rows | None = None
         seen: set[int] = set()
 
         def layer_loss(inputs: LayerInputs, blocks: BlockIndices | None) -> None:
+            nonlocal rows
             if inputs.layer not in self.names:
                 return
             seen.add(inputs.layer)
+            if rows is None:  # from the first layer's view, which may have virtual tokens before the prompt
+                rows = _Rows(inputs, self.config, block_size, draw)
             name, device = self.names[inputs.layer], inputs.q.device
             target = pooled_attention(
                 inputs.q,
                 inputs.k,
                 block_size=block_size,
                 scale=inputs.scale,
-                rows=rows_on(device),
+                rows=rows.on(device),
                 lengths=inputs.lengths,
                 lse=inputs.lse,
             )
             with torch.enable_grad():
                 logits = self.masters[name](
-                    inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, rows=rows_on(device), lengths=inputs.lengths
+                    inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, rows=rows.on(device), lengths=inputs.lengths
                 )
-                loss = kl_sum(logits, target, None if mask is None else valid_on(device))
+                loss = kl_sum(logits, target, None if inputs.lengths is None else rows.valid_on(device))
                 loss.backward()
             sums[name] += loss.detach()
 
-        # One copy to each device, not one for each layer: copies of pageable memory wait for the device.
-        rows_on, valid_on = functools.cache(rows.to), functools.cache(valid.to)
         with torch.no_grad(), dense(self.model), observe(self.model, layer_loss):
-            run_prompt(self.model, {"input_ids": batch["input_ids"], "attention_mask": mask})
+            run_prompt(self.model, batch)
         missing = [name for layer, name in self.names.items() if layer not in seen]
-        if missing:
+        if missing or rows is None:
             raise DistillationError(
                 f"these layers have gates but their attention was not seen: {', '.join(missing)}. Either the model "
-                f"does not run them, or their sliding window is below {width} tokens: use shorter sequences"
+                f"does not run them, or their sliding window is below {batch['input_ids'].shape[1]} tokens: use "
+                "shorter sequences"
             )
-        count = kl_count(int(valid.sum()), heads, num_blocks(width, block_size), config.reduction)
-        return count, int(lengths.sum())
+        mask: Tensor | None = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
+        return kl_count(rows.num_valid, heads, rows.num_blocks, self.config.reduction), tokens
 
     def _geometry(self) -> tuple[int, int]:
         """Block size and number of query heads, which all layers share."""
@@ -163,14 +210,8 @@ class Trainer:
             )
         return found.pop()
 
-    def _reduce(
-        self, sums: dict[str, Tensor], count: int, tokens: int
-    ) -> tuple[dict[str, float], dict[str, float], int] | None:
-        """Turn sums of losses and gradients into means over all processes.
-
-        Returns:
-            Losses and gradient norms by layer, which come to the host in one transfer, and the number of tokens.
-        """
+    def _reduce(self, sums: dict[str, Tensor], count: int, tokens: int) -> Measured | None:
+        """Turn sums of losses and gradients into means over all processes; they come to the host in one transfer."""
         losses = torch.stack([value.to(self.device) for value in sums.values()])
         if self.processes.world_size > 1:
             losses, count, tokens = self._sum_over_processes(losses, count, tokens)
@@ -183,10 +224,8 @@ class Trainer:
             norms.append(torch.nn.utils.get_total_norm(grads).to(self.device))
         host = torch.cat([losses / count, torch.stack(norms)]).tolist()
         names = list(self.masters)
-        return (
-            dict(zip(names, host[: len(names)], strict=True)),
-            dict(zip(names, host[len(names) :], strict=True)),
-            tokens,
+        return Measured(
+            dict(zip(names, host[: len(names)], strict=True)), dict(zip(names, host[len(names) :], strict=True)), tokens
         )
 
     def _sum_over_processes(self, losses: Tensor, count: int, tokens: int) -> tuple[Tensor, int, int]:
@@ -217,7 +256,9 @@ class Trainer:
             "keys are not finite on this text (try bfloat16 or float32 in place of float16); else lower learning_rate"
         )
 
-    def _update(self, norms: Mapping[str, float]) -> None:
+    def update(self, measured: Measured) -> None:
+        """One step of the optimizer along the gradients that :meth:`measure` has left."""
+        norms = measured.norms
         rate = self.config.learning_rate_at(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from ..config import PrefillGateConfig
 from ..gates import BlockGate, build_gate
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
-from ..ops.indices import BlockIndices, num_blocks, num_query_blocks
+from ..ops.indices import BlockIndices, num_blocks, num_query_blocks, read_lists
 from ..policies import TopK
 
 __all__ = [
@@ -300,7 +299,8 @@ def require_accurate(error: float, dtype: torch.dtype) -> None:
 
 def count_tiles(blocks: BlockIndices, heads: int) -> int:
     """Tiles that attention of ``heads`` query heads visits; the diagonal tile counts once, a partial one as a whole."""
-    return int(blocks.counts.sum(dtype=torch.int64)) * (heads // cast(int, blocks.counts.shape[1]))
+    counts = read_lists(blocks.checked())[1]
+    return int(counts.sum(dtype=torch.int64)) * (heads // counts.shape[1])
 
 
 def tile_flops(block_size: int, head_dim: int) -> int:

@@ -1,12 +1,12 @@
 """SeerAttention inside Hugging Face transformers: hooks and a registered attention function, no forked models."""
 
+from ..gates.sources import convert
 from .architectures import FAMILIES, Family, find_decoder
 from .attach import attach, detach, set_policy
 from .attention import DEFAULT_MIN_CONTEXT
 from .calibrate import calibrate
 from .checkpoint import save_gates
 from .contexts import dense, observe, record
-from .sources import convert
 from .state import LayerInputs, gates, is_attached
 from .stats import Statistics
 

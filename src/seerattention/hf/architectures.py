@@ -17,10 +17,14 @@ plain (no soft cap, no sinks, no bias).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+
+from ..gates.geometry import Geometry
+
+__all__ = ["FAMILIES", "Family", "Geometry", "find_attention", "find_decoder", "gated_indices", "sliding_window"]
 
 
 def _flat(x: Tensor, head_dim: int) -> Tensor:
@@ -41,11 +45,13 @@ class Family:
         query: name of the submodule of the attention module whose output is the queries before RoPE.
         key: the same for the keys.
         layout: turns that output into ``[B, H, T, D]``, given head_dim.
+        one_window: whether all layers have the config's sliding window, whatever its ``layer_types`` say.
     """
 
     query: str
     key: str
     layout: Callable[[Tensor, int], Tensor]
+    one_window: bool = False
 
 
 _PROJECTIONS = Family("q_proj", "k_proj", _flat)
@@ -53,25 +59,10 @@ _NORMS_PER_HEAD = Family("q_norm", "k_norm", _split)
 
 FAMILIES: dict[str, Family] = {
     "llama": _PROJECTIONS,
-    "mistral": _PROJECTIONS,
+    "mistral": replace(_PROJECTIONS, one_window=True),
     "qwen2": _PROJECTIONS,
     "qwen3": _NORMS_PER_HEAD,
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Shape of a decoder's attention: ``num_heads`` query heads, ``num_kv_heads`` KV heads, ``head_dim``."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: Any) -> Geometry:
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -112,7 +103,30 @@ def _is_decoder(module: nn.Module) -> bool:
 def sliding_window(config: Any, layer: int) -> int | None:
     """The sliding window of a layer in tokens, or None for full attention."""
     layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if layer_types is not None:
-        return window if layer_types[layer] == "sliding_attention" else None
-    return window
+    family = FAMILIES.get(config.model_type)
+    if layer_types is not None and not (family is not None and family.one_window):
+        return getattr(config, "sliding_window", None) if layer_types[layer] == "sliding_attention" else None
+    return getattr(config, "sliding_window", None)
+
+
+def gated_indices(config: Any, num_layers: int) -> list[int]:
+    """The layers that get gates: all without a sliding window. Where *every* layer has one, all of them: prompts within
+    the window are whole prompts to them."""
+    windows = [sliding_window(config, layer) for layer in range(num_layers)]
+    return [layer for layer, window in enumerate(windows) if window is None or None not in windows]
+
+
+def find_attention(decoder_layer: nn.Module, family: Family) -> nn.Module:
+    """The attention module of a decoder layer, inside of adapters that wrap it (AdaptionPrompt).
+
+    Raises:
+        AttributeError: none has the submodules that the family's attention has.
+    """
+    attention = decoder_layer.self_attn
+    for module in attention.modules():  # type: ignore[union-attr, operator]
+        if family.query in module._modules and family.key in module._modules:
+            return module
+    raise AttributeError(
+        f"{type(attention).__name__} has no {family.query} and {family.key}, nor has a module inside it: gates need "
+        "the attention modules of transformers; take adapters that replace them away, or attach before they come"
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import nn
 
 from ..config import GateConfig
 from ..gates import build_gate
+from ..gates.checkpoint import GateCheckpoint
+from ..gates.sources import load_gates
+from ..ops.dispatch import FLOATING_DTYPES
 from ..policies import Dense, Policy, Threshold, TopK
-from .architectures import FAMILIES, Geometry, find_decoder, sliding_window
+from .architectures import FAMILIES, Geometry, find_decoder, gated_indices
 from .attention import register
-from .checkpoint import GateCheckpoint
-from .sources import load_gates
-from .state import NAME, LayerState, ModelState, Selector, is_attached, set_state, state_of
+from .implementation import NAME, configs_of, give_back, original_of, stand_in
+from .layer import LayerState
+from .state import ModelState, Selector, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
 """The policy of fresh gates; the threshold that the paper uses on LongBench."""
@@ -88,64 +91,79 @@ def attach(
         raise TypeError(f"gates must be a GateConfig, a path or a hub id, got {type(gates).__name__}")
 
     state = ModelState(
+        decoder=decoder,
         family=FAMILIES[config.model_type],
         geometry=Geometry.of(config),
         gate_config=gate_config,
         policy=prefill or (checkpoint.policy if checkpoint else DEFAULT_POLICY),
         selector=selector,
         min_context=min_context,
-        original_config=config,
-        config_entries=copy.deepcopy(config.__dict__),
         register=register,
     )
     layers: Any = decoder.layers
     built: dict[int, Any] = {}
     if gate_config is not None:
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-            built = _build_gates(state, config, len(layers), checkpoint)
+            built = _build_gates(state, gated_indices(config, len(layers)), checkpoint)
     frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
     if frequencies is not None:
         for gate in built.values():
             gate.check_rotary(2 * len(frequencies))
     register()
+    own = configs_of(decoder)
     try:
         for index, decoder_layer in enumerate(layers):
-            layer = LayerState(state, index, decoder_layer, sliding_window(config, index))
+            layer = LayerState(state, index, decoder_layer)
             state.layers.append(layer)
+            _check_dtype(layer)
             layer.gate = built.get(index)
             layer.place_gate()
             layer.attach_hooks()
+        state.others = [
+            (other, original_of(other)) for other in configs_of(model) if all(other is not config for config in own)
+        ]
+        state.configs = [(config, stand_in(config, state)) for config in own]
+        state.attach_hooks()
     except BaseException:
-        for layer in state.layers:
-            layer.remove_hooks()
+        _undo(state)
         raise
-    # A config of its own: another model built from the same config object keeps its attention implementation.
-    own_config = copy.deepcopy(config)
-    _swap_config(model, config, own_config)
-    own_config._attn_implementation_internal = NAME
     set_state(decoder, state)
-    if gate_config is not None and not built:
-        state.warn_once("windows", "every layer of this model attends to a sliding window, so all of them stay dense")
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Undo :func:`attach`: hooks and gates are gone, and the model computes bit for bit what it did before.
 
-    What was changed in ``model.config`` while it was attached stays changed.
+    What was changed in ``model.config`` while it was attached stays changed. A forward that is under way in another
+    thread goes on densely, or ends with a RuntimeError if some of its layers were attended sparsely before.
 
     Raises:
         ValueError: nothing is attached.
     """
     decoder, state = find_decoder(model), state_of(model)
-    for layer in state.layers:
-        layer.remove_hooks()
-    config: Any = decoder.config
-    _keep_config_edits(state, config)
-    config._attn_implementation_internal = state.original_config._attn_implementation_internal
-    _swap_config(model, config, state.original_config)
+    state.detached = True
     set_state(decoder, None)
+    _undo(state)
+    # Whatever came after attach: layers copied from attached ones, and parts that the name was set in from outside.
+    for module in decoder.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in tuple(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), LayerState):
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+    original = state.configs[0][1].original
+    for config in configs_of(model):
+        give_back(config, state, original)
     return model
+
+
+def _undo(state: ModelState) -> None:
+    state.remove_hooks()
+    for config, standing in state.configs:
+        give_back(config, state, standing.original)
+    for config, original in state.others:
+        if config._attn_implementation == NAME:
+            give_back(config, state, original)
 
 
 def set_policy(
@@ -180,41 +198,35 @@ def set_policy(
         state.layers[index].policy = policy
 
 
-def _build_gates(state: ModelState, config: Any, num_layers: int, checkpoint: GateCheckpoint | None) -> dict[int, Any]:
+def _build_gates(state: ModelState, indices: list[int], checkpoint: GateCheckpoint | None) -> dict[int, Any]:
+    """Gates by layer. Trained ones are made without values first: drawing some would move torch's global generator."""
     assert state.gate_config is not None
-    layer_types = getattr(config, "layer_types", None)
-    geometry = state.geometry
-    built = {}
-    for index in range(num_layers):
-        if layer_types is not None and layer_types[index] == "sliding_attention":
-            continue
-        built[index] = build_gate(
-            state.gate_config.prefill,
-            block_size=state.gate_config.block_size,
-            num_heads=geometry.num_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-        )
+    geometry, built = state.geometry, {}
+    for index in indices:
+        with nullcontext() if checkpoint is None else torch.device("meta"):
+            built[index] = build_gate(
+                state.gate_config.prefill,
+                block_size=state.gate_config.block_size,
+                num_heads=geometry.num_heads,
+                num_kv_heads=geometry.num_kv_heads,
+                head_dim=geometry.head_dim,
+            )
     if checkpoint is not None:
+        for gate in built.values():
+            gate.to_empty(device="cpu").float()
         checkpoint.load_into(built)
     return built
 
 
-def _keep_config_edits(state: ModelState, config: Any) -> None:
-    """Carry over what was changed in an attached model's config (new embeddings, another implementation)."""
-    original, before = state.original_config.__dict__, state.config_entries
-    for name in before.keys() - config.__dict__.keys():
-        original.pop(name, None)
-    for name, value in config.__dict__.items():
-        unchanged = name in before and before[name] == value
-        if not unchanged and (name, value) != ("_attn_implementation_internal", NAME):
-            original[name] = value
-
-
-def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
-    for module in model.modules():
-        if module.__dict__.get("config") is old:
-            module.config = new  # type: ignore[assignment]
+def _check_dtype(layer: LayerState) -> None:
+    """Refuse models of a precision that no op computes in."""
+    for parameter in layer.attention.parameters():
+        if parameter.dtype == torch.float64:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING_DTYPES)
+            raise ValueError(
+                f"layer {layer.index} of this model is float64; sparse attention computes in {supported}: convert the "
+                "model first, for example with model.float()"
+            )
 
 
 def _check_prefill(policy: Any) -> None:

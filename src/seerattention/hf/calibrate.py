@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -13,21 +14,24 @@ from ..blocks import BlockIndices, causal_block_mask
 from ..policies import Threshold, causal_softmax
 from .attach import set_policy
 from .contexts import dense, observe
-from .recall import run_prompt
+from .prompts import check_batch, run_prompt
 from .state import LayerInputs, gated_layers, state_of
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
+_LOG_SMALLEST = math.log(_SMALLEST)
 _BINS = 1 << 14
 _STEPS = 60
 
 
 class _Probabilities:
-    """How many off-diagonal blocks of all layers, heads and rows have a probability above any value."""
+    """How many blocks of all layers, heads and rows have a probability above any value, besides those always kept: the
+    diagonal, and all causal blocks of the last ``last_blocks_dense`` rows of each prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, last_blocks_dense: int) -> None:
+        self.last_blocks_dense = last_blocks_dense
         self.counts = torch.zeros(_BINS, dtype=torch.int64)
-        self.diagonal = 0
+        self.always = 0
         self.causal = 0
 
     def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
@@ -35,25 +39,26 @@ class _Probabilities:
             return
         probabilities = causal_softmax(inputs.gate_logits())
         batch, heads, rows, keys = probabilities.shape
+        causal = causal_block_mask(rows, keys, 0, probabilities.device).expand(batch, 1, rows, keys)
         off_diagonal = causal_block_mask(rows, keys, -1, probabilities.device).expand(batch, 1, rows, keys)
-        valid = torch.ones(batch, 1, rows, 1, dtype=torch.bool, device=probabilities.device)
+        index = torch.arange(rows, device=probabilities.device)
+        ends = torch.full((batch,), rows, device=probabilities.device)
         if inputs.lengths is not None:
-            starts = torch.arange(rows, device=probabilities.device) * inputs.gate.block_size
-            valid = (starts < inputs.lengths[:, None])[:, None, :, None]
-            off_diagonal = off_diagonal & valid
-        kept = probabilities.masked_select(off_diagonal).clamp(min=_SMALLEST)
-        bins = (kept.log() / torch.tensor(_SMALLEST).log().item() * _BINS).long().clamp(0, _BINS - 1)
+            ends = -(-inputs.lengths // inputs.gate.block_size)
+            causal = causal & (index < ends[:, None])[:, None, :, None]
+        open_rows = (index < ends[:, None] - self.last_blocks_dense)[:, None, :, None]
+        chosen = causal & off_diagonal & open_rows
+        kept = probabilities.masked_select(chosen).clamp(min=_SMALLEST)
+        bins = (kept.log() / _LOG_SMALLEST * _BINS).long().clamp(0, _BINS - 1)
         self.counts += torch.bincount(bins, minlength=_BINS).cpu()
-        self.diagonal += int(valid.sum()) * heads
-        self.causal += int(valid.sum() + off_diagonal.sum()) * heads
+        self.always += int(causal.sum() - chosen.sum()) * heads
+        self.causal += int(causal.sum()) * heads
 
     def density(self, threshold: float) -> float:
-        """Density of ``Threshold(threshold)``: the diagonal and everything above the threshold."""
-        edge = (
-            torch.tensor(max(threshold, _SMALLEST), dtype=torch.float64).log() / torch.tensor(_SMALLEST).log() * _BINS
-        )
+        """Density of ``Threshold(threshold)``: what is always kept, and everything above the threshold."""
+        edge = math.log(max(threshold, _SMALLEST)) / _LOG_SMALLEST * _BINS
         above = int(self.counts[: int(edge)].sum())
-        return (self.diagonal + above) / self.causal
+        return (self.always + above) / self.causal
 
 
 @torch.no_grad()
@@ -67,42 +72,53 @@ def calibrate(
 
     Args:
         model: a model attached with gates (a selector must not be set).
-        batches: prompts of the length that matters: dicts for ``model(**batch)``, or tensors of input_ids ``[B, T]``. A
-            threshold is good for about that length only: at a fixed threshold, longer prompts come out sparser.
+        batches: prompts of the length that matters: mappings as in :func:`~seerattention.hf.prompts.check_batch`, or
+            tensors of input_ids ``[B, T]``. A threshold is good for about that length only: at a fixed threshold,
+            longer prompts come out sparser.
         density: the target, in (0, 1).
         passes: forward passes over the batches.
 
     Returns:
-        The policy, which is then in force for every layer; policies of single layers are taken away.
+        The policy, which is then in force for every layer; policies of single layers are taken away. It keeps the
+        ``last_blocks_dense`` of the policy that was in force for the model, whose blocks count towards the density.
 
     Raises:
-        ValueError: no gates, no batches, prompts that no gated layer reads as a whole, or a density below what the
-            always-kept diagonal needs.
+        ValueError: no gates, no batches, prompts that no gated layer reads as a whole, or a density below that of the
+            blocks that are always kept.
+        TypeError: a batch of the wrong type.
     """
     if not 0 < density < 1:
         raise ValueError(f"density must lie between 0 and 1, got {density}")
     state = state_of(model)
     if state.selector is not None or not any(True for _ in gated_layers(state)):
         raise ValueError("calibrate needs a model attached with gates and without a selector")
-    prompts = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
+    prompts = [
+        check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model)  # before any work
+        for batch in batches
+    ]
     if not prompts:
         raise ValueError("calibrate needs at least one batch")
+    last_blocks_dense = getattr(state.policy, "last_blocks_dense", 0)
     policy = None
     for _ in range(max(1, passes)):
-        seen = _Probabilities()
+        seen = _Probabilities(last_blocks_dense)
         with observe(model, seen):
             for prompt in prompts:
                 with dense(model) if policy is None else nullcontext():
                     run_prompt(model, prompt)
         if not seen.causal:
-            raise ValueError("calibrate saw no prompt in any gated layer; prompts must be longer than one token")
+            raise ValueError(
+                "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than "
+                "the model's sliding window"
+            )
         least = seen.density(1.0)
         if density < least:
             raise ValueError(
-                f"density {density} is out of reach on these prompts: the diagonal blocks, always kept, alone "
-                f"are {least:.4f}; use longer prompts or a higher density"
+                f"density {density} is out of reach on these prompts: the blocks that are always kept (the diagonal"
+                + (f", and all of the last {last_blocks_dense} rows" if last_blocks_dense else "")
+                + f") alone are {least:.4f}; use longer prompts or a higher density"
             )
-        policy = Threshold(_threshold(seen, density))
+        policy = Threshold(_threshold(seen, density), last_blocks_dense=last_blocks_dense)
         set_policy(model, policy, layers={layer.index: None for layer in state.layers})
     assert policy is not None
     return policy

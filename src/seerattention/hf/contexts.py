@@ -1,4 +1,9 @@
-"""What is true of an attached model, or is watched, while a ``with`` block is open: dense, observe, record."""
+"""What is true of an attached model, or is watched, while a ``with`` block is open: dense, observe, record.
+
+The blocks belong to the context (``contextvars``) that opens them: forwards in other threads are not touched, and
+neither are copies of the model. A thread that is started inside a block (``torch.nn.DataParallel`` starts one a
+device) does not inherit it: open the block in that thread, or run the thread in ``contextvars.copy_context()``.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,21 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .forward import DENSE, OBSERVE, RECORD, watch
 from .state import Observer, state_of
 from .stats import Statistics
 
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[nn.Module]:
-    """Attend densely while the context is open, through transformers' own ``sdpa`` function: the A of every A/B.
+    """Attend densely while the context is open, through the implementation that the model came with (``sdpa``,
+    ``eager``, FlashAttention, one of the user's own): the A of every A/B.
 
     Raises:
         ValueError: nothing is attached.
     """
-    state = state_of(model)
-    state.dense_depth += 1
-    try:
+    with watch(DENSE, state_of(model)):
         yield model
-    finally:
-        state.dense_depth -= 1
 
 
 @contextmanager
@@ -37,12 +40,8 @@ def observe(model: nn.Module, fn: Observer) -> Iterator[nn.Module]:
         ValueError: nothing is attached; or, inside a forward, the batch is not one whole prompt per row (chunked
             prefill, packed sequences, 4-D masks), which cannot be described.
     """
-    state = state_of(model)
-    state.observers.append(fn)
-    try:
+    with watch(OBSERVE, state_of(model), fn):
         yield model
-    finally:
-        state.observers.remove(fn)
 
 
 @contextmanager
@@ -56,10 +55,6 @@ def record(model: nn.Module) -> Iterator[Statistics]:
     Raises:
         ValueError: nothing is attached to ``model``.
     """
-    state = state_of(model)
     statistics = Statistics()
-    state.statistics.append(statistics)
-    try:
+    with watch(RECORD, state_of(model), statistics):
         yield statistics
-    finally:
-        state.statistics = [other for other in state.statistics if other is not statistics]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -14,9 +13,10 @@ from ..blocks import BlockIndices, num_blocks
 from ..ops import pooled_attention
 from ..policies import Policy
 from .contexts import dense, observe
+from .prompts import run_prompt
 from .state import LayerInputs
 
-__all__ = ["block_recall", "recall_sums", "run_prompt"]
+__all__ = ["block_recall", "recall_sums"]
 
 
 def block_recall(
@@ -26,18 +26,23 @@ def block_recall(
 
     Args:
         model: an attached model.
-        batches: iterable of ``{"input_ids": [B, T]}``, optionally with ``"attention_mask"``.
+        batches: iterable of prompts, each a mapping as in :func:`~seerattention.hf.prompts.check_batch`.
         policy: turns the gates' logits into blocks; the model itself runs densely, so every layer is judged on the
             queries and keys that distillation sees, and layers without a gate are left out. None: the model runs
             sparsely with what is attached to it (policies or a selector), and each layer is judged on what it then
             sees; a layer that ran densely has recall 1.
 
     Raises:
-        ValueError: nothing is attached, there is no batch, or ``policy`` is given and no layer has a gate.
+        ValueError: nothing is attached, there is no batch, a batch is not one whole prompt per row, or ``policy`` is
+            given and no layer has a gate.
+        TypeError: a batch of the wrong type.
     """
     sums = recall_sums(model, batches, policy)
     if not sums:
-        raise ValueError("no batch, or no layer with a gate, to measure block recall on")
+        raise ValueError(
+            "no batch, or no layer with a gate that reads these as whole prompts, to measure block recall on; prompts "
+            "must be longer than one token and not longer than the model's sliding window"
+        )
     device = next(iter(sums.values())).device
     layers = sorted(sums)
     host = torch.stack([sums[layer].to(device) for layer in layers]).tolist()
@@ -66,7 +71,7 @@ def recall_sums(
         batch, heads, length, _ = inputs.q.shape
         if inputs.lengths is None:
             # Filled on the device: a copy from the host would wait for it in every layer.
-            rows = torch.full((), batch * num_blocks(length, block_size), device=inputs.q.device)
+            rows = torch.full((), batch * num_blocks(length, block_size), dtype=torch.int64, device=inputs.q.device)
         else:
             rows = ((inputs.lengths + block_size - 1) // block_size).sum()
         pairs = (rows * heads).double()
@@ -91,30 +96,5 @@ def recall_sums(
             stack.enter_context(dense(model))
         stack.enter_context(observe(model, measure))
         for batch in batches:
-            run_prompt(model, {name: batch.get(name) for name in ("input_ids", "attention_mask")})
+            run_prompt(model, batch)
     return sums
-
-
-def run_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run a prompt for the sake of what observes it: in eval mode, no cache, no logits of a whole prompt, no loss.
-
-    Args:
-        inputs: arguments of the model's forward, on any device; None values and ``labels`` are left out.
-    """
-    device = next(model.parameters()).device
-    arguments: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-        if value is not None and name != "labels"
-    }
-    arguments["use_cache"] = False
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments["logits_to_keep"] = 1
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        model(**arguments)
-    finally:
-        if training:
-            model.train()

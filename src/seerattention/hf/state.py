@@ -1,36 +1,33 @@
-"""What an attached model carries: one ``ModelState`` on its decoder, one ``LayerState`` per attention layer.
+"""What an attached model carries: one ``ModelState`` on its decoder, one ``LayerState`` (``layer.py``) per attention
+layer.
 
 Neither is an ``nn.Module``, so gates stay out of the base model's parameters and state dict; both are reachable from
-the model's hooks and attributes only (no globals), so deep copies and several models in one process just work.
+the model's hooks and attributes only (no globals), so deep copies and several models in one process just work. What
+belongs to one forward is not here (``forward.py``).
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from ..blocks import BlockIndices
 from ..config import GateConfig
 from ..gates import BlockGate
 from ..policies import Policy
 from .architectures import Family, Geometry, find_decoder
-from .stats import Statistics
+from .forward import Arguments, Forward, current_forward, watching
+from .implementation import NAME, StandIn
 
-NAME = "seer"
-"""The attention implementation that transformers dispatches to."""
+if TYPE_CHECKING:
+    from .layer import LayerState
 
 _ATTRIBUTE = "_seer_attention"
-
-# Quantized layers have parameters of other dtypes, in which gates cannot compute.
-_GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Selector = Callable[..., BlockIndices]
 
@@ -79,51 +76,46 @@ class LayerInputs:
 Observer = Callable[[LayerInputs, "BlockIndices | None"], None]
 
 
-@dataclass
-class Call:
-    """One forward call of one attention layer: what the hooks saw, carried to the attention function as an argument."""
-
-    layer: LayerState
-    cos: Tensor
-    sin: Tensor
-    static_cache: bool
-    query: Tensor | None = None
-    key: Tensor | None = None
-
-
-@dataclass
+@dataclass(eq=False)
 class ModelState:
     """Everything that belongs to one attached model.
 
     Attributes:
+        decoder: the module whose forward is one forward of the model.
         register: makes the attention implementation known to transformers. It travels with copies and pickles: a
             process that unpickles a model may never have attached one.
+        configs: the decoder's config objects, with what stands in them while they are attached.
+        others: config objects of other parts of the model, with their implementations.
+        detached: set by detach; forwards that are under way then end with an error where they were sparse before.
     """
 
+    decoder: nn.Module
     family: Family
     geometry: Geometry
     gate_config: GateConfig | None
     policy: Policy
     selector: Selector | None
     min_context: int | None
-    original_config: Any
-    config_entries: dict[str, Any]  # of the original config at attach
     register: Callable[[], None]
+    configs: list[tuple[Any, StandIn]] = field(default_factory=list)
+    others: list[tuple[Any, str | None]] = field(default_factory=list)
     layers: list[LayerState] = field(default_factory=list)
-    observers: list[Observer] = field(default_factory=list)
-    statistics: list[Statistics] = field(default_factory=list)
-    dense_depth: int = 0
     warned: set[str] = field(default_factory=set)
-    # The positions and mask last looked at (weakly), their in-place versions, and the answer.
-    _positions: tuple[tuple[Callable[[], Tensor | None], ...], tuple[int, ...], bool] | None = None
+    detached: bool = False
+    # What this model did: prompts attended sparsely, and prompts attended densely for their gradients.
+    ran_sparse: bool = False
+    ran_gradients: bool = False
+    _forwards: set[Forward] = field(default_factory=set)
+    _hooks: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what contexts are open around the original is not theirs."""
-        return {**self.__dict__, "observers": [], "statistics": [], "dense_depth": 0, "_positions": None}
+        return {**self.__dict__, "_forwards": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.register()
+        for _, stand_in in self.configs:
+            stand_in.owners.add(self)
 
     @property
     def block_size(self) -> int:
@@ -135,152 +127,109 @@ class ModelState:
             self.warned.add(reason)
             warnings.warn(message, UserWarning, stacklevel=2)
 
-    def positions_run_on(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
-        """Whether the content's positions rise by one from token to token (they restart in packed sequences).
-
-        All layers of a forward share one tensor of positions, so the answer, which waits for the device, is kept.
-        """
-        if position_ids is None:
-            return True
-        if position_ids.dim() != 2:
-            return False
-        seen = (position_ids, attention_mask)
-        versions = tuple(0 if x is None or x.is_inference() else x._version for x in seen)
-        memo = self._positions
-        if memo is not None and memo[1] == versions and all(ref() is x for ref, x in zip(memo[0], seen, strict=True)):
-            return memo[2]
-        consecutive = position_ids.diff(dim=-1) == 1
-        if attention_mask is not None:
-            consecutive = consecutive | ~(attention_mask[:, 1:] & attention_mask[:, :-1])
-        answer = bool(consecutive.all())
-        self._positions = (tuple((lambda: None) if x is None else weakref.ref(x) for x in seen), versions, answer)
-        return answer
-
-
-class LayerState:
-    """One attention layer: its gate, its policy where it differs from the model's, and the three hooks that feed it."""
-
-    def __init__(self, model: ModelState, index: int, decoder_layer: nn.Module, window: int | None):
-        self.model = model
-        self.index = index
-        self.decoder_layer = decoder_layer
-        self.window = window
-        self.gate: BlockGate | None = None
-        self.policy: Policy | None = None
-        self._placement: tuple[torch.device, torch.dtype] | None = None
-        # The call in flight, by thread: one model may serve several threads.
-        self._calls: dict[int, Call] = {}
-        self._hooks: list[Any] = []
-        self._captured: tuple[nn.Module, nn.Module] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": {}}
-
-    @property
-    def attention(self) -> nn.Module:
-        return self.decoder_layer.self_attn  # type: ignore[return-value]
-
     def attach_hooks(self) -> None:
-        attention = self.attention
-        family = self.model.family
-        query, key = getattr(attention, family.query), getattr(attention, family.key)
-        self._captured = (query, key)
-        self._hooks = [
-            attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
-            query.register_forward_hook(self._after_query),
-            key.register_forward_hook(self._after_key),
-        ]
+        self._hooks.append(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._hooks.append(self.decoder.register_forward_hook(self._after_forward, always_call=True))
 
     def remove_hooks(self) -> None:
-        for hook in self._hooks:
+        """Forwards that are under way keep the hook that ends them."""
+        for layer in self.layers:
+            layer.remove_hooks()
+        for forward in tuple(self._forwards):
+            forward.close()
+        for hook in self._hooks[: 1 if self._forwards else None]:
             hook.remove()
-        self._hooks, self._captured = [], None
-        self._calls.clear()
 
-    def place_gate(self, device: torch.device | None = None) -> None:
-        """Move the gate where its layer went, or at least to ``device`` (offloaded layers have no place of their own).
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        single = tokens is not None and tokens.shape[1] == 1
+        if not self._aligned():
+            self._align()
+        if not self._standing() or (single and not watching()):
+            return None
+        if torch.compiler.is_compiling():
+            self._open(module, single, None)
+            return None
+        arguments = Arguments(kwargs)
+        self._open(module, single, arguments)
+        return args, arguments
 
-        Only a *change* of the layer changes the dtype: trainers may keep the gate in float32.
-        """
-        if self.gate is None:
-            return
-        parameter = next((p for p in self.attention.parameters() if p.dtype in _GATE_DTYPES and not p.is_meta), None)
-        placement = None if parameter is None else (parameter.device, parameter.dtype)
-        with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
-            if placement is not None and placement != self._placement:
-                self._placement = placement
-                self.gate.to(device=placement[0], dtype=placement[1])
-            if device is not None and next(self.gate.parameters()).device != device:
-                self.gate.to(device)
+    def _standing(self) -> bool:
+        return self.decoder.config._attn_implementation == NAME  # type: ignore[union-attr]
 
-    def take(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
-        if call.query is None or call.key is None:
-            raise RuntimeError(
-                f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no longer "
-                f"calls its {self.model.family.query} and {self.model.family.key}; detach before changing modules"
-            )
-        layout, head_dim = self.model.family.layout, self.model.geometry.head_dim
-        query, key = layout(call.query, head_dim), layout(call.key, head_dim)
-        call.query = call.key = None
-        return query, key
+    def _aligned(self) -> bool:
+        """Whether every config has its stand-in; where not, the implementation was changed."""
+        return all(config._attn_implementation_internal is stand_in for config, stand_in in self.configs)
 
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if kwargs.get("cache") is not None and "Paged" in type(kwargs["cache"]).__name__:
-            raise NotImplementedError(
-                "continuous batching is not supported with gates attached; call seerattention.detach(model) first"
-            )
-        implementation = module.config._attn_implementation  # type: ignore[union-attr]
-        if implementation != NAME:
-            self.model.warn_once(
+    @torch.compiler.disable(reason="configs are changed")
+    def _align(self) -> None:
+        """Make a change of the implementation one of all parts or of none: the decoder's own config decides."""
+        standing = self._standing()
+        implementation = self.decoder.config._attn_implementation  # type: ignore[union-attr]
+        for config, stand_in in self.configs:
+            present = config._attn_implementation
+            if standing or present == NAME:
+                config._attn_implementation_internal = stand_in if standing else implementation
+        for config, original in self.others:
+            if config._attn_implementation == NAME and not isinstance(config._attn_implementation, StandIn):
+                config._attn_implementation_internal = original
+        if not standing:
+            self.warn_once(
                 "implementation",
                 f"the attention implementation was changed to {implementation!r} after gates were attached, so "
                 f"attention is dense; model.set_attn_implementation({NAME!r}) turns them on again",
             )
-            return None
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-        call = Call(self, cos, sin, static_cache=isinstance(kwargs.get("past_key_values"), StaticCache))
-        if hidden.shape[1] > 1:
-            self._follow_replaced_modules(module)
-            self._calls[_thread()] = call
-        return args, {**kwargs, "seer_call": call}
 
-    def _follow_replaced_modules(self, module: nn.Module) -> None:
-        """Hook the present projections: adapters (LoRA) that came after attach put modules of their own there."""
-        family = self.model.family
-        present = (getattr(module, family.query), getattr(module, family.key))
-        assert self._captured is not None
-        if present[0] is not self._captured[0] or present[1] is not self._captured[1]:
-            for hook in self._hooks[1:]:
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _open(self, module: nn.Module, single: bool, arguments: Arguments | None) -> None:
+        forward = Forward(self, arguments)
+        self._forwards.add(forward)
+        if not single:
+            for layer in self.layers:
+                layer.follow_modules(module)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._forwards:
+            self._end(output)
+
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _end(self, output: Any) -> None:
+        forward = current_forward()
+        if forward is None or forward.state is not self:
+            return
+        forward.leave()
+        self._forwards.discard(forward)
+        if self.detached and not self._forwards:
+            for hook in self._hooks:
                 hook.remove()
-            self._captured = present
-            self._hooks[1:] = [
-                present[0].register_forward_hook(self._after_query),
-                present[1].register_forward_hook(self._after_key),
-            ]
+        if output is None:  # it ends with an error
+            return
+        if self.detached and forward.sparse:
+            raise RuntimeError(
+                "gates were detached while this forward was under way: some of its layers were attended sparsely and "
+                "the others densely; run it again"
+            )
+        self._report_unseen(forward)
 
-    def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(_thread()) if self._calls else None
-        if call is not None:
-            call.query = output
-            self._release(call)
-
-    def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        call = self._calls.get(_thread()) if self._calls else None
-        if call is not None:
-            call.key = output
-            self._release(call)
-
-    def _release(self, call: Call) -> None:
-        """A call that has both tensors travels on its own, as an argument of the attention function."""
-        if call.query is not None and call.key is not None:
-            del self._calls[_thread()]
-
-
-@torch.compiler.disable(reason="Dynamo does not know thread ids")
-def _thread() -> int:
-    return threading.get_ident()
+    def _report_unseen(self, forward: Forward) -> None:
+        """Warn about layers that should be sparse, but whose attention never came to the attention function."""
+        if not forward.called and not any(layer.lost for layer in self.layers):
+            return
+        layers: Any = self.decoder.layers
+        unseen = [
+            layer.index
+            for layer in self.layers
+            if layer.may_be_sparse and (layer.lost or layer.index in forward.called - forward.seen)
+        ]
+        unseen += range(len(self.layers), min(len(layers), self.decoder.config.num_hidden_layers))  # type: ignore
+        if unseen and not self.detached:
+            self.warn_once(
+                "unseen",
+                f"seerattention: layers {', '.join(map(str, unseen))} are not attended sparsely: their attention "
+                "modules were replaced or patched and do not call transformers' attention interface with themselves, "
+                "or they came after attach; detach before changing modules and attach again",
+            )
 
 
 def state_of(model: nn.Module) -> ModelState:

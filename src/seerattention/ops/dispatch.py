@@ -21,6 +21,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_HEAD_DIM = 256
+# What every op takes for floating-point inputs, whatever torch's default dtype is; so does everything above the ops.
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (32, 64, 128)
 
 # Of the names under which torch knows the ops: that of the package which they are part of.
@@ -255,12 +257,11 @@ def check_floating(op: str, **tensors: Tensor) -> None:
     """Check that tensors share one device and one dtype out of float32, float16, bfloat16, last dimension contiguous.
 
     Raises:
-        TypeError: another or a mixed dtype.
+        TypeError: another or a mixed dtype; :func:`check_dtype`.
         ValueError: mixed devices or a strided last dimension.
     """
     (first_name, first), *others = tensors.items()
-    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"{op}: {first_name} must be float32, float16 or bfloat16, got {first.dtype}")
+    check_dtype(f"{op}: {first_name}", first.dtype)
     for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; convert one of them")
@@ -269,6 +270,13 @@ def check_floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{op}: the last dimension of {name} must be contiguous; call .contiguous() first")
+
+
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless the dtype of ``what`` is one of :data:`FLOATING_DTYPES`."""
+    if dtype not in FLOATING_DTYPES:
+        *names, last = (str(supported).removeprefix("torch.") for supported in FLOATING_DTYPES)
+        raise TypeError(f"{what} must be {', '.join(names)} or {last}, got {dtype}; convert it with .to()")
 
 
 def check_block_size(op: str, block_size: int, sizes: Sequence[int] = BLOCK_SIZES) -> None:

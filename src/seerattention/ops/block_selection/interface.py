@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices
+from ..indices import BlockIndices, ordered_lists, read_lists
 from . import reference
 from .reference import causal_softmax, dense_indices
 
 __all__ = ["causal_softmax", "dense_indices", "select_threshold", "select_topk", "select_topp"]
 
 IMPLEMENTATIONS = ("reference", "triton")
-# A Triton program holds a whole row in registers.
-MAX_TRITON_BLOCKS = 8192
+# A Triton program holds a whole row in registers, of at most 1024 threads: 2M tokens in blocks of 64.
+MAX_TRITON_BLOCKS = 1 << 15
 
 
 @torch.no_grad()
@@ -49,19 +49,20 @@ def select_threshold(
         last_blocks_dense: the last this many valid query blocks of each row read all causal blocks.
         softmax: what is given are logits, of which the causal softmax is to be taken first. The kernels take it on the
             way, so that probabilities need no memory; theirs may differ from torch's in the last bits.
-        implementation: ``"reference"``, ``"triton"`` or None (automatic).
+        implementation: ``"reference"``, ``"triton"`` (up to 32,768 key blocks) or None (automatic: the kernel on GPUs).
 
     Returns:
         BlockIndices with capacity Nk.
 
     Raises:
-        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``.
+        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``, more key blocks
+            than the kernel takes.
         TypeError: scores that are not floating point.
     """
     op = "select_threshold"
     lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
     lists = _select_threshold(probabilities, threshold, block_size, lengths, last_blocks_dense, implementation, softmax)
-    return BlockIndices(*lists, probabilities.shape[-1], block_size)
+    return ordered_lists(*lists, probabilities.shape[-1], block_size)
 
 
 @torch.no_grad()
@@ -104,7 +105,8 @@ def select_topk(
         raise TypeError(f"{op}: keep must hold integers, got {keep.dtype}")
     if keep.shape not in ((num_rows,), (batch, num_rows)):
         raise ValueError(f"{op}: keep must be [{num_rows}] or [{batch}, {num_rows}], got {tuple(keep.shape)}")
-    longest = num_keys if capacity is None else min(num_keys, max(1, capacity))
+    # At least the diagonal, and with diagonal_extra another block, are on every list.
+    longest = num_keys if capacity is None else min(num_keys, max(1 + int(diagonal_extra), capacity))
     on_cpu = keep.device.type == "cpu"
     if capacity is None and on_cpu and keep.numel() and not torch.compiler.is_compiling():  # a trace has no values
         longest = min(num_keys, max(1, int(keep.max())) + int(diagonal_extra))
@@ -114,7 +116,7 @@ def select_topk(
     if last_blocks_dense:
         longest = num_keys
     lists = _select_topk(scores, keep, block_size, lengths, last_blocks_dense, diagonal_extra, longest, implementation)
-    return BlockIndices(*lists, num_keys, block_size)
+    return ordered_lists(*lists, num_keys, block_size)
 
 
 @torch.no_grad()
@@ -151,7 +153,7 @@ def select_topp(
     if not p > 0:
         raise ValueError(f"{op}: p must be positive, got {p}")
     lists = _select_topp(probabilities, p, block_size, lengths, last_blocks_dense, implementation, softmax)
-    return BlockIndices(*lists, probabilities.shape[-1], block_size)
+    return ordered_lists(*lists, probabilities.shape[-1], block_size)
 
 
 # -- the same as ops of plain tensors: what torch.compile sees --------------------------------------------------------
@@ -187,7 +189,7 @@ def _select_threshold(
     blocks = _module("select_threshold", implementation, scores).select_threshold(
         scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
-    return blocks.indices, blocks.counts
+    return read_lists(blocks)
 
 
 def _fake_topk(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ def _select_topk(
         diagonal_extra=diagonal_extra,
         capacity=capacity,
     )
-    return blocks.indices, blocks.counts
+    return read_lists(blocks)
 
 
 @dispatch.custom_op(_fake_full)
@@ -231,18 +233,16 @@ def _select_topp(
     blocks = _module("select_topp", implementation, scores).select_topp(
         scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
-    return blocks.indices, blocks.counts
+    return read_lists(blocks)
 
 
 def _choose(op: str, implementation: str | None, scores: Tensor) -> str:
     name = dispatch.choose_implementation(op, implementation, scores.device, names=IMPLEMENTATIONS)
     if name == "triton" and scores.shape[-1] > MAX_TRITON_BLOCKS:
-        if implementation == "triton":
-            raise ValueError(
-                f"{op}: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; "
-                "pass implementation=None or 'reference'"
-            )
-        return "reference"
+        raise ValueError(
+            f"{op}: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; use larger "
+            "blocks, or pass implementation='reference' if there is memory for some 30 bytes a score"
+        )
     return name
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..indices import BlockIndices, causal_block_mask
+from ..indices import BlockIndices, causal_block_mask, ordered_lists, read_lists
 
 # Probabilities are counted in units of 2^-40: float32 probabilities above 2^-16 are exact in it, and sums of 2^22
 # blocks still fit int64.
@@ -67,8 +67,8 @@ def select_topk(
     order = values.sort(dim=-1, descending=True, stable=True).indices
     ranks_wanted = torch.arange(num_keys, device=scores.device) < wanted[:, None, :, None]
     mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, ranks_wanted.expand(values.shape))
-    blocks = _finish(mask, block_size, lengths, last_blocks_dense)
-    return BlockIndices(blocks.indices[..., :capacity].contiguous(), blocks.counts, num_keys, block_size)
+    indices, counts = read_lists(_finish(mask, block_size, lengths, last_blocks_dense))
+    return ordered_lists(indices[..., :capacity].contiguous(), counts, num_keys, block_size)
 
 
 def select_topp(
@@ -122,7 +122,7 @@ def dense_indices(
     if lengths is not None:
         valid = rows < num_blocks_of(lengths.to(rows.device), block_size)[:, None, None]
         counts = torch.where(valid, counts, 0)
-    return BlockIndices(indices, counts.expand(batch, heads, -1).contiguous(), num_key_blocks, block_size)
+    return ordered_lists(indices, counts.expand(batch, heads, -1).contiguous(), num_key_blocks, block_size)
 
 
 def _finish(mask: Tensor, block_size: int, lengths: Tensor | None, last_blocks_dense: int) -> BlockIndices:

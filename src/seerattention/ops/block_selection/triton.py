@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..indices import BlockIndices
+from ..indices import BlockIndices, ordered_lists
 from .reference import topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
 
@@ -30,6 +30,9 @@ from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units
 SIZES = ["heads", "num_rows", "num_keys", "capacity", "last", "block_size"]
 # Blocks that one warp holds, and the least width of a row.
 BLOCKS_PER_WARP, MIN_WIDTH = 2048, 128
+# Registers of a multiprocessor, which all threads of a program share: from 16 warps on (rows of 32,768 blocks) they
+# have fewer than they want, and spill.
+REGISTERS = 1 << 16
 # Scores that a thread loads at once.
 VECTOR = 4
 
@@ -361,6 +364,7 @@ def _launch(
     indices = torch.empty(batch, heads, num_rows, capacity, dtype=torch.int32, device=x.device)
     counts = torch.empty(batch, heads, num_rows, dtype=torch.int32, device=x.device)
     block = max(MIN_WIDTH, triton.next_power_of_2(num_keys))
+    num_warps = max(1, block // BLOCKS_PER_WARP)
     if counts.numel():
         with torch.cuda.device_of(x):
             kernel[(num_rows, batch * heads)](
@@ -381,8 +385,8 @@ def _launch(
                 VECTOR=VECTOR if _whole_vectors(x) else 1,
                 BLOCK=block,
                 LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
-                num_warps=max(1, block // BLOCKS_PER_WARP),
-                **_limit(registers),
+                num_warps=num_warps,
+                **_limit(min(registers, REGISTERS // (32 * num_warps))),
                 **arguments,
             )
-    return BlockIndices(indices, counts, num_keys, block_size)
+    return ordered_lists(indices, counts, num_keys, block_size)

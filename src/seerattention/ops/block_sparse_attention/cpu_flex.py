@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..indices import BlockIndices
+from ..indices import BlockIndices, ordered_lists, read_lists
 from .cpu_gathered import block_sparse_attention_cpu_gathered
 
 logger = logging.getLogger(__name__)
@@ -76,16 +76,17 @@ def block_sparse_attention_cpu_flex(
     for row in range(q.shape[0]):
         # One batch row at a time: batch size 1 and others would be two compiles, and heads keep the cores busy.
         one = slice(row, row + 1)
-        lists = BlockIndices(blocks.indices[one], blocks.counts[one], blocks.num_key_blocks, blocks.block_size)
+        indices, counts = read_lists(blocks)
+        lists = ordered_lists(indices[one], counts[one], blocks.num_key_blocks, blocks.block_size)
         out[one] = _attend(compiled, q[one], k[one], v[one], lists, scale)
     return out
 
 
 def _attend(compiled: Callable, q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float) -> Tensor:
     block_size, num_rows, num_key_blocks = blocks.block_size, blocks.num_rows, blocks.num_key_blocks
-    shared = q.shape[1] // blocks.counts.shape[1]
-    indices = blocks.indices.repeat_interleave(shared, 1)
-    counts = blocks.counts.repeat_interleave(shared, 1)
+    indices, counts = read_lists(blocks)
+    shared = q.shape[1] // counts.shape[1]
+    indices, counts = indices.repeat_interleave(shared, 1), counts.repeat_interleave(shared, 1)
     if indices.shape[-1] < 2:  # dynamic sizes are at least 2
         indices = F.pad(indices, (0, 2 - indices.shape[-1]))
     query_blocks = torch.arange(blocks.first_row, num_key_blocks, dtype=torch.int32)
@@ -103,7 +104,7 @@ def _attend(compiled: Callable, q: Tensor, k: Tensor, v: Tensor, blocks: BlockIn
         query_blocks[:, None].expand(1, q.shape[1], num_rows, max(2, num_key_blocks)),
         _plain(counts - diagonal),
         _plain(indices),
-        torch.tensor(offset - front),
+        torch.tensor(offset - front, dtype=torch.int64),
         scale,
     )
     return out[:, :, front:]
@@ -172,12 +173,12 @@ def _compiled(
 def _warm_up(compiled: Callable, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> None:
     """Compile on a small input, and do not trust the binary before it has computed that input correctly."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, num_heads, _WARM_UP_QUERIES, head_dim, generator=generator)
-    k = torch.randn(1, num_kv_heads, _WARM_UP_KEYS, head_dim, generator=generator)
-    v = torch.randn(1, num_kv_heads, _WARM_UP_KEYS, head_dim, generator=generator)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
+    q = draw(1, num_heads, _WARM_UP_QUERIES, head_dim)
+    k, v = draw(2, 1, num_kv_heads, _WARM_UP_KEYS, head_dim).unbind(0)
     first_row = (_WARM_UP_KEYS - _WARM_UP_QUERIES) // block_size
     num_key_blocks = -(-_WARM_UP_KEYS // block_size)
-    mask = torch.rand(1, num_heads, num_key_blocks - first_row, num_key_blocks, generator=generator) < 0.5
+    mask = draw(1, num_heads, num_key_blocks - first_row, num_key_blocks) < 0
     blocks = BlockIndices.from_mask(mask, block_size)
 
     def mark_and_run(*inputs: Tensor | float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..indices import BlockIndices
+from ..indices import BlockIndices, read_lists
 
 # Elements of gathered keys and of scores in one bucket, for each thread: 2 MiB of float32. From 2^18 to 2^20 all are
 # within 10 % of each other on a 2-core Ice Lake with 1.25 MiB of L2 a core; below, the overhead of the ops shows.
@@ -33,15 +33,16 @@ def block_sparse_attention_cpu_gathered(
     batch, num_heads, query_length, head_dim = q.shape
     num_kv_heads, key_length = k.shape[1:3]
     block_size, num_rows, num_key_blocks = blocks.block_size, blocks.num_rows, blocks.num_key_blocks
-    list_heads = blocks.counts.shape[1]
+    indices, counts = read_lists(blocks)
+    list_heads = counts.shape[1]
     shared = num_heads // list_heads  # query heads that read one list, stacked into one matmul
 
     # Lists from the shortest to the longest, packed to the right: the diagonal block, which is always the last of a
     # list, is then the last column, and a row that is shorter than others of its bucket is padded on the left.
-    counts, order = blocks.counts.reshape(-1).sort(stable=True)
+    counts, order = counts.reshape(-1).sort(stable=True)
     lengths = counts.tolist()
     slots = counts[:, None] + torch.arange(-lengths[-1], 0, device=q.device)
-    key_blocks = blocks.indices.flatten(0, 2)[order].long().gather(1, slots.clamp(min=0))
+    key_blocks = indices.flatten(0, 2)[order].long().gather(1, slots.clamp(min=0))
     has_diagonal = key_blocks[:, -1:] == (blocks.first_row + order % num_rows)[:, None]
     # Where the KV head of each list begins among all blocks of keys.
     key_blocks += (order // (list_heads // num_kv_heads * num_rows) * num_key_blocks)[:, None]

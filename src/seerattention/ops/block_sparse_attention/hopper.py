@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..hopper import copy_tile, pin, tile_descriptor
-from ..indices import BlockIndices
+from ..indices import BlockIndices, read_lists
 from .triton_parts import merge_parts, num_parts, result_buffers
 
 TILE = 64
@@ -265,9 +265,10 @@ def block_sparse_attention_hopper(
     num_kv_heads, key_length = k.shape[1:3]
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device) if return_lse else None
-    if blocks.indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
+    indices, counts = read_lists(blocks)
+    if indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     padded_dim = 64 if head_dim <= 64 else 128
     group = num_heads // num_kv_heads
     tile = [1, 1, TILE, padded_dim]
@@ -284,14 +285,14 @@ def block_sparse_attention_hopper(
             written,
             written_lse,
             indices,
-            blocks.counts,
+            counts,
             *written.stride()[-4:-1],
             written.stride(0),
             *indices.stride()[:3],
-            *blocks.counts.stride(),
+            *counts.stride(),
             num_heads,
             group,
-            num_heads // blocks.counts.shape[1],
+            num_heads // counts.shape[1],
             query_length,
             key_length,
             blocks.first_row,

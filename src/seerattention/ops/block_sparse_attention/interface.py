@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, first_query_block, num_blocks
+from ..indices import (
+    BlockIndices,
+    clean_lists,
+    first_query_block,
+    is_ordered,
+    num_blocks,
+    ordered_lists,
+    read_lists,
+)
 from .cpu_flex import block_sparse_attention_cpu_flex, flex_usable
 from .cpu_gathered import block_sparse_attention_cpu_gathered
 from .reference import block_sparse_attention_reference
@@ -38,8 +45,10 @@ def block_sparse_attention(
             strides with a contiguous last dimension.
         k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv.
         v: like k.
-        blocks: lists ``[B, Hq or Hkv, Nq, capacity]`` with block size 32, 64 or 128. Lists must ascend and hold causal
-            blocks only, as ``BlockIndices.from_mask`` and the policies make them; this is not checked.
+        blocks: lists ``[B, Hq or Hkv, Nq, capacity]`` with block size 32, 64 or 128, in any order: what is read is the
+            set of the causal blocks on a list. Lists that are not known to ascend, as those of
+            ``BlockIndices.from_mask`` and of the policies are, are looked at first, which waits for the device; see
+            ``BlockIndices.checked``.
         scale: positive softmax scale; None is ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores.
         implementation: None chooses; ``"reference"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``),
@@ -51,14 +60,15 @@ def block_sparse_attention(
         logarithm. A query that sees no key has output 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, devices, block size or scale that do not fit, or an implementation that cannot run here.
+        ValueError: shapes, devices, block size or scale that do not fit, an implementation that cannot run here,
+            entries of lists that are no key block, or counts outside of their capacity.
         TypeError: dtypes that differ or are not supported.
         NotImplementedError: an input requires grad while grad mode is on; LSE from ``"cpu_flex"``.
     """
     _check(q, k, v, blocks, scale)
     scale = dispatch.default_scale(q.shape[-1], scale)
-    lists = (blocks.indices, blocks.counts, blocks.num_key_blocks, blocks.block_size)
-    out, lse = _block_sparse_attention(q, k, v, *lists, scale, return_lse, implementation)
+    lists = (*read_lists(blocks), blocks.num_key_blocks, blocks.block_size)
+    out, lse = _block_sparse_attention(q, k, v, *lists, scale, return_lse, implementation, is_ordered(blocks))
     return (out, lse) if return_lse else out
 
 
@@ -78,12 +88,19 @@ def _block_sparse_attention(
     scale: float,
     return_lse: bool,
     implementation: str | None,
+    ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Choose an implementation and run it; without ``return_lse`` the second result is empty."""
-    blocks = BlockIndices(indices, counts, num_key_blocks, block_size)
+    """Choose an implementation and run it; without ``return_lse`` the second result is empty.
+
+    ``ordered`` says that the lists are as ``ordered_lists`` makes them; others are brought into that form first, which
+    is all that the implementations ever get.
+    """
+    blocks = ordered_lists(indices, counts, num_key_blocks, block_size)
     name = _choose(q, k, v, blocks, return_lse, implementation)
+    if not ordered:
+        blocks = ordered_lists(*clean_lists(indices, counts, num_key_blocks), num_key_blocks, block_size)
     lse: Tensor | None = None
-    with torch.no_grad(), _without_autocast(q.device.type):
+    with torch.no_grad(), dispatch.without_autocast(q.device.type):
         if 0 in q.shape:
             out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         elif name == "triton":
@@ -141,13 +158,6 @@ def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str 
     return None
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast would round the float32 products inside the implementations."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> None:
     dispatch.check_query_key(OP, q, k)
     dispatch.check_floating(OP, q=q, v=v)
@@ -161,10 +171,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float |
         raise ValueError(f"{OP}: scale must be positive and finite or None, got {scale}")
     if not isinstance(blocks, BlockIndices):
         raise TypeError(f"{OP}: blocks must be BlockIndices, got {type(blocks).__name__}; see BlockIndices.from_mask")
+    if blocks.by_token:
+        raise ValueError(f"{OP}: lists must be of query blocks, got lists of query tokens; see block_sparse_decode")
     dispatch.check_block_size(OP, blocks.block_size)
-    if blocks.indices.device != q.device or blocks.counts.device != q.device:
-        raise ValueError(f"{OP}: q is on {q.device} but blocks are on {blocks.indices.device}; move one of them")
-    batch, heads, rows = blocks.counts.shape
+    indices, counts = read_lists(blocks)
+    if indices.device != q.device or counts.device != q.device:
+        elsewhere = counts.device if indices.device == q.device else indices.device
+        raise ValueError(f"{OP}: q is on {q.device} but blocks are on {elsewhere}; move one of them")
+    batch, heads, rows = counts.shape
     if batch != q.shape[0] or heads not in (q.shape[1], k.shape[1]):
         raise ValueError(
             f"{OP}: blocks must hold lists for batch {q.shape[0]} and {q.shape[1]} query heads or {k.shape[1]} KV "

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices
+from ..indices import BlockIndices, read_lists
 from .triton_parts import merge_parts, num_parts, result_buffers
 
 # Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
@@ -212,9 +212,10 @@ def block_sparse_attention_triton(
     num_kv_heads, key_length = k.shape[1:3]
     out = torch.empty_like(q)
     lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device) if return_lse else None
-    if blocks.indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
+    indices, counts = read_lists(blocks)
+    if indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    indices = blocks.indices if blocks.indices.stride(-1) == 1 else blocks.indices.contiguous()
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
     programs = blocks.num_rows * (blocks.block_size // tile)  # of one head
     group = num_heads // num_kv_heads
@@ -229,17 +230,17 @@ def block_sparse_attention_triton(
             written,
             written_lse,
             indices,
-            blocks.counts,
+            counts,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             *written.stride()[-4:-1],
             written.stride(0),
             *indices.stride()[:3],
-            *blocks.counts.stride(),
+            *counts.stride(),
             num_heads,
             group,
-            num_heads // blocks.counts.shape[1],
+            num_heads // counts.shape[1],
             query_length,
             key_length,
             blocks.first_row,

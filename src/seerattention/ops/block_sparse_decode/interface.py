@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices
+from ..indices import BlockIndices, clean_lists, is_ordered, read_lists
 from ..span import Pages, Span
 from .cpu import block_sparse_decode_cpu
 from .reference import block_sparse_decode_reference
@@ -39,7 +39,9 @@ def block_sparse_decode(
         k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv; with pages ``[pages, Hkv, page_size, D]``.
         v: like k.
         blocks: lists ``[B, Hkv, Tq, capacity]`` with blocks of 16, 32, 64 or 128 tokens, ``by_token``: a row of lists
-            is a query token. In any order, without repeats; what lies behind a token's own block counts for nothing.
+            is a query token, in any order. What is read is the set of its entries; blocks behind a token's own count
+            for nothing. Lists that are not known to ascend are put in order first, which waits for the device:
+            ``blocks.checked()`` does that once.
         scale: positive softmax scale; None is ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores.
         span: which positions the queries and keys are, and in which slots or pages they lie (cached batches with
@@ -51,7 +53,8 @@ def block_sparse_decode(
         dimension, natural logarithm. A query that sees no key, and a slot without a query, has output 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, devices, block size or scale that do not fit, or an implementation that cannot run here.
+        ValueError: shapes, devices, block size or scale that do not fit, entries of lists that are no key block, or an
+            implementation that cannot run here.
         TypeError: dtypes that differ or are not supported.
         NotImplementedError: an input requires grad while grad mode is on.
     """
@@ -62,9 +65,10 @@ def block_sparse_decode(
         q,
         k,
         v,
-        blocks.indices,
-        blocks.counts,
+        *read_lists(blocks),
+        blocks.num_key_blocks,
         blocks.block_size,
+        is_ordered(blocks),
         span.queries,
         span.keys,
         span.table,
@@ -72,13 +76,14 @@ def block_sparse_decode(
         None if pages is None else pages.table,
         0 if pages is None else pages.page_size,
         scale,
+        return_lse,
         implementation,
     )
     return (out, lse) if return_lse else out
 
 
-def _fake(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 @dispatch.custom_op(_fake)
@@ -88,7 +93,9 @@ def _block_sparse_decode(
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
+    num_key_blocks: int,
     block_size: int,
+    ordered: bool,
     queries: int,
     keys: int,
     table: Tensor | None,
@@ -96,9 +103,10 @@ def _block_sparse_decode(
     page_table: Tensor | None,
     page_size: int,
     scale: float,
+    return_lse: bool,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose an implementation and run it."""
+    """Choose an implementation and run it; without ``return_lse`` the second result is empty."""
     pages = None if page_table is None else Pages(page_table, page_size)
     span = Span(counts.shape[0], queries, keys, table, packed, pages)
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
@@ -106,13 +114,18 @@ def _block_sparse_decode(
         raise ValueError(f"{OP}: implementation='cpu' needs CPU tensors, got {q.device.type}")
     with torch.no_grad(), dispatch.without_autocast(q.device.type):
         if 0 in q.shape or keys == 0:
-            return torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+            shape = q.shape[:3] if return_lse else (0,)
+            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
+        if not ordered:
+            indices, counts = clean_lists(indices, counts, num_key_blocks, by_token=True)
         if name == "triton":
             from .triton import block_sparse_decode_triton  # imported late: triton is an optional dependency
 
-            return block_sparse_decode_triton(q, k, v, indices, counts, block_size, span, scale)
-        function = block_sparse_decode_cpu if name == "cpu" else block_sparse_decode_reference
-        return function(q, k, v, indices, counts, block_size, span, scale)
+            out, lse = block_sparse_decode_triton(q, k, v, indices, counts, block_size, span, scale, return_lse)
+        else:
+            function = block_sparse_decode_cpu if name == "cpu" else block_sparse_decode_reference
+            out, lse = function(q, k, v, indices, counts, block_size, span, scale)
+        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None, span: Span | None) -> Span:
@@ -143,15 +156,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float |
             raise ValueError(f"{OP}: q has {q.shape[0]} rows and k {k.shape[0]}; packed rows and pages need a span")
         span = Span(q.shape[0], q.shape[2], k.shape[2])
     span.check(OP, q, k, blocks.block_size)
-    if blocks.indices.device != q.device or blocks.counts.device != q.device:
-        raise ValueError(f"{OP}: q is on {q.device} but blocks are on {blocks.indices.device}; move one of them")
+    indices, counts = read_lists(blocks)
+    if indices.device != q.device or counts.device != q.device:
+        raise ValueError(f"{OP}: q is on {q.device} but blocks are on {indices.device}; move one of them")
     expected = (span.batch, k.shape[1], span.queries)
     if not blocks.by_token:
         raise ValueError(f"{OP}: lists must be of query tokens: BlockIndices(..., by_token=True)")
-    if blocks.counts.shape != expected or blocks.num_key_blocks != span.num_key_blocks(blocks.block_size):
+    if counts.shape != expected or blocks.num_key_blocks != span.num_key_blocks(blocks.block_size):
         raise ValueError(
             f"{OP}: blocks must be lists of [{span.batch}, {k.shape[1]} KV heads, {span.queries} query tokens] over "
-            f"{span.num_key_blocks(blocks.block_size)} key blocks, got {list(blocks.counts.shape)} over "
+            f"{span.num_key_blocks(blocks.block_size)} key blocks, got {list(counts.shape)} over "
             f"{blocks.num_key_blocks}"
         )
     return span

@@ -22,7 +22,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Programs that share out the lists of a call, at most, for each multiprocessor.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # Entries of a part: below, writing and merging it costs more than it reads.
-MIN_ENTRIES = 4
+MIN_ENTRIES = 2
 MAX_PARTS = 64
 
 _RUNTIME_SCALARS = [
@@ -157,12 +157,13 @@ def block_sparse_decode_fwd_kernel(
         b_v = tl.load(p_v + o_v + o_sub.to(tl.int64)[:, None] * s_v_t + o_d[None, :], mask=m_kv, other=0.0)
         i_key = tl.load(p_list + tl.minimum((i + 1) // SPLIT, count - 1))
         o_k, o_v = key_offset(i_key, p_pages, i_b, s_pages_b, s_k_b, s_v_b, s_k_t, s_v_t, key_slot, BLOCK, PAGE)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
         # A tile without a visible key: keep -inf - -inf out of exp2.
         b_new_max = tl.maximum(tl.maximum(b_max, tl.max(b_scores, 1)), -1e30)
-        b_p = tl.exp2(b_scores - b_new_max[:, None])
-        b_decay = tl.exp2(b_max - b_new_max)
+        # Scaled after the subtraction: the largest terms, whose differences are exact, keep their precision.
+        b_p = tl.exp2((b_scores - b_new_max[:, None]) * scale_log2)
+        b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
         b_max = b_new_max
@@ -171,7 +172,7 @@ def block_sparse_decode_fwd_kernel(
     m_seen = b_sum > 0
     b_seen = tl.where(m_seen, b_sum, 1.0)
     b_out = b_out / b_seen[:, None]
-    b_lse = tl.where(m_seen, (b_max + tl.log2(b_seen)) * LN2, float("-inf"))
+    b_lse = tl.where(m_seen, (b_max * scale_log2 + tl.log2(b_seen)) * LN2, float("-inf"))
     i_head = i_kv * GROUP + o_g
     if IN_PARTS:
         # Every part of every token and head is written, so that merging reads nothing that was not.
@@ -241,22 +242,33 @@ def merge_decode_parts_kernel(
 
 
 def block_sparse_decode_triton(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, span: Span, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int,
+    span: Span,
+    scale: float,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Launch the kernels; arguments as checked by the interface.
 
     Returns:
-        ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension.
+        ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension, or None.
     """
     heads, slots, head_dim = q.shape[1:]
     batch, kv_heads, queries, capacity = indices.shape
     group = heads // kv_heads
-    # Slots without a query are written by nobody.
-    make = torch.empty_like if span.plain else torch.zeros_like
-    out = make(q)
-    lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
+    out, lse = torch.empty_like(q), None
+    if return_lse:
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    if capacity == 0 or not span.plain:  # slots without a query are written by nobody
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
     if capacity == 0:
-        return out.zero_(), lse
+        return out, lse
     indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     counts = counts if counts.stride(-1) == 1 else counts.contiguous()
     parts = num_parts(batch * kv_heads * queries, capacity, q.device)
@@ -268,7 +280,7 @@ def block_sparse_decode_triton(
         new = {"dtype": torch.float32, "device": q.device}
         written = torch.empty(batch, heads, queries, parts, head_dim, **new)
         written_lse = torch.empty(batch, heads, queries, parts, **new)
-    constants = {"TABLE": table is not None, "PACKED": span.packed, "RETURN_LSE": True}
+    constants = {"TABLE": table is not None, "PACKED": span.packed, "RETURN_LSE": return_lse}
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
         block_sparse_decode_fwd_kernel[(parts, queries, batch * kv_heads)](
@@ -338,5 +350,6 @@ def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_mem
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     tile = min(block_size, 32 if dtype == torch.float32 or padded_dim > 128 else 64)
     step_bytes = 2 * tile * padded_dim * dtype.itemsize  # keys and values
-    stages = (shared_memory // 2 - 8192) // step_bytes  # at least two programs on a multiprocessor
-    return tile, 4, max(1, min(4, stages))
+    # Deeper pipelines were slower in every case (H200): more programs on a multiprocessor hide loads better.
+    stages = (shared_memory // 2 - 8192) // step_bytes
+    return tile, 4, max(1, min(2, stages))

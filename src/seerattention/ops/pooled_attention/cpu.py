@@ -20,9 +20,9 @@ def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tens
     content = [key_length] * batch if lengths is None else lengths.tolist()
     # Keys are padded to whole blocks; the causal mask hides the padding as it hides later keys.
     keys = torch.nn.functional.pad(k.float(), (0, 0, 0, num_keys * block_size - key_length))
-    out = torch.zeros(batch, heads, rows.numel(), num_keys)
+    out = torch.zeros(batch, heads, rows.numel(), num_keys, dtype=torch.float32)
     # Fresh memory for every step would cost more in page faults than the multiplication itself.
-    buffers = torch.empty(2 if lse is None else 1, group * block_size * num_keys * block_size)
+    buffers = torch.empty(2 if lse is None else 1, group * block_size * num_keys * block_size, dtype=torch.float32)
     above_diagonal = torch.ones(block_size, block_size, dtype=torch.bool).triu_(1)
 
     for slot, row in enumerate(rows.tolist()):

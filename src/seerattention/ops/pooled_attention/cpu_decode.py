@@ -23,9 +23,11 @@ def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) 
     # Keys are padded to whole blocks; the causal mask hides the padding as it hides later keys.
     keys = torch.nn.functional.pad(k.float(), (0, 0, 0, num_keys * block_size - key_length))
     key_positions = torch.arange(keys.shape[2])
-    out = torch.zeros(batch, kv_heads, rows.numel(), num_keys)
+    out = torch.zeros(batch, kv_heads, rows.numel(), num_keys, dtype=torch.float32)
     # Fresh memory for every step would cost more in page faults than the multiplication itself.
-    buffers = torch.empty(2 if lse is None else 1, group * min(TOKENS, rows.numel()) * keys.shape[2])
+    buffers = torch.empty(
+        2 if lse is None else 1, group * min(TOKENS, rows.numel()) * keys.shape[2], dtype=torch.float32
+    )
 
     for chunk in torch.arange(rows.numel()).split(TOKENS):
         for b in range(batch):

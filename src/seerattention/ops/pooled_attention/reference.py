@@ -17,7 +17,7 @@ def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tens
     k = k.float().repeat_interleave(heads // k.shape[1], dim=1)
     key_positions = torch.arange(key_length, device=q.device)
     offset = key_length - query_length  # position of the first query
-    out = torch.zeros(batch, heads, rows.numel(), num_keys, device=q.device)
+    out = torch.zeros(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     for slot, row in enumerate(rows.tolist()):
         start, end = max(row * block_size, offset), min((row + 1) * block_size, key_length)
         positions = torch.arange(start, end, device=q.device)

@@ -20,7 +20,7 @@ def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) 
     group, num_keys = heads // kv_heads, num_blocks(key_length, block_size)
     k = k.float().repeat_interleave(group, dim=1)
     key_positions = torch.arange(key_length, device=q.device)
-    out = torch.zeros(batch, kv_heads, rows.numel(), num_keys, device=q.device)
+    out = torch.zeros(batch, kv_heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     for start in range(0, rows.numel(), TOKENS):
         positions = rows[start : start + TOKENS]
         queries = positions - (key_length - query_length)

@@ -1,7 +1,9 @@
-"""Dense attention as transformers computes it, in the terms in which transformers asks for it."""
+"""Dense attention as the untouched model computes it, in the terms in which transformers asks for it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..ops.dense import dense_attention_with_lse
+from .implementation import original_of
+from .masks import SeerMask
 
 
 class Arguments(NamedTuple):
@@ -19,7 +23,7 @@ class Arguments(NamedTuple):
         module: the attention module.
         query: ``[B, Hq, Tq, D]`` after RoPE.
         key, value: ``[B, Hkv, Tk, D]``, the cache included.
-        mask: what ``attention.seer_mask`` made.
+        mask: what ``masks.seer_mask`` made.
         dropout: probability, 0 outside of training.
         scaling: of the scores; None: ``D ** -0.5``.
         options: everything else.
@@ -29,7 +33,7 @@ class Arguments(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
+    mask: Any
     dropout: float
     scaling: float | None
     options: dict[str, Any]
@@ -47,37 +51,66 @@ class Arguments(NamedTuple):
 
 
 def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-    """transformers' own dense attention, given the mask that it would have got.
+    """What the implementation that the model came with computes, given the mask that it would have got.
 
     Returns:
-        ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where they were asked for, else None.
+        ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` from implementations that give them.
     """
-    mask = arguments.mask
-    if mask is not None and mask.dim() == 2:
-        length = mask.shape[-1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        mask = causal & mask[:, None, None, :]
-    if arguments.wants_weights:
-        return _with_weights(arguments, mask)
-    return AttentionInterface()["sdpa"](
-        arguments.module,
+    module, mask = arguments.module, arguments.mask
+    original = original_of(module.config)
+    attend = _function(module, original)
+    if original not in ("sdpa", "eager"):
+        module = _under_its_own_name(module, original)  # FlashAttention chooses its kernel by the name in the config
+    return attend(
+        module,
         arguments.query,
         arguments.key,
         arguments.value,
-        mask,
+        mask.materialize() if isinstance(mask, SeerMask) else mask,
         dropout=arguments.dropout,
         scaling=arguments.scaling,
         **arguments.options,
     )
 
 
+def _function(module: nn.Module, original: str | None) -> Callable[..., Any]:
+    """The function that the module's own forward would have called; "eager" is one of its modelling file."""
+    if original == "sdpa":
+        return AttentionInterface()[original]
+    for kind in type(module).__mro__:
+        eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return AttentionInterface().get_interface(original, eager)  # type: ignore[arg-type]
+    return AttentionInterface()[original]
+
+
+class _Overlay:
+    """An object with other values of some attributes; what is set goes to the object."""
+
+    def __init__(self, below: Any, **values: Any):
+        self.__dict__.update(values, _below=below)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._below, name, value)
+
+
+def _under_its_own_name(module: nn.Module, original: str | None) -> Any:
+    """The module as it was before: with ``original`` as the attention implementation in its config."""
+    return _Overlay(module, config=_Overlay(module.config, _attn_implementation=original))
+
+
 def attend_densely_with_lse(arguments: Arguments) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
     """:func:`attend_densely` of a whole prompt under causal attention, and its log-sum-exp ``[B, Hq, Tq]`` where sdpa's
     kernel gives one.
 
-    There is none with padding, dropout or gradients, nor where the map itself is asked for.
+    There is none with padding, dropout or gradients, nor where the map itself is asked for, nor for models that came
+    with another implementation.
     """
     plain = arguments.mask is None and arguments.dropout == 0 and not arguments.wants_weights
+    plain = plain and original_of(arguments.module.config) == "sdpa"
     plain = plain and AttentionInterface()["sdpa"] is sdpa_attention_forward
     plain = plain and arguments.options.get("position_bias") is None
     q, k, v = arguments.query, arguments.key, arguments.value
@@ -86,19 +119,3 @@ def attend_densely_with_lse(arguments: Arguments) -> tuple[tuple[Tensor, Tensor 
         if found is not None:
             return (found[0].transpose(1, 2).contiguous(), None), found[1]
     return attend_densely(arguments), None
-
-
-def _with_weights(arguments: Arguments, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Dense attention written out, for ``output_attentions=True``."""
-    query, group = arguments.query, arguments.query.shape[1] // arguments.key.shape[1]
-    key, value = arguments.key.repeat_interleave(group, 1), arguments.value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * arguments.scale
-    if mask is None:
-        rows, columns = scores.shape[-2:]
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask
-    weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), arguments.dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), weights

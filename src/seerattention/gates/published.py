@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import GateConfig, PrefillGateConfig
+from ..files import DamagedFileError, read_json
 from ..policies import Policy, Threshold, TopK
-from .checkpoint import GateCheckpoint, fingerprint, read_json
+from .checkpoint import GateCheckpoint
+from .geometry import fingerprint
+from .tensors import check_dtypes, read_pickled
 
 WEIGHTS_FILE = "attn_gate_weights.pth"
 
@@ -38,21 +39,14 @@ def read_published(folder: Path) -> GateCheckpoint:
 
     Raises:
         FileNotFoundError: the weights are missing.
-        ValueError: damaged weights, unknown keys or an unknown gate type.
+        DamagedFileError: damaged weights, unknown keys, entries of a wrong type, an unknown gate type or method.
         NotImplementedError: decode gates (SeerAttention-R).
     """
     config_path, weights_path = folder / "config.json", folder / WEIGHTS_FILE
     data = read_json(config_path)
     if "seerattn_q_head_pooling_type" in data or "seerattn_k_seq_pooling_type" in data:
         raise NotImplementedError(f"{folder} holds decode gates (SeerAttention-R), which this version does not support")
-    if not weights_path.is_file():
-        raise FileNotFoundError(f"{weights_path} does not exist")
-    try:
-        raw = torch.load(weights_path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{weights_path} is damaged, truncated or holds more than tensors: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{weights_path} must hold a dict of tensors, got {type(raw).__name__}")
+    raw = read_pickled(weights_path)
     if any(_DECODE_KEY.search(key) for key in raw):
         raise NotImplementedError(f"{folder} holds decode gates (SeerAttention-R), which this version does not support")
     weights: dict[str, Tensor] = {}
@@ -64,19 +58,52 @@ def read_published(folder: Path) -> GateCheckpoint:
         else:
             weights[f"layers.{match[1]}.prefill.{match[2]}_linear"] = value
     if unknown:
-        raise ValueError(f"{weights_path} has unexpected keys: {', '.join(sorted(unknown))}")
-    base_model = {"name": data.get("base_model"), "revision": None, **fingerprint(data)}
-    return GateCheckpoint(_gate_config(data, config_path), _policy(data), base_model, weights, str(folder))
+        raise DamagedFileError(f"{weights_path} has unexpected keys: {', '.join(sorted(unknown))}")
+    check_dtypes(weights, str(weights_path))
+    try:
+        _check_types(data)
+        base_model = {"name": data.get("base_model"), "revision": None, **fingerprint(data)}
+        return GateCheckpoint(_gate_config(data), _policy(data), base_model, weights, str(folder))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DamagedFileError(f"{config_path} describes no valid gates: {error}") from error
 
 
-def _gate_config(data: dict[str, Any], path: Path) -> GateConfig:
-    name = data.get("seerattn_gate_type", "Qavg_Kmaxminavg")
+_METHODS = (None, "threshold", "nz_ratio", "token_budget")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "base_model": (str,),
+    "model_type": (str,),
+    "num_hidden_layers": (int,),
+    "seerattn_gate_type": (str,),
+    "seerattn_gate_block_size": (int,),
+    "seerattn_gate_hidden_size": (int,),
+    "seerattn_gate_force_double": (bool,),
+    "seerattn_last_block_dense": (bool,),
+    "seerattn_sparsity_method": (str,),
+    "seerattn_threshold": (int, float),
+    "seerattn_nz_ratio": (int, float),
+}
+
+
+def _check_types(data: dict[str, Any]) -> None:
+    """Every entry that is read has the type that the published code writes, or is null or missing."""
+    for name, types in _TYPES.items():
+        value = data.get(name)
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if data.get("seerattn_sparsity_method") not in _METHODS:
+        known = ", ".join(repr(method) for method in _METHODS if method)
+        raise ValueError(f"seerattn_sparsity_method must be one of {known}, got {data['seerattn_sparsity_method']!r}")
+
+
+def _gate_config(data: dict[str, Any]) -> GateConfig:
+    name = data.get("seerattn_gate_type") or "Qavg_Kmaxminavg"
     match = _GATE_TYPE.fullmatch(name)
     if match is None:
-        raise ValueError(f"{path}: seerattn_gate_type must look like 'Qavg_Kmaxminavg', got {name!r}")
+        raise ValueError(f"seerattn_gate_type must look like 'Qavg_Kmaxminavg', got {name!r}")
     q_pooling, k_pooling = (tuple(re.findall("max|min|avg", kinds)) for kinds in match.groups())
     return GateConfig(
-        block_size=data.get("seerattn_gate_block_size", 64),
+        block_size=64 if data.get("seerattn_gate_block_size") is None else data["seerattn_gate_block_size"],
         prefill=PrefillGateConfig(
             k_pooling=k_pooling,
             q_pooling=q_pooling,

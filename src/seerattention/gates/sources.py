@@ -16,7 +16,7 @@ def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
 
     Raises:
         FileNotFoundError: ``source`` looks like a path and does not exist, or holds neither layout.
-        ValueError: damaged files, or gates for another base model.
+        DamagedFileError: damaged files. ValueError: gates for another base model.
         NotImplementedError: a published checkpoint of decode gates.
     """
     folder = locate(source)

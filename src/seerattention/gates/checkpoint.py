@@ -1,0 +1,288 @@
+"""Gates on disk: ``gate_config.json`` + ``gates.safetensors`` + a model card. Strict to read, atomic to write.
+
+The header of the weights file repeats the description of ``gate_config.json``, and both carry the ``save_id`` of the
+save that wrote them, a digest of description and weights. So renaming the weights file into place is what commits a
+save: a reader that finds the two files of different saves (the writer was killed between them) goes by the header, and
+never mixes old and new. What a reader gets has the digest of its header, or is refused; only the policies of
+``gate_config.json`` may be edited by hand.
+
+Nothing here needs Hugging Face: a serving engine reads gates with torch and safetensors alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config import GateConfig
+from ..files import DamagedFileError, read_json, write_file
+from ..policies import Policy, policy_from_dict
+from .geometry import fingerprint
+from .tensors import check_dtypes, digest, read_described, read_safetensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "gate_config.json"
+WEIGHTS_FILE = "gates.safetensors"
+CARD_FILE = "README.md"
+_CONFIG_KEYS = ("format_version", "base_model", "gates", "policies")
+_HEADER_KEY = "gate_config"
+
+
+@dataclass(frozen=True)
+class GateCheckpoint:
+    """Gates read from disk, not yet part of a model.
+
+    Attributes:
+        gate_config: shape of the gates.
+        policy: the prefill policy stored with them.
+        base_model: what they were trained for: name, revision and the structural fingerprint of :func:`fingerprint`.
+        weights: ``layers.<i>.prefill.<parameter>`` -> tensor.
+        source: where they came from, for messages.
+        damage: why the weights cannot be those that were saved, or None.
+    """
+
+    gate_config: GateConfig
+    policy: Policy
+    base_model: dict[str, Any]
+    weights: dict[str, Tensor]
+    source: str
+    damage: str | None = None
+
+    def check_base_model(self, config: Any) -> None:
+        """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
+        present = fingerprint(config)
+        wrong = [
+            f"{name}: the gates are for {self.base_model[name]}, the model has {value}"
+            for name, value in present.items()
+            if self.base_model.get(name) not in (None, value)
+        ]
+        if wrong:
+            name = self.base_model.get("name") or "another model"
+            raise ValueError(
+                f"{self.source}: these gates belong to a different base model ({name}): " + "; ".join(wrong)
+            )
+        trained_for, model_name = self.base_model.get("name"), getattr(config, "_name_or_path", "")
+        if trained_for and model_name and Path(trained_for).name != Path(model_name).name:
+            logger.warning("%s: gates trained for %s go onto %s", self.source, trained_for, model_name)
+
+    def load_into(self, modules: Mapping[int, nn.Module]) -> None:
+        """Copy the weights into gate modules by layer.
+
+        Raises:
+            DamagedFileError: keys are missing or unexpected, shapes differ, or values are not finite (the message lists
+                them); or the weights are not those that were saved.
+        """
+        expected = gate_tensors(modules)
+        problems = []
+        missing = sorted(set(expected) - set(self.weights))
+        unexpected = sorted(set(self.weights) - set(expected))
+        shapes = [
+            f"{name}: {tuple(self.weights[name].shape)} in the file, {tuple(expected[name].shape)} expected"
+            for name in sorted(set(expected) & set(self.weights))
+            if self.weights[name].shape != expected[name].shape
+        ]
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of wrong shape", shapes),
+            ("not finite", _not_finite(self.weights)),
+        ):
+            if names:
+                problems.append(f"{what}: {', '.join(names)}")
+        if problems:
+            raise DamagedFileError(f"{self.source}: gate weights do not fit this model; " + "; ".join(problems))
+        if self.damage is not None:
+            raise DamagedFileError(self.damage)
+        with torch.no_grad():
+            for name, parameter in expected.items():
+                parameter.copy_(self.weights[name])
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """NaN scores would select nothing but the diagonal, without a word."""
+    return sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
+
+
+def gate_tensors(modules: Mapping[int, nn.Module]) -> dict[str, Tensor]:
+    """The parameters of gates under the names that they have on disk."""
+    return {
+        f"layers.{layer}.prefill.{name}": parameter
+        for layer, gate in sorted(modules.items())
+        for name, parameter in gate.named_parameters()
+    }
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Check weights that are about to be saved.
+
+    Raises:
+        ValueError: one is empty or not in memory (sharded or offloaded gates), or not finite.
+    """
+    lost = sorted(name for name, tensor in tensors.items() if tensor.is_meta or tensor.numel() == 0)
+    if lost:
+        raise ValueError(f"refusing to save gates that are not in memory (sharded or offloaded?): {', '.join(lost)}")
+    if bad := _not_finite(tensors):
+        raise ValueError(f"refusing to save gates that are not finite: {', '.join(bad)}")
+
+
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -> Path:
+    """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first."""
+    description = {
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "base_model": checkpoint.base_model,
+        "gates": checkpoint.gate_config.to_dict(),
+        "policies": {"prefill": checkpoint.policy.to_dict()},
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    # Made from the content: equal gates give equal files.
+    description["save_id"] = digest(description, tensors)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / WEIGHTS_FILE, save(tensors, metadata={_HEADER_KEY: json.dumps(description)}))
+    write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
+    write_file(folder / CARD_FILE, _model_card(description))
+    return folder
+
+
+def read_checkpoint(folder: Path) -> GateCheckpoint:
+    """Read a folder that :func:`write_checkpoint` wrote.
+
+    Weights that are not those that were saved are told by :attr:`GateCheckpoint.damage`, which ``load_into`` raises
+    after it has looked at names and shapes: those say more.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        DamagedFileError: a file is damaged, of another format, or lacks entries.
+    """
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    data = read_json(config_path)
+    weights, metadata = read_safetensors(weights_path)
+    check_dtypes(weights, str(weights_path))
+    described = read_described(metadata, _HEADER_KEY, str(weights_path)) if _HEADER_KEY in metadata else None
+    if described is not None and described.get("save_id") != data.get("save_id"):
+        logger.warning(
+            "%s is not of the same save as the weights (was saving interrupted?); going by the description in %s",
+            config_path,
+            weights_path.name,
+        )
+        data = described
+    checkpoint = _parse(data, config_path, weights, folder)
+    if described is None:
+        damage = _damage(data, weights, weights_path)
+    else:
+        damage = _damage(described, weights, weights_path)
+        if damage is None:
+            _check_edits(checkpoint, data, _parse(described, weights_path, weights, folder), config_path)
+    return dataclasses.replace(checkpoint, damage=damage)
+
+
+def _parse(data: dict[str, Any], path: Path, weights: dict[str, Tensor], folder: Path) -> GateCheckpoint:
+    missing = [key for key in _CONFIG_KEYS if key not in data]
+    if missing:
+        raise DamagedFileError(f"{path} lacks {missing}")
+    if type(data["format_version"]) is not int or data["format_version"] != FORMAT_VERSION:
+        raise DamagedFileError(
+            f"{path} has format_version {data['format_version']!r}, this version of seerattention reads "
+            f"{FORMAT_VERSION}; upgrade seerattention or convert the gates again"
+        )
+    try:
+        gate_config = GateConfig.from_dict(data["gates"])
+        policy = policy_from_dict(data["policies"]["prefill"])
+        base_model = _base_model(data["base_model"])
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedFileError(f"{path} describes no valid gates: {error}") from error
+    return GateCheckpoint(gate_config, policy, base_model, weights, str(folder))
+
+
+def _base_model(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise TypeError(f"base_model must be a JSON object, got {type(data).__name__}")
+    wrong = [
+        f"{name} is {value!r}"
+        for name, value in data.items()
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float))
+    ]
+    if wrong:
+        raise TypeError(f"entries of base_model must be strings or numbers: {', '.join(wrong)}")
+    return dict(data)
+
+
+def _damage(described: dict[str, Any], weights: dict[str, Tensor], path: Path) -> str | None:
+    """Why the weights and their description cannot be what one save wrote, or None. Old saves have no digest."""
+    if "save_id" not in described:
+        logger.info("%s has no digest to verify it by: it is of an older format; save the gates again", path)
+        return None
+    content = {name: value for name, value in described.items() if name != "save_id"}
+    if digest(content, weights) == described["save_id"]:
+        return None
+    return (
+        f"{path} is damaged: its weights or their description are not those that were saved (save_id "
+        f"{described['save_id']!r}); copy the gates again, or distil them again"
+    )
+
+
+def _check_edits(checkpoint: GateCheckpoint, data: dict[str, Any], saved: GateCheckpoint, path: Path) -> None:
+    """Of the description only the policies may differ from what was saved with the weights."""
+    for name in ("gate_config", "base_model"):
+        mine, theirs = getattr(checkpoint, name), getattr(saved, name)
+        if mine != theirs:
+            raise DamagedFileError(
+                f"{path} is damaged or was edited: it says {name} {mine}, but the weights were saved with {theirs}; "
+                "only the policies may be edited by hand"
+            )
+    if checkpoint.policy != saved.policy:
+        logger.warning("%s: the policy %s was edited by hand (%s was saved)", path, checkpoint.policy, saved.policy)
+
+
+def _model_card(description: dict[str, Any]) -> str:
+    base, gate_config = description["base_model"], description["gates"]
+    name = base["name"] or f"a {base['model_type']} model of {base['num_hidden_layers']} layers"
+    header = ["---", "library_name: seerattention", "tags: [sparse-attention, seerattention]"]
+    if base["name"] and base["name"].count("/") == 1 and not base["name"].startswith((".", "/", "~")):
+        header.append(f"base_model: {base['name']}")
+    header.append("---")
+    table = "\n".join(f"| {key} | {value} |" for key, value in base.items() if value is not None)
+    return (
+        "\n".join(header)
+        + f"""
+
+# SeerAttention gates for {name}
+
+Learned gates (arXiv 2410.13276) that choose which {gate_config["block_size"]}x{gate_config["block_size"]} blocks of the
+attention map a long prompt reads. The base model is not part of this folder and stays unchanged.
+
+```python
+import seerattention as seer
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base["name"] or "<base model>"!r}, dtype="bfloat16")
+seer.attach(model, "<this folder>")
+```
+
+| base model | |
+|---|---|
+{table}
+
+| gates | |
+|---|---|
+| prefill | `{json.dumps(gate_config["prefill"])}` |
+| prefill policy | `{json.dumps(description["policies"]["prefill"])}` |
+| written by | seerattention {description["package_version"]} |
+"""
+    )

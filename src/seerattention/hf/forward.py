@@ -1,0 +1,188 @@
+"""One forward of an attached model: what is open for it, what was decided about it, what its layers hand over.
+
+A ``Forward`` begins and ends with the decoder's forward. It is found by context (``contextvars``): forwards in other
+threads and tasks, and forwards of other models inside this one, have their own. Nothing is remembered from one forward
+to the next.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .layer import LayerState
+    from .state import ModelState
+
+DENSE, OBSERVE, RECORD = "dense", "observe", "record"
+
+_KEPT = "_seer_call"  # attribute of the tensor that keeps a call alive
+
+
+@dataclass(eq=False)
+class Watch:
+    """One open ``with`` block: what it is, whose, and what it brings along (an observer, statistics)."""
+
+    kind: str
+    state: ModelState | None
+    value: Any
+
+
+_watches: ContextVar[tuple[Watch, ...]] = ContextVar("seer_watches", default=())
+_forward: ContextVar[Forward | None] = ContextVar("seer_forward", default=None)
+# How many with blocks are open anywhere: compiled decoding asks for the context only where this is not 0.
+_open_watches = 0
+_lock = threading.Lock()
+
+
+@contextmanager
+def watch(kind: str, state: ModelState, value: Any = None) -> Iterator[None]:
+    """Open a watch for the model of ``state``, in the present context only. Blocks may close in any order, even in
+    another context than the one they were opened in."""
+    global _open_watches
+    mine = Watch(kind, state, value)
+    _watches.set((*_watches.get(), mine))
+    with _lock:
+        _open_watches += 1
+    try:
+        yield
+    finally:
+        mine.state = mine.value = None  # closed, in every context that holds it
+        with _lock:
+            _open_watches -= 1
+        _watches.set(tuple(other for other in _watches.get() if other.state is not None))
+
+
+def watching() -> bool:
+    """Whether any model is watched in any context."""
+    return _open_watches > 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward call of one attention layer: what the hooks saw, for the attention function."""
+
+    layer: LayerState
+    module: nn.Module
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor | None
+    static_cache: bool
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+
+class Arguments(dict[str, Any]):
+    """The keyword arguments of a call of the decoder, as an object whose end can be seen."""
+
+
+class Forward:
+    """One forward of the decoder of an attached model.
+
+    Attributes:
+        state: the model's.
+        dense: whether all layers attend densely, because the caller said so.
+        observers, statistics: what is to be called, and counted, in every layer.
+        masks: masks of kinds that do not say themselves what they are, with whether they are causality and padding,
+            and the padding.
+        called, seen: indices of layers whose attention module was called, and that reached the attention function.
+        sparse: whether a layer was attended sparsely.
+    """
+
+    def __init__(self, state: ModelState, arguments: Arguments | None):
+        """``arguments`` live as long as the call of the decoder; None: not known (compiled code)."""
+        mine = [watch for watch in _watches.get() if watch.state is state]
+        self.state = state
+        self.dense = any(watch.kind == DENSE for watch in mine)
+        self.observers = tuple(watch.value for watch in mine if watch.kind == OBSERVE)
+        self.statistics = tuple(watch.value for watch in mine if watch.kind == RECORD)
+        self.masks: list[tuple[Any, bool, Tensor | None]] = []
+        self.called: set[int] = set()
+        self.seen: set[int] = set()
+        self.sparse = False
+        self._call: Callable[[], Call | None] = _nothing
+        self._keeper: Callable[[], Tensor | None] = _nothing
+        self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
+        self._outer = _forward.get()
+        self._arguments = None if arguments is None else weakref.ref(arguments)
+        # Ctrl-C runs no hooks, so forwards may be left over that it ended.
+        while self._outer is not None and self._outer._arguments is not None and self._outer._arguments() is None:
+            self._outer = self._outer._outer
+        _forward.set(self)
+
+    @property
+    def call(self) -> Call | None:
+        """The attention layer that is under way."""
+        return self._call()
+
+    def begin(self, call: Call, keeper: Tensor | None) -> None:
+        """Remember a call as long as ``keeper`` lives, an argument of the attention module: whatever ends the call, its
+        tensors do not stay. None: until the call ends or another begins."""
+        if keeper is None:
+            self._call = lambda: call
+            self._keeper = _nothing
+        else:
+            keeper.__dict__[_KEPT] = call
+            self._call, self._keeper = weakref.ref(call), weakref.ref(keeper)
+
+    def take_call(self, module: nn.Module) -> Call | None:
+        """The call of an attention module, which is then over; None where another one is under way, or none."""
+        call = self._call()
+        if call is None or call.module is not module:
+            return None
+        keeper = self._keeper()
+        if keeper is not None:
+            keeper.__dict__.pop(_KEPT, None)
+        self._call = self._keeper = _nothing
+        return call
+
+    def close(self) -> None:
+        """Let go of all tensors. Called in the context that opened it, or by whoever detaches the model."""
+        self._call = _nothing
+        self.masks.clear()
+        self._positions.clear()
+
+    def leave(self) -> None:
+        """End the forward in its own context."""
+        self.close()
+        _forward.set(self._outer)
+
+    def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
+        """Whether the content's positions rise by one from token to token (they restart in packed sequences).
+
+        All layers of a forward share one tensor of positions, so the answer, which waits for the device, is kept as
+        long as the forward lasts.
+        """
+        if position_ids is None:
+            return True
+        if position_ids.dim() != 2:
+            return False
+        asked = (position_ids, padding)
+        for references, answer in self._positions:
+            if all((ref and ref()) is x for ref, x in zip(references, asked, strict=True)):
+                return answer
+        consecutive = position_ids.diff(dim=-1) == 1
+        if padding is not None:
+            padding = padding.to(position_ids.device)
+            consecutive = consecutive | ~(padding[:, 1:] & padding[:, :-1])
+        answer = bool(consecutive.all())
+        self._positions.append((tuple(None if x is None else weakref.ref(x) for x in asked), answer))
+        return answer
+
+
+def _nothing() -> None:
+    return None
+
+
+@torch.compiler.disable(reason="Dynamo does not know contexts")
+def current_forward() -> Forward | None:
+    """The innermost forward of an attached model in this context."""
+    return _forward.get()

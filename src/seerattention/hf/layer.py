@@ -1,0 +1,185 @@
+"""What an attached model carries for one attention layer: its gate, its policy, and the hooks that feed the gate."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from ..gates import BlockGate
+from ..ops.dispatch import FLOATING_DTYPES
+from ..policies import Policy
+from .architectures import find_attention, sliding_window
+from .forward import Call, current_forward, watching
+from .implementation import NAME
+
+if TYPE_CHECKING:
+    from .state import ModelState
+
+
+class LayerState:
+    """One attention layer: its gate, its policy where it differs from the model's, and the three hooks that feed it."""
+
+    def __init__(self, model: ModelState, index: int, decoder_layer: nn.Module):
+        self.model = model
+        self.index = index
+        self.decoder_layer = decoder_layer
+        self.window = sliding_window(model.decoder.config, index)
+        self.gate: BlockGate | None = None
+        self.policy: Policy | None = None
+        self.stray = False  # in a copy of the layer alone, without its model: the hooks do nothing
+        self.lost = False  # the layer has no attention module any more that could be hooked
+        self._placement: tuple[torch.device, torch.dtype] | None = None
+        self._hooks: list[Any] = []
+        self._hooked: tuple[nn.Module, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        with_model = not self.stray and id(self.model.decoder) in memo
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo) if with_model else {"stray": True}
+        return twin
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention module, inside of adapters that wrap it.
+
+        Raises:
+            AttributeError: there is none of the kind that the family has.
+        """
+        return find_attention(self.decoder_layer, self.model.family)
+
+    @property
+    def may_be_sparse(self) -> bool:
+        """Whether the layer attends sparsely to some prompts."""
+        return self.gate is not None or (self.model.selector is not None and not self.window_is_its_own)
+
+    @property
+    def window_is_its_own(self) -> bool:
+        """Whether the layer has a sliding window that other layers of the model do not have: it never gets a gate."""
+        return self.window is not None and any(layer.window is None for layer in self.model.layers)
+
+    def attach_hooks(self) -> None:
+        attention, family = self.attention, self.model.family
+        query, key = getattr(attention, family.query), getattr(attention, family.key)
+        self._hooked = (attention, query, key)
+        self._hooks.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+        self._hooks.append(query.register_forward_hook(self._after_query))
+        self._hooks.append(key.register_forward_hook(self._after_key))
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._hooked = [], ()
+
+    def follow_modules(self, decoder: nn.Module) -> None:
+        """Hook the present modules: adapters (LoRA) that came after attach put modules of their own there."""
+        family, layers = self.model.family, cast(nn.ModuleList, decoder.layers)
+        try:
+            attention = find_attention(layers[self.index], family)
+        except (AttributeError, IndexError):
+            self.lost = True
+            return
+        present = (attention, getattr(attention, family.query), getattr(attention, family.key))
+        if all(a is b for a, b in zip(present, self._hooked, strict=True)) or self._hooks_are_in(present):
+            return
+        self.remove_hooks()
+        self.decoder_layer, self.lost = layers[self.index], False
+        self.attach_hooks()
+
+    def _hooks_are_in(self, modules: tuple[nn.Module, ...]) -> bool:
+        """Replicas of a module on other devices (DataParallel) share its dicts of hooks."""
+        attention, query, key = modules
+        places = (attention._forward_pre_hooks, query._forward_hooks, key._forward_hooks)
+        return all(hook.id in place for hook, place in zip(self._hooks, places, strict=True))
+
+    def place_gate(self, device: torch.device | None = None) -> None:
+        """Move the gate where its layer went, or at least to ``device`` (offloaded layers have no place of their own).
+
+        Only a *change* of the layer changes the dtype: trainers may keep the gate in float32. Quantized layers have
+        parameters of other dtypes, in which gates cannot compute.
+        """
+        if self.gate is None:
+            return
+        parameters = () if self.lost else self.attention.parameters()
+        parameter = next((p for p in parameters if p.dtype in FLOATING_DTYPES and not p.is_meta), None)
+        placement = None if parameter is None else (parameter.device, parameter.dtype)
+        with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
+            if placement is not None and placement != self._placement:
+                self._placement = placement
+                self.gate.to(device=placement[0], dtype=placement[1])
+            if device is not None and next(self.gate.parameters()).device != device:
+                self.gate.to(device)
+
+    def take(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
+        if call.query is None or call.key is None:
+            raise RuntimeError(
+                f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no longer "
+                f"calls its {self.model.family.query} and {self.model.family.key}; detach before changing modules"
+            )
+        layout, head_dim = self.model.family.layout, self.model.geometry.head_dim
+        query, key = layout(call.query, head_dim), layout(call.key, head_dim)
+        call.query = call.key = None
+        return query, key
+
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.stray:
+            return
+        if kwargs.get("cache") is not None and "Paged" in type(kwargs["cache"]).__name__:
+            raise NotImplementedError(
+                "continuous batching is not supported with gates attached; call seerattention.detach(model) first"
+            )
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if hidden is None or (hidden.shape[1] == 1 and not watching()):
+            return
+        table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
+
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _begin(
+        self, module: nn.Module, table: tuple[Tensor, Tensor], kwargs: dict[str, Any], hidden: Tensor, compiled: bool
+    ) -> None:
+        forward = current_forward()
+        if forward is None or forward.state is not self.model:
+            silent = hidden.shape[1] == 1 or module.training  # layers are run again for the gradients of checkpointing
+            if forward is None and not silent and module.config._attn_implementation == NAME:  # type: ignore
+                self.model.warn_once(
+                    "outside",
+                    "seerattention: a layer that is called outside of a forward of its decoder is attended densely, "
+                    "because nothing is known there of the whole prompt",
+                )
+            return
+        implementation = module.config._attn_implementation  # type: ignore[union-attr]
+        if implementation != NAME and any(config is module.config for config, _ in self.model.configs):
+            if self.model.detached:
+                return
+            raise RuntimeError(
+                f"the attention implementation was changed to {implementation!r} while a forward of this model was "
+                "under way; run it again"
+            )
+        forward.called.add(self.index)
+        if table is not None:
+            static = isinstance(kwargs.get("past_key_values"), StaticCache)
+            call = Call(self, module, *table, position_ids=kwargs.get("position_ids"), static_cache=static)
+            forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
+
+    def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not self.stray and output.shape[1] > 1:
+            self._keep(query=output)
+
+    def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not self.stray and output.shape[1] > 1:
+            self._keep(key=output)
+
+    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    def _keep(self, query: Tensor | None = None, key: Tensor | None = None) -> None:
+        """A call that has both tensors waits for the attention function, which takes them."""
+        forward = current_forward()
+        call = None if forward is None else forward.call
+        if call is not None and call.layer is self:
+            call.query = call.query if query is None else query
+            call.key = call.key if key is None else key

@@ -1,0 +1,191 @@
+"""The mask function of the implementation named "seer", and the mask that it makes.
+
+Sparse attention needs the padding ``[B, T]`` only; a mask ``[B, 1, T, T]`` of a prompt of 128K tokens would take 16 GiB
+a row. But the mask also reaches layers that run another implementation: ones added later, ones that gates were taken
+from in the middle of a forward. So it carries the padding, and is the mask of the untouched model to everybody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
+
+from .forward import Forward, current_forward
+from .implementation import original_of
+
+# What reads memory without an op that could be answered for; and what chooses its kernel by the kind of mask.
+_READS_MEMORY = (
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__dlpack__,
+    Tensor.__reduce_ex__,
+    torch.nn.functional.scaled_dot_product_attention,
+)
+
+
+class _Recipe:
+    """How the mask of the untouched model is made, once per device."""
+
+    def __init__(self, make: Callable[..., Tensor], arguments: dict[str, Any]):
+        self.make = make
+        self.arguments = arguments
+        self.made: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        mask = self.made.get(device)
+        if mask is None:
+            mask = self.make(**{**self.arguments, "allow_is_causal_skip": False}).to(device)
+            self.made[device] = mask
+        return mask
+
+
+class SeerMask(Tensor):
+    """``[B, 1, T, T]`` without storage: causality and padding of whole prompts, one run of valid tokens a row.
+
+    Any op, and any function of torch that gets it, sees the mask that the untouched model would have made.
+
+    Attributes:
+        padding: bool ``[B, T]``, True where there is a token.
+        full: whether there is no padding at all.
+    """
+
+    padding: Tensor
+    full: bool
+    recipe: _Recipe
+
+    @staticmethod
+    def __new__(cls, padding: Tensor, full: bool, dtype: torch.dtype, recipe: _Recipe) -> SeerMask:
+        batch, length = padding.shape
+        mask = Tensor._make_wrapper_subclass(cls, (batch, 1, length, length), dtype=dtype, device=padding.device)
+        mask.padding, mask.full, mask.recipe = padding, full, recipe
+        return mask
+
+    def materialize(self) -> Tensor:
+        """The mask as the untouched model makes it."""
+        return self.recipe.on(self.padding.device)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"SeerMask(padding={tuple(self.padding.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS_MEMORY:
+            args, kwargs = tree_map_only(SeerMask, SeerMask.materialize, (args, kwargs))
+        elif func is Tensor.to and isinstance(args[0], SeerMask):
+            mask = args[0]
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            if device is not None and dtype in (None, mask.dtype):  # layers on several devices: still no storage
+                return cls(mask.padding.to(device, non_blocking=non_blocking), mask.full, mask.dtype, mask.recipe)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(SeerMask, SeerMask.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # For torch.compile, which takes tensors like this apart and puts them together again.
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[bool, torch.dtype, _Recipe]]:
+        return ["padding"], (self.full, self.dtype, self.recipe)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> SeerMask:
+        return cls(inner["padding"], *context)
+
+    @classmethod
+    def __metadata_guard__(cls, first: Any, second: Any) -> bool:
+        return first[:2] == second[:2]
+
+
+def seer_mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask that :func:`seer_attention` gets, made once per forward.
+
+    Returns:
+        The mask of the untouched model; as a :class:`SeerMask` where that is causality and padding ``[B, 1, T, T]``.
+    """
+    original = original_of(kwargs["config"])
+    make: Any = None if original is None else AttentionMaskInterface._global_mapping.get(original)
+    if make is flash_attention_mask:
+        return make(*args, **kwargs)  # None, or the padding itself
+    queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+    keys, window, padding = kwargs["kv_length"], kwargs.get("local_size"), kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function or (
+        window is not None and keys <= window
+    )
+    # transformers refuses to skip the mask where it is more than causal (packed sequences, mask overlays).
+    plain = plain and kwargs.get("allow_is_causal_skip", True)
+    plain = plain and queries > 1 and queries == keys and not kwargs.get("kv_offset", 0)
+    if plain and padding is not None:
+        if bool(padding.all()):
+            padding = None
+        else:
+            padding = padding.bool()
+            plain = padding.shape[-1] == keys and one_run_a_row(padding)
+    if plain and make is sdpa_mask and padding is None:
+        return None
+    if plain and (make is sdpa_mask or make is eager_mask):
+        return _without_storage(make, kwargs, padding)
+    mask = None if make is None else make(*args, **kwargs)
+    if make is not sdpa_mask and make is not eager_mask:
+        _describe(mask, plain, padding)
+    return mask
+
+
+@torch.compiler.disable(reason="a tensor without storage is made")
+def _without_storage(make: Callable[..., Tensor], arguments: dict[str, Any], padding: Tensor | None) -> SeerMask:
+    dtype = torch.bool if make is sdpa_mask else arguments["dtype"]
+    full = padding is None
+    if padding is None:
+        device = arguments["device"] if "device" in arguments else arguments["cache_position"].device
+        padding = torch.ones(arguments["batch_size"], arguments["kv_length"], dtype=torch.bool, device=device)
+    return SeerMask(padding, full, dtype, _Recipe(make, arguments))
+
+
+@torch.compiler.disable(reason="what is known of a forward is kept by context")
+def _describe(mask: Any, plain: bool, padding: Tensor | None) -> None:
+    """Tell the forward under way what a mask of another kind (block masks, user's own) means."""
+    forward = current_forward()
+    if forward is not None:
+        forward.masks.append((mask, plain, padding))
+
+
+def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, Tensor | None]:
+    """Whether a mask is causality and padding of whole prompts, and the padding: bool ``[B, T]``, or None."""
+    if isinstance(mask, SeerMask):
+        return True, None if mask.full else mask.padding
+    for known, plain, padding in forward.masks:
+        if known is mask:
+            return plain, padding
+    if mask is None:
+        return original != "eager", None  # which without a mask attends to everything
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        padding = mask.bool()
+        plain = one_run_a_row(padding)
+        forward.masks.append((mask, plain, padding))
+        return plain, padding
+    return False, None
+
+
+def one_run_a_row(padding: Tensor) -> bool:
+    """Whether each row is one run of valid tokens: it begins exactly once."""
+    begins = padding[:, :1].int().sum(-1) + (padding[:, 1:] & ~padding[:, :-1]).sum(-1)
+    return bool((begins == 1).all())

@@ -1,0 +1,114 @@
+"""``seer distill`` that is interrupted keeps its state, and goes on only with the text that it was started with."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seerattention.distillation import progress
+from seerattention.distillation.checkpoint import STATE_FILE, load_state, save_state
+
+from ..evaluate.tiny import make_text
+
+STEPS = 5
+
+
+@pytest.fixture
+def run(seer_command, folder, tmp_path):
+    """``run(output)`` distils from ``text.jsonl``."""
+
+    def run(output, *arguments):
+        return seer_command(
+            "distill", "--model", folder / "model", "--data", tmp_path / "text.jsonl", "--output", output, "--device",
+            "cpu", "--length", 256, "--steps", STEPS, "--rows", 2, "--eval-sequences", 1, "--save-seconds", 3600,
+            *arguments,
+        )  # fmt: skip
+
+    write(tmp_path / "text.jsonl")
+    return run
+
+
+def write(path, last_words=""):
+    texts = [make_text(300, seed) for seed in range(12)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts[:-1], texts[-1] + last_words]))
+
+
+@contextmanager
+def interrupted_after(step):
+    """The progress line presses Ctrl-C."""
+
+    @contextmanager
+    def pressing(console):
+        yield lambda report: signal.raise_signal(signal.SIGINT) if report.step == step else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "distill_progress", pressing)
+        yield
+
+
+def gates(output):
+    return load_file(output / "gates.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_interrupted_run_keeps_its_state_and_goes_on(run, tmp_path):
+    output = tmp_path / "out"
+    with interrupted_after(2):
+        stopped = run(output)
+    assert stopped.exit_code == 130, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == "interrupted"
+    assert f"the same command goes on from {output / STATE_FILE}" in stopped.stderr
+    assert load_state(output / STATE_FILE)[1]["step"] == 2
+    assert not (output / "gates.safetensors").exists()
+    assert run(output).exit_code == 0
+    assert run(tmp_path / "unbroken").exit_code == 0
+    assert same(gates(output), gates(tmp_path / "unbroken"))
+
+
+def test_a_changed_text_is_refused(run, tmp_path):
+    output = tmp_path / "out"
+    with interrupted_after(1):
+        run(output)
+    assert load_state(output / STATE_FILE)[1]["data"]["source"]["document"] < 5  # the end of the text is not read yet
+    write(tmp_path / "text.jsonl", " changed")
+    refused = run(output)
+    assert refused.exit_code == 1
+    last = refused.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"error: {output / STATE_FILE} belongs to a run with other settings (digest of the text: was"
+    )
+    assert load_state(output / STATE_FILE)[1]["step"] == 1
+    write(tmp_path / "text.jsonl")
+    assert run(output).exit_code == 0
+
+
+def test_a_run_of_an_earlier_version_goes_on(run, tmp_path):
+    output = tmp_path / "out"
+    with interrupted_after(1):
+        run(output)
+    tensors, meta = load_state(output / STATE_FILE)
+    del meta["settings"]["digest of the text"]
+    save_state(output / STATE_FILE, tensors, meta)
+    done = run(output)
+    assert done.exit_code == 0, done.stderr
+    assert load_state(output / STATE_FILE)[1]["step"] == STEPS
+
+
+def test_a_full_disk_is_one_sentence(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("seerattention.files.os.replace", full)
+    failed = run(tmp_path / "out", "--save-every", 1)
+    assert failed.exit_code == 1
+    assert failed.stderr.splitlines()[-1].startswith(
+        f"error: cannot write {tmp_path / 'out' / STATE_FILE}: No space left"
+    )
