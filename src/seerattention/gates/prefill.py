@@ -181,9 +181,9 @@ class PrefillGate(BlockGate):
             config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
         config = config.resolve(head_dim)
-        assert config.hidden_size is not None
+        assert config.width is not None
         self.config = config
-        self.width = config.hidden_size
+        self.width = config.width
         self.scale = self.width**-0.5
         k_heads = num_kv_heads if config.q_linear else num_heads
         self.k_linear = nn.Parameter(torch.empty(k_heads, len(config.k_pooling) * head_dim, self.width))
@@ -245,12 +245,16 @@ class PrefillGate(BlockGate):
         """See :meth:`BlockGate.encode_queries`."""
         self._check("q", q, self.num_heads, cos)
         pitch, per_row = self.q_pitch, self.block_size // self.q_pitch
-        align = None if span is None else self.block_size
-        pooled = block_pooling(
-            q.detach(), self.config.q_pooling, block_size=pitch, lengths=lengths, span=span, align=align
-        )  # fmt: skip
         first = 0
-        if span is not None and not (span.plain and (first := span.keys - span.queries) % self.block_size == 0):
+        if span is not None:
+            span.check("encode_queries", q=q)
+            first = span.keys - span.queries if span.plain else 0
+        if span is None or (span.plain and first % self.block_size == 0):  # blocks begin with the first token
+            pooled = block_pooling(q.detach(), self.config.q_pooling, block_size=pitch, lengths=lengths)
+        else:
+            pooled = block_pooling(
+                q.detach(), self.config.q_pooling, block_size=pitch, lengths=lengths, span=span, align=self.block_size
+            )
             cos, sin, pitch = (*_part_starts(cos, sin, span, pitch, pooled.shape[2], self.block_size), 1)
         if rows is not None:
             if span is not None and not span.plain:
@@ -310,7 +314,7 @@ class PrefillGate(BlockGate):
         if self.config.rope and rotary_dim > self.width and rotary_dim % self.width:
             raise ValueError(
                 f"a gate of width {self.width} cannot take the rotary embedding of {rotary_dim} channels: the width "
-                "must be at least the rotary width or divide it; change hidden_size or pass rope=False"
+                "must be at least the rotary width or divide it; change width or pass rope=False"
             )
 
 

@@ -156,7 +156,7 @@ def _encode_blocks(
         from . import triton  # imported late: triton is an optional dependency
 
         return triton.encode_blocks(pooled, linear, cos, sin, pitch)
-    encoded = reference.encode_blocks(pooled, linear, cos, sin, pitch)
+    encoded = reference.encode_blocks(pooled, linear, cos, sin, pitch).contiguous()
     return encoded if implementation == "reference" else encoded.to(pooled.dtype)
 
 

@@ -71,8 +71,8 @@ class Tiles:
         """``start`` and ``end``, for each batch row ``[B, 1]`` where they differ."""
         if self.table is None:
             return self.start, self.end
-        start = self.table[:, START, None].long()
-        return start, start + self.table[:, LENGTH, None]
+        start, length = self.table[:, START, None].long(), self.table[:, LENGTH, None]
+        return start, torch.where(length > 0, start + length, 0)  # without a query no block holds one
 
 
 def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:

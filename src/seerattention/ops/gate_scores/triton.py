@@ -169,7 +169,8 @@ def gate_scores_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_TABLE:
         start = tl.load(table + i_b * 4 + 1)
-        end = start + tl.load(table + i_b * 4 + 2)
+        length = tl.load(table + i_b * 4 + 2)
+        end = tl.where(length > 0, start + length, 0)  # without a query no block holds one
         first_row = start // BLOCK
     # Query blocks of the rows, the first and the last of them.
     if HAS_ROWS:
