@@ -275,7 +275,11 @@ def gate_scores(module, target):
         yield f"multiply {shape}", functools.partial(module.gate_scores, x, x[:, :2], scores, tiles)
     cases = [(64, 8, 8, torch.bfloat16, None)]
     if target == "sm_90":
-        cases += [(64, 8, 4, torch.float16, None), (128, 64, 16, torch.bfloat16, None), (32, 4, 4, torch.bfloat16, None)]
+        cases += [
+            (64, 8, 4, torch.float16, None),
+            (128, 64, 16, torch.bfloat16, None),
+            (32, 4, 4, torch.bfloat16, None),
+        ]
         cases += [(256, 8, 8, torch.bfloat16, None), (64, 8, 8, torch.float32, None)]
         cases += [(64, 8, 8, torch.bfloat16, torch.zeros(1, 4, dtype=torch.int32))]
     for width, q_pitch, k_pitch, dtype, table in cases:
