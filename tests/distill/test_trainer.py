@@ -382,7 +382,7 @@ def test_held_out_batches_beyond_the_window_get_a_sentence():
     """Every layer of the model has a window of 128 tokens; nothing can be said about longer prompts."""
     config = transformers.MistralConfig(
         vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        sliding_window=128,
+        num_key_value_heads=2, sliding_window=128,
     )  # fmt: skip
     model = transformers.MistralForCausalLM(config).eval()
     short, long = ({"input_ids": torch.randint(3, 97, (1, length))} for length in (120, 300))

@@ -267,9 +267,9 @@ class _Run:
         if unread:
             longest = max(batch["input_ids"].shape[1] for batch in self.eval_batches)
             raise ValueError(
-                f"block recall cannot be measured on these eval_batches: {', '.join(unread)} read none of them as whole "
-                f"prompts. They are up to {longest} tokens long; they must be longer than one token and not longer than "
-                "the model's sliding window"
+                f"block recall cannot be measured on these eval_batches: {', '.join(unread)} read none of them as "
+                f"whole prompts. They are up to {longest} tokens long; they must be longer than one token and not "
+                "longer than the model's sliding window"
             )
         recall = {name: mass / pairs for name, (mass, pairs) in zip(names, host, strict=True)}
         with self.interrupts.held():

@@ -16,7 +16,7 @@ from .. import hf
 from ..ops import pooled_attention
 from ..ops.indices import BlockIndices, causal_block_mask
 from ..policies import causal_softmax
-from .forward import decoder_states, prompt_device
+from .forward import check_documents, decoder_states, prompt_device
 
 __all__ = ["HeadMap", "Inspection", "draw_maps", "draw_recall", "inspect_attention"]
 
@@ -126,8 +126,8 @@ def inspect_attention(
     ordered = [maps[layer, head] for layer in chosen_layers for head in chosen_heads if (layer, head) in maps]
     if not sizes:
         raise ValueError(
-            f"no layer read this prompt of {input_ids.shape[1]} tokens as a whole: it must be longer than one token and "
-            "not longer than the model's sliding window"
+            f"no layer read this prompt of {input_ids.shape[1]} tokens as a whole: it must be longer than one token "
+            "and not longer than the model's sliding window"
         )
     return Inspection(ordered, recall, density, sizes.pop())
 
