@@ -142,6 +142,7 @@ def _tokens(sample: Any) -> Tensor:
     return torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
 
 
+_GENERATION_OPTIONS = [name for name in GenerationConfig().to_dict() if name != "transformers_version"]
 Found = dict[tuple[int, tuple[int, int]], bool]
 """(sample, span of an answer) -> whether all its tokens are right."""
 
@@ -172,11 +173,15 @@ def _generated(
 
 def _decode(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
     """The ``count`` tokens that greedy decoding adds to ``prompt [B, T]``, int64 ``[B, count]``."""
-    config = GenerationConfig(
-        max_new_tokens=count, do_sample=False, num_beams=1, use_cache=True, eos_token_id=None, pad_token_id=0
-    )
+    # What is None in a config, or left out, is filled from the model's own, which may hold penalties and tokens to stop
+    # at or to suppress; arguments are not, not even those that are None. The length of an answer is known.
+    unset = dict.fromkeys(_GENERATION_OPTIONS)
+    options = unset | {
+        "max_new_tokens": count, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True,
+        "pad_token_id": 0,
+    }  # fmt: skip
     with evaluating(model):
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)  # type: ignore[operator]
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
     return out[:, prompt.shape[1] : prompt.shape[1] + count]
 
 
