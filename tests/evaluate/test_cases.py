@@ -2,83 +2,19 @@
 
 import dataclasses
 import json
-from typing import ClassVar
 
-import numpy as np
 import pytest
 
 import seerattention as seer
 from seerattention.baselines import Oracle
-from seerattention.evaluate import MEASURES, Journal, Picture, Prompts, Setting, Subject, register, run_measures
-from seerattention.evaluate.figures import over_density
-from seerattention.evaluate.tables import Table, format_density
+from seerattention.evaluate import MEASURES, Journal, Setting, Subject, register, run_measures
 from seerattention.files import temporary_files
 from seerattention.policies import TopK
 
+from .toy import Toy
+
 DENSE, SPARSE = Setting.dense(), Setting("oracle 0.5", selector=Oracle(TopK(0.5)))
 IDENTITY = {"weights": "those of the test"}
-
-
-@dataclasses.dataclass
-class ToyResult:
-    setting: str
-    density: float
-    tokens: np.ndarray
-
-    def to_dict(self):
-        return {"setting": self.setting, "density": self.density, "mean": float(self.tokens.mean())}
-
-    def arrays(self):
-        return {"tokens": self.tokens}
-
-
-@dataclasses.dataclass(frozen=True)
-class Toy:
-    """A measure in one file: the mean token id that is predicted at the end of a prompt."""
-
-    name: ClassVar[str] = "toy"
-    title: ClassVar[str] = "Toy"
-    together: ClassVar[bool] = False
-    runs: ClassVar[list] = []
-    stop_at: ClassVar[list] = []
-
-    samples: int = 2
-
-    def lengths(self, asked):
-        return asked
-
-    def settings(self, asked):
-        return asked
-
-    def prepare(self, subject, length):
-        ids = np.stack([subject.books[0][i * length : (i + 1) * length] for i in range(self.samples)])
-        return Prompts(ids, {"prompts": ids}, ids.size)
-
-    def run(self, subject, prompts, settings, advance=None):
-        import torch
-
-        results = []
-        for setting in settings:
-            if setting.name in self.stop_at:
-                raise KeyboardInterrupt
-            self.runs.append((setting.name, prompts.content.shape[1]))
-            with setting.applied(subject.model) as measurement, torch.no_grad():
-                logits = subject.model(torch.from_numpy(prompts.content), logits_to_keep=1).logits
-            results.append(ToyResult(setting.name, measurement.density, logits[:, 0].argmax(-1).numpy()))
-            if advance is not None:
-                advance(prompts.tokens)
-        return results
-
-    def restore(self, numbers, arrays):
-        return ToyResult(numbers["setting"], numbers["density"], arrays["tokens"])
-
-    def table(self, results):
-        rows = [[r.setting, format_density(r.density), f"{r.tokens.mean():.1f}"] for r in results]
-        return Table(["setting", "density", "mean token"], rows, "A toy.")
-
-    def picture(self, results):
-        means = [float(r.tokens.mean()) for r in results]
-        return Picture(over_density(results, means, "mean token"), "A toy's picture.", "toy")
 
 
 @pytest.fixture
@@ -93,7 +29,10 @@ def subject(model, tokenizer, books):
     return Subject(model, tokenizer, books)
 
 
-def run(subject, folder, measures=(Toy(),), settings=(DENSE, SPARSE), lengths=(256,), identity=IDENTITY):
+TOY = Toy()
+
+
+def run(subject, folder, measures=(TOY,), settings=(DENSE, SPARSE), lengths=(256,), identity=IDENTITY):
     return run_measures(subject, measures, settings, lengths, journal=Journal(folder), identity=identity)
 
 
