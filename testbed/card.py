@@ -22,6 +22,11 @@ WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GATES = ("README.md", "gate_config.json", "gates.safetensors")
 _PHASE = ("context", "share", "most", "until", "tokens", "rate", "tasks", "drills", "reach", *MIXES)
+#: How answers were got; results of earlier versions do not say it.
+_HOW = {
+    "generate": "answers are generated greedily from the prompt before them",
+    "teacher_forcing": "the right answers are part of the prompt (teacher forcing)",
+}
 #: Beside the weights: the stages of training that made them, for a run that trains the model on.
 STAGES = "training.json"
 
@@ -247,5 +252,7 @@ def _sparse(results: list[Mapping[str, Any]]) -> str:
         return ""
     columns = list(dict.fromkeys(name for row in cells.values() for name in row))
     rows = [(setting, *(row.get(name, "") for name in columns)) for setting, row in cells.items()]
-    heading = "## Retrieval, sparse prefill\n\nEvery row sparse, question and answers included (`seer eval`).\n\n"
+    methods = {entry.get("method", "teacher_forcing") for result in results for entry in result.get("retrieval", ())}
+    how = " and ".join(_HOW[method] for method in sorted(methods))
+    heading = f"## Retrieval, sparse prefill\n\nEvery row of the prompts is sparse; {how} (`seer eval`).\n\n"
     return heading + Table(("setting", *columns), rows).markdown()
