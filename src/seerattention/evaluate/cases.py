@@ -28,7 +28,7 @@ from .measure import Advance, Measure, Prompts, Subject
 from .settings import Setting
 from .tables import format_length
 
-__all__ = ["Group", "case_digest", "run_measures"]
+__all__ = ["Group", "case_digest", "describe", "run_measures"]
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -76,34 +76,35 @@ def run_measures(
     """
     if journal is not None and not identity:
         raise ValueError("a journal needs an identity, or results of another model could be taken for this one's")
-    todo = [
-        (measure, length, measure.prepare(subject, length))
-        for measure in measures
-        for length in measure.lengths(sorted(lengths))
-    ]
-    groups = []
-    for measure, length, prompts in todo:
+    todo = []
+    for measure in measures:
         chosen = measure.settings(settings)
-        if not chosen:
-            continue
-        what, total = f"{measure.name} at {format_length(length)}", len(chosen) * prompts.tokens
+        if chosen:
+            todo += [(measure, n, chosen, measure.prepare(subject, n)) for n in measure.lengths(sorted(lengths))]
+    # By place in memory: those of the caller live as long as this call.
+    described = {} if journal is None else {id(each): describe(each, subject.model) for each in settings}
+    groups = []
+    for measure, length, chosen, prompts in todo:
         results: list[Any] = []
         kept = 0
+        what, total = f"{measure.name} at {format_length(length)}", len(chosen) * prompts.tokens
         with (progress or _silent)(what, total) as advance:
             for case in [chosen] if measure.together else [[setting] for setting in chosen]:
-                digest = None
+                digest, found = None, None
                 if journal is not None:
-                    digest = case_digest(subject, measure, length, prompts, case, identity or {})
+                    told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in case]
+                    digest = case_digest(subject, measure, length, prompts, told, identity or {})
                     found = journal.find(digest)
-                    if found is not None:
-                        results += [measure.restore(*each) for each in found]
-                        kept += len(found)
-                        advance(len(case) * prompts.tokens)
-                        continue
+                if found is not None:
+                    results += [measure.restore(*each) for each in found]
+                    kept += len(found)
+                    advance(len(case) * prompts.tokens)
+                    continue
                 measured = measure.run(subject, prompts, case, advance)
-                if journal is not None:
-                    journal.add(_facts(measure, length, subject, case), digest, measured)
                 results += measured
+                if journal is not None:
+                    facts = {"measure": measure.name, "length": length, "seed": subject.seed}
+                    journal.add(facts | {"settings": [setting.name for setting in case]}, digest, measured)
         groups.append(Group(measure, length, results, kept))
         if show is not None:
             show(groups[-1])
@@ -115,47 +116,55 @@ def case_digest(
     measure: Measure,
     length: int,
     prompts: Prompts,
-    settings: Sequence[Setting],
+    settings: Sequence[Mapping[str, Any] | None],
     identity: Mapping[str, Any],
 ) -> str | None:
-    """Digest of all that decides a case; None where something in it cannot be told from another by what it says of
-    itself (a selector that is a plain function, gates that are attached to the model).
+    """Digest of all that decides a case; None where something in it does not say what it is.
+
+    Args:
+        settings: what :func:`describe` says of each.
+        identity: see :func:`run_measures`.
     """
-    arrays = {name: _array_digest(array) for name, array in prompts.decides.items()}
+    if None in settings:
+        return None
     try:
         content = {
             "identity": _plain(identity),
-            "case": _facts(measure, length, subject, settings),
+            "measure": measure.name,
             "options": _plain(dataclasses.asdict(measure)),  # type: ignore[call-overload]
+            "length": length,
+            "seed": subject.seed,
             "batch size": subject.batch_size,
-            "prompts": arrays,
-            "settings": [_description(setting, subject.model) for setting in settings],
+            "prompts": {name: _array_digest(array) for name, array in prompts.decides.items()},
+            "settings": list(settings),
         }
     except _Unknown:
         return None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def describe(setting: Setting, model: nn.Module) -> dict[str, Any] | None:
+    """What decides what a setting does to a model, as JSON has it: of gates a digest, not their folder.
+
+    None where that cannot be told: gates that are attached to the model already, a selector that is a plain function.
+    """
+    if setting.sparse and setting.gates is None and setting.selector is None:
+        return None
+    try:
+        return {
+            "name": setting.name,
+            "sparse": setting.sparse,
+            "min_context": setting.min_context,
+            "gates": None if setting.gates is None else _gates(setting.gates, model),
+            "policy": _plain(setting.policy),
+            "selector": _plain(setting.selector),
+        }
+    except _Unknown:
+        return None
+
+
 class _Unknown(Exception):
     """Something does not say what it is."""
-
-
-def _facts(measure: Measure, length: int, subject: Subject, settings: Sequence[Setting]) -> dict[str, Any]:
-    names = [setting.name for setting in settings]
-    return {"measure": measure.name, "length": length, "seed": subject.seed, "settings": names}
-
-
-def _description(setting: Setting, model: nn.Module) -> dict[str, Any]:
-    if setting.sparse and setting.gates is None and setting.selector is None:
-        raise _Unknown
-    return {
-        "name": setting.name,
-        "sparse": setting.sparse,
-        "min_context": setting.min_context,
-        "gates": None if setting.gates is None else _gates(setting.gates, model),
-        "policy": _plain(setting.policy),
-        "selector": _plain(setting.selector),
-    }
 
 
 def _gates(source: str | os.PathLike[str], model: nn.Module) -> str:
