@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seerattention.distillation.lock import locked
 from seerattention.evaluate import MEASURES, register
 
 from ..evaluate.toy import Toy
@@ -116,7 +117,12 @@ def test_a_measure_of_ones_own_stops_and_goes_on(seer_command, common, tmp_path,
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Toy at 256" in page
     assert page.count("data:image/png;base64,") == 1
+    with locked(tmp_path / "out" / "results.jsonl"):
+        refused = seer_command(*arguments)
+    assert refused.exit_code == 1
+    assert "another run is writing to" in refused.stderr
     again = seer_command(*arguments, "--dtype", "bfloat16")
+    assert again.exit_code == 0
     assert "measured before" not in again.stderr
 
 

@@ -166,3 +166,12 @@ def test_the_models_own_way_to_generate_does_not_matter(model):
     before = config.to_dict()
     assert score_samples(model, [sample]).tolist() == expected
     assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_has_a_prompt_at_least(model, books, generator, batch_size):
+    samples = make_samples(generator, ["single"], 600, 1)
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        evaluate_retrieval(model, samples, [Setting.dense()], batch_size=batch_size)
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        evaluate_perplexity(model, cut_documents(books, 100, 1), [Setting.dense()], batch_size=batch_size)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import check_documents, iterate_token_losses, prompt_device
+from .forward import check_batch_size, check_documents, iterate_token_losses, prompt_device
 from .measure import Advance, Picture, Prompts, Subject
 from .settings import Setting
 from .tables import Table, finite, format_density, format_length, with_error
@@ -154,6 +154,7 @@ def document_losses(
 ) -> np.ndarray:
     """Token losses float32 ``[documents, T - 1]`` of ``documents [documents, T]``, with the model as it is."""
     check_documents(documents)
+    check_batch_size(batch_size)
     device = prompt_device(model)
     rows = []
     for batch in documents.split(batch_size):
@@ -177,6 +178,7 @@ def evaluate_perplexity(
         TypeError, ValueError: documents that are none, see :func:`~seerattention.evaluate.forward.check_documents`.
     """
     check_documents(documents)
+    check_batch_size(batch_size)
     results = []
     for setting in settings:
         with setting.applied(model) as measurement:

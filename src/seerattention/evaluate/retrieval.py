@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from ..hf.prompts import evaluating
 from ..tasks import TASKS, TaskGenerator
-from .forward import decoder_states, prompt_device, token_logits
+from .forward import check_batch_size, decoder_states, prompt_device, token_logits
 from .measure import Advance, Picture, Prompts, Subject
 from .settings import Setting
 from .tables import Table, finite, format_density, format_length, format_percent
@@ -139,10 +139,11 @@ def score_samples(
         method: one of :data:`METHODS`, see the module.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a batch size below 1.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_batch_size(batch_size)
     right = _generated if method == "generate" else _teacher_forced
     found = right(model, samples, batch_size, advance)
     correct = [
