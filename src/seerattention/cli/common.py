@@ -58,17 +58,7 @@ class Terminal:
 
     def table(self, table: Table, numbers: bool = True) -> None:
         """A table with its caption; ``numbers``: columns but the first are right-aligned."""
-        from rich import box
-        from rich.table import Table as RichTable
-
-        rich = RichTable(box=box.SIMPLE_HEAD if self.out.is_terminal else box.ASCII2)
-        for i, header in enumerate(table.headers):
-            rich.add_column(header, justify="right" if i and numbers else "left", no_wrap=not self.out.is_terminal)
-        for row in table.rows:
-            rich.add_row(*row)
-        self.out.print(rich)
-        if table.caption:
-            self.out.print(table.caption, markup=False, style="dim", soft_wrap=True)
+        table.print_to(self.out, numbers)
 
     def emit(self, data: Any) -> None:
         """The result as JSON on stdout, if asked for."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..evaluate.environment import environment
 from ..evaluate.figures import bar_figure, line_figure
 from ..evaluate.maps import draw_maps, draw_recall
 from ..evaluate.report import Report
-from ..evaluate.tables import Table, format_density, format_length, format_percent, retrieval_table
+from ..evaluate.retrieval import retrieval_table
+from ..evaluate.tables import Table, format_density, format_length, format_percent, with_error
 from .demo_job import RECALL_DENSITY, DemoPlan, DemoResult
 
 __all__ = ["build_report", "demo_to_dict", "recall_table", "result_table"]
@@ -26,7 +26,7 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
                 format_density(retrieval.density),
                 f"{timing.median:.2f} s",
                 f"{dense.median / timing.median:.2f}x",
-                _with_error(*perplexity.last_quarter()),
+                with_error(*perplexity.last_quarter()),
                 *(format_percent(retrieval.accuracy([task]), retrieval.standard_error(task)) for task in plan.tasks),
             ]
         )
@@ -316,10 +316,6 @@ def _short(setting: str) -> str:
 
 def _mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f}"
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
 
 
 def _plural(word: str, count: int) -> str:
