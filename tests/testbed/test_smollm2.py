@@ -384,7 +384,7 @@ def test_perplexity_of_a_book(dense_losses):
     ("attached", "density", "least", "most"),
     [
         ({"gates": seer.testbed.GATE_CONFIG, "prefill": seer.TopK(1.0)}, 1.0, -1e-4, 1e-4),
-        ({"selector": seer.baselines.Oracle(seer.TopP(0.9))}, 0.5, 1e-4, 0.03),
+        ({"selector": seer.baselines.Oracle(seer.TopP(0.9))}, 0.492, 1e-4, 0.03),
     ],
     ids=["all blocks", "blocks with 90 % of the attention"],
 )
@@ -397,5 +397,5 @@ def test_it_bears_sparse_attention(loaded, books, dense_losses, attached, densit
             losses = document_losses(model, cut_documents(books, length, 1))
     finally:
         seer.detach(model)
-    assert stats.total_density == pytest.approx(density, abs=0.01)
+    assert stats.total_density == pytest.approx(density, abs=0.005)
     assert least < losses.mean() - dense_losses[:, : length - 1].mean() < most

@@ -48,7 +48,8 @@ class DemoPlan:
 
     Attributes:
         model: which of the testbed's models.
-        length: tokens of the prompts that are measured.
+        length: tokens of the prompts that are timed and of the documents for perplexity.
+        task_length: tokens of the retrieval samples.
         train_length, batch_size: tokens and sequences of a training step.
         max_steps: most steps of distillation; fewer where a quarter of ``seconds`` does not hold them.
         max_rounds: most rounds of evaluation (a sample of each task and a document); fewer where the time is short.
@@ -65,6 +66,7 @@ class DemoPlan:
 
     model: str = "testbed"
     length: int = 8192
+    task_length: int = 8192
     train_length: int = 2048
     batch_size: int = 1
     max_steps: int = 60
@@ -89,6 +91,7 @@ class DemoPlan:
         if fast:
             return cls(
                 length=1024,
+                task_length=1024,
                 train_length=512,
                 max_steps=4,
                 max_rounds=1,
@@ -101,6 +104,7 @@ class DemoPlan:
         if device.startswith("cuda"):
             return cls(
                 length=16384,
+                task_length=16384,
                 train_length=8192,
                 batch_size=4,
                 max_steps=200,
@@ -115,15 +119,24 @@ class DemoPlan:
 
     @classmethod
     def _of_smollm2(cls, device: str, fast: bool, seconds: float) -> DemoPlan:
-        """Eight times as much work a token as the testbed. A share of each row's own blocks (top-k) drops the attention
-        sink of early rows, which this model does not bear, so top-p stands beside it."""
-        rules: dict[str, Any] = {"committed": (0.2, TopP(0.9)), "fresh": (0.2, TopP(0.9)), "tasks": ("single",)}
-        shared: dict[str, Any] = {"model": "smollm2", "seconds": seconds, **rules}
+        """A token costs eight times as much as the testbed's. A share of each row's own blocks (top-k) drops the
+        attention sink of early rows, which this model does not bear, so top-p stands beside it; of many names, it finds
+        one in up to 2K tokens only."""
+        rules = (0.2, TopP(0.9))
+        shared: dict[str, Any] = {
+            "model": "smollm2",
+            "seconds": seconds,
+            "committed": rules,
+            "fresh": rules,
+            "tasks": ("multikey",),
+            "questions": 8,
+        }
         if fast:
-            return cls(length=512, train_length=256, max_steps=2, max_rounds=1, questions=2, repeats=1, **shared)
+            small: dict[str, Any] = {**shared, "length": 512, "task_length": 512, "questions": 1}
+            return cls(train_length=256, max_steps=2, max_rounds=1, repeats=1, **small)
         if device.startswith("cuda"):
-            return cls(train_length=4096, batch_size=4, max_steps=200, max_rounds=12, repeats=5, **shared)
-        return cls(length=4096, train_length=1024, **shared)
+            return cls(task_length=2048, train_length=4096, batch_size=4, max_steps=200, max_rounds=12, **shared)
+        return cls(length=4096, task_length=2048, train_length=1024, max_steps=120, max_rounds=6, **shared)
 
 
 @dataclass
@@ -184,7 +197,7 @@ def run_demo(
     started = time.monotonic()
     torch.manual_seed(seed)
     clock = _Clock()
-    recall_length = min(plan.length, _RECALL_LENGTH)
+    recall_length = min(plan.task_length, _RECALL_LENGTH)
     asker = TaskGenerator(tokenizer, test_books, split="test", seed=seed + 1)
     task = make_samples(asker, plan.tasks[-1:], recall_length, 1, plan.questions)[plan.tasks[-1]][0]
     held_out = [
@@ -232,7 +245,7 @@ def run_demo(
     retrieval, perplexity = _evaluate_rounds(model, generator, documents, settings, plan, started, progress)
     clock.lap("evaluation")
 
-    prompt = make_samples(generator, ["multikey"], min(plan.length, 4096), 1, plan.questions)["multikey"][0]
+    prompt = make_samples(generator, ["multikey"], min(plan.task_length, 4096), 1, plan.questions)["multikey"][0]
     hf.attach(model, fresh if gates is None else gates, prefill=TopK(RECALL_DENSITY), min_context=0)
     try:
         inspection = inspect_attention(model, torch.as_tensor(prompt.input_ids)[None])
@@ -350,13 +363,13 @@ def _evaluate_rounds(
     """
     retrieval: list[RetrievalResult] = []
     perplexity: list[PerplexityResult] = []
-    tokens = (len(plan.tasks) + 1) * len(settings) * plan.length
+    tokens = (len(plan.tasks) * plan.task_length + plan.length) * len(settings)
     slowest = 0.0
     for index in range(plan.max_rounds):
         begun = time.monotonic()
         if index and begun - started + slowest > plan.seconds:
             break
-        samples = make_samples(generator, plan.tasks, plan.length, 1, plan.questions)
+        samples = make_samples(generator, plan.tasks, plan.task_length, 1, plan.questions)
         with progress(f"evaluating, round {index + 1} of up to {plan.max_rounds}", tokens) as advance:
             answered = evaluate_retrieval(model, samples, settings, advance=advance)
             read = evaluate_perplexity(model, documents[index : index + 1], settings, advance=advance)

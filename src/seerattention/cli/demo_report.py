@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ..evaluate.environment import environment
@@ -30,7 +31,7 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
         rows.append(
             [
                 timing.setting,
-                format_density(retrieval.density),
+                format_density(perplexity.density),
                 f"{timing.median:.2f} s",
                 f"{dense.median / timing.median:.2f}x",
                 _with_error(*perplexity.last_quarter()),
@@ -39,8 +40,8 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
         )
     questions = {task: retrieval.correct[task].size for task in plan.tasks}
     caption = (
-        f"Prompts of {format_length(plan.length)} tokens. Prefill: median of {len(dense.seconds)}, whole model. "
-        "Perplexity: last quarter of "
+        f"Prompts of {format_length(plan.length)} tokens{_of_tasks(plan)}. Prefill: median of "
+        f"{len(dense.seconds)}, whole model. Perplexity: last quarter of "
         f"{result.rounds} {_plural('document', result.rounds)}, lower is better. Retrieval: share of "
         + ", ".join(f"{count} {task}" for task, count in questions.items())
         + f" questions answered exactly. Every row of attention is sparse. ± is a standard error over {result.rounds} "
@@ -74,6 +75,7 @@ def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any
     return {
         "model": plan.model,
         "length": plan.length,
+        "task_length": plan.task_length,
         "seed": seed,
         "rounds": result.rounds,
         "seconds": result.seconds,
@@ -101,7 +103,7 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
     report = Report(
         "SeerAttention at work",
         f"Learned block-sparse attention on a small language model ({plan.model}), measured on this machine with "
-        f"prompts of {length} tokens.",
+        f"prompts of {length} tokens{_of_tasks(plan)}.",
     )
     _headline(report, result, plan)
     if fast:
@@ -201,7 +203,7 @@ def _headline(report: Report, result: DemoResult, plan: DemoPlan) -> None:
     report.headline(
         [
             (
-                format_density(result.retrieval[chosen].density),
+                format_density(result.perplexity[chosen].density),
                 f"of attention computed ({timing.setting})",
             ),
             (f"{dense.median / timing.median:.2f}x", f"prefill speed: {dense.median:.2f} s to {timing.median:.2f} s"),
@@ -219,9 +221,9 @@ def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, 
     fresh = slice(committed.stop, committed.stop + len(plan.fresh))
     groups = {"committed gates": committed, "fresh gates": fresh, "untrained gates": slice(fresh.stop, None)}
 
-    def series(values: list[float]) -> dict[str, tuple[list[float], list[float], None]]:
+    def series(results: Sequence[Any], values: list[float]) -> dict[str, tuple[list[float], list[float], None]]:
         return {
-            name: ([item.density for item in result.retrieval[part]], values[part], None)
+            name: ([item.density for item in results[part]], values[part], None)
             for name, part in groups.items()
             if values[part]
         }
@@ -251,7 +253,7 @@ def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, 
         ),
         (
             line_figure(
-                series(accuracy),
+                series(result.retrieval, accuracy),
                 x_label="density",
                 y_label="retrieval, %",
                 reference=("dense", accuracy[0]),
@@ -261,7 +263,12 @@ def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, 
             "retrieval accuracy over density",
         ),
         (
-            line_figure(series(added), x_label="density", y_label="added loss, nats", reference=("dense", 0.0)),
+            line_figure(
+                series(result.perplexity, added),
+                x_label="density",
+                y_label="added loss, nats",
+                reference=("dense", 0.0),
+            ),
             "Loss added in the last quarter of the prompt.",
             "added loss over density",
         ),
@@ -306,6 +313,11 @@ def _distillation_figures(result: DemoResult) -> list[tuple[Any, str, str]]:
             "block recall by layer",
         ),
     ]
+
+
+def _of_tasks(plan: DemoPlan) -> str:
+    """What to say where retrieval has prompts of another length."""
+    return "" if plan.task_length == plan.length else f" ({format_length(plan.task_length)} for retrieval)"
 
 
 def _main_kind(result: DemoResult) -> str:
