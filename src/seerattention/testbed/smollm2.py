@@ -156,17 +156,36 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _tokenizer(gguf: Path) -> Any:
     """The file's vocabulary, merges, special tokens and chat template, with the splits of SmolLM2.
 
-    The file only names the splits ("smollm"), and transformers takes those of GPT-2. The original cuts out every digit
-    first: without that, spaces and line breaks before a number become other tokens.
+    Not by transformers, whose versions read such a file differently. It only names the splits ("smollm"): the original
+    cuts out every digit and then splits as GPT-2. Without the first step, spaces and line breaks before a number become
+    other tokens. Like the original, the tokenizer adds no special tokens by itself.
     """
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    fields = GGUFReader(gguf).fields
+
+    def read(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents()
+
+    tokens, kinds = read("ggml.tokens"), read("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in read("ggml.merges")]
+    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.model_max_length = 8192
+    made.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+        **{f"{ours}_token": tokens[read(f"ggml.{theirs}_token_id")] for ours, theirs in names.items()},
+    )
+    tokenizer.chat_template = read("chat_template")
     return tokenizer
 
 
