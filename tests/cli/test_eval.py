@@ -56,7 +56,8 @@ def test_eval_perplexity_is_that_of_the_model(seer_command, folder):
     assert [item["setting"] for item in data["perplexity"]] == ["dense"]
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    ids = tokenizer((folder / "text.txt").read_text(), add_special_tokens=False, return_tensors="pt").input_ids[:, :512]
+    ids = tokenizer((folder / "text.txt").read_text(), add_special_tokens=False, return_tensors="pt").input_ids[:, :511]
+    ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)  # as retrieval samples begin
     with torch.no_grad():
         loss = model(ids, labels=ids).loss
     assert data["perplexity"][0]["by_length"][-1]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)

@@ -75,6 +75,7 @@ WRONG = {
         "--seed": SEEDS,
         "--measure": ["speed", ","],
         "--tasks": ["haystack", ","],
+        "--method": ["guess", ""],
         "--lengths": [*LENGTHS, "4K,0", ","],
         "--densities": DENSITIES,
         "--thresholds": ["1", "-0.1", "nan", "high", ",", ""],

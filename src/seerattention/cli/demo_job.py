@@ -201,7 +201,7 @@ def run_demo(
     asker = TaskGenerator(tokenizer, test_books, split="test", seed=seed + 1)
     task = make_samples(asker, plan.tasks[-1:], recall_length, 1, plan.questions)[plan.tasks[-1]][0]
     held_out = [
-        {"input_ids": cut_documents(test_books, recall_length, 1)},
+        {"input_ids": cut_documents(test_books, recall_length, 1, bos=tokenizer.bos_token_id)},
         {"input_ids": torch.as_tensor(task.input_ids)[None]},
     ]
     fresh, untrained = folder / "fresh-gates", folder / "untrained-gates"
@@ -233,7 +233,7 @@ def run_demo(
             for rule in rules
         ),
     ]
-    documents = cut_documents(test_books, plan.length, plan.max_rounds)
+    documents = cut_documents(test_books, plan.length, plan.max_rounds, bos=tokenizer.bos_token_id)
     warmup = min(plan.length, _WARMUP_LENGTH)
     with progress("timing prefill", (plan.repeats * plan.length + warmup) * len(settings)) as advance:
         timing = time_prefill(
@@ -371,7 +371,8 @@ def _evaluate_rounds(
             break
         samples = make_samples(generator, plan.tasks, plan.task_length, 1, plan.questions)
         with progress(f"evaluating, round {index + 1} of up to {plan.max_rounds}", tokens) as advance:
-            answered = evaluate_retrieval(model, samples, settings, advance=advance)
+            # By generation every question would take a prefill of its own.
+            answered = evaluate_retrieval(model, samples, settings, advance=advance, method="teacher_forcing")
             read = evaluate_perplexity(model, documents[index : index + 1], settings, advance=advance)
         retrieval = [a.joined(b) for a, b in zip(retrieval, answered, strict=True)] if index else answered
         perplexity = [a.joined(b) for a, b in zip(perplexity, read, strict=True)] if index else read

@@ -44,7 +44,8 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
         f"{len(dense.seconds)}, whole model. Perplexity: last quarter of "
         f"{result.rounds} {_plural('document', result.rounds)}, lower is better. Retrieval: share of "
         + ", ".join(f"{count} {task}" for task, count in questions.items())
-        + f" questions answered exactly. Every row of attention is sparse. ± is a standard error over {result.rounds} "
+        + " questions answered exactly (teacher forcing). Every row of attention is sparse. ± is a standard error over "
+        + f"{result.rounds} "
         + f"{_plural('sample', result.rounds)}"
         + (" (none from a single sample)." if result.rounds == 1 else "; few samples make it rough.")
     )
@@ -181,7 +182,8 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
     report.section("How it was measured")
     report.text(
         f"Retrieval: {result.rounds} {_plural('sample', result.rounds)} of each task with {plan.questions} questions "
-        "each, greedy exact match, the same samples for every row. "
+        "each, exact match by teacher forcing (one forward of a sample serves all its questions; seer eval generates "
+        "the answers instead), the same samples for every row. "
         f"Perplexity: {result.rounds} {_plural('document', result.rounds)} from books held out from training. The "
         "number of samples is what the time allowed; seer eval measures "
         "with as many as you like. Question and answer rows are as sparse as all others: no last blocks are kept dense."

@@ -65,6 +65,13 @@ def command(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Also select from the true attention map: what a perfect gate would reach.")
     ] = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How retrieval answers are got: generate (each from its own prompt, as a user would), or "
+            "teacher_forcing (one forward a sample; faster, and not the same under sparse attention)."
+        ),
+    ] = "generate",
     samples: Annotated[int, typer.Option(help="Samples of each task and length.", min=1)] = 8,
     questions: Annotated[int, typer.Option(help="Questions a sample ('single' has one).", min=1)] = 4,
     documents: Annotated[int, typer.Option(help="Documents for perplexity.", min=1)] = 4,
@@ -90,18 +97,20 @@ def command(
 ) -> None:
     """Measure a model densely and with its gates on the same samples.
 
-    Every sparse row is sparse: no minimum length, no dense last rows, questions and answers included. The density
+    Every row of a sparse prompt is sparse: no minimum length, no dense last rows, questions included. The density
     beside each score counts every layer and row, from the lists that attention read.
 
     Example: seer eval --model Qwen/Qwen2.5-7B --gates my-gates --data books.jsonl --lengths 16K --samples 50 --oracle
     """
     with errors():
+        from ..evaluate.retrieval import METHODS
         from ..tasks import TASKS
 
         terminal = Terminal(as_json)
         measures = _choice(parse_list(measure, str, "measure"), _MEASURES, "measure")
         asked_lengths = sorted(parse_list(lengths, token_count, "lengths"))
         task_list = _choice(parse_list(tasks, str, "tasks"), TASKS, "tasks")
+        (how,) = _choice([method], METHODS, "method")
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,
             parse_list(densities, parse_density, "densities"),
@@ -126,7 +135,7 @@ def command(
         results = _Results({}, [], {})
         if "retrieval" in measures:
             for length in asked_lengths:
-                results.retrieval[length] = job.retrieval(task_list, length, samples, questions)
+                results.retrieval[length] = job.retrieval(task_list, length, samples, questions, how)
         if "perplexity" in measures:
             results.perplexity = job.perplexity(longest, documents)
         if "timing" in measures:
@@ -154,7 +163,9 @@ class _Job:
     batch_size: int
     seed: int
 
-    def retrieval(self, tasks: Sequence[str], length: int, samples: int, questions: int) -> list[RetrievalResult]:
+    def retrieval(
+        self, tasks: Sequence[str], length: int, samples: int, questions: int, method: str
+    ) -> list[RetrievalResult]:
         from ..evaluate import evaluate_retrieval, make_samples
         from ..evaluate.tables import format_length, retrieval_table
         from ..tasks import TaskGenerator
@@ -163,7 +174,9 @@ class _Job:
         made = make_samples(generator, tasks, length, samples, questions)
         total = len(self.settings) * len(made) * samples * length
         with self.terminal.progress(f"retrieval at {format_length(length)}", total) as advance:
-            results = evaluate_retrieval(self.model, made, self.settings, batch_size=self.batch_size, advance=advance)
+            results = evaluate_retrieval(
+                self.model, made, self.settings, batch_size=self.batch_size, advance=advance, method=method
+            )
         self.terminal.table(retrieval_table(results))
         return results
 
@@ -171,7 +184,7 @@ class _Job:
         from ..evaluate import cut_documents, evaluate_perplexity
         from ..evaluate.tables import format_length, perplexity_table
 
-        cut = cut_documents(self.books, length, documents)
+        cut = cut_documents(self.books, length, documents, bos=self.tokenizer.bos_token_id)
         with self.terminal.progress(
             f"perplexity at {format_length(length)}", len(self.settings) * cut.numel()
         ) as advance:
@@ -183,7 +196,7 @@ class _Job:
         from ..evaluate import cut_documents, time_prefill
         from ..evaluate.tables import format_length, timing_table
 
-        prompt = cut_documents(self.books, length, self.batch_size)
+        prompt = cut_documents(self.books, length, self.batch_size, bos=self.tokenizer.bos_token_id)
         # The oracle computes the whole map to select from it: its time says nothing.
         settings = [setting for setting in self.settings if setting.selector is None]
         with self.terminal.progress(

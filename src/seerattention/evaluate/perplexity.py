@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import iterate_token_losses
+from .forward import check_documents, iterate_token_losses, prompt_device
 from .settings import Setting
 
 __all__ = ["PerplexityResult", "cut_documents", "document_losses", "evaluate_perplexity"]
@@ -100,17 +100,31 @@ class PerplexityResult:
         return part.mean(-1, dtype=np.float64)
 
 
-def cut_documents(texts: Sequence[np.ndarray | Tensor | Sequence[int]], length: int, count: int) -> Tensor:
+def cut_documents(
+    texts: Sequence[np.ndarray | Tensor | Sequence[int]], length: int, count: int, *, bos: int | None = None
+) -> Tensor:
     """``count`` documents of ``length`` tokens, int64 ``[count, length]``: the first pieces of every text in turn.
+
+    Args:
+        bos: token with which each document begins, one of its ``length``: the tokenizer's ``bos_token_id``, as in the
+            samples of the retrieval tasks. Models that were trained with it attend to it from everywhere. None: none.
 
     Raises:
         ValueError: the texts do not hold that many disjoint pieces.
     """
     arrays = [np.asarray(text, dtype=np.int64) for text in texts]
+    opening = np.array([] if bos is None else [bos], dtype=np.int64)
+    size = length - len(opening)
+    if size < 1 or count < 1:
+        raise ValueError(f"documents need a token of text each, got {count} documents of {length} tokens")
     pieces: list[np.ndarray] = []
     round_ = 0
     while len(pieces) < count:
-        found = [text[round_ * length : (round_ + 1) * length] for text in arrays if len(text) >= (round_ + 1) * length]
+        found = [
+            np.concatenate([opening, text[round_ * size : (round_ + 1) * size]])
+            for text in arrays
+            if len(text) >= (round_ + 1) * size
+        ]
         if not found:
             raise ValueError(
                 f"the text gives only {len(pieces)} documents of {length} tokens, {count} were asked for; "
@@ -126,9 +140,8 @@ def document_losses(
     model: nn.Module, documents: Tensor, batch_size: int = 1, advance: Callable[[int], None] | None = None
 ) -> np.ndarray:
     """Token losses float32 ``[documents, T - 1]`` of ``documents [documents, T]``, with the model as it is."""
-    if documents.dim() != 2 or documents.shape[1] < 2:
-        raise ValueError(f"documents must be [documents, T] with T >= 2, got {tuple(documents.shape)}")
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    check_documents(documents)
+    device = prompt_device(model)
     rows = []
     for batch in documents.split(batch_size):
         rows.append(torch.cat([losses.cpu() for losses in iterate_token_losses(model, batch.to(device))], dim=1))
@@ -145,7 +158,12 @@ def evaluate_perplexity(
     batch_size: int = 1,
     advance: Callable[[int], None] | None = None,
 ) -> list[PerplexityResult]:
-    """Perplexity of every setting on the same documents ``[documents, T]``; one result a setting, in order."""
+    """Perplexity of every setting on the same documents, int64 ``[documents, T]``; one result a setting, in order.
+
+    Raises:
+        TypeError, ValueError: documents that are none, see :func:`~seerattention.evaluate.forward.check_documents`.
+    """
+    check_documents(documents)
     results = []
     for setting in settings:
         with setting.applied(model) as measurement:

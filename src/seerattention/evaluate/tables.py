@@ -56,6 +56,13 @@ def format_percent(share: float, error: float = math.nan) -> str:
     return f"{100 * share:.0f} %" if math.isnan(error) else f"{100 * share:.0f} ± {100 * error:.0f} %"
 
 
+_HOW = {
+    "generate": "Answers are generated greedily from the prompt before them.",
+    "teacher_forcing": "Teacher forcing: the right answers are part of the prompt, which is faster and not quite what "
+    "generation gives.",
+}
+
+
 def retrieval_table(results: Sequence[RetrievalResult]) -> Table:
     """Density and accuracy of each task beside each other, one row a setting."""
     tasks = list(results[0].correct)
@@ -72,9 +79,8 @@ def retrieval_table(results: Sequence[RetrievalResult]) -> Table:
     caption = (
         f"Retrieval at {format_length(results[0].length)} tokens: share of questions answered exactly, ± standard "
         "error over samples; "
-        f"samples x questions a sample, the same for every row: {counts}. Every row of the attention map is as sparse "
-        "as the "
-        "density says, question and answer included."
+        f"samples x questions a sample, the same for every row: {counts}. {_HOW[results[0].method]} Every row of the "
+        "prompts is as sparse as the density says, questions included."
     )
     return Table(["setting", "density", *tasks, "mean"], rows, caption)
 

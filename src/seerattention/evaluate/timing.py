@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import decoder_states, token_logits
+from ..hf.prompts import evaluating
+from .forward import check_documents, prompt_device, prompt_options
 from .settings import Setting
 
 __all__ = ["Times", "TimingResult", "peak_memory", "synchronize", "time_functions", "time_prefill"]
@@ -109,7 +110,8 @@ def time_prefill(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    check_documents(input_ids, "input_ids")
+    device = prompt_device(model)
     input_ids = input_ids.to(device)
     batch, length = input_ids.shape
     warmup = input_ids[:, :warmup_length]
@@ -136,12 +138,14 @@ def time_prefill(
 
 
 def prefill_seconds(model: nn.Module, input_ids: Tensor) -> float:
-    """Seconds of one prefill."""
-    synchronize(input_ids.device)
-    start = time.perf_counter()
-    token_logits(model, decoder_states(model, input_ids)[:, -1:])
-    synchronize(input_ids.device)
-    return time.perf_counter() - start
+    """Seconds of one prefill, through the whole model that was given."""
+    options = prompt_options(model)
+    with evaluating(model):
+        synchronize(input_ids.device)
+        start = time.perf_counter()
+        model(input_ids=input_ids, **options)
+        synchronize(input_ids.device)
+        return time.perf_counter() - start
 
 
 def time_functions(

@@ -107,7 +107,7 @@ def _gate_config(data: dict[str, Any]) -> GateConfig:
         prefill=PrefillGateConfig(
             k_pooling=k_pooling,
             q_pooling=q_pooling,
-            hidden_size=data.get("seerattn_gate_hidden_size"),
+            width=data.get("seerattn_gate_hidden_size"),
             q_linear=True if data.get("seerattn_gate_force_double") else None,
         ),
     )
