@@ -190,7 +190,10 @@ def _tokenizer(gguf: Path) -> Any:
 
 
 def _copy_of(source: Path) -> Callable[[Path], None]:
-    return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True) and None
+    def copy(folder: Path) -> None:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+    return copy
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
