@@ -81,7 +81,9 @@ def measure(name: str, model: Any, length: int, densities: Sequence[float], repe
     default = DEFAULT_MIN_CONTEXT[model.device.type]
     for min_context in (0, default) if length <= 2 * default else (0,):
         seer.attach(model, seer.GateConfig(), min_context=min_context)
-        settings = [Setting(f"sparse {density:g}", policy=seer.TopK(density)) for density in densities]
+        settings = [
+            Setting(f"sparse {density:g}", policy=seer.TopK(density), min_context=None) for density in densities
+        ]
         try:
             with _dense_kernel(model.device):
                 dense, *sparse = time_prefill(model, ids, [Setting.dense(), *settings], repeats=repeats)

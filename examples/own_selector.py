@@ -34,7 +34,8 @@ def main() -> None:
         Setting("trained gates", gates=seer.testbed.gates_path(), policy=seer.TopK(DENSITY)),
         Setting("oracle", selector=seer.baselines.Oracle(seer.TopK(DENSITY))),
     ]
-    for result in evaluate_perplexity(model, cut_documents(texts, LENGTH, count=2), settings):
+    documents = cut_documents(texts, LENGTH, count=2, bos=tokenizer.bos_token_id)
+    for result in evaluate_perplexity(model, documents, settings):
         perplexity, error = result.last_quarter()
         print(f"{result.setting:18} density {result.density:.3f}   perplexity {perplexity:.2f} ± {error:.2f}")
 

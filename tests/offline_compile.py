@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from seerattention.ops import dispatch
+from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.pooled_attention.arguments import Wanted
 from seerattention.ops.span import Pages, Span
@@ -248,10 +249,13 @@ def pooled_attention_hopper(module, target):
 
 def block_pooling(module, target):
     x = tensors(128, torch.bfloat16)[0]
-    yield (
-        "max min avg",
-        lambda: module.block_pooling(x, ("max", "min", "avg"), block_size=64, lengths=torch.tensor([100])),
-    )
+    for block_size in (64, 8, 4):
+        yield (
+            f"max min avg {block_size}",
+            functools.partial(
+                module.block_pooling, x, ("max", "min", "avg"), block_size=block_size, lengths=torch.tensor([100])
+            ),
+        )
 
 
 def gate_scores(module, target):
@@ -261,13 +265,31 @@ def gate_scores(module, target):
     num = 64
     for width, dtype in cases:
         x = torch.zeros(1, 4, num, width, dtype=dtype)
-        k, weight = x[:, :2].repeat(1, 1, 1, 3), torch.zeros(4, 3 * width, width, dtype=dtype)
+        k, linear = x[:, :2].repeat(1, 1, 1, 3), torch.zeros(4, 3 * width, width, dtype=dtype)
         table = torch.zeros(1, 64 * num, width, dtype=dtype)
         shape = f"{width} {dtype}"
-        yield f"project {shape}", functools.partial(module._project_rotate, k, weight, table, table, width, 64)
-        yield f"rotate {shape}", functools.partial(module._project_rotate, x, None, table, table, width, 64)
-        scores = torch.zeros(1, 4, num, num)
-        yield f"multiply {shape}", functools.partial(module._multiply, x, x[:, :2], scores, 0.1, width == 128)
+        yield f"project {shape}", functools.partial(module.encode_blocks, k, linear, table, table, 64)
+        yield f"rotate {shape}", functools.partial(module.encode_blocks, x, None, table, table, 64)
+        scores, masked = torch.zeros(1, 4, num, num), width == 128
+        tiles = Tiles(64, 64, 64, 0.1, "max", masked, None, 0, 0, 64 * num, None)
+        yield f"multiply {shape}", functools.partial(module.gate_scores, x, x[:, :2], scores, tiles)
+    cases = [(64, 8, 8, torch.bfloat16, None)]
+    if target == "sm_90":
+        cases += [
+            (64, 8, 4, torch.float16, None),
+            (128, 64, 16, torch.bfloat16, None),
+            (32, 4, 4, torch.bfloat16, None),
+        ]
+        cases += [(256, 8, 8, torch.bfloat16, None), (64, 8, 8, torch.float32, None)]
+        cases += [(64, 8, 8, torch.bfloat16, torch.zeros(1, 4, dtype=torch.int32))]
+    for width, q_pitch, k_pitch, dtype, table in cases:
+        q, k = (torch.zeros(1, 2, 64 // pitch * num, width, dtype=dtype) for pitch in (q_pitch, k_pitch))
+        for reduce in ("max", "logsumexp"):
+            tiles = Tiles(64, q_pitch, k_pitch, 0.1, reduce, True, None, 0, 0, 64 * num, table)
+            yield (
+                f"{reduce} {width} {q_pitch}x{k_pitch} {dtype} table={table is not None}",
+                functools.partial(module.gate_scores, q, k, torch.zeros(1, 2, num, num), tiles),
+            )
 
 
 def block_selection(module, target):

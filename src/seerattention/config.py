@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ BLOCK_SIZES = (32, 64, 128)
 POOLING_KINDS = ("max", "min", "avg")
 # Wider gates than any model has heads: a number that was meant for something else.
 MAX_WIDTH = 1024
+
+OLD_WIDTH = "hidden_size"
+"""What earlier versions call the width of a gate, in files too."""
 
 FORM = "form"
 """Entry of a gate spec's dict that says which form of gate it describes; a missing one means the paper's."""
@@ -37,54 +40,70 @@ def _kinds(name: str, kinds: Any) -> tuple[str, ...]:
     return kinds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class PrefillGateConfig:
     """The prefill gate of the SeerAttention paper (arXiv 2410.13276, section 3.1); the defaults are the published form.
 
     Attributes:
         k_pooling: how keys are pooled per block, concatenated in this order.
         q_pooling: how queries are pooled per block, concatenated in this order.
-        hidden_size: width of the pooled and projected vectors; None is the model's head_dim.
+        width: channels of the pooled and projected vectors; None is the model's head_dim. Earlier versions, and their
+            files, call it ``hidden_size``, which is still taken as a keyword.
         q_linear: whether queries have a linear layer of their own. None chooses as the published checkpoints do: none
-            where the pooled query already has the gate's width (one pooling, hidden_size == head_dim), else one.
+            where the pooled query already has the gate's width (one pooling, width == head_dim), else one.
         rope: re-apply the model's rotary embedding at block positions.
     """
 
-    k_pooling: tuple[str, ...] = ("max", "min", "avg")
-    q_pooling: tuple[str, ...] = ("avg",)
-    hidden_size: int | None = None
-    q_linear: bool | None = None
-    rope: bool = True
+    k_pooling: tuple[str, ...]
+    q_pooling: tuple[str, ...]
+    width: int | None
+    q_linear: bool | None
+    rope: bool
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
-        object.__setattr__(self, "q_pooling", _kinds("q_pooling", self.q_pooling))
-        if self.hidden_size is not None:
-            _check_integer("hidden_size", self.hidden_size)
-            if not 0 < self.hidden_size <= MAX_WIDTH or self.hidden_size % 2:
+    def __init__(
+        self,
+        k_pooling: Sequence[str] = ("max", "min", "avg"),
+        q_pooling: Sequence[str] = ("avg",),
+        width: int | None = None,
+        q_linear: bool | None = None,
+        rope: bool = True,
+        *,
+        hidden_size: int | None = None,
+    ) -> None:
+        name, given = ("width", width) if hidden_size is None else (OLD_WIDTH, hidden_size)
+        if given is not None:
+            _check_integer(name, given)
+            if not 0 < given <= MAX_WIDTH or given % 2:
                 raise ValueError(
-                    f"hidden_size must be a positive even number of at most {MAX_WIDTH}, or None (the model's "
-                    f"head_dim), got {self.hidden_size}"
+                    f"{name} must be a positive even number of at most {MAX_WIDTH}, or None (the model's head_dim), "
+                    f"got {given}"
                 )
-        if self.q_linear is not None:
-            _check_flag("q_linear", self.q_linear)
-        _check_flag("rope", self.rope)
+        if width not in (None, given):
+            raise ValueError(f"width ({width}) and {OLD_WIDTH} ({hidden_size}) are one thing; pass width only")
+        if q_linear is not None:
+            _check_flag("q_linear", q_linear)
+        _check_flag("rope", rope)
+        object.__setattr__(self, "k_pooling", _kinds("k_pooling", k_pooling))
+        object.__setattr__(self, "q_pooling", _kinds("q_pooling", q_pooling))
+        object.__setattr__(self, "width", given)
+        object.__setattr__(self, "q_linear", q_linear)
+        object.__setattr__(self, "rope", rope)
 
     def resolve(self, head_dim: int) -> PrefillGateConfig:
-        """The same with ``hidden_size`` and ``q_linear`` filled in for a model with this head_dim.
+        """The same with ``width`` and ``q_linear`` filled in for a model with this head_dim.
 
         Raises:
             ValueError: ``q_linear=False`` where the pooled query does not have the gate's width.
         """
-        hidden_size = self.hidden_size or head_dim
-        needs_linear = hidden_size != head_dim or len(self.q_pooling) > 1
+        width = self.width or head_dim
+        needs_linear = width != head_dim or len(self.q_pooling) > 1
         q_linear = needs_linear if self.q_linear is None else self.q_linear
         if needs_linear and not q_linear:
             raise ValueError(
-                f"q_linear=False needs one query pooling and hidden_size == head_dim ({head_dim}), got "
-                f"q_pooling={self.q_pooling}, hidden_size={hidden_size}; leave q_linear=None"
+                f"q_linear=False needs one query pooling and width == head_dim ({head_dim}), got "
+                f"q_pooling={self.q_pooling}, width={width}; leave q_linear=None"
             )
-        return dataclasses.replace(self, hidden_size=hidden_size, q_linear=q_linear)
+        return dataclasses.replace(self, width=width, q_linear=q_linear)
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,10 @@ def _spec_from_dict(data: Any, what: str) -> Any:
             f"{what}: form must be one of {sorted(FORMS)}, got {name!r}; a newer version of seerattention may have "
             "written it"
         )
-    return FORMS[name](**_known_fields(FORMS[name], {k: v for k, v in data.items() if k != FORM}, what))
+    # A width that a newer entry gives goes before one of an older name.
+    old = {OLD_WIDTH: data[OLD_WIDTH]} if OLD_WIDTH in data and data.get("width") is None else {}
+    given = {key: value for key, value in data.items() if key not in (FORM, OLD_WIDTH)}
+    return FORMS[name](**_known_fields(FORMS[name], given, what), **old)
 
 
 def _known_fields(cls: type, data: Mapping[str, Any], what: str) -> dict[str, Any]:

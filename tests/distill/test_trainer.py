@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from seerattention.config import GateConfig, PrefillGateConfig
 from seerattention.distillation import DistillationError, DistillConfig, distill
 from seerattention.distillation.checkpoint import load_state, save_state
 from seerattention.distillation.trainer import Trainer
+from seerattention.evaluate.maps import inspect_attention
 from seerattention.files import temporary_files
 from seerattention.hf import attach, dense, observe
-from seerattention.measure import block_recall
+from seerattention.measure import block_recall, calibrate
 from seerattention.ops import pooled_attention
 from seerattention.policies import Dense, TopK
 
@@ -374,3 +376,22 @@ def test_a_gate_without_any_gradient_is_named(caplog):
     history = distill(model, random_batches(3), DistillConfig())
     assert history.not_learning == {"layers.1": "its gradient was zero in every step"}
     assert "step 1 does not teach layers.1 anything" in caplog.text
+
+
+def test_held_out_batches_beyond_the_window_get_a_sentence():
+    """Every layer of the model has a window of 128 tokens; nothing can be said about longer prompts."""
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=128,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    short, long = ({"input_ids": torch.randint(3, 97, (1, length))} for length in (120, 300))
+    attach(model, GateConfig(block_size=32), min_context=0)
+    with pytest.raises(ValueError, match=r"cannot be measured on these eval_batches: layers\.0, .*sliding window"):
+        distill(model, [short], DistillConfig(steps=1), eval_batches=[long])
+    with pytest.raises(ValueError, match="sliding window"):
+        block_recall(model, [long], TopK(0.5))
+    with pytest.raises(ValueError, match="sliding window"):
+        calibrate(model, [long], density=0.5)
+    with pytest.raises(ValueError, match="sliding window"):
+        inspect_attention(model, long["input_ids"])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from seerattention.evaluate.figures import bar_figure, line_figure
-from seerattention.evaluate.perplexity import PerplexityResult
+from seerattention.evaluate.perplexity import PerplexityResult, perplexity_table
 from seerattention.evaluate.report import Report
-from seerattention.evaluate.retrieval import RetrievalResult
-from seerattention.evaluate.tables import Table, format_length, perplexity_table, retrieval_table, timing_table
-from seerattention.evaluate.timing import TimingResult
+from seerattention.evaluate.retrieval import RetrievalResult, retrieval_table
+from seerattention.evaluate.tables import Table, format_length
+from seerattention.evaluate.timing import TimingResult, timing_table
 
 
 class Balanced(HTMLParser):

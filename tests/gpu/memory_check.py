@@ -19,14 +19,21 @@ from seerattention.ops import dispatch
 from seerattention.ops.indices import BlockIndices
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(128, 300, 300, torch.float16), (64, 130, 333, torch.float16), (96, 65, 200, torch.bfloat16)]
+SHAPES = [
+    (128, 300, 300, torch.float16),
+    (64, 130, 333, torch.float16),
+    (96, 65, 200, torch.bfloat16),
+    (64, 65, 65, torch.float32),  # tiles smaller than a block, the last of which lies past the last key
+    (256, 65, 65, torch.float32),
+]
 POLICIES = [seer.TopK(0.3), seer.Threshold(0.1), seer.TopP(0.8), seer.TokenBudget(128)]
 
 
 def main() -> None:
     torch.manual_seed(0)
     for (head_dim, queries, keys, dtype), implementation in itertools.product(SHAPES, ("hopper", "triton")):
-        if implementation == "hopper" and dispatch.hopper_unusable(torch.device(DEVICE)):
+        unfit = dtype == torch.float32 or dispatch.hopper_unusable(torch.device(DEVICE))
+        if implementation == "hopper" and unfit:
             continue
         launch_attention(head_dim, queries, keys, dtype, implementation)
         synchronize()
@@ -59,6 +66,9 @@ def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype,
     everything = BlockIndices.from_mask(torch.ones(2, 8, 1, 64, dtype=torch.bool, device=DEVICE), 64)
     ops.block_sparse_attention(q[:, :, -64:], far, far, everything, return_lse=True, implementation=implementation)
     ops.pooled_attention(q, k, lengths=lengths, implementation=implementation)
+    tokens = BlockIndices.from_mask(torch.ones(2, 2, 1, blocks, dtype=torch.bool, device=DEVICE), 64)
+    tokens = BlockIndices(tokens.indices, tokens.counts, blocks, 64, by_token=True)
+    ops.block_sparse_decode(q[:, :, -1:], k, v, tokens, return_lse=True)
     if implementation == "triton":
         lse = torch.zeros(2, 8, queries, device=DEVICE)
         for reduce, given in itertools.product(("max", "sum"), (None, lse)):

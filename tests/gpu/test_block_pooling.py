@@ -11,7 +11,10 @@ KINDS = [("avg",), ("max", "min", "avg"), ("min", "max")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("head_dim", "block_size"), [(32, 32), (64, 64), (80, 64), (128, 64), (128, 128), (256, 128)])
+@pytest.mark.parametrize(
+    ("head_dim", "block_size"),
+    [(32, 32), (64, 64), (80, 64), (128, 64), (128, 128), (256, 128), (64, 8), (128, 8), (80, 4), (96, 20)],
+)
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_equals_reference(dtype, head_dim, block_size, kinds, nan_filled_empty):
     for length in (1, 63, 64, 65, 127, 1000):

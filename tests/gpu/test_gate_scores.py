@@ -7,8 +7,9 @@ import torch
 
 import seerattention as seer
 from seerattention.evaluate.kernels import AttentionShape, make_gate, make_inputs
-from seerattention.ops.gate_scores import gate_scores
+from seerattention.ops.gate_scores import encode_blocks, gate_scores
 from seerattention.ops.gate_scores.interface import MAX_TRITON_WIDTH
+from seerattention.ops.span import Span, num_blocks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
@@ -24,6 +25,13 @@ def draw(num, dtype, *, heads, kv_heads, width, per_head=True, channels=None, ro
     angles = 6 * torch.rand(batch, num * 64 - 5, rotary, device="cuda")
     tables = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotary else (None, None)
     return [None if x is None else x.to(dtype) for x in (q, k, k_linear, q_linear)] + list(tables)
+
+
+def whole_gate(q, k, k_linear, q_linear, cos, sin, *, masked=True, implementation=None):
+    """Both ops, as a gate calls them."""
+    common = {"pitch": 64, "implementation": implementation}
+    queries, keys = (encode_blocks(x, linear, cos, sin, **common) for x, linear in ((q, q_linear), (k, k_linear)))
+    return gate_scores(queries, keys, scale=0.1, masked=masked, implementation=implementation)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -45,14 +53,58 @@ def test_equals_reference(form, num, dtype):
     torch.manual_seed(num)
     inputs = draw(num, dtype, **form)
     exact = [None if x is None else x.float() for x in inputs]
-    expected = gate_scores(*exact, scale=0.1, implementation="reference")
+    expected = whole_gate(*exact, implementation="reference")
     causal = expected > float("-inf")
     for masked in (True, False):
-        actual = gate_scores(*inputs, scale=0.1, masked=masked, implementation="triton")
+        actual = whole_gate(*inputs, masked=masked, implementation="triton")
         assert actual.shape == expected.shape
         assert (actual - expected)[causal].norm() <= TOLERANCE[dtype] * expected[causal].norm()
         if masked:
             assert (actual[~causal] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+@pytest.mark.parametrize(
+    ("q_pitch", "k_pitch", "width"), [(8, 8, 64), (8, 4, 32), (64, 16, 128), (16, 64, 96), (32, 8, MAX_TRITON_WIDTH)]
+)
+def test_sub_blocks_equal_reference(q_pitch, k_pitch, width, reduce, dtype, nan_filled_empty):
+    torch.manual_seed(width)
+    length, queries = 64 * 90 - 21, 64 * 70 - 30
+    keys = torch.randn(2, 2, num_blocks(length, k_pitch), width, device="cuda").to(dtype)
+    start, count = torch.tensor([length - queries, 5], device="cuda"), torch.tensor([queries, 300], device="cuda")
+    spans = [
+        Span(2, length, length),
+        Span(2, queries, length),
+        Span.of_rows(queries, length, start=start, length=count),
+    ]
+    for span in spans:
+        options = {"q_pitch": q_pitch, "k_pitch": k_pitch, "scale": width**-0.5, "reduce": reduce, "span": span}
+        q = torch.randn(2, 4, span.num_rows(64) * (64 // q_pitch), width, device="cuda").to(dtype)
+        expected = gate_scores(q.float(), keys.float(), implementation="reference", **options)
+        actual = gate_scores(q, keys, implementation="triton", **options)
+        assert torch.equal(actual == float("-inf"), expected == float("-inf"))
+        finite = expected > float("-inf")
+        # The same values are multiplied: 16-bit products are exact in float32.
+        torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-4, atol=1e-4)
+        rows = torch.tensor([40, 3, 77], device="cuda")
+        if span is spans[0]:
+            some = q.unflatten(2, (-1, 64 // q_pitch))[:, :, rows].flatten(2, 3)
+            found = gate_scores(some, keys, implementation="triton", rows=rows, **options)
+            if reduce == "max":
+                assert torch.equal(found, actual[:, :, rows])
+            else:  # sums of exponentials, which two variants of a kernel may add in another order
+                torch.testing.assert_close(found, actual[:, :, rows], rtol=2e-6, atol=2e-6)
+
+
+def test_products_of_sub_blocks_are_not_written():
+    """8x4 sub-blocks of 32K tokens: 8 GiB of products, which the card need not hold."""
+    q, k = (torch.randn(1, 16, 32768 // pitch, 64, device="cuda", dtype=torch.bfloat16) for pitch in (8, 4))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    scores = gate_scores(q, k, q_pitch=8, k_pitch=4, scale=0.125, masked=False)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * scores.nbytes + 2**20
 
 
 @pytest.mark.parametrize("length", [8192, 32768 + 17, 131072])

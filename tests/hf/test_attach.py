@@ -11,16 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward as s
 
 import seerattention as seer
 from seerattention.hf import gates, is_attached
-
-
-@torch.inference_mode()
-def logits_of(model, ids, **inputs):
-    return model(ids, **inputs).logits
-
-
-def attach(model, policy=None, **options):
-    torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=32), prefill=policy, **{"min_context": 0, **options})
+from tiny_models import attach, logits_of, make_vlm
 
 
 def test_detach_gives_the_model_back(model_of, ids_of, family):
@@ -386,19 +377,7 @@ def test_offloaded_weights(model_of, ids_of):
 
 
 def test_a_vision_language_model_attaches_to_its_language_model(ids_of):
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    from tiny_models import CONFIGS
-
-    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        text_config=CONFIGS["llama"](**text, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3),
-        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
-        image_token_index=96,
-    )
-    torch.manual_seed(0)
-    model, ids = LlavaForConditionalGeneration(config).eval(), ids_of(100).clamp(max=90)
+    model, ids = make_vlm(), ids_of(100).clamp(max=90)
     expected = logits_of(model, ids)
     attach(model, seer.TopK(1.0))
     with seer.record(model) as stats:

@@ -9,18 +9,9 @@ import torch
 from transformers import StaticCache
 
 import seerattention as seer
+from tiny_models import attach, gradients_of, logits_of
 
 LENGTHS = (1, 5, 63, 64, 65, 200)
-
-
-@torch.inference_mode()
-def logits_of(model, ids, **inputs):
-    return model(ids, **inputs).logits
-
-
-def attach(model, policy=None, **options):
-    torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=32), prefill=policy, **{"min_context": 0, **options})
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -201,9 +192,7 @@ def test_a_window_longer_than_the_prompt_is_no_window(model_of, ids_of):
 
 def test_backward_falls_back_to_dense(model_of, ids_of):
     model, ids = model_of(), ids_of(100)
-    model(ids, labels=ids).loss.backward()
-    expected = {name: value.grad.clone() for name, value in model.named_parameters()}
-    model.zero_grad()
+    expected = gradients_of(model, ids)
     attach(model, seer.TokenBudget(32))
     with pytest.warns(UserWarning, match="gradients"):
         model(ids, labels=ids).loss.backward()

@@ -8,34 +8,16 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 import seerattention as seer
 from seerattention.hf.implementation import StandIn, configs_of
-from tiny_models import CONFIGS
-
-
-@torch.inference_mode()
-def logits_of(model, ids, **inputs):
-    return model(ids, **inputs).logits
-
-
-def attach(model, policy=None, **options):
-    torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=32), prefill=policy, **{"min_context": 0, **options})
+from tiny_models import attach, logits_of, make_vlm
 
 
 @pytest.fixture
 def vlm():
-    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        text_config=CONFIGS["llama"](**text, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3),
-        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
-        image_token_index=96,
-    )
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
+    return make_vlm()
 
 
 @pytest.fixture

@@ -12,11 +12,7 @@ import pytest
 import torch
 
 import seerattention as seer
-
-
-@torch.inference_mode()
-def logits_of(model, ids, **inputs):
-    return model(ids, **inputs).logits
+from tiny_models import logits_of
 
 
 @pytest.fixture

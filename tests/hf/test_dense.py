@@ -12,16 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 import seerattention as seer
 from seerattention.hf import gates, is_attached
-
-
-@torch.inference_mode()
-def logits_of(model, ids, **inputs):
-    return model(ids, **inputs).logits
-
-
-def attach(model, policy=None, **options):
-    torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=32), prefill=policy, **{"min_context": 0, **options})
+from tiny_models import attach, gradients_of, logits_of
 
 
 def flash_like(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -108,9 +99,7 @@ def test_dense_under_autocast_is_the_untouched_model(model_of, ids_of, implement
 
 def test_training_is_what_the_model_came_with(model_of, ids_of, implementation):
     model, ids = model_of(attn_implementation=implementation), ids_of(100)
-    model(ids, labels=ids).loss.backward()
-    expected = {name: value.grad.clone() for name, value in model.named_parameters()}
-    model.zero_grad()
+    expected = gradients_of(model, ids)
     attach(model, seer.TokenBudget(32))
     with pytest.warns(UserWarning, match="gradients"):
         model(ids, labels=ids).loss.backward()

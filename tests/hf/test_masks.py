@@ -13,16 +13,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import seerattention as seer
 from seerattention.hf.masks import SeerMask
+from tiny_models import attach
 
 
 @torch.inference_mode()
 def logits_of(model, ids, **inputs):
     return model(ids, use_cache=False, **inputs).logits
-
-
-def attach(model, policy=None, **options):
-    torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=32), prefill=policy, **{"min_context": 0, **options})
 
 
 def padding_of(batch=1, length=200):

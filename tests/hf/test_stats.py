@@ -7,16 +7,7 @@ import torch
 
 import seerattention as seer
 from seerattention.hf.state import state_of
-
-
-@torch.inference_mode()
-def logits_of(model, ids, **inputs):
-    return model(ids, **inputs).logits
-
-
-def attach(model, policy=None, **options):
-    torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=32), prefill=policy, **{"min_context": 0, **options})
+from tiny_models import attach, logits_of
 
 
 def test_densities_are_those_of_the_lists(model_of, ids_of):

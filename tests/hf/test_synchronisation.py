@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import seerattention as seer
 from seerattention.ops import dispatch
+from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.pooled_attention.arguments import Wanted
 
@@ -190,8 +191,10 @@ def test_launchers_of_gate_scores_do_not_wait(monkeypatch, masked):
     q, scores = (torch.ones(1, 4, 6, width, device="meta") for width in (64, 6))
     linear, table = torch.ones(4, 64, 64, device="meta"), torch.ones(1, 333, 64, device="meta")
     with Waits() as waits:
-        module.gate_scores(
-            q, q[:, :2], linear, None, table, table, scores, block_size=64, scale=0.1, masked=masked
-        )  # fmt: skip
-    assert kernel.launches == 3
+        queries = module.encode_blocks(q, None, table, table, 64)
+        keys = module.encode_blocks(q[:, :2], linear, table, table, 64)
+        for pitch, span_table in ((64, None), (8, torch.ones(1, 4, dtype=torch.int32, device="meta"))):
+            tiles = Tiles(64, pitch, pitch, 0.1, "max", masked, None, 0, 0, 333, span_table)
+            module.gate_scores(queries, keys, scores, tiles)
+    assert kernel.launches == 4
     assert not waits.found

@@ -1,14 +1,19 @@
-"""gate_scores: the Triton kernels against the float32 reference, which the gate's own tests hold to its definition."""
+"""encode_blocks and gate_scores: the Triton kernels against the float32 reference, which the gate's own tests hold to
+its definition, and scores of sub-blocks against a loop over their pairs."""
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import pytest
 import torch
 
 import seerattention as seer
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
-from seerattention.ops.gate_scores import gate_scores
-from seerattention.ops.gate_scores.interface import empty_scores
+from seerattention.ops.gate_scores import encode_blocks, gate_scores, reference
+from seerattention.ops.gate_scores.interface import NO_END, empty_scores
+from seerattention.ops.span import Span, num_blocks
 
 needs_interpreter = pytest.mark.skipif(
     not (triton_importable() and triton_interpreted()), reason="needs triton and TRITON_INTERPRET=1"
@@ -36,14 +41,21 @@ def make_inputs(
     return (*tensors, angles.cos(), angles.sin()) if rotary else (*tensors, None, None)
 
 
+def whole_gate(q, k, k_linear, q_linear, cos, sin, *, scale=0.25, masked=True, implementation=None):
+    """Both ops, as a gate calls them."""
+    common = {"pitch": BLOCK_SIZE, "implementation": implementation}
+    queries, keys = (encode_blocks(x, linear, cos, sin, **common) for x, linear in ((q, q_linear), (k, k_linear)))
+    return gate_scores(
+        queries, keys, block_size=BLOCK_SIZE, scale=scale, masked=masked, implementation=implementation
+    )  # fmt: skip
+
+
 def in_float32(inputs):
     return [None if x is None else x.float() for x in inputs]
 
 
 def assert_near(actual, inputs, masked=True, tolerance=1e-5):
-    expected = gate_scores(
-        *in_float32(inputs), block_size=BLOCK_SIZE, scale=0.25, implementation="reference"
-    )  # fmt: skip
+    expected = whole_gate(*in_float32(inputs), implementation="reference")
     causal = expected > float("-inf")
     assert actual.shape == expected.shape
     assert actual.dtype == torch.float32
@@ -74,7 +86,7 @@ FORMS = {
 def test_triton_interpreted(form, num, nan_filled_empty):
     inputs = make_inputs(num, **FORMS[form])
     for masked in (True, False):
-        scores = gate_scores(*inputs, block_size=BLOCK_SIZE, scale=0.25, masked=masked, implementation="triton")
+        scores = whole_gate(*inputs, masked=masked, implementation="triton")
         assert_near(scores, inputs, masked)
 
 
@@ -83,16 +95,14 @@ def test_triton_interpreted(form, num, nan_filled_empty):
 def test_triton_in_half_precision_over_several_tiles(form, nan_filled_empty):
     inputs = make_inputs(140, dtype=torch.float16, **FORMS[form])
     for masked in (True, False):
-        scores = gate_scores(*inputs, block_size=BLOCK_SIZE, scale=0.25, masked=masked, implementation="triton")
+        scores = whole_gate(*inputs, masked=masked, implementation="triton")
         assert_near(scores, inputs, masked, tolerance=1e-3)
 
 
 @needs_interpreter
 def test_policies_ignore_what_is_not_written(nan_filled_empty):
     inputs = make_inputs(140, dtype=torch.float16)
-    whole, causal = (
-        gate_scores(*inputs, block_size=BLOCK_SIZE, masked=masked, implementation="triton") for masked in (True, False)
-    )
+    whole, causal = (whole_gate(*inputs, scale=1.0, masked=masked, implementation="triton") for masked in (True, False))
     assert causal.isnan().any()
     for policy in (seer.TopK(0.2), seer.Threshold(0.01), seer.TopP(0.7), seer.TokenBudget(96)):
         a, b = (policy.select(scores, block_size=BLOCK_SIZE).to_mask() for scores in (whole, causal))
@@ -100,7 +110,7 @@ def test_policies_ignore_what_is_not_written(nan_filled_empty):
 
 
 def test_rows_of_scores_begin_at_vectors():
-    scores = empty_scores(torch.empty(1, 2, 17, 8, dtype=torch.bfloat16))
+    scores = empty_scores(torch.empty(1, 2, 17, 8, dtype=torch.bfloat16), 17, 17)
     assert scores.shape == (1, 2, 17, 17)
     assert scores.stride() == (2 * 17 * 32, 17 * 32, 32, 1)
     assert scores.dtype == torch.float32
@@ -109,30 +119,32 @@ def test_rows_of_scores_begin_at_vectors():
 def test_gradients_go_through_the_reference():
     inputs = make_inputs(5)
     inputs[2].requires_grad_()
-    scores = gate_scores(*inputs, block_size=BLOCK_SIZE)
+    scores = whole_gate(*inputs)
     scores.masked_fill(scores.isinf(), 0).square().sum().backward()
     assert (inputs[2].grad != 0).any()
 
 
-@needs_interpreter
-@pytest.mark.parametrize("form", ["published", "keys_per_kv_head", "odd_without_rotation"])
-@pytest.mark.parametrize("num", [5, 16])
-def test_is_a_proper_op(form, num):
-    inputs = make_inputs(num, **FORMS[form])
-    torch.library.opcheck(torch.ops.seerattention.gate_scores, (*inputs, BLOCK_SIZE, 0.25, True, "triton"))
-
-
-def test_without_triton_the_op_is_the_reference():
-    inputs = make_inputs(5)
-    found = torch.ops.seerattention.gate_scores(*inputs, BLOCK_SIZE, 0.25, True, "reference")
-    assert torch.equal(found, gate_scores(*inputs, block_size=BLOCK_SIZE, scale=0.25))
-    torch.library.opcheck(torch.ops.seerattention.gate_scores, (*inputs, BLOCK_SIZE, 0.25, True, "reference"))
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_interpreter)])
+def test_are_proper_ops(implementation):
+    q, k, k_linear, q_linear, cos, sin = make_inputs(5, heads=2, kv_heads=1, width=8)
+    encode = torch.ops.seerattention.encode_blocks
+    for x, linear in ((q, q_linear), (k, k_linear)):
+        if linear is not None or cos is not None:
+            arguments = (x, linear, cos, sin, BLOCK_SIZE, implementation)
+            torch.library.opcheck(encode, arguments)
+            expected = encode_blocks(x, linear, cos, sin, pitch=BLOCK_SIZE, implementation=implementation)
+            assert torch.equal(encode(*arguments), expected)
+    table = torch.tensor([[0, 3, 60, 0]], dtype=torch.int32)
+    for rows, spans, pitch, reduce in ((None, None, 32, "max"), (torch.arange(2)[None], table, 16, "logsumexp")):
+        q, k = torch.randn(1, 2, 2 * BLOCK_SIZE // pitch, 8), torch.randn(1, 1, 4, 8)
+        arguments = (q, k, rows, spans, BLOCK_SIZE, pitch, 16, 0.25, reduce, 0, 0, NO_END, True, implementation)
+        torch.library.opcheck(torch.ops.seerattention.gate_scores, arguments)
 
 
 @needs_interpreter
 def test_compiles():
     def call(*inputs):
-        return gate_scores(*inputs, block_size=BLOCK_SIZE, implementation="triton")
+        return whole_gate(*inputs, implementation="triton")
 
     torch._dynamo.reset()
     function = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
@@ -142,25 +154,206 @@ def test_compiles():
             assert torch.equal(function(*inputs), call(*inputs))
 
 
+# -- sub-blocks --------------------------------------------------------------------------------------------------------
+
+
+def definition(q, k, tiles, rows, start, end):
+    """Scores in float64 by a loop over the pairs of every tile; ``rows [B][R]`` and limits ``[B]``."""
+    size, q_pitch, k_pitch = tiles["block_size"], tiles["q_pitch"], tiles["k_pitch"]
+    per_q, per_k, group = size // q_pitch, size // k_pitch, q.shape[1] // k.shape[1]
+    shape = *q.shape[:2], num_blocks(q.shape[2], per_q), num_blocks(k.shape[2], per_k)
+    scores = torch.full(shape, -math.inf, dtype=torch.float64)
+    products = tiles["scale"] * (q.double() @ k.double().repeat_interleave(group, 1).mT)
+    for b, r, n in itertools.product(range(shape[0]), range(shape[2]), range(shape[3])):
+        pairs = []
+        for i, j in itertools.product(range(per_q), range(per_k)):
+            query, key = r * per_q + i, n * per_k + j
+            begin, key_begin = rows[b][r] * size + i * q_pitch, key * k_pitch
+            holds_query = begin < end[b] and begin + q_pitch > start[b] and start[b] < end[b]
+            if query < q.shape[2] and key < k.shape[2] and holds_query and key_begin < min(end[b], begin + q_pitch):
+                pairs.append(products[b, :, query, key])
+        if pairs and n <= rows[b][r]:
+            together = torch.stack(pairs)
+            scores[b, :, r, n] = together.amax(0) if tiles["reduce"] == "max" else together.logsumexp(0)
+    return scores
+
+
+def cases(length, size, q_pitch):
+    """Name, arguments, sub-blocks of q, and what the definition takes: rows, start and end."""
+    tiles = num_blocks(length, size)
+    everything = [list(range(tiles))] * 2
+    yield "whole", {}, num_blocks(length, q_pitch), everything, [0, 0], [NO_END] * 2
+    yield "first rows", {"rows": 0}, size // q_pitch, [[0], [0]], [0, 0], [NO_END] * 2
+    span = Span(2, length, length)
+    yield "prompt", {"span": span}, num_blocks(length, q_pitch), everything, [0, 0], [length] * 2
+    rows = torch.tensor([tiles - 1, 0])
+    chosen = {"span": span, "rows": rows}
+    yield "rows", chosen, 2 * size // q_pitch, [rows.tolist()] * 2, [0, 0], [length] * 2
+    rows = torch.tensor([[tiles - 1], [0]])
+    yield "rows of each", {"span": span, "rows": rows}, size // q_pitch, rows.tolist(), [0, 0], [length] * 2
+    queries = max(1, length // 3)
+    start = length - queries
+    span, last = Span(2, queries, length), list(range(start // size, tiles))
+    yield "chunk", {"span": span}, len(last) * (size // q_pitch), [last] * 2, [start] * 2, [length] * 2
+    starts, lengths = torch.tensor([start, max(0, start - 7)]), torch.tensor([queries, max(0, queries - 2)])
+    span = Span.of_rows(queries, length, start=starts, length=lengths)
+    rows = span.row_blocks(size).tolist()
+    ends = (starts + lengths).tolist()
+    yield "ragged", {"span": span}, span.num_rows(size) * (size // q_pitch), rows, starts.tolist(), ends
+
+
+SHAPES = [(32, 8, 4), (32, 32, 8), (16, 8, 16), (24, 12, 4), (32, 32, 32)]
+
+
+def check_sub_blocks(size, q_pitch, k_pitch, reduce, length, implementation, dtype=torch.float32, width=16):
+    generator = torch.Generator().manual_seed(length)
+    tiles = {"block_size": size, "q_pitch": q_pitch, "k_pitch": k_pitch, "scale": 0.3, "reduce": reduce}
+    k = torch.randn(2, 2, num_blocks(length, k_pitch), width, generator=generator).to(dtype)
+    for name, options, count, rows, start, end in cases(length, size, q_pitch):
+        q = torch.randn(2, 4, count, width, generator=generator).to(dtype)
+        expected = definition(q, k, tiles, rows, start, end)
+        scores = gate_scores(q, k, implementation=implementation, **tiles, **options)
+        assert scores.shape == expected.shape, name
+        assert torch.equal(scores == -math.inf, expected == -math.inf), name
+        finite = expected > -math.inf
+        torch.testing.assert_close(scores[finite].double(), expected[finite], rtol=3e-5, atol=3e-5, msg=name)
+        # A row that holds a query always has its diagonal.
+        for b, row in enumerate(rows):
+            for r, block in enumerate(row):
+                holds = max(start[b], block * size) < min(end[b], (block + 1) * size) and start[b] < end[b]
+                assert not holds or finite[b, :, r, block].all(), name
+
+
+@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+@pytest.mark.parametrize("length", [5, 32, 70])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sub_blocks_equal_the_definition(shape, length, reduce, monkeypatch):
+    check_sub_blocks(*shape, reduce, length, None)
+    monkeypatch.setattr(reference, "MAX_PRODUCTS", 1)  # row by row
+    check_sub_blocks(*shape, reduce, length, "reference")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+@pytest.mark.parametrize(("shape", "length"), [((16, 8, 16), 37), ((16, 16, 8), 20), ((24, 8, 24), 50)], ids=str)
+def test_triton_interpreted_sub_blocks(shape, length, reduce, nan_filled_empty):
+    check_sub_blocks(*shape, reduce, length, "triton")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 40), (torch.float16, 40), (torch.float16, 136)])
+def test_triton_interpreted_sub_blocks_over_several_tiles(dtype, width, nan_filled_empty):
+    """More rows and columns than one program takes, tiles before the diagonal, vectors in several parts."""
+    generator = torch.Generator().manual_seed(width)
+    length = 8 * 70 - 3
+    q, k = (torch.randn(1, 2, num_blocks(length, pitch), width, generator=generator).to(dtype) for pitch in (4, 8))
+    for reduce in ("max", "logsumexp"):
+        options = {"block_size": 8, "q_pitch": 4, "scale": 0.2, "reduce": reduce, "span": Span(1, length, length)}
+        found, expected = (gate_scores(q, k, implementation=name, **options) for name in ("triton", "reference"))
+        torch.testing.assert_close(found, expected, rtol=3e-5, atol=3e-5)
+        loose = gate_scores(q, k, implementation="triton", masked=False, **options)
+        causal = expected > -math.inf
+        assert torch.equal(loose[causal], found[causal])
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_interpreter)])
+def test_keys_behind_a_row_are_not_read_into_its_scores(implementation):
+    """A state has room to grow: what is there means nothing, not even no number."""
+    q, k = torch.randn(2, 2, 4, 16), torch.randn(2, 2, 8, 16)
+    span = Span.of_rows(32, 32, start=torch.tensor([0, 0]), length=torch.tensor([32, 13]))
+    options = {"block_size": 16, "q_pitch": 8, "k_pitch": 4, "span": span, "implementation": implementation}
+    clean = gate_scores(q, k, **options)
+    k[1, :, 4:] = q[1, :, 2:] = math.nan
+    assert torch.equal(gate_scores(q, k, **options), clean)
+    assert (clean[1, :, 1] == -math.inf).all()
+
+
+@needs_interpreter
+def test_rows_by_number_and_by_index_are_rows_of_the_whole():
+    inputs = make_inputs(40, dtype=torch.float16, batch=2)
+    q, k = (encode_blocks(x, linear, implementation="triton") for x, linear in ((inputs[0], None), inputs[1:3]))
+    for implementation in ("reference", "triton"):
+        options = {"block_size": BLOCK_SIZE, "implementation": implementation}
+        whole = gate_scores(q, k, **options)
+        assert torch.equal(gate_scores(q[:, :, 7:20], k, rows=7, **options), whole[:, :, 7:20])
+        assert torch.equal(gate_scores(q[:, :, 30:], k, **options), whole[:, :, 30:])
+        rows = torch.tensor([33, 2, 17])
+        assert torch.equal(gate_scores(q[:, :, rows], k, rows=rows, **options), whole[:, :, rows])
+        each = torch.stack((rows, rows - 2))
+        found = gate_scores(q[torch.arange(2)[:, None], :, each].transpose(1, 2), k, rows=each, **options)
+        for batch in range(2):
+            assert torch.equal(found[batch], whole[batch, :, each[batch]])
+        strided = torch.stack((k, k), 3).flatten(2, 3)[:, :, ::2]  # keys of a state have room behind them
+        assert torch.equal(gate_scores(q, strided, **options), whole)
+
+
+def test_gradients_of_sub_blocks():
+    q, k = torch.randn(1, 2, 10, 4, requires_grad=True), torch.randn(1, 1, 20, 4, requires_grad=True)
+    span = Span(1, 39, 39)  # the last sub-blocks hold no token
+    for reduce in ("max", "logsumexp"):
+
+        def loss(q, k, reduce=reduce):
+            scores = gate_scores(q, k, block_size=16, q_pitch=4, k_pitch=2, scale=0.5, reduce=reduce, span=span)
+            return scores.masked_fill(scores == -math.inf, 0).sin().sum()
+
+        directions = torch.randn_like(q), torch.randn_like(k)
+        slopes = torch.autograd.grad(loss(q, k), (q, k))
+        assert all(slope.isfinite().all() for slope in slopes)
+        with torch.no_grad():
+            above, below = (loss(q + h * directions[0], k + h * directions[1]) for h in (1e-3, -1e-3))
+        expected = sum((slope * direction).sum() for slope, direction in zip(slopes, directions, strict=True))
+        torch.testing.assert_close((above - below) / 2e-3, expected, rtol=3e-2, atol=3e-2)
+
+
 def test_wrong_arguments():
     q, k, k_linear, _, cos, sin = make_inputs(6)
-    options = {"block_size": BLOCK_SIZE}
-    with pytest.raises(TypeError, match="k_linear is"):
-        gate_scores(q, k, k_linear.double(), None, cos, sin, **options)
-    with pytest.raises(ValueError, match="pooled_k must be"):
-        gate_scores(q, k[:, :, :5], k_linear, None, cos, sin, **options)
-    with pytest.raises(ValueError, match="k_linear must be"):
-        gate_scores(q, k, k_linear[:3], None, cos, sin, **options)
-    with pytest.raises(ValueError, match="need q_linear"):
-        gate_scores(q[..., :8], k, k_linear, None, cos, sin, **options)
+    with pytest.raises(TypeError, match="linear is"):
+        encode_blocks(k, k_linear.double())
+    with pytest.raises(ValueError, match="linear must be"):
+        encode_blocks(k, k_linear[:3])
+    with pytest.raises(ValueError, match="pooled must be"):
+        encode_blocks(k, k_linear[0])
     with pytest.raises(ValueError, match="both cos and sin"):
-        gate_scores(q, k, k_linear, None, cos, None, **options)
+        encode_blocks(k, k_linear, cos)
     with pytest.raises(ValueError, match="cos and sin must be"):
-        gate_scores(q, k, k_linear, None, cos[:, :100], sin[:, :100], **options)
+        encode_blocks(k, k_linear, cos[:, :100], sin[:, :100], pitch=BLOCK_SIZE)
     with pytest.raises(ValueError, match="no implementation"):
-        gate_scores(q, k, k_linear, None, cos, sin, implementation="cuda", **options)
+        encode_blocks(k, k_linear, implementation="cuda")
     with pytest.raises(ValueError, match="fits no vectors"):
-        gate_scores(q, k, k_linear, None, cos.repeat(1, 1, 2)[..., :20], sin.repeat(1, 1, 2)[..., :20], **options)
-    if triton_interpreted() and triton_importable():
-        with pytest.raises(ValueError, match="score all rows"):
-            gate_scores(q, k, k_linear, None, cos, sin, rows=torch.tensor([1]), implementation="triton", **options)
+        encode_blocks(k, k_linear, *(x.repeat(1, 1, 2)[..., :20] for x in (cos, sin)), pitch=BLOCK_SIZE)
+    wide = torch.zeros(1, 1, 2, 272)
+    for op in (
+        lambda: encode_blocks(wide, implementation="triton"),
+        lambda: gate_scores(wide, wide, implementation="triton"),
+    ):
+        with pytest.raises(ValueError, match="width up to 256"):
+            op()
+    q, k = q[:, :, :4], q[:, :2]
+    with pytest.raises(TypeError, match="k is"):
+        gate_scores(q, k.double())
+    with pytest.raises(ValueError, match="q must be"):
+        gate_scores(q, k[..., :8])
+    with pytest.raises(ValueError, match="not a multiple"):
+        gate_scores(q[:, :3], k)
+    for pitches in ((48, 64), (64, 128), (-8, 8)):
+        with pytest.raises(ValueError, match="divide block_size"):
+            gate_scores(q, k, q_pitch=pitches[0], k_pitch=pitches[1])
+    with pytest.raises(ValueError, match="positive"):
+        gate_scores(q, k, scale=0.0)
+    with pytest.raises(ValueError, match="reduce"):
+        gate_scores(q, k, reduce="mean")
+    with pytest.raises(ValueError, match="no implementation"):
+        gate_scores(q, k, implementation="cuda")
+    for rows in (3, -1):
+        with pytest.raises(ValueError, match="from query block"):
+            gate_scores(q, k, rows=rows)
+    for rows in (torch.zeros(3, dtype=torch.int64), torch.zeros(4)):
+        with pytest.raises(ValueError, match="rows must be"):
+            gate_scores(q, k, rows=rows)
+    with pytest.raises(ValueError, match="the span has 1 rows of 300 keys"):
+        gate_scores(q, k, span=Span(1, 256, 300))
+    with pytest.raises(ValueError, match="5 rows of tiles"):
+        gate_scores(q, k, span=Span(1, 257, 384))
+    ragged = Span.of_rows(256, 384, start=torch.tensor([1]), length=torch.tensor([256]))
+    with pytest.raises(ValueError, match="different blocks"):
+        gate_scores(k.repeat(1, 2, 1, 1)[:, :, :4], k, span=ragged, rows=0)

@@ -40,7 +40,9 @@ _TEXT = "digest of the text"  # of the whole of it: what no step has read yet de
 
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")],
+    model: Annotated[
+        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -124,7 +126,7 @@ def command(
                 "prefill": {
                     "k_pooling": _poolings(k_pooling),
                     "q_pooling": _poolings(q_pooling),
-                    "hidden_size": gate_hidden_size or None,
+                    "width": gate_hidden_size or None,
                 },
             },
         )
@@ -207,7 +209,7 @@ def _distill(
     # What can be wrong with the options is found before a model is loaded.
     with named({name: f"--{name.replace('_', '-')}" for name in (*settings, "block_size", "k_pooling", "q_pooling")}):
         config = DistillConfig(**settings)
-        with named({"hidden_size": "--gate-hidden-size"}):
+        with named({"width": "--gate-hidden-size"}):
             gate_config = GateConfig.from_dict(job.gate)
     if job.gates is None and job.length <= gate_config.block_size:
         raise ValueError(
@@ -273,7 +275,7 @@ def _say_what_gates_decide(terminal: Terminal, source: str, config: GateConfig |
         "block_size": config.block_size,
         "k_pooling": ",".join(config.prefill.k_pooling),
         "q_pooling": ",".join(config.prefill.q_pooling),
-        "gate_hidden_size": config.prefill.hidden_size or 0,
+        "gate_hidden_size": config.prefill.width or 0,
     }
     terminal.say(f"starting from the gates in {source}: " + ", ".join(f"{name} {form[name]}" for name in form))
     for name, value in asked.items():

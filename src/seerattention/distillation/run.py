@@ -263,6 +263,14 @@ class _Run:
                 table[slot] = sums[layer].to(device, torch.float32)
         host = self.processes.sum_(table).tolist()
         names = self.trainer.names.values()
+        unread = [name for name, (_, pairs) in zip(names, host, strict=True) if not pairs]
+        if unread:
+            longest = max(batch["input_ids"].shape[1] for batch in self.eval_batches)
+            raise ValueError(
+                f"block recall cannot be measured on these eval_batches: {', '.join(unread)} read none of them as "
+                f"whole prompts. They are up to {longest} tokens long; they must be longer than one token and not "
+                "longer than the model's sliding window"
+            )
         recall = {name: mass / pairs for name, (mass, pairs) in zip(names, host, strict=True)}
         with self.interrupts.held():
             self.history.add_recall(step, recall)

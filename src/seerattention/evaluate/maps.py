@@ -16,7 +16,7 @@ from .. import hf
 from ..ops import pooled_attention
 from ..ops.indices import BlockIndices, causal_block_mask
 from ..policies import causal_softmax
-from .forward import decoder_states
+from .forward import check_documents, decoder_states, prompt_device
 
 __all__ = ["HeadMap", "Inspection", "draw_maps", "draw_recall", "inspect_attention"]
 
@@ -77,7 +77,8 @@ def inspect_attention(
     Raises:
         ValueError: more than one prompt, or a layer or head that the model does not have.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+    check_documents(input_ids, "input_ids")
+    if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids must be one prompt [1, T], got {tuple(input_ids.shape)}")
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
@@ -121,8 +122,13 @@ def inspect_attention(
             )
 
     with hf.observe(model, look):
-        decoder_states(model, input_ids.to(model.get_input_embeddings().weight.device))  # type: ignore[operator]
+        decoder_states(model, input_ids.to(prompt_device(model)))
     ordered = [maps[layer, head] for layer in chosen_layers for head in chosen_heads if (layer, head) in maps]
+    if not sizes:
+        raise ValueError(
+            f"no layer read this prompt of {input_ids.shape[1]} tokens as a whole: it must be longer than one token "
+            "and not longer than the model's sliding window"
+        )
     return Inspection(ordered, recall, density, sizes.pop())
 
 

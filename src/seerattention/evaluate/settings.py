@@ -24,9 +24,11 @@ class Measurement:
     Attributes:
         density: ``total_density`` of everything that ran: selected causal blocks over all causal blocks, every layer,
             row and call, dense ones counted as 1.
+        prompt_density: the same without decoding steps.
     """
 
     density: float = 1.0
+    prompt_density: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,8 @@ class Setting:
         policy: policy for those gates; None is the policy stored with them.
         selector: a selector instead of gates (``baselines.Oracle`` for example).
         sparse: False is the dense model, whatever is attached to it.
-
-    Every sparse setting runs with ``min_context=0`` and no dense last rows, unless its policy says so: every row is
-    sparse.
+        min_context: prompts of fewer tokens are dense. 0: none, every row of every prompt is sparse (but for the last
+            ones where the policy says so). None: as the model is attached, or the default of the device.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Setting:
     policy: Policy | None = None
     selector: Any = None
     sparse: bool = True
+    min_context: int | None = 0
 
     def __post_init__(self) -> None:
         if not self.sparse and (self.gates or self.policy or self.selector):
@@ -84,7 +86,7 @@ class Setting:
                 raise ValueError(
                     f"setting {self.name!r} has neither gates nor a selector and the model has no gates attached"
                 )
-            with _policy(model, self.policy), _recorded(model, measurement, measure):
+            with _as_set(model, self), _recorded(model, measurement, measure):
                 yield measurement
             return
         if attached:
@@ -93,9 +95,9 @@ class Setting:
                 "detach them (seer.save_gates, then seer.detach) and pass their folder as a setting"
             )
         if self.selector is not None:
-            hf.attach(model, selector=self.selector, min_context=0)
+            hf.attach(model, selector=self.selector, min_context=self.min_context)
         else:
-            hf.attach(model, self.gates, prefill=self.policy, min_context=0)
+            hf.attach(model, self.gates, prefill=self.policy, min_context=self.min_context)
         try:
             with _recorded(model, measurement, measure):
                 yield measurement
@@ -112,18 +114,21 @@ def _is_attached(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _policy(model: nn.Module, policy: Policy | None) -> Iterator[None]:
-    """Run every layer of an attached model with one policy, then give all of them theirs back."""
-    if policy is None:
-        yield
-        return
-    state = state_of(model)
-    before, own = state.policy, {layer.index: layer.policy for layer in state.layers}
-    hf.set_policy(model, policy, layers=dict.fromkeys(own))
+def _as_set(model: nn.Module, setting: Setting) -> Iterator[None]:
+    """An attached model with the ``min_context`` of the setting and, where it has one, its policy in every layer;
+    afterwards all is as it was."""
+    state, policy = state_of(model), setting.policy
+    min_context, before, own = state.min_context, state.policy, {layer.index: layer.policy for layer in state.layers}
+    if setting.min_context is not None:
+        state.min_context = setting.min_context
+    if policy is not None:
+        hf.set_policy(model, policy, layers=dict.fromkeys(own))
     try:
         yield
     finally:
-        hf.set_policy(model, before, layers=own)
+        state.min_context = min_context
+        if policy is not None:
+            hf.set_policy(model, before, layers=own)
 
 
 @contextmanager
@@ -133,4 +138,4 @@ def _recorded(model: nn.Module, measurement: Measurement, measure: bool) -> Iter
         return
     with record(model) as stats:
         yield
-    measurement.density = float(stats.total_density)
+    measurement.density, measurement.prompt_density = float(stats.total_density), float(stats.prompt_density)

@@ -1,7 +1,8 @@
 """Gates: small learned modules that predict which blocks of the attention map matter. Plain torch, no Hugging Face.
 
-A second form of gate joins by a config class of its own and one entry in ``_FORMS``: its module takes the same
-constructor and call arguments as :class:`PrefillGate` and returns the same block logits, whatever it pools inside.
+A second form of gate joins by a config class of its own and one entry in ``_FORMS``: its module is a
+:class:`BlockGate`, which takes the same constructor arguments as :class:`PrefillGate` and has the same three parts,
+whatever it pools inside.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 
 from ..config import PrefillGateConfig
 from .prefill import BlockGate, PrefillGate
+from .state import KeyState
 
-__all__ = ["BlockGate", "PrefillGate", "build_gate"]
+__all__ = ["BlockGate", "KeyState", "PrefillGate", "build_gate"]
 
 _FORMS: dict[type, type[BlockGate]] = {PrefillGateConfig: PrefillGate}
 

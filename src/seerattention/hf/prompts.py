@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from .architectures import find_decoder
 from .state import state_of
 
-__all__ = ["check_batch", "input_device", "last_hidden_states", "module_device", "place_gates", "run_prompt"]
+__all__ = [
+    "check_batch",
+    "evaluating",
+    "input_device",
+    "last_hidden_states",
+    "module_device",
+    "place_gates",
+    "prompt_options",
+    "run_prompt",
+]
 
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids")
 _INTEGERS = (torch.int64, torch.int32)
@@ -107,11 +116,16 @@ def run_prompt(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    arguments["use_cache"] = False
+    with evaluating(model):
+        return model(**arguments, **prompt_options(model))
+
+
+def prompt_options(model: nn.Module) -> dict[str, Any]:
+    """How a whole prompt is run: without a cache, and where the model can, with the last token's logits only."""
+    options: dict[str, Any] = {"use_cache": False}
     if _takes(_forwards(model), "logits_to_keep"):
-        arguments["logits_to_keep"] = 1
-    with _evaluating(model):
-        return model(**arguments)
+        options["logits_to_keep"] = 1
+    return options
 
 
 def last_hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -172,7 +186,7 @@ def place_gates(model: nn.Module) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards each module is in the mode in which it was, which need not be that of all."""
     training = [module for module in model.modules() if module.training]
     if training:

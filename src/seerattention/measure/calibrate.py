@@ -107,7 +107,10 @@ def calibrate(
                 with dense(model) if policy is None else nullcontext():
                     run_prompt(model, prompt)
         if not seen.causal:
-            raise ValueError("calibrate saw no prompt in any gated layer; prompts must be longer than one token")
+            raise ValueError(
+                "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than "
+                "the model's sliding window"
+            )
         least = seen.density(1.0)
         if density < least:
             raise ValueError(

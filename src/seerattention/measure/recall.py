@@ -39,7 +39,10 @@ def block_recall(
     """
     sums = recall_sums(model, batches, policy)
     if not sums:
-        raise ValueError("no batch, or no layer with a gate, to measure block recall on")
+        raise ValueError(
+            "no batch, or no layer with a gate that reads these as whole prompts, to measure block recall on; prompts "
+            "must be longer than one token and not longer than the model's sliding window"
+        )
     device = next(iter(sums.values())).device
     layers = sorted(sums)
     host = torch.stack([sums[layer].to(device) for layer in layers]).tolist()

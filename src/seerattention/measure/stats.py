@@ -25,6 +25,7 @@ class Statistics:
         self.sparse_calls = 0
         self.dense_calls = 0
         self._layers: dict[int, Tensor] = {}
+        self._prompts: dict[int, Tensor] = {}  # the same of calls of more than one token
         self._shares: dict[torch.device, Tensor] = {}  # sums of the sparse calls' densities
 
     def add(
@@ -58,8 +59,8 @@ class Statistics:
             share, device = selected / causal, query.device
             self._shares[device] = self._shares[device] + share if device in self._shares else share
         counted = torch.stack((selected, causal))
-        before = self._layers.get(layer)
-        self._layers[layer] = counted if before is None else before + counted
+        for sums in (self._layers, self._prompts) if query_length > 1 else (self._layers,):
+            sums[layer] = sums[layer] + counted if layer in sums else counted
 
     @property
     def density(self) -> float:
@@ -71,10 +72,12 @@ class Statistics:
     @property
     def total_density(self) -> float:
         """Selected over causal blocks of every layer, row and call, dense ones (decoding too) counted as 1."""
-        if not self._layers:
-            return 1.0
-        selected, causal = torch.stack([counted.cpu() for counted in self._layers.values()]).sum(0).tolist()
-        return selected / causal
+        return _share(self._layers)
+
+    @property
+    def prompt_density(self) -> float:
+        """Like ``total_density``, without decoding steps (calls of one token)."""
+        return _share(self._prompts)
 
     @property
     def per_layer(self) -> dict[int, float]:
@@ -102,3 +105,11 @@ def record(model: nn.Module) -> Iterator[Statistics]:
     statistics = Statistics()
     with watch(RECORD, state_of(model), statistics):
         yield statistics
+
+
+def _share(sums: dict[int, Tensor]) -> float:
+    """Selected over causal blocks of all layers; 1.0 where nothing was called."""
+    if not sums:
+        return 1.0
+    selected, causal = torch.stack([counted.cpu() for counted in sums.values()]).sum(0).tolist()
+    return selected / causal

@@ -9,8 +9,7 @@
 | keyvalue | a JSON dictionary of random numbers | the values of some keys |
 
 Names are pairs of words; pairs used in evaluation are never keys in training (``split``). Values are random. Answers
-are scored by teacher forcing: an answer is right if the model's most likely token is right at each of its tokens, which
-is the same as greedy decoding of that answer.
+are scored in ``seerattention.evaluate.retrieval``: generated greedily, or by teacher forcing.
 """
 
 from __future__ import annotations

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from .. import dispatch
 from ..indices import num_blocks
+from ..span import Span
 from . import reference
 
-__all__ = ["block_pooling"]
+__all__ = ["BLOCK_SIZES", "block_pooling"]
 
 OP = "block_pooling"
 IMPLEMENTATIONS = ("reference", "triton")
 KINDS = ("max", "min", "avg")
+# A gate may pool more finely than its mask.
+BLOCK_SIZES = range(4, 129, 4)
 
 
 @torch.no_grad()
@@ -26,6 +29,8 @@ def block_pooling(
     block_size: int = 64,
     lengths: Tensor | None = None,
     implementation: str | None = None,
+    span: Span | None = None,
+    align: int | None = None,
 ) -> Tensor:
     """Pool each block of tokens per channel (SeerAttention paper, arXiv 2410.13276, section 3.1: the P of the gate).
 
@@ -34,20 +39,28 @@ def block_pooling(
     Args:
         x: ``[B, H, T, D]``, queries or keys before RoPE; float32, float16 or bfloat16, last dimension contiguous.
         kinds: some of ``"max"``, ``"min"``, ``"avg"`` without repeats; results are concatenated in this order.
-        block_size: tokens a block: 32, 64 or 128.
+        block_size: tokens a block: a multiple of 4 from 4 to 128.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Partial blocks pool their valid
             tokens only (the average divides by their number); blocks without a valid token give 0.
         implementation: ``"reference"``, ``"triton"`` or None (automatic).
+        span: where the tokens of x lie, which are its queries (a chunk of a prompt, packed rows); instead of
+            ``lengths``. Blocks are cut from the content: result n of a row is block ``start // block_size + n``,
+            pooled over those of its tokens that x holds. None: whole prompts.
+        align: with a span, results begin at the block of ``align`` tokens that holds a row's first token; a multiple
+            of ``block_size``, which is the default.
 
     Returns:
-        ``[B, H, N, len(kinds) * D]``, dtype of x (averages are taken in float32), N = ceil(T / block_size).
+        ``[B, H, N, len(kinds) * D]``, dtype of x (averages are taken in float32), N = ceil(T / block_size); with a span
+        N = ``span.num_rows(align) * (align // block_size)``.
 
     Raises:
-        ValueError: x that is not 4-D, unknown or repeated kinds, an unknown block size, lengths of another shape.
+        ValueError: x that is not 4-D, unknown or repeated kinds, an unknown block size, lengths of another shape, a
+            span that does not fit.
         TypeError: an unsupported dtype.
     """
     dispatch.check_floating(OP, x=x)
-    dispatch.check_block_size(OP, block_size)
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{OP}: block_size must be a multiple of 4 from 4 to 128, got {block_size}")
     if x.dim() != 4 or x.shape[2] == 0:
         raise ValueError(f"{OP}: x must be [B, H, T, D] with at least one token, got {tuple(x.shape)}")
     kinds = tuple(kinds)
@@ -59,22 +72,45 @@ def block_pooling(
                 f"{OP}: lengths must be integers [{x.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
             )
         lengths = lengths.to(x.device, torch.int64)
-    return _block_pooling(x, ",".join(kinds), block_size, lengths, implementation)
+    joined = ",".join(kinds)
+    if span is None:
+        if align is not None:
+            raise ValueError(f"{OP}: align={align} needs a span; blocks of whole prompts begin at their first token")
+        return _block_pooling(x, joined, block_size, lengths, implementation)
+    align = block_size if align is None else align
+    if lengths is not None:
+        raise ValueError(f"{OP}: pass lengths or a span, not both; a span holds the lengths of its rows")
+    if align <= 0 or align % block_size:
+        raise ValueError(f"{OP}: align must be a multiple of block_size ({block_size}), got {align}")
+    span.check(OP, q=x)
+    num = span.num_rows(align) * (align // block_size)
+    offset = (span.keys - span.queries) % align if span.plain else 0
+    return _block_pooling(x, joined, block_size, None, implementation, num, offset, align, span.table)
 
 
-def _fake(x: Tensor, kinds: str, block_size: int) -> Tensor:
+def _fake(x: Tensor, kinds: str, block_size: int, num: int, table: Tensor | None) -> Tensor:
     batch, heads, length, head_dim = x.shape
-    return x.new_empty(batch, heads, num_blocks(length, block_size), len(kinds.split(",")) * head_dim)
+    rows = num_blocks(length, block_size) if num < 0 else num
+    return x.new_empty(batch if table is None else table.shape[0], heads, rows, len(kinds.split(",")) * head_dim)
 
 
 @dispatch.custom_op(_fake)
 def _block_pooling(
-    x: Tensor, kinds: str, block_size: int, lengths: Tensor | None, implementation: str | None
+    x: Tensor,
+    kinds: str,
+    block_size: int,
+    lengths: Tensor | None,
+    implementation: str | None,
+    num: int = -1,
+    offset: int = 0,
+    align: int = 1,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """``kinds`` is joined by commas."""
+    """``kinds`` is joined by commas; the rest as in :class:`~.reference.Grid`, -1 blocks: those of whole prompts."""
     function = reference.block_pooling
     if dispatch.choose_implementation(OP, implementation, x.device, names=IMPLEMENTATIONS) == "triton":
         from . import triton  # imported late: triton is an optional dependency
 
         function = triton.block_pooling
-    return function(x, kinds.split(","), block_size=block_size, lengths=lengths)
+    grid = None if num < 0 else reference.Grid(num, offset, align, table)
+    return function(x, kinds.split(","), block_size=block_size, lengths=lengths, grid=grid)

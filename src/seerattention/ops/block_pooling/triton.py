@@ -1,8 +1,8 @@
 """Block pooling in Triton: one read of x for all kinds, by threads that need nothing of each other.
 
-A program takes one block of several heads, side by side as models have them in memory. Each thread reads 16 bytes of
-every token, a few tokens at a time, and keeps their maximum, minimum and sum itself: no step of the reduction goes
-through shared memory, and what bounds the kernel is how fast x can be read.
+A program takes a block of several heads, side by side as models have them in memory, or several short blocks that
+follow each other. Each thread reads 16 bytes of every token, a few tokens at a time, and keeps their maximum, minimum
+and sum itself: no step of the reduction goes through shared memory, and what bounds the kernel is how fast x is read.
 """
 
 from __future__ import annotations
@@ -14,116 +14,159 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import power_of_2
 from ..indices import num_blocks
+from .reference import Grid
 
-# Tokens that a thread reads at a time, and bytes of each.
-STEP, VECTOR_BYTES = 16, 16
+# Tokens that a thread reads at a time, whatever the block: so many loads are under way. And bytes of each.
+TOKENS, VECTOR_BYTES = 16, 16
 MAX_WARPS = 4
 
 
 @triton.jit
-def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, stride_xt):
-    """Take in the tokens ``o_t`` of the columns at ``p_x``, where ``m_x`` holds (None: everywhere)."""
-    p_step = p_x[None, :] + o_t.to(tl.int64)[:, None] * stride_xt
+def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS: tl.constexpr, STEP: tl.constexpr):
+    """Take in the tokens ``o_t`` of the columns at ``p_x``, where ``m_x`` holds (None: everywhere): STEP tokens of each
+    of BLOCKS blocks."""
+    p_step = p_x[None, :] + o_t.to(tl.int64)[:, None] * s_xt
+    # [BLOCKS * STEP, columns]
     if m_x is None:
         b_x = tl.load(p_step).to(tl.float32)
-        b_max = tl.maximum(b_max, tl.max(b_x, 0))
-        b_min = tl.minimum(b_min, tl.min(b_x, 0))
+        b_high = b_x
+        b_low = b_x
     else:
         b_x = tl.load(p_step, mask=m_x, other=0.0).to(tl.float32)
-        b_max = tl.maximum(b_max, tl.max(tl.where(m_x, b_x, float("-inf")), 0))
-        b_min = tl.minimum(b_min, tl.min(tl.where(m_x, b_x, float("inf")), 0))
-    return b_max, b_min, b_sum + tl.sum(b_x, 0)
+        b_high = tl.where(m_x, b_x, float("-inf"))
+        b_low = tl.where(m_x, b_x, float("inf"))
+    if BLOCKS > 1:
+        shape: tl.constexpr = (BLOCKS, STEP, b_x.shape[1])
+        b_max = tl.maximum(b_max, tl.max(tl.reshape(b_high, shape), 1))
+        b_min = tl.minimum(b_min, tl.min(tl.reshape(b_low, shape), 1))
+        b_sum += tl.sum(tl.reshape(b_x, shape), 1)
+    else:
+        b_max = tl.maximum(b_max, tl.max(b_high, 0))
+        b_min = tl.minimum(b_min, tl.min(b_low, 0))
+        b_sum += tl.sum(b_x, 0)
+    return b_max, b_min, b_sum
 
 
-@triton.jit(do_not_specialize=["heads", "length", "num"])  # another length must not compile it again
+@triton.jit(do_not_specialize=["heads", "length", "num", "offset"])  # another length must not compile it again
 def block_pooling_fwd_kernel(
-    x,
-    lengths,
-    out,
-    heads,
-    length,
-    num,
-    stride_xb,
-    stride_xh,
-    stride_xt,
-    HAS_LENGTHS: tl.constexpr,
-    MAX_SLOT: tl.constexpr,
-    MIN_SLOT: tl.constexpr,
-    AVG_SLOT: tl.constexpr,
-    NUM_KINDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-):
-    """*_SLOT is the place of a kind among the concatenated results, -1 where it is not asked for."""
+    x, lengths, table, out, heads, length, num, offset, s_xb, s_xh, s_xt,
+    HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
+    MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS blocks of HEADS heads. *_SLOT is the place of a kind among the concatenated results, -1 where it is not
+    asked for; block 0 begins ``offset`` tokens before the first one of x, with a table at a multiple of ALIGN."""
     parts = (heads + HEADS - 1) // HEADS
-    i_block = tl.program_id(0) // parts % num
-    i_b = (tl.program_id(0) // parts // num).to(tl.int64)
+    tiles = (num + BLOCKS - 1) // BLOCKS
+    i_n = tl.program_id(0) // parts % tiles * BLOCKS
+    i_b = (tl.program_id(0) // parts // tiles).to(tl.int64)
     end = length
     if HAS_LENGTHS:
         end = tl.minimum(tl.load(lengths + i_b), length).to(tl.int32)
-    count = tl.minimum(end - i_block * BLOCK, BLOCK)
+    if HAS_TABLE:
+        x += tl.load(table + i_b * 4).to(tl.int64) * s_xt
+        offset = tl.load(table + i_b * 4 + 1) % ALIGN
+        end = tl.load(table + i_b * 4 + 2)
+    # The token of x with which the first block begins (there is none before token 0), and the number from there on.
+    begin = i_n * BLOCK
+    if CHUNK:
+        begin -= offset
+    count = tl.minimum(end - begin, BLOCKS * BLOCK)
 
     # The columns are the channels of one head after the other.
     o_column = tl.arange(0, HEADS * PADDED_DIM)
     o_h = tl.program_id(0) % parts * HEADS + o_column // PADDED_DIM
     o_d = o_column % PADDED_DIM
     m_column = (o_h < heads) & (o_d < HEAD_DIM)
-    p_x = x + i_b * stride_xb + o_h.to(tl.int64) * stride_xh + o_d
-    o_step = tl.arange(0, STEP)
-    b_max = tl.full([HEADS * PADDED_DIM], float("-inf"), tl.float32)
-    b_min = tl.full([HEADS * PADDED_DIM], float("inf"), tl.float32)
-    b_sum = tl.zeros([HEADS * PADDED_DIM], tl.float32)
-    if (count == BLOCK) & (tl.program_id(0) % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
+    p_x = x + i_b * s_xb + o_h.to(tl.int64) * s_xh + o_d
+    o_step = tl.arange(0, BLOCKS * STEP)  # several blocks at a time follow each other without a gap
+    # One block has vectors and a number where several have a row each: a dimension of 1 costs registers.
+    shape: tl.constexpr = (HEADS * PADDED_DIM,) if BLOCKS == 1 else (BLOCKS, HEADS * PADDED_DIM)
+    b_max = tl.full(shape, float("-inf"), tl.float32)
+    b_min = tl.full(shape, float("inf"), tl.float32)
+    b_sum = tl.zeros(shape, tl.float32)
+    whole = count == BLOCKS * BLOCK
+    if CHUNK:
+        whole = whole & (begin >= 0)
+    if whole & (tl.program_id(0) % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
         for start in range(0, BLOCK, STEP):
-            o_t = i_block * BLOCK + start + o_step
-            b_max, b_min, b_sum = _pool_step(p_x, o_t, None, b_max, b_min, b_sum, stride_xt)
+            b_max, b_min, b_sum = _pool_step(p_x, begin + start + o_step, None, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
     else:
-        for start in range(0, count, STEP):
-            o_t = i_block * BLOCK + start + o_step
+        for start in range(0, tl.minimum(count, BLOCK), STEP):
+            o_t = begin + start + o_step
             m_x = (o_t < end)[:, None] & m_column[None, :]
-            b_max, b_min, b_sum = _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, stride_xt)
+            if CHUNK:
+                m_x = m_x & (o_t >= 0)[:, None]
+            b_max, b_min, b_sum = _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
 
-    p_out = out + ((i_b * heads + o_h) * num + i_block) * NUM_KINDS * HEAD_DIM + o_d
+    if BLOCKS == 1:
+        o_out, m_out = i_n, m_column
+        b_count = count
+        if CHUNK:
+            b_count += tl.minimum(begin, 0)
+    else:
+        o_n = i_n + tl.arange(0, BLOCKS)
+        o_begin = begin + tl.arange(0, BLOCKS) * BLOCK
+        b_count = (tl.minimum(end - o_begin, BLOCK) + tl.minimum(o_begin, 0))[:, None]
+        o_out, m_out = o_n[:, None], (o_n < num)[:, None] & m_column[None, :]
+        o_h, o_d = o_h[None, :], o_d[None, :]
+    # [columns] or [BLOCKS, columns]
+    p_out = out + ((i_b * heads + o_h) * num + o_out) * NUM_KINDS * HEAD_DIM + o_d
     if MAX_SLOT >= 0:
-        b_max = tl.where(count > 0, b_max, 0.0)
-        tl.store(p_out + MAX_SLOT * HEAD_DIM, b_max.to(out.dtype.element_ty), mask=m_column)
+        b_max = tl.where(b_count > 0, b_max, 0.0)
+        tl.store(p_out + MAX_SLOT * HEAD_DIM, b_max.to(out.dtype.element_ty), mask=m_out)
     if MIN_SLOT >= 0:
-        b_min = tl.where(count > 0, b_min, 0.0)
-        tl.store(p_out + MIN_SLOT * HEAD_DIM, b_min.to(out.dtype.element_ty), mask=m_column)
+        b_min = tl.where(b_count > 0, b_min, 0.0)
+        tl.store(p_out + MIN_SLOT * HEAD_DIM, b_min.to(out.dtype.element_ty), mask=m_out)
     if AVG_SLOT >= 0:
-        b_avg = b_sum / tl.maximum(count, 1).to(tl.float32)
-        tl.store(p_out + AVG_SLOT * HEAD_DIM, b_avg.to(out.dtype.element_ty), mask=m_column)
+        b_avg = b_sum / tl.maximum(b_count, 1).to(tl.float32)
+        tl.store(p_out + AVG_SLOT * HEAD_DIM, b_avg.to(out.dtype.element_ty), mask=m_out)
 
 
-def block_pooling(x: Tensor, kinds: Sequence[str], *, block_size: int, lengths: Tensor | None) -> Tensor:
+def block_pooling(
+    x: Tensor, kinds: Sequence[str], *, block_size: int, lengths: Tensor | None, grid: Grid | None = None
+) -> Tensor:
     batch, heads, length, head_dim = x.shape
-    num = num_blocks(length, block_size)
-    out = torch.empty(batch, heads, num, len(kinds) * head_dim, dtype=x.dtype, device=x.device)
+    if grid is None:
+        grid = Grid(num_blocks(length, block_size), 0, 1, None)
+    if grid.table is not None:
+        batch = grid.table.shape[0]
+    out = torch.empty(batch, heads, grid.num, len(kinds) * head_dim, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
     slots = {kind: index for index, kind in enumerate(kinds)}
-    padded_dim = triton.next_power_of_2(head_dim)
-    # As many heads as give every thread one vector.
+    padded_dim = power_of_2(head_dim)
+    # As many heads as give every thread one vector, and as many blocks as give it TOKENS of them at a time.
     columns = 32 * MAX_WARPS * VECTOR_BYTES // x.itemsize
-    heads_at_once = max(1, min(columns // padded_dim, triton.next_power_of_2(heads)))
+    heads_at_once = max(1, min(columns // padded_dim, power_of_2(heads)))
+    step = min(TOKENS, block_size & -block_size)  # the largest power of two that divides a block
+    blocks = TOKENS // block_size if step == block_size else 1
     with torch.cuda.device_of(x):
-        block_pooling_fwd_kernel[(batch * num * triton.cdiv(heads, heads_at_once),)](
+        block_pooling_fwd_kernel[(batch * num_blocks(grid.num, blocks) * num_blocks(heads, heads_at_once),)](
             x,
             lengths,
+            grid.table,
             out,
             heads,
             length,
-            num,
-            *x.stride()[:3],
+            grid.num,
+            grid.offset,
+            x.stride(0) if x.shape[0] > 1 else 0,  # packed rows share the one of x
+            *x.stride()[1:3],
             HAS_LENGTHS=lengths is not None,
+            HAS_TABLE=grid.table is not None,
+            CHUNK=grid.offset > 0 or grid.table is not None,
             MAX_SLOT=slots.get("max", -1),
             MIN_SLOT=slots.get("min", -1),
             AVG_SLOT=slots.get("avg", -1),
             NUM_KINDS=len(kinds),
             BLOCK=block_size,
-            STEP=STEP,
+            ALIGN=grid.align,
+            BLOCKS=blocks,
+            STEP=step,
             HEADS=heads_at_once,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,

@@ -135,6 +135,9 @@ def block_sparse_attention_fwd_kernel(
     num_tiles = count * SPLIT
     if has_diagonal:
         num_tiles = (count - 1) * SPLIT + i_sub
+    # A tile that lies wholly past the last key (TILE < BLOCK) stores nothing, and key tiles before it may be partial.
+    if SPLIT > 1:
+        num_tiles = tl.where((first_row + i_row) * BLOCK + i_sub * TILE < key_length, num_tiles, 0)
 
     b_max = tl.full([TILE], float("-inf"), tl.float32)
     b_sum = tl.zeros([TILE], tl.float32)

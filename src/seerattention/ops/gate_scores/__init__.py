@@ -1,5 +1,5 @@
-"""Gate scores: pooled queries and keys -> block logits."""
+"""Gate scores: encoding of pooled queries and keys, and their products, reduced to one score a tile."""
 
-from .interface import gate_scores
+from .interface import encode_blocks, gate_scores
 
-__all__ = ["gate_scores"]
+__all__ = ["encode_blocks", "gate_scores"]

@@ -1,4 +1,4 @@
-"""Public function of gate scores: argument checks and the choice of an implementation."""
+"""Public functions of gate scores: argument checks and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -7,167 +7,296 @@ from torch import Tensor
 
 from .. import dispatch
 from ..indices import num_blocks
+from ..span import Span
 from . import reference
+from .reference import Tiles
 
-__all__ = ["gate_scores"]
+__all__ = ["encode_blocks", "gate_scores"]
 
-OP = "gate_scores"
 IMPLEMENTATIONS = ("reference", "triton")
-# Rows of the result begin at multiples of this many elements, so that those who read it may load whole vectors.
+REDUCTIONS = ("max", "logsumexp")
+# Rows of scores begin at multiples of this many elements, so that those who read them may load whole vectors.
 ROW_ALIGNMENT = 16
-# A Triton program holds whole projected vectors.
+# A Triton program holds whole encoded vectors.
 MAX_TRITON_WIDTH = 256
+# A position behind every token, where nothing says how many there are.
+NO_END = 1 << 30
 
 
-def gate_scores(
-    pooled_q: Tensor,
-    pooled_k: Tensor,
-    k_linear: Tensor,
-    q_linear: Tensor | None = None,
+def encode_blocks(
+    pooled: Tensor,
+    linear: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     *,
+    pitch: int = 1,
+    implementation: str | None = None,
+) -> Tensor:
+    """Project pooled queries or keys and rotate them at the positions of their blocks.
+
+    The gate of the SeerAttention paper (arXiv 2410.13276, section 3.1) between its pooling and its product.
+
+    Args:
+        pooled: ``[B, H', N, C]``; float32, float16 or bfloat16 (the reference takes float64, too).
+        linear: ``[H, C, W]``, dtype of pooled, with H = H' or a multiple of it (a key projection for each query head);
+            None: no projection, C is W.
+        cos, sin: ``[B or 1, T, rotary_dim]`` with N = ceil(T / pitch), halves repeated as Hugging Face lays it out;
+            block n is rotated by entry ``n * pitch``. A table wider than W is read at every (rotary_dim / W)-th
+            channel. None: no rotation.
+        pitch: entries of the table a block: 1 for a table of block starts, the tokens of a block for one of tokens.
+        implementation: ``"reference"``, ``"triton"`` or None (automatic: Triton on CUDA devices, in float16 and
+            bfloat16, where no gradient is asked for).
+
+    The reference projects in the dtype of its arguments and computes in float32 from there, differentiably. Triton
+    multiplies on tensor cores: projections stay float32 through the rotation, then vectors are rounded to the dtype of
+    the arguments, as the attention itself does with its own queries and keys after RoPE.
+
+    Returns:
+        ``[B, H, N, W]``: float32 from the reference, the dtype of pooled from Triton.
+
+    Raises:
+        ValueError: shapes that do not fit each other; ``"triton"`` asked for with W above 256.
+        TypeError: dtypes that differ.
+    """
+    op = "encode_blocks"
+    _check_encoding(op, pooled, linear, cos, sin, pitch)
+    if not _opaque(op, implementation, pooled, linear, cos, sin):
+        return reference.encode_blocks(pooled, linear, cos, sin, pitch)
+    if linear is None and cos is None:
+        return pooled
+    return _encode_blocks(pooled, linear, cos, sin, pitch, implementation)
+
+
+def gate_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
     block_size: int = 64,
+    q_pitch: int | None = None,
+    k_pitch: int | None = None,
     scale: float = 1.0,
-    rows: Tensor | None = None,
+    reduce: str = "max",
+    rows: Tensor | int | None = None,
+    span: Span | None = None,
     masked: bool = True,
     implementation: str | None = None,
 ) -> Tensor:
-    """Project pooled queries and keys, rotate them at the positions of their blocks, and multiply.
+    """Multiply encoded queries and keys, and reduce the products of each tile of ``block_size`` tokens to one score.
 
-    The gate of the SeerAttention paper (arXiv 2410.13276, section 3.1) after its pooling. G = Hq / Hkv query heads
-    share a KV head.
+    Queries and keys may be cut into sub-blocks, shorter than a tile and not equally short. A pair of sub-blocks counts
+    if the key sub-block does not begin behind the last token of the query sub-block, and both hold tokens. So pairs of
+    the future do not count in the diagonal tile, and that tile always has a score in a row that holds a query. Products
+    of sub-blocks are never written out.
 
     Args:
-        pooled_q: ``[B, Hq, N, C_q]``; float32, float16 or bfloat16 (the reference takes float64, too).
-        pooled_k: ``[B, Hkv, N, C_k]``, dtype of pooled_q.
-        k_linear: ``[Hq or Hkv, C_k, W]``, one key projection per query head or one per KV head, dtype of pooled_q.
-        q_linear: ``[Hq, C_q, W]``, dtype of pooled_q; None: queries are not projected, and C_q is W.
-        cos, sin: ``[B or 1, T, rotary_dim]`` with N = ceil(T / block_size), the rotary table at the tokens' positions,
-            halves repeated as Hugging Face lays it out; blocks are rotated at their first token. A table wider than W
-            is read at every (rotary_dim / W)-th channel. None: no rotation.
-        block_size: tokens a block.
-        scale: factor of the products.
-        rows: int64 ``[R]``, query blocks to score (None: all N).
+        q: ``[B, Hq, Nq, W]``, encoded queries: the sub-blocks of the rows asked for, ``block_size // q_pitch`` to a row
+            (the last row may have fewer, as a prompt ends). float32, float16 or bfloat16.
+        k: ``[B, Hk, Nk, W]``, encoded keys from position 0 on, dtype of q, Hq a multiple of Hk.
+        block_size: tokens a tile.
+        q_pitch, k_pitch: tokens a sub-block, which divide block_size; None: block_size, one product a tile.
+        scale: positive factor of the products.
+        reduce: ``"max"`` or ``"logsumexp"`` (natural, of scaled products; nothing is subtracted for their number).
+        rows: query blocks of the rows: int64 ``[R]`` or ``[B, R]`` in any order, or the first of consecutive ones.
+            None: those of the span; without a span the last R of the N key blocks.
+        span: the positions of queries and keys: sub-blocks that hold none of its queries, and keys behind a row's last
+            one, do not count. None: whatever is given does.
         masked: False: what lies above the block diagonal may be left undefined, which saves writing it.
         implementation: ``"reference"``, ``"triton"`` or None (automatic: Triton on CUDA devices, in float16 and
-            bfloat16, for all rows, where no gradient is asked for).
-
-    The reference projects in the dtype of its arguments and computes in float32 from there, differentiably. Triton
-    multiplies on tensor cores: projections stay float32 through the rotation, then queries and keys are rounded to the
-    dtype of the arguments, as the attention itself does with its own after RoPE, and products are added in float32.
+            bfloat16, where no gradient is asked for).
 
     Returns:
-        float32 ``[B, Hq, R, N]``, -inf above the block diagonal. Rows may be padded in memory.
+        float32 ``[B, Hq, R, N]``, R = ceil(Nq / (block_size / q_pitch)), N likewise; -inf above the block diagonal and
+        in rows that hold no query of the span. Rows may be padded in memory.
 
     Raises:
-        ValueError: shapes that do not fit each other; ``"triton"`` asked for with ``rows`` or with W above 256.
+        ValueError: shapes, pitches, rows or a span that do not fit each other; ``"triton"`` asked for with W above 256.
         TypeError: dtypes that differ.
     """
-    _check(pooled_q, pooled_k, k_linear, q_linear, cos, sin, block_size)
-    tensors = (pooled_q, pooled_k, k_linear, q_linear, cos, sin)
-    if _opaque(implementation, rows, *tensors):
-        return _gate_scores(*tensors, block_size, float(scale), masked, implementation)
-    return reference.gate_scores(*tensors, block_size=block_size, scale=scale, rows=rows)
+    tiles = _check_scores(q, k, block_size, q_pitch, k_pitch, scale, reduce, rows, span, masked)
+    if not _opaque("gate_scores", implementation, q, k):
+        return reference.gate_scores(q, k, tiles)
+    return _gate_scores(
+        q,
+        k,
+        tiles.rows,
+        tiles.table,
+        block_size,
+        tiles.q_pitch,
+        tiles.k_pitch,
+        tiles.scale,
+        reduce,
+        tiles.first_row,
+        tiles.start,
+        tiles.end,
+        masked,
+        implementation,
+    )
 
 
-def _fake(pooled_q: Tensor) -> Tensor:
-    return empty_scores(pooled_q)
+def _fake_encoding(pooled: Tensor, linear: Tensor | None, implementation: str | None) -> Tensor:
+    batch, heads, num, width = pooled.shape
+    if linear is not None:
+        heads, width = linear.shape[0], linear.shape[2]
+    dtype = torch.float32 if implementation == "reference" else pooled.dtype
+    return pooled.new_empty(batch, heads, num, width, dtype=dtype)
 
 
-@dispatch.custom_op(_fake)
-def _gate_scores(
-    pooled_q: Tensor,
-    pooled_k: Tensor,
-    k_linear: Tensor,
-    q_linear: Tensor | None,
+@dispatch.custom_op(_fake_encoding)
+def _encode_blocks(
+    pooled: Tensor,
+    linear: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-    block_size: int,
-    scale: float,
-    masked: bool,
+    pitch: int,
     implementation: str | None,
 ) -> Tensor:
     """What needs no gradient; with one, tracers are to see the reference."""
-    tensors = (pooled_q, pooled_k, k_linear, q_linear, cos, sin)
-    scores = empty_scores(pooled_q)
-    if dispatch.choose_implementation(OP, implementation, pooled_q.device, names=IMPLEMENTATIONS) == "triton":
+    name = dispatch.choose_implementation("encode_blocks", implementation, pooled.device, names=IMPLEMENTATIONS)
+    if name == "triton":
         from . import triton  # imported late: triton is an optional dependency
 
-        triton.gate_scores(*tensors, scores, block_size=block_size, scale=scale, masked=masked)
+        return triton.encode_blocks(pooled, linear, cos, sin, pitch)
+    encoded = reference.encode_blocks(pooled, linear, cos, sin, pitch).contiguous()
+    return encoded if implementation == "reference" else encoded.to(pooled.dtype)
+
+
+def _fake_scores(q: Tensor, k: Tensor, block_size: int, q_pitch: int, k_pitch: int) -> Tensor:
+    return empty_scores(q, num_blocks(q.shape[2], block_size // q_pitch), num_blocks(k.shape[2], block_size // k_pitch))
+
+
+@dispatch.custom_op(_fake_scores)
+def _gate_scores(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor | None,
+    table: Tensor | None,
+    block_size: int,
+    q_pitch: int,
+    k_pitch: int,
+    scale: float,
+    reduce: str,
+    first_row: int,
+    start: int,
+    end: int,
+    masked: bool,
+    implementation: str | None,
+) -> Tensor:
+    """As :func:`_encode_blocks`."""
+    tiles = Tiles(block_size, q_pitch, k_pitch, scale, reduce, masked, rows, first_row, start, end, table)
+    scores = empty_scores(q, *tiles.shape(q, k))
+    if dispatch.choose_implementation("gate_scores", implementation, q.device, names=IMPLEMENTATIONS) == "triton":
+        from . import triton  # imported late: triton is an optional dependency
+
+        triton.gate_scores(q, k, scores, tiles)
     else:
-        scores.copy_(reference.gate_scores(*tensors, block_size=block_size, scale=scale))
+        scores.copy_(reference.gate_scores(q, k, tiles))
     return scores
 
 
-def empty_scores(pooled_q: Tensor) -> Tensor:
-    """Uninitialised float32 ``[B, Hq, N, N]`` with padded rows."""
-    batch, heads, num, _ = pooled_q.shape
-    pitch = num_blocks(num, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return pooled_q.new_empty(batch, heads, num, pitch, dtype=torch.float32)[..., :num]
+def empty_scores(q: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised float32 ``[B, Hq, R, N]`` with padded rows, where q is ``[B, Hq, Nq, W]``."""
+    padded = num_blocks(columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return q.new_empty(q.shape[0], q.shape[1], rows, padded, dtype=torch.float32)[..., :columns]
 
 
-def _opaque(implementation: str | None, rows: Tensor | None, *tensors: Tensor | None) -> bool:
+def _opaque(op: str, implementation: str | None, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels are to run, so far as arguments tell; this is traced, so triton must not be looked for."""
-    pooled_q, k_linear = tensors[0], tensors[2]
-    assert pooled_q is not None
-    assert k_linear is not None
-    width = k_linear.shape[-1]
+    linear = others[0]
+    width = x.shape[-1] if linear is None else linear.shape[-1]
     if implementation is not None:
-        if implementation == "triton" and (rows is not None or width > MAX_TRITON_WIDTH):
+        if implementation == "triton" and width > MAX_TRITON_WIDTH:
             raise ValueError(
-                f"{OP}: the Triton kernels score all rows, of a width up to {MAX_TRITON_WIDTH}, got rows="
-                f"{None if rows is None else tuple(rows.shape)} and width {width}; pass implementation=None"
+                f"{op}: the Triton kernels take a width up to {MAX_TRITON_WIDTH}, got {width}; pass implementation=None"
             )
         return implementation != "reference"
-    if rows is not None or width > MAX_TRITON_WIDTH or pooled_q.device.type != "cuda":
+    if x.device.type != "cuda" or width > MAX_TRITON_WIDTH or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return pooled_q.dtype in (torch.float16, torch.bfloat16) and not wants_gradient
+    return not (torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others)))
 
 
-def _check(
-    pooled_q: Tensor,
-    pooled_k: Tensor,
-    k_linear: Tensor,
-    q_linear: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    block_size: int,
+def _check_encoding(
+    op: str, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int
 ) -> None:
     """Raise where shapes or dtypes do not fit each other."""
-    for name, x in (("pooled_k", pooled_k), ("k_linear", k_linear), ("q_linear", q_linear)):
-        if x is not None and x.dtype != pooled_q.dtype:
-            raise TypeError(f"{OP}: {name} is {x.dtype} but pooled_q is {pooled_q.dtype}; convert one of them")
-    if pooled_q.dim() != 4 or pooled_k.dim() != 4 or k_linear.dim() != 3:
+    if pooled.dim() != 4 or (linear is not None and linear.dim() != 3):
         raise ValueError(
-            f"{OP}: pooled_q must be [B, Hq, N, C_q], pooled_k [B, Hkv, N, C_k] and k_linear [heads, C_k, W], got "
-            f"{tuple(pooled_q.shape)}, {tuple(pooled_k.shape)} and {tuple(k_linear.shape)}"
+            f"{op}: pooled must be [B, H', N, C] and linear [H, C, W], got {tuple(pooled.shape)} and "
+            f"{None if linear is None else tuple(linear.shape)}"
         )
-    batch, heads, num, channels = pooled_q.shape
-    kv_heads, width = pooled_k.shape[1], k_linear.shape[2]
-    if pooled_k.shape[0] != batch or pooled_k.shape[2] != num or not kv_heads or heads % kv_heads:
-        raise ValueError(
-            f"{OP}: pooled_k must be [{batch}, heads that divide {heads}, {num}, C_k], got {tuple(pooled_k.shape)}"
-        )
-    if k_linear.shape[0] not in (heads, kv_heads) or k_linear.shape[1] != pooled_k.shape[3]:
-        raise ValueError(
-            f"{OP}: k_linear must be [{heads} or {kv_heads}, {pooled_k.shape[3]}, W], got {tuple(k_linear.shape)}"
-        )
-    if (channels != width) if q_linear is None else (tuple(q_linear.shape) != (heads, channels, width)):
-        raise ValueError(
-            f"{OP}: queries of {channels} channels need q_linear [{heads}, {channels}, {width}], got "
-            f"{None if q_linear is None else tuple(q_linear.shape)}"
-        )
+    batch, heads, num, width = pooled.shape
+    if linear is not None:
+        if linear.dtype != pooled.dtype:
+            raise TypeError(f"{op}: linear is {linear.dtype} but pooled is {pooled.dtype}; convert one of them")
+        if not heads or linear.shape[0] % heads or linear.shape[1] != width:
+            raise ValueError(f"{op}: linear must be [multiple of {heads}, {width}, W], got {tuple(linear.shape)}")
+        width = linear.shape[2]
     if (cos is None) != (sin is None):
-        raise ValueError(f"{OP}: pass both cos and sin, or neither")
+        raise ValueError(f"{op}: pass both cos and sin, or neither")
     if cos is None or sin is None:
         return
-    length = cos.shape[1] if cos.dim() == 3 else 0
-    if cos.shape != sin.shape or num_blocks(length, block_size) != num or cos.shape[0] not in (1, batch):
+    entries = cos.shape[1] if cos.dim() == 3 else 0
+    if cos.shape != sin.shape or num_blocks(entries, pitch) != num or cos.shape[0] not in (1, batch):
         raise ValueError(
-            f"{OP}: cos and sin must be [{batch} or 1, T, rotary_dim] with {num} blocks of {block_size} tokens, got "
+            f"{op}: cos and sin must be [{batch} or 1, T, rotary_dim] with {num} blocks of {pitch} entries, got "
             f"{tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cos.shape[2] > width and cos.shape[2] % width:
-        raise ValueError(f"{OP}: a rotary table of {cos.shape[2]} channels fits no vectors of width {width}")
+        raise ValueError(f"{op}: a rotary table of {cos.shape[2]} channels fits no vectors of width {width}")
+
+
+def _check_scores(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    q_pitch: int | None,
+    k_pitch: int | None,
+    scale: float,
+    reduce: str,
+    rows: Tensor | int | None,
+    span: Span | None,
+    masked: bool,
+) -> Tiles:
+    """Raise where arguments do not fit each other."""
+    op = "gate_scores"
+    q_pitch, k_pitch = q_pitch or block_size, k_pitch or block_size
+    if k.dtype != q.dtype:
+        raise TypeError(f"{op}: k is {k.dtype} but q is {q.dtype}; convert one of them")
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{op}: q must be [B, Hq, Nq, W] and k [B, Hk, Nk, W], got {tuple(q.shape)}, {tuple(k.shape)}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} heads of k")
+    if not (0 < q_pitch <= block_size and 0 < k_pitch <= block_size) or block_size % q_pitch or block_size % k_pitch:
+        raise ValueError(f"{op}: pitches must divide block_size ({block_size}), got {q_pitch} and {k_pitch}")
+    if not scale > 0:
+        raise ValueError(f"{op}: scale must be positive, got {scale}")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"{op}: reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    num_rows, columns = num_blocks(q.shape[2], block_size // q_pitch), num_blocks(k.shape[2], block_size // k_pitch)
+    table, start, end = None, 0, NO_END
+    if span is not None:
+        table = span.table
+        if span.plain:
+            start, end = span.keys - span.queries, span.keys
+        if span.batch != q.shape[0] or k.shape[2] != num_blocks(span.keys, k_pitch):
+            raise ValueError(
+                f"{op}: the span has {span.batch} rows of {span.keys} keys, but k is {tuple(k.shape)} with {k_pitch} "
+                "tokens a sub-block"
+            )
+        if rows is None and num_rows != span.num_rows(block_size):
+            raise ValueError(f"{op}: the span has {span.num_rows(block_size)} rows of tiles, but q has {num_rows}")
+    first = columns - num_rows if span is None else start // block_size
+    if isinstance(rows, int):
+        first, rows = rows, None
+        if table is not None:
+            raise ValueError(f"{op}: rows={first} with a span whose rows begin at different blocks; pass rows=None")
+    if rows is None and table is None and not 0 <= first <= columns - num_rows:
+        raise ValueError(f"{op}: got {num_rows} rows from query block {first} on, but {columns} key blocks")
+    if rows is not None:
+        if rows.is_floating_point() or rows.shape not in ((num_rows,), (q.shape[0], num_rows)):
+            raise ValueError(
+                f"{op}: rows must be integers [{num_rows}] or [{q.shape[0]}, {num_rows}], got {rows.dtype} "
+                f"{tuple(rows.shape)}"
+            )
+        rows = rows.to(q.device, torch.int64)
+        rows = rows if rows.dim() == 2 else rows[None]
+    return Tiles(block_size, q_pitch, k_pitch, float(scale), reduce, masked, rows, first, start, end, table)

@@ -1,59 +1,173 @@
 """Gate scores in plain torch: the definition, differentiable, and the path of training and of the CPU.
 
-Linear layers run in the dtype that they are given, rotation and product in float32.
+Linear layers run in the dtype that they are given, rotation and product in float32. Products of sub-blocks are made and
+reduced some rows at a time, so that memory is bounded.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ..indices import num_blocks
+from ..span import LENGTH, START
 
-def gate_scores(
-    pooled_q: Tensor,
-    pooled_k: Tensor,
-    k_linear: Tensor,
-    q_linear: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    block_size: int,
-    scale: float,
-    rows: Tensor | None = None,
-) -> Tensor:
+# Products that exist at a time, of all heads together: as many as caches hold.
+MAX_PRODUCTS = 1 << 20
+
+
+class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
+    """What is asked of :func:`gate_scores`, checked.
+
+    Attributes:
+        block_size: tokens a tile on both sides.
+        q_pitch, k_pitch: tokens a sub-block; they divide block_size.
+        scale: factor of the products.
+        reduce: ``"max"`` or ``"logsumexp"`` over the products of a tile.
+        masked: whether what lies above the block diagonal is written.
+        rows: int64 ``[B or 1, R]``, the query block of each row; None: consecutive ones.
+        first_row: query block of the first of consecutive rows, where all batch rows are alike.
+        start, end: positions of the first query and behind the last one, where all batch rows are alike.
+        table: that of a span, int32 ``[B, 4]``, where they differ.
+    """
+
+    block_size: int
+    q_pitch: int
+    k_pitch: int
+    scale: float
+    reduce: str
+    masked: bool
+    rows: Tensor | None
+    first_row: int
+    start: int
+    end: int
+    table: Tensor | None
+
+    @property
+    def single(self) -> bool:
+        """Whether a tile has one product, and all of them count: blocks are not cut into sub-blocks."""
+        return self.q_pitch == self.k_pitch == self.block_size and self.table is None
+
+    def shape(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return (
+            num_blocks(q.shape[2], self.block_size // self.q_pitch),
+            num_blocks(k.shape[2], self.block_size // self.k_pitch),
+        )
+
+    def row_blocks(self, num_rows: int, device: torch.device) -> Tensor:
+        """Query block of each row, int64 ``[B or 1, R]``."""
+        if self.rows is not None:
+            return self.rows
+        if self.table is None:
+            return torch.arange(self.first_row, self.first_row + num_rows, device=device)[None]
+        return torch.arange(num_rows, device=device) + self.table[:, START, None].long() // self.block_size
+
+    def limits(self) -> tuple[Tensor | int, Tensor | int]:
+        """``start`` and ``end``, for each batch row ``[B, 1]`` where they differ."""
+        if self.table is None:
+            return self.start, self.end
+        start, length = self.table[:, START, None].long(), self.table[:, LENGTH, None]
+        return start, torch.where(length > 0, start + length, 0)  # without a query no block holds one
+
+
+def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:
+    """Vectors ``[B, H, N, W]`` in float32."""
+    if linear is not None:
+        heads = pooled.shape[1]
+        if linear.shape[0] == heads:
+            pooled = pooled @ linear
+        else:  # one key projection per query head reads the keys of its KV head, which need not be repeated for it
+            pooled = (pooled[:, :, None] @ linear.unflatten(0, (heads, -1))).flatten(1, 2)
+    encoded = pooled.float()
+    if cos is None or sin is None:
+        return encoded
+    cos, sin = (_block_rotary(table, pitch, encoded.shape[-1])[:, None] for table in (cos, sin))
+    return _rotate(encoded, cos, sin)
+
+
+def gate_scores(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
     """Logits ``[B, Hq, R, N]``, -inf above the block diagonal."""
-    if rows is not None:
-        pooled_q = pooled_q.index_select(2, rows)
-    queries, keys = _project(pooled_q, pooled_k, k_linear, q_linear)
-    queries, keys = queries.float(), keys.float()
-    if cos is not None and sin is not None:
-        cos, sin = (_block_rotary(table, block_size, queries.shape[-1]) for table in (cos, sin))
-        keys = _rotate(keys, cos[:, None, None], sin[:, None, None])
-        if rows is not None:
-            cos, sin = cos.index_select(1, rows), sin.index_select(1, rows)
-        queries = _rotate(queries, cos[:, None, None], sin[:, None, None])
-    logits = (queries @ keys.transpose(-1, -2)).flatten(1, 2) * scale
-    columns = torch.arange(keys.shape[-2], device=logits.device)
-    absolute = columns if rows is None else rows
-    return logits.masked_fill(columns[None, :] > absolute[:, None], float("-inf"))
+    num_rows, columns = tiles.shape(q, k)
+    rows = tiles.row_blocks(num_rows, q.device)
+    q, k = q.float().unflatten(1, (k.shape[1], -1)), k.float()[:, :, None]  # [B, Hk, G, Nq, W], [B, Hk, 1, Nk, W]
+    if tiles.single:
+        scores = (q @ k.transpose(-1, -2)).flatten(1, 2) * tiles.scale
+    else:
+        scores = _reduce_tiles(q * tiles.scale, k, tiles, rows, columns)
+    future = torch.arange(columns, device=q.device) > rows[..., None]  # [B or 1, R, N]
+    return scores.masked_fill(future[:, None], float("-inf"))
 
 
-def _project(pooled_q: Tensor, pooled_k: Tensor, k_linear: Tensor, q_linear: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Queries ``[B, Hkv, G, R, W]`` and keys ``[B, Hkv, G or 1, N, W]``, G query heads to a KV head."""
-    kv_heads = pooled_k.shape[1]
-    if q_linear is not None:
-        pooled_q = pooled_q @ q_linear
-    queries = pooled_q.unflatten(1, (kv_heads, pooled_q.shape[1] // kv_heads))
-    # One key projection per query head reads the keys of its KV head, which need not be repeated for it.
-    keys = pooled_k[:, :, None] @ k_linear.unflatten(0, (kv_heads, -1))
-    return queries, keys
+def _reduce_tiles(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, columns: int) -> Tensor:
+    """Some rows at a time; columns behind all of them are left out, which gives 0."""
+    per_q, per_k = tiles.block_size // tiles.q_pitch, tiles.block_size // tiles.k_pitch
+    batch, k_heads, group, num_q, num_k = *q.shape[:4], k.shape[3]
+    limit = _limits(tiles, rows, num_q, num_k)
+    # Sub-blocks of one place in their tiles side by side: reductions are over whole vectors.
+    q = _pad(q, rows.shape[1] * per_q).unflatten(3, (-1, per_q)).transpose(3, 4)  # [B, Hk, G, per_q, R, W]
+    k = _pad(k, columns * per_k).unflatten(3, (columns, per_k)).permute(0, 1, 2, 5, 4, 3)  # [B, Hk, 1, W, per_k, N]
+    k = k.contiguous()
+    step = max(1, MAX_PRODUCTS // max(1, batch * k_heads * group * per_k * columns))
+    parts = []
+    for begin in range(0, max(1, rows.shape[1]), step):
+        some = slice(begin, min(begin + step, rows.shape[1]))
+        consecutive = tiles.rows is None and tiles.table is None
+        seen = min(columns, tiles.first_row + some.stop) if consecutive else columns
+        part = _reduce_rows(q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some])
+        parts.append(torch.nn.functional.pad(part, (0, columns - seen)))
+    return torch.cat(parts, 2)
 
 
-def _block_rotary(table: Tensor, block_size: int, width: int) -> Tensor:
+def _limits(tiles: Tiles, rows: Tensor, num_q: int, num_k: int) -> Tensor:
+    """Behind the last token that each query sub-block may see, 0 for one that holds no query: ``[B or 1, R, per_q]``.
+
+    A key sub-block counts if it begins before that: in the diagonal tile those of the future do not.
+    """
+    per_q = tiles.block_size // tiles.q_pitch
+    places = torch.arange(rows.shape[1] * per_q, device=rows.device).view(-1, per_q)
+    first = rows[..., None] * tiles.block_size + places % per_q * tiles.q_pitch
+    behind = first + tiles.q_pitch
+    start, end = (x[..., None] if isinstance(x, Tensor) else x for x in tiles.limits())
+    holds = (places < num_q) & (behind > start) & (first < end)
+    return torch.where(holds, behind.clamp(max=num_k * tiles.k_pitch).minimum(torch.as_tensor(end)), 0)
+
+
+def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor) -> Tensor:
+    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores."""
+    per_k, columns = k.shape[-2:]
+    # Before the diagonal (the last column, where that comes first) all key sub-blocks of a tile are seen.
+    last = rows.clamp(max=columns - 1)[:, None, None, :, None]  # [B or 1, 1, 1, R, 1]
+    begin = last * tiles.block_size + torch.arange(per_k, device=k.device) * tiles.k_pitch
+    parts = []
+    for place in range(q.shape[3]):
+        products = (q[:, :, :, place] @ k.flatten(-2)).unflatten(-1, (per_k, columns))  # [B, Hk, G, R, per_k, N]
+        part = _reduce(products, -2, tiles.reduce)
+        at = last.expand(*part.shape[:-1], 1)
+        diagonal = products.gather(-1, at[..., None].expand(*at.shape[:-1], per_k, 1))[..., 0]
+        seen = limit[:, None, None, :, place, None]
+        diagonal = diagonal.masked_fill(begin >= seen, float("-inf"))
+        part = part.scatter(-1, at, _reduce(diagonal, -1, tiles.reduce)[..., None])
+        parts.append(part.masked_fill(seen == 0, float("-inf")))
+    return _reduce(torch.stack(parts), 0, tiles.reduce).flatten(1, 2)
+
+
+def _reduce(x: Tensor, dim: int, kind: str) -> Tensor:
+    return x.amax(dim) if kind == "max" else x.logsumexp(dim)
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """Zeros up to ``length`` sub-blocks, in dimension 3."""
+    return torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[3])) if x.shape[3] < length else x
+
+
+def _block_rotary(table: Tensor, pitch: int, width: int) -> Tensor:
     """The rotary table at block starts, float32 ``[B or 1, N, min(rotary_dim, W)]``."""
-    starts = table[:, ::block_size].float()
+    starts = table[:, ::pitch].float()
     if starts.shape[-1] > width:
-        # A gate narrower than the model's heads rotates by every s-th frequency, which spans the same range.
+        # A gate narrower than the model's heads rotates by every s-th frequency, which covers the same range.
         return starts[..., :: starts.shape[-1] // width]
     return starts
 

@@ -1,7 +1,9 @@
-"""Gate scores in Triton: queries and keys are projected and rotated in one kernel, multiplied in another.
+"""Gate scores in Triton: vectors are projected and rotated in one kernel, multiplied and reduced to tiles in another.
 
 Both products run on tensor cores. The vectors are projected as two halves, so that a rotated channel and its partner
-lie with one thread. Scores are written once; only tiles that touch the causal half are computed.
+lie with one thread. Scores are written once; only tiles that touch the causal half are computed. Where tiles have
+several products, those of one place in their tiles are multiplied at a time: the reduction is then between values that
+one thread holds, and no product leaves its registers.
 """
 
 from __future__ import annotations
@@ -11,8 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import power_of_2
+from ..indices import num_blocks
+from .reference import Tiles
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below every product; not -inf, whose difference with itself is no number.
+LOWEST = tl.constexpr(-1.0e30)
+
 # Not specialised, so that a prompt of another length does not compile the kernels again.
 _SIZES = ["heads", "group", "num"]
+_COUNTS = ["heads", "group", "num_q", "num_k", "num_rows", "first_row", "start", "end"]
 
 
 @triton.jit
@@ -22,20 +33,20 @@ def _columns(p_rows, o_column, m_rows, limit):
 
 
 @triton.jit
-def _rotary(table, o_row, o_channel, m_rows, m_channels, stride_t, stride_d, other):
+def _rotary(table, o_row, o_channel, m_rows, m_channels, s_t, s_d, other):
     """Entries of a rotary table in float32, ``other`` where a channel is not rotated."""
-    p_table = table + o_row[:, None] * stride_t + (o_channel * stride_d)[None, :]
+    p_table = table + o_row[:, None] * s_t + (o_channel * s_d)[None, :]
     return tl.load(p_table, mask=m_rows[:, None] & m_channels[None, :], other=other).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def project_rotate_kernel(
-    x, weight, cos, sin, out, heads, group, num, channels, width, half, middle, block_size, stride_xb, stride_xh,
-    stride_xn, stride_cos_b, stride_cos_t, stride_cos_d, stride_sin_b, stride_sin_t, stride_sin_d,
+    x, linear, cos, sin, out, heads, group, num, channels, width, half, middle, pitch, s_xb, s_xh, s_xn,
+    s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, N, W]`` = the rotated ``x [B, H / group, N, C] @ weight [H, C, W]``, or the rotated x itself.
+    """``out [B, H, N, W]`` = the rotated ``x [B, H / group, N, C] @ linear [H, C, W]``, or the rotated x itself.
 
     ``half`` pairs of channels are rotated, ``middle`` is the number of all pairs; PLAIN: all are rotated, or none.
     """
@@ -51,31 +62,33 @@ def project_rotate_kernel(
         o_second = tl.where(o_pair < half, half + o_pair, middle + o_pair)
     # The end of the first halves: where they are the lower channels, the second ones begin there.
     end_first = middle if PLAIN else width
-    p_x = x + i_b * stride_xb + (i_h // group) * stride_xh + o_n * stride_xn
+    p_x = x + i_b * s_xb + (i_h // group) * s_xh + o_n * s_xn
     if PROJECT:
-        p_weight = weight + i_h * channels * width
+        p_linear = linear + i_h * channels * width
         b_first = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
         b_second = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
         for start in range(0, channels, BLOCK_C):
             o_c = start + tl.arange(0, BLOCK_C)
             m_c = o_c < channels
-            b_x = _columns(p_x, o_c, m_n, channels)
-            b_weight = _columns(p_weight + o_c * width, o_first, m_c, end_first)
-            b_first = tl.dot(b_x, b_weight, b_first, input_precision=PRECISION)
-            b_weight = _columns(p_weight + o_c * width, o_second, m_c, width)
-            b_second = tl.dot(b_x, b_weight, b_second, input_precision=PRECISION)
+            b_x = _columns(p_x, o_c, m_n, channels)  # [BLOCK_N, BLOCK_C]
+            # [BLOCK_C, BLOCK_W]
+            b_linear = _columns(p_linear + o_c * width, o_first, m_c, end_first)
+            b_first = tl.dot(b_x, b_linear, b_first, input_precision=PRECISION)
+            b_linear = _columns(p_linear + o_c * width, o_second, m_c, width)
+            b_second = tl.dot(b_x, b_linear, b_second, input_precision=PRECISION)
     else:
+        # [BLOCK_N, BLOCK_W]
         b_first = _columns(p_x, o_first, m_n, end_first).to(tl.float32)
         b_second = _columns(p_x, o_second, m_n, width).to(tl.float32)
     if ROTATE:
-        # Each block is rotated at the position of its first token.
-        o_t, m_rotated = o_n * block_size, o_pair < half
-        p_cos, p_sin = cos + i_b * stride_cos_b, sin + i_b * stride_sin_b
-        b_cos = _rotary(p_cos, o_t, o_first, m_n, m_rotated, stride_cos_t, stride_cos_d, 1.0)
-        b_sin = _rotary(p_sin, o_t, o_first, m_n, m_rotated, stride_sin_t, stride_sin_d, 0.0)
+        # Each block is rotated at the position of its first token. [BLOCK_N, BLOCK_W]
+        o_t, m_rotated = o_n * pitch, o_pair < half
+        p_cos, p_sin = cos + i_b * s_cos_b, sin + i_b * s_sin_b
+        b_cos = _rotary(p_cos, o_t, o_first, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
+        b_sin = _rotary(p_sin, o_t, o_first, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
         b_turned = b_first * b_cos - b_second * b_sin
-        b_cos = _rotary(p_cos, o_t, o_second, m_n, m_rotated, stride_cos_t, stride_cos_d, 1.0)
-        b_sin = _rotary(p_sin, o_t, o_second, m_n, m_rotated, stride_sin_t, stride_sin_d, 0.0)
+        b_cos = _rotary(p_cos, o_t, o_second, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
+        b_sin = _rotary(p_sin, o_t, o_second, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
         b_second = b_second * b_cos + b_first * b_sin
         b_first = b_turned
     p_out = (out + (i_bh.to(tl.int64) * num + o_n) * width)[:, None]
@@ -84,111 +97,212 @@ def project_rotate_kernel(
     tl.store(p_out + o_second[None, :], b_second.to(out.dtype.element_ty), mask=m_n[:, None] & m_second[None, :])
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def gate_scores_kernel(
-    q, k, out, scale, heads, group, num, pitch, width,
-    stride_qb, stride_qh, stride_qn,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+@triton.jit
+def _store(out, b_out, o_r, o_n, num_rows, padded):
+    """The padding of rows is written, too: a mask of their ends alone would make the stores scalar."""
+    p_out = out + o_r.to(tl.int64)[:, None] * padded + o_n[None, :]
+    tl.store(p_out, b_out, mask=(o_r < num_rows)[:, None] & (o_n < padded)[None, :])
+
+
+@triton.jit
+def _reduce_products(
+    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_qn, s_kn,
+    EDGE: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, Q_PITCH: tl.constexpr,
+    K_PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, N, pitch]`` = q [B, H, N, W] times k [B, H / group, N, W], tile by tile, -inf above the diagonal."""
+    """Every product of the tiles of rows o_m and columns o_n; EDGE: not all of them count."""
+    for i_k in tl.range(0, BLOCK // K_PITCH, num_stages=1, disable_licm=EDGE):
+        o_k = o_n * (BLOCK // K_PITCH) + i_k
+        p_k_rows = p_k + o_k.to(tl.int64)[None, :] * s_kn
+        m_k = (o_k < num_k)[None, :] if EDGE else True
+        if WHOLE:
+            o_w = tl.arange(0, BLOCK_W)
+            # [BLOCK_W, BLOCK_N]
+            b_k = tl.load(p_k_rows + o_w[:, None], mask=m_k & (o_w < width)[:, None], other=0.0)
+        for i_q in tl.range(0, BLOCK // Q_PITCH, num_stages=1 if EDGE else 3, disable_licm=EDGE):
+            o_q = o_r * (BLOCK // Q_PITCH) + i_q
+            p_q_rows = p_q + o_q.to(tl.int64)[:, None] * s_qn
+            m_q = (o_q < num_q)[:, None] if EDGE else True
+            b_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if WHOLE:
+                b_q = tl.load(
+                    p_q_rows + o_w[None, :], mask=m_q & (o_w < width)[None, :], other=0.0
+                )  # [BLOCK_M, BLOCK_W]
+                b_x = tl.dot(b_q, b_k, b_x, input_precision=PRECISION)
+            else:
+                for i_w in range(0, width, BLOCK_W):
+                    o_part = i_w + tl.arange(0, BLOCK_W)
+                    m_w = o_part < width
+                    b_q = tl.load(p_q_rows + o_part[None, :], mask=m_q & m_w[None, :], other=0.0)  # [BLOCK_M, BLOCK_W]
+                    b_part = tl.load(
+                        p_k_rows + o_part[:, None], mask=m_k & m_w[:, None], other=0.0
+                    )  # [BLOCK_W, BLOCK_N]
+                    b_x = tl.dot(b_q, b_part, b_x, input_precision=PRECISION)
+            if not MAX:
+                b_x *= scale * LOG2E
+            if EDGE:
+                # Key sub-blocks count that begin before the end of the query sub-block, and of the tokens.
+                o_begin = o_m * BLOCK + i_q * Q_PITCH
+                m_holds = (o_q < num_q) & (o_begin < end) & (o_begin + Q_PITCH > start)
+                o_limit = tl.where(m_holds, tl.minimum(tl.minimum(o_begin + Q_PITCH, end), num_k * K_PITCH), 0)
+                b_x = tl.where((o_n * BLOCK)[None, :] < (o_limit - i_k * K_PITCH)[:, None], b_x, float("-inf"))
+            if MAX:
+                b_best = tl.maximum(b_best, b_x)
+            else:
+                b_power = tl.exp2(-tl.abs(b_x - b_best))  # one of the two summands is 1
+                b_sum = tl.where(b_x > b_best, b_sum * b_power + 1.0, b_sum + b_power)
+                b_best = tl.maximum(b_best, b_x)
+    return b_best, b_sum
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def gate_scores_kernel(
+    q, k, rows, table, out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end, padded, width,
+    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_rb,
+    HAS_ROWS: tl.constexpr, HAS_TABLE: tl.constexpr, SINGLE: tl.constexpr, MAX: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, Q_PITCH: tl.constexpr, K_PITCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``out [B, H, R, padded]`` = q [B, H, Nq, W] times k [B, H / group, Nk, W], reduced tile by tile, -inf above the
+    diagonal. SINGLE: one product a tile, all of which count. WHOLE: vectors are multiplied in one part."""
     i_n, i_m, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_out = out + (i_bh.to(tl.int64) * num + o_m)[:, None] * pitch + o_n[None, :]
-    # The padding of rows is written, too: a mask of their ends alone would make the stores scalar.
-    m_out = (o_m < num)[:, None] & (o_n < pitch)[None, :]
-    if i_n * BLOCK_N < (i_m + 1) * BLOCK_M:
-        b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        p_q = q + i_b * stride_qb + i_h * stride_qh + o_m.to(tl.int64)[:, None] * stride_qn
-        p_k = k + ((i_b * heads + i_h) // group * num + o_n)[None, :] * width
-        for start in range(0, width, BLOCK_W):
-            o_w = start + tl.arange(0, BLOCK_W)
-            m_w = o_w < width
-            b_q = tl.load(p_q + o_w[None, :], mask=(o_m < num)[:, None] & m_w[None, :], other=0.0)
-            b_k = tl.load(p_k + o_w[:, None], mask=m_w[:, None] & (o_n < num)[None, :], other=0.0)
-            b_out = tl.dot(b_q, b_k, b_out, input_precision=PRECISION)
-        b_out = tl.where(o_n[None, :] <= o_m[:, None], b_out * scale, float("-inf"))
-        tl.store(p_out, b_out, mask=m_out)
+    if HAS_TABLE:
+        start = tl.load(table + i_b * 4 + 1)
+        length = tl.load(table + i_b * 4 + 2)
+        end = tl.where(length > 0, start + length, 0)  # without a query no block holds one
+        first_row = start // BLOCK
+    # Query blocks of the rows, the first and the last of them.
+    if HAS_ROWS:
+        o_m = tl.load(rows + i_b * s_rb + o_r, mask=o_r < num_rows, other=0).to(tl.int32)  # [BLOCK_M]
+        low, high = tl.min(o_m), tl.max(o_m)
+    else:
+        o_m = first_row + o_r
+        low = first_row + i_m * BLOCK_M
+        high = low + BLOCK_M - 1
+    if i_n * BLOCK_N <= high:
+        p_q = q + i_b * s_qb + i_h * s_qh
+        p_k = k + i_b * s_kb + i_h // group * s_kh
+        if SINGLE:
+            b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            p_q += o_r.to(tl.int64)[:, None] * s_qn
+            p_k += o_n.to(tl.int64)[None, :] * s_kn
+            for i_w in range(0, width, BLOCK_W):
+                o_w = i_w + tl.arange(0, BLOCK_W)
+                m_w = o_w < width
+                b_q = tl.load(
+                    p_q + o_w[None, :], mask=(o_r < num_q)[:, None] & m_w[None, :], other=0.0
+                )  # [BLOCK_M, BLOCK_W]
+                b_k = tl.load(
+                    p_k + o_w[:, None], mask=m_w[:, None] & (o_n < num_k)[None, :], other=0.0
+                )  # [BLOCK_W, BLOCK_N]
+                b_out = tl.dot(b_q, b_k, b_out, input_precision=PRECISION)
+            b_out *= scale
+        else:
+            b_best = tl.full([BLOCK_M, BLOCK_N], float("-inf") if MAX else LOWEST, tl.float32)
+            b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            # Away from the diagonal and the ends of what is given every product counts.
+            inner = ((i_n + 1) * BLOCK_N <= low) & ((i_n + 1) * BLOCK_N * (BLOCK // K_PITCH) <= num_k)
+            inner = inner & ((i_m + 1) * BLOCK_M * (BLOCK // Q_PITCH) <= num_q)
+            inner = inner & (low * BLOCK + Q_PITCH > start) & ((high + 1) * BLOCK - Q_PITCH < end)
+            if inner:
+                b_best, b_sum = _reduce_products(
+                    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_qn, s_kn,
+                    False, MAX, PRECISION, BLOCK, Q_PITCH, K_PITCH, BLOCK_M, BLOCK_N, BLOCK_W, WHOLE,
+                )  # fmt: skip
+            else:
+                b_best, b_sum = _reduce_products(
+                    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_qn, s_kn,
+                    True, MAX, PRECISION, BLOCK, Q_PITCH, K_PITCH, BLOCK_M, BLOCK_N, BLOCK_W, WHOLE,
+                )  # fmt: skip
+            if MAX:
+                b_out = b_best * scale
+            else:
+                # The largest product adds 1: a sum below that is one of none.
+                b_out = tl.where(b_sum > 0.0, (b_best + tl.log2(tl.maximum(b_sum, 1.0))) / LOG2E, float("-inf"))
+        b_out = tl.where(o_n[None, :] <= o_m[:, None], b_out, float("-inf"))
+        _store(out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
     elif MASKED:
-        tl.store(p_out, tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32), mask=m_out)
+        b_out = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        _store(out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
 
 
-def gate_scores(
-    pooled_q: Tensor,
-    pooled_k: Tensor,
-    k_linear: Tensor,
-    q_linear: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    scores: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    masked: bool,
-) -> None:
-    """Writes ``scores [B, Hq, N, N]``, whose rows are padded in memory (``interface.empty_scores``)."""
-    width = k_linear.shape[-1]
+def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
+    """Writes ``scores [B, Hq, R, N]``, whose rows are padded in memory (``interface.empty_scores``)."""
     if scores.numel() == 0:
         return
-    keys = _project_rotate(pooled_k, k_linear, cos, sin, width, block_size)
-    queries = pooled_q
-    if q_linear is not None or cos is not None:
-        queries = _project_rotate(pooled_q, q_linear, cos, sin, width, block_size)
-    _multiply(queries, keys, scores, scale, masked)
-
-
-def _multiply(queries: Tensor, keys: Tensor, scores: Tensor, scale: float, masked: bool) -> None:
-    """``queries [B, H, N, W]`` times contiguous ``keys [B, H / group, N, W]``."""
-    if queries.stride(-1) != 1:
-        queries = queries.contiguous()
-    batch, heads, num, width = queries.shape
-    single = queries.dtype == torch.float32
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    batch, heads, num_rows, columns = scores.shape
+    width = q.shape[-1]
+    single = q.dtype == torch.float32
     # float32 products are unrolled multiply-adds, which take long to compile and many registers in large tiles.
-    # Two programs of this shape fit a multiprocessor: one loads and multiplies while the other stores.
-    block_m, block_n, part = (32, 32, 32) if single else (64, 128, 64)
-    part = min(part, max(16, triton.next_power_of_2(width)))
+    # Two programs of these shapes fit a multiprocessor: one loads and multiplies while the other stores or reduces.
+    if single:
+        block_m, block_n, part = 32, 32, 32
+    elif tiles.single:
+        block_m, block_n, part = 64, 128, 64
+    else:  # a block of keys meets many of queries, so it is loaded whole where that fits
+        block_m, block_n, part = 64, 64, 128 if width <= 128 else 64
+    part = min(part, max(16, power_of_2(width)))
+    rows = tiles.rows
     with torch.cuda.device_of(scores):
-        gate_scores_kernel[(triton.cdiv(num, block_n), triton.cdiv(num, block_m), batch * heads)](
-            queries,
-            keys,
+        gate_scores_kernel[(num_blocks(columns, block_n), num_blocks(num_rows, block_m), batch * heads)](
+            q,
+            k,
+            rows,
+            tiles.table,
             scores,
-            scale,
+            tiles.scale,
             heads,
-            heads // keys.shape[1],
-            num,
+            heads // k.shape[1],
+            q.shape[2],
+            k.shape[2],
+            num_rows,
+            tiles.first_row,
+            tiles.start,
+            tiles.end,
             scores.stride(2),
             width,
-            *queries.stride()[:3],
-            MASKED=masked,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            rows.stride(0) if rows is not None and rows.shape[0] > 1 else 0,
+            HAS_ROWS=rows is not None,
+            HAS_TABLE=tiles.table is not None,
+            SINGLE=tiles.single,
+            MAX=tiles.reduce == "max",
+            MASKED=tiles.masked,
             PRECISION="ieee" if single else "tf32",  # means nothing to 16-bit products
+            BLOCK=tiles.block_size,
+            Q_PITCH=tiles.q_pitch,
+            K_PITCH=tiles.k_pitch,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_W=part,
+            WHOLE=width <= part,
             num_warps=4 if single else 8,
             num_stages=2,
         )
 
 
-def _project_rotate(
-    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, width: int, block_size: int
-) -> Tensor:
-    """``[B, H, N, W]`` out of ``x [B, H / group, N, C]``, contiguous, dtype of x."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:
+    """``[B, H, N, W]``, contiguous, dtype of pooled."""
+    x = pooled if pooled.stride(-1) == 1 else pooled.contiguous()
     batch, x_heads, num, channels = x.shape
-    heads = x_heads if weight is None else weight.shape[0]
+    heads, width = (x_heads, channels) if linear is None else (linear.shape[0], linear.shape[2])
     out = torch.empty(batch, heads, num, width, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
     rotary = 0 if cos is None else min(cos.shape[-1], width)
     half, middle = rotary // 2, (width + 1) // 2
     single = x.dtype == torch.float32
-    block_w = max(16, triton.next_power_of_2(middle))
+    block_w = max(16, power_of_2(middle))
     block_n = 32 if single else 64
     with torch.cuda.device_of(x):
-        project_rotate_kernel[(triton.cdiv(num, block_n), batch * heads)](
+        project_rotate_kernel[(num_blocks(num, block_n), batch * heads)](
             x,
-            None if weight is None else weight.contiguous(),
+            None if linear is None else linear.contiguous(),
             cos,
             sin,
             out,
@@ -199,11 +313,11 @@ def _project_rotate(
             width,
             half,
             middle,
-            block_size,
+            pitch,
             *x.stride()[:3],
             *_table_strides(cos, width),
             *_table_strides(sin, width),
-            PROJECT=weight is not None,
+            PROJECT=linear is not None,
             ROTATE=cos is not None,
             PLAIN=half in (0, middle),
             PRECISION="ieee" if single else "tf32",
