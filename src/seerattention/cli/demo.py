@@ -75,7 +75,7 @@ def command(
         loaded, tokenizer = load_model(model, chosen)
 
         from ..files import write_file
-        from .demo_job import DemoPlan, run_demo
+        from .demo_job import DemoBooks, DemoPlan, run_demo
         from .demo_report import build_report, demo_to_dict, recall_table, result_table
 
         plan = DemoPlan.choose(chosen, fast, 60.0 * minutes, model)
@@ -86,8 +86,7 @@ def command(
             loaded,
             tokenizer,
             gates,
-            train,
-            test,
+            DemoBooks(train, test),
             plan,
             folder=output,
             seed=seed,

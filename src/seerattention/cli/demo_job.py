@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
 from .demo import DEMO_MINUTES
 
-__all__ = ["DemoPlan", "DemoResult", "run_demo"]
+__all__ = ["DemoBooks", "DemoPlan", "DemoResult", "run_demo"]
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -172,12 +172,18 @@ class DemoResult:
         return [layer[0] for layer in values], [layer[-1] for layer in values]
 
 
+class DemoBooks(NamedTuple):
+    """Token ids of texts: for distillation, and for every measurement."""
+
+    train: Sequence[np.ndarray]
+    test: Sequence[np.ndarray]
+
+
 def run_demo(
     model: nn.Module,
     tokenizer: Any,
     gates: Path | None,
-    train_books: Sequence[np.ndarray],
-    test_books: Sequence[np.ndarray],
+    books: DemoBooks,
     plan: DemoPlan,
     *,
     folder: Path,
@@ -189,7 +195,7 @@ def run_demo(
     Args:
         model, tokenizer: a model without gates, and its tokenizer.
         gates: folder of the committed gates; None: the model comes without.
-        train_books, test_books: token ids of texts: for distillation, and for every measurement.
+        books: what the demo reads.
         folder: the fresh gates are saved in ``folder / "fresh-gates"``, as they were before distillation in
             ``folder / "untrained-gates"``.
         progress: ``progress(what, total)`` is a context manager that gives ``advance(amount)``.
@@ -198,14 +204,15 @@ def run_demo(
     torch.manual_seed(seed)
     clock = _Clock()
     recall_length = min(plan.task_length, _RECALL_LENGTH)
-    asker = TaskGenerator(tokenizer, test_books, split="test", seed=seed + 1)
+    asker = TaskGenerator(tokenizer, books.test, split="test", seed=seed + 1)
     task = make_samples(asker, plan.tasks[-1:], recall_length, 1, plan.questions)[plan.tasks[-1]][0]
     held_out = [
-        {"input_ids": cut_documents(test_books, recall_length, 1, bos=tokenizer.bos_token_id)},
+        {"input_ids": cut_documents(books.test, recall_length, 1, bos=tokenizer.bos_token_id)},
         {"input_ids": torch.as_tensor(task.input_ids)[None]},
     ]
     fresh, untrained = folder / "fresh-gates", folder / "untrained-gates"
-    history = _distil_fresh_gates(model, tokenizer, train_books, held_out, plan, untrained, fresh, seed, progress)
+    batches = _training_batches(tokenizer, books.train, plan, seed)
+    history = _distil_fresh_gates(model, batches, held_out, plan, untrained, fresh, seed, progress)
     committed_recall: dict[int, float] = {}
     if gates is not None:
         hf.attach(model, gates, min_context=0)
@@ -233,7 +240,7 @@ def run_demo(
             for rule in rules
         ),
     ]
-    documents = cut_documents(test_books, plan.length, plan.max_rounds, bos=tokenizer.bos_token_id)
+    documents = cut_documents(books.test, plan.length, plan.max_rounds, bos=tokenizer.bos_token_id)
     warmup = min(plan.length, _WARMUP_LENGTH)
     with progress("timing prefill", (plan.repeats * plan.length + warmup) * len(settings)) as advance:
         timing = time_prefill(
@@ -241,7 +248,7 @@ def run_demo(
         )
     clock.lap("timing")
 
-    generator = TaskGenerator(tokenizer, test_books, split="test", seed=seed)
+    generator = TaskGenerator(tokenizer, books.test, split="test", seed=seed)
     retrieval, perplexity = _evaluate_rounds(model, generator, documents, settings, plan, started, progress)
     clock.lap("evaluation")
 
@@ -279,8 +286,7 @@ class _Clock:
 
 def _distil_fresh_gates(
     model: nn.Module,
-    tokenizer: Any,
-    books: Sequence[np.ndarray],
+    batches: Sequence[dict[str, Tensor]],
     held_out: list[dict[str, Tensor]],
     plan: DemoPlan,
     untrained: Path,
@@ -289,7 +295,6 @@ def _distil_fresh_gates(
     progress: Progress,
 ) -> DistillHistory:
     """Distil new gates; saves them as they were before and after."""
-    batches = _training_batches(tokenizer, books, plan, seed)
     steps = _affordable_steps(model, batches, plan)
     hf.attach(model, GATE_CONFIG, min_context=0)
     try:

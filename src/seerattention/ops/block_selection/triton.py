@@ -39,7 +39,7 @@ VECTOR = 4
 
 @triton.jit
 def _ranks(m_0, m_1, m_2, m_3):
-    """The how-manieth block of a mask each of its blocks is, counted from 1."""
+    """For each block: how many blocks the mask has up to and including it, in order of position."""
     b_0, b_1, b_2, b_3 = m_0.to(tl.int32), m_1.to(tl.int32), m_2.to(tl.int32), m_3.to(tl.int32)
     b_3 = ((b_0 + b_1) + b_2) + b_3
     b_before = tl.cumsum(b_3, 0) - b_3
