@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[
-        str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")
+        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
     ] = "testbed",
     gates: Annotated[
         str | None,
@@ -69,7 +69,7 @@ def command(
         str | None,
         typer.Option(
             help="Text that the model was not trained on, for haystacks and perplexity: .txt or .jsonl (also .zst), a "
-            "folder of them, or a dataset id. Default for the testbed: its test books."
+            "folder of them, or a dataset id. Default for testbed and smollm2: the testbed's test books."
         ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
