@@ -21,7 +21,7 @@ from seerattention.ops import (
     select_topp,
 )
 from seerattention.ops.dense import dense_attention_with_lse
-from seerattention.ops.gate_scores import gate_scores
+from seerattention.ops.gate_scores import encode_blocks, gate_scores
 from seerattention.policies import Dense, Threshold, TokenBudget, TopK, TopP
 
 DEFAULTS = [torch.float64, torch.bfloat16, torch.float16]
@@ -69,7 +69,8 @@ def calls(implementation, dtype):
         pooled = q[:, :, :3].contiguous()
         weight = make_qkv(16, 16, dtype=dtype, head_dim=16)[0][0]
         found |= {
-            "gate": lambda: gate_scores(pooled, pooled[:, :2], weight, None, table, table, block_size=32),
+            "encode": lambda: encode_blocks(pooled, weight, table, table, pitch=32),
+            "gate": lambda: gate_scores(pooled, pooled[:, :2].contiguous(), block_size=32),
             "dense": lambda: dense_attention_with_lse(q, q[:, :2], q[:, :2]),
             "clean": lambda: seerattention.ops.BlockIndices(blocks.indices, blocks.counts, 4, 32).checked(),
         }

@@ -54,10 +54,19 @@ def test_losses_are_cross_entropy(tokenizer, books):
 
 @pytest.mark.parametrize(("task", "shape"), [("single", (5, 1)), ("multikey", (2, 4))])
 def test_at_least_as_many_questions_as_were_asked_for(tokenizer, books, task, shape, monkeypatch):
-    made = []
-    sample = TaskGenerator.sample
-    monkeypatch.setattr(TaskGenerator, "sample", lambda self, *a, **k: made.append(sample(self, *a, **k)) or made[-1])
-    model = tiny_model(tokenizer)
+    model, made, sample = tiny_model(tokenizer), [], TaskGenerator.sample
+
+    def answered(self, *arguments, **options):
+        """A sample whose first question has for an answer what the model says."""
+        made.append(sample(self, *arguments, **options))
+        ids = made[-1].input_ids
+        for start, stop in made[-1].questions[0].answers:
+            for position in range(start, stop):
+                with torch.no_grad():
+                    ids[position] = int(model(torch.tensor(ids[:position])[None]).logits[0, -1].argmax())
+        return made[-1]
+
+    monkeypatch.setattr(TaskGenerator, "sample", answered)
     right = _retrieval(model, TaskGenerator(tokenizer, books, seed=1), task, 768, samples=5, batch_size=2)
     assert right.shape == shape
     assert len(made) == shape[0]
@@ -68,3 +77,4 @@ def test_at_least_as_many_questions_as_were_asked_for(tokenizer, books, task, sh
         for s, g in zip(made, guesses, strict=True)
     ]
     assert right.tolist() == expected
+    assert right[:, 0].all()
