@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from . import tasks as tasks
     from . import testbed as testbed
     from .blocks import BlockIndices
-    from .config import GateConfig, PrefillGateConfig
+    from .config import DecodeGateConfig, GateConfig, PrefillGateConfig
     from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
     from .hf.calibrate import calibrate
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "BlockIndices": "blocks",
+    "DecodeGateConfig": "config",
     "Dense": "policies",
     "DistillConfig": "distillation",
     "GateConfig": "config",
@@ -81,6 +82,7 @@ _ROOMS = (
 
 __all__ = [
     "BlockIndices",
+    "DecodeGateConfig",
     "Dense",
     "DistillConfig",
     "GateConfig",
