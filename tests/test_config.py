@@ -90,9 +90,9 @@ def test_files_stay_as_they_were():
 
 
 def test_a_spec_belongs_to_its_phase():
-    with pytest.raises(TypeError, match="prefill must be a PrefillGateConfig .*got DecodeGateConfig"):
+    with pytest.raises(TypeError, match=r"prefill must be a PrefillGateConfig .*got DecodeGateConfig"):
         GateConfig(prefill=DecodeGateConfig())
-    with pytest.raises(TypeError, match="decode must be a DecodeGateConfig .*got PrefillGateConfig"):
+    with pytest.raises(TypeError, match=r"decode must be a DecodeGateConfig .*got PrefillGateConfig"):
         GateConfig(decode=PrefillGateConfig())
     with pytest.raises(ValueError, match=r"decode gate config: form must be one of \['seerattention_r'\], got 'paper'"):
         GateConfig.from_dict({"block_size": 64, "prefill": None, "decode": {"form": "paper"}})

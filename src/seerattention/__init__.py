@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from . import hf as hf
     from . import ops as ops
     from . import policies as policies
+    from . import selectors as selectors
     from . import tasks as tasks
     from . import testbed as testbed
     from .blocks import BlockIndices
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from .hf.calibrate import calibrate
     from .hf.checkpoint import save_gates
     from .hf.contexts import dense, observe, record
-    from .hf.state import LayerInputs
     from .policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP
+    from .selectors import LayerInputs
 
 _NAMES = {
     "BlockIndices": "blocks",
@@ -47,7 +48,7 @@ _NAMES = {
     "Dense": "policies",
     "DistillConfig": "distillation",
     "GateConfig": "config",
-    "LayerInputs": "hf",
+    "LayerInputs": "selectors",
     "Policy": "policies",
     "PrefillGateConfig": "config",
     "Threshold": "policies",
@@ -76,6 +77,7 @@ _ROOMS = (
     "hf",
     "ops",
     "policies",
+    "selectors",
     "tasks",
     "testbed",
 )

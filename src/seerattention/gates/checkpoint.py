@@ -28,7 +28,7 @@ from .. import __version__
 from ..config import GateConfig
 from ..files import DamagedFileError, read_json, write_file
 from ..policies import Policy, policy_from_dict
-from .geometry import fingerprint
+from .geometry import OPTIONAL, fingerprint
 from .tensors import check_dtypes, digest, read_described, read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class GateCheckpoint:
 
     def check_base_model(self, config: Any) -> None:
         """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
-        present = fingerprint(config)
+        present = {**dict.fromkeys(OPTIONAL), **fingerprint(config)}
         wrong = [
             f"{name}: the gates are for {self.base_model[name]}, the model has {value}"
             for name, value in present.items()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..blocks import BlockIndices, causal_block_mask
 from ..policies import Threshold, causal_softmax
+from ..selectors import LayerInputs
 from .attach import set_policy
 from .contexts import dense, observe
 from .prompts import check_batch, run_prompt
-from .state import LayerInputs, gated_layers, state_of
+from .state import gated_layers, state_of
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8

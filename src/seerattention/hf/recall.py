@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..blocks import BlockIndices, num_blocks
 from ..ops import pooled_attention
 from ..policies import Policy
+from ..selectors import LayerInputs
 from .contexts import dense, observe
 from .prompts import run_prompt
-from .state import LayerInputs
 
 __all__ = ["block_recall", "recall_sums"]
 
