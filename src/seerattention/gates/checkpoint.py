@@ -252,6 +252,7 @@ def _check_edits(checkpoint: GateCheckpoint, data: dict[str, Any], saved: GateCh
 
 def _model_card(description: dict[str, Any]) -> str:
     base, gate_config = description["base_model"], description["gates"]
+    block_size = GateConfig.from_dict(gate_config).block_size_of("prefill")
     name = base["name"] or f"a {base['model_type']} model of {base['num_hidden_layers']} layers"
     header = ["---", "library_name: seerattention", "tags: [sparse-attention, seerattention]"]
     if base["name"] and base["name"].count("/") == 1 and not base["name"].startswith((".", "/", "~")):
@@ -264,7 +265,7 @@ def _model_card(description: dict[str, Any]) -> str:
 
 # SeerAttention gates for {name}
 
-Learned gates (arXiv 2410.13276) that choose which {gate_config["block_size"]}x{gate_config["block_size"]} blocks of the
+Learned gates (arXiv 2410.13276) that choose which {block_size}x{block_size} blocks of the
 attention map a long prompt reads. The base model is not part of this folder and stays unchanged.
 
 ```python

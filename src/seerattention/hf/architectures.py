@@ -12,8 +12,8 @@ To add a family:
 
 Requirements: attention goes through transformers' attention interface, decoder layers are
 ``decoder.layers[i].self_attn``, RoPE is passed as ``position_embeddings`` with half-split pairing, and attention is
-plain (no soft cap, no sinks, no bias). Layers may differ in shape, rotary table, window and scale: the scale is what the
-attention module hands to the attention function.
+plain (no soft cap, no sinks, no bias). Layers may differ in shape, rotary table, window and scale: the scale is what
+the attention module hands to the attention function.
 """
 
 from __future__ import annotations

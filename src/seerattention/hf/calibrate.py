@@ -15,6 +15,7 @@ from ..policies import Threshold, causal_softmax
 from ..selectors import LayerInputs
 from .attach import set_policy
 from .contexts import dense, observe
+from .phases import PREFILL
 from .prompts import check_batch, run_prompt
 from .state import gated_layers, state_of
 
@@ -91,7 +92,7 @@ def calibrate(
     if not 0 < density < 1:
         raise ValueError(f"density must lie between 0 and 1, got {density}")
     state = state_of(model)
-    if state.selector is not None or not any(True for _ in gated_layers(state)):
+    if state.phases[PREFILL].selector is not None or not any(True for _ in gated_layers(state)):
         raise ValueError("calibrate needs a model attached with gates and without a selector")
     prompts = [
         check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model)  # before any work
