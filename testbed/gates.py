@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from seerattention.distillation.data import in_background
 from seerattention.tasks import TASKS, TaskGenerator, TrainingMix
 
 from .data import load_books
@@ -39,22 +38,14 @@ class TaskBatches:
         return self.count
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        ready: queue.Queue = queue.Queue(4)
-        threading.Thread(target=self._make, args=(ready,), daemon=True).start()
-        for _ in range(self.count):
-            made = ready.get()
-            if isinstance(made, Exception):
-                raise made
-            yield {"input_ids": torch.from_numpy(made)}
+        return in_background(self._make(), 4)
 
-    def _make(self, ready: queue.Queue) -> None:
-        try:
-            generator = TaskGenerator(*self.arguments, **self.options)
-            mix = TrainingMix(generator) if self.options["split"] == "train" else None
-            for _ in range(self.count):
-                ready.put(np.stack([self._sequence(generator, mix) for _ in range(self.batch_size)]))
-        except Exception as error:  # whoever waits for batches must hear of it
-            ready.put(error)
+    def _make(self) -> Iterator[dict[str, torch.Tensor]]:
+        generator = TaskGenerator(*self.arguments, **self.options)
+        mix = TrainingMix(generator) if self.options["split"] == "train" else None
+        for _ in range(self.count):
+            rows = [self._sequence(generator, mix) for _ in range(self.batch_size)]
+            yield {"input_ids": torch.from_numpy(np.stack(rows))}
 
     def _sequence(self, generator: TaskGenerator, mix: TrainingMix | None) -> np.ndarray:
         rng = generator.rng

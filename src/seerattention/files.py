@@ -10,6 +10,8 @@ A reader takes the bytes of a file once and works on them, so that a rename mean
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import re
@@ -20,12 +22,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DamagedFileError", "read_bytes", "read_json", "replacing", "temporary_files", "write_file"]
+__all__ = ["DamagedFileError", "parse_json", "read_bytes", "read_json", "replacing", "temporary_files", "write_file"]
 
 # Of a writer on another machine, or one whose process number was given to another program, nobody knows whether it
 # lives: what is older than this was left behind.
 _LEFT_BEHIND_SECONDS = 24 * 3600
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+_OWNED = re.compile(r"(?P<host>[A-Za-z0-9-]*)\.(?P<process>\d+)\.[0-9a-f]{8}")
+# What safetensors names files before it renames them; earlier versions of this package wrote with it.
+_OF_SAFETENSORS = ".tmp??????"
+
+_ADVICE = {
+    errno.ENOSPC: "free some space, or choose another folder",
+    errno.EDQUOT: "free some space, or choose another folder",
+    errno.EFBIG: "choose a file system that takes files of this size",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that can be written to",
+    errno.EPERM: "choose a folder that can be written to",
+    errno.ENOTDIR: "choose a folder that can be written to",
+    errno.EEXIST: "choose a folder that can be written to",
+}
 
 
 class DamagedFileError(ValueError):
@@ -40,7 +56,8 @@ def replacing(path: Path) -> Iterator[Path]:
     is missing.
 
     Raises:
-        OSError: the disk is full, read-only, ...; the message names ``path``.
+        OSError: the disk is full, read-only, ...; of the same type as the one that occurred, and the message names
+            ``path`` and says what to do.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +76,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         message = f"cannot write {path}: {reason}; what was there before is unchanged"
+        if error.errno in _ADVICE:
+            message = f"{message}; {_ADVICE[error.errno]}"
         raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
 
 
@@ -70,11 +89,13 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 def temporary_files(path: Path) -> list[Path]:
     """New versions of ``path`` that are being written, or were left behind by writers that were killed."""
-    return sorted(path.parent.glob(f".{_escaped(path.name)}*.partial"))
+    found = path.parent.glob(f".{glob.escape(path.name)}.*partial")
+    return sorted(one for one in found if one.name == f".{path.name}.partial" or _owner(one, path) is not None)
 
 
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+def _owner(temporary: Path, path: Path) -> re.Match[str] | None:
+    """Host and process in the name of a temporary file of ``path``; files of earlier versions have none."""
+    return _OWNED.fullmatch(temporary.name.removeprefix(f".{path.name}.").removesuffix(".partial"))
 
 
 def _remove_left_behind(path: Path) -> None:
@@ -82,34 +103,53 @@ def _remove_left_behind(path: Path) -> None:
         with contextlib.suppress(OSError):
             if not _may_be_in_use(found, path):
                 found.unlink()
+    if path.suffix == ".safetensors":
+        for found in path.parent.glob(_OF_SAFETENSORS):
+            with contextlib.suppress(OSError):
+                if _is_old(found) and _is_of_safetensors(found):
+                    found.unlink()
 
 
 def _may_be_in_use(temporary: Path, path: Path) -> bool:
     """Whether a writer that lives may own a temporary file of ``path``."""
-    owner = re.fullmatch(r"\.([^.]*)\.(\d+)\.[0-9a-f]{8}\.partial", temporary.name.removeprefix(f".{path.name}"))
-    if time.time() - temporary.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+    if _is_old(temporary):
         return False
-    if owner is None or owner[1] != _HOST:
+    owner = _owner(temporary, path)
+    if owner is None or owner["host"] != _HOST or os.name != "posix":  # elsewhere signal 0 is not a question
         return True
-    if int(owner[2]) == os.getpid():
+    if int(owner["process"]) == os.getpid():
         return True  # another thread
     try:
-        os.kill(int(owner[2]), 0)
-    except ProcessLookupError:
+        os.kill(int(owner["process"]), 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True
     return True
 
 
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _LEFT_BEHIND_SECONDS
+
+
+def _is_of_safetensors(path: Path) -> bool:
+    """Whether a file begins like one of safetensors (a size, then JSON), as far as it was written; others stay."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[8:] in (b"{", b"\0", b"")
+
+
 def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere folders cannot be flushed
+    """Make a renaming last. The file itself is on the disk already, so what cannot do this is nothing to fail on."""
+    if os.name != "posix":
         return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
 def tiny_testbed(folder, monkeypatch):
     """``seerattention.testbed`` with the tiny model."""
 
-    def load(device=None, dtype=None):
+    def load(device=None, dtype=None, *, name="testbed"):
         tokenizer = make_tokenizer()
         return make_model(len(tokenizer)).to(device), tokenizer
 
     monkeypatch.setattr(testbed, "load", load, raising=False)
-    monkeypatch.setattr(testbed, "gates_path", lambda: folder / "gates", raising=False)
+    monkeypatch.setattr(testbed, "gates_path", lambda name="testbed": folder / "gates", raising=False)
     books = {"train": [make_text(4000, 1)], "test": [make_text(4000, 2)]}
     monkeypatch.setattr(testbed, "book_texts", books.__getitem__, raising=False)
 

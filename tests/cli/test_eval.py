@@ -6,6 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seerattention.distillation.lock import locked
+from seerattention.evaluate import MEASURES, register
+
+from ..evaluate.toy import Toy
+
 
 @pytest.fixture
 def common(folder):
@@ -86,6 +91,39 @@ def test_eval_prints_tables_in_plain_text(seer_process, common):
     ] * 2
     assert "last quarter" in result.stdout
     assert "retrieval at 1K" in result.stderr
+
+
+def test_a_measure_of_ones_own_stops_and_goes_on(seer_command, common, tmp_path, monkeypatch):
+    """One that the command does not know: its table, picture and JSON, its results as they come, and Ctrl-C."""
+    monkeypatch.setattr(Toy, "runs", [])
+    monkeypatch.setattr(Toy, "stop_at", ["gates 0.2"])
+    monkeypatch.setitem(MEASURES, "toy", Toy)
+    assert register(Toy) is Toy
+    options = ["--measure", "toy", "--lengths", "256", "--densities", "0.5,0.2", "--samples", 3]
+    arguments = ["eval", *common, *options, "--output", tmp_path / "out", "--json"]
+    assert seer_command(*arguments).exit_code == 130
+    assert not (tmp_path / "out" / "results.json").exists()
+    kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["case"]["settings"] for line in kept] == [["dense"], ["gates 0.5"]]
+    Toy.stop_at.clear()
+    result = seer_command(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "2 of 3 results were measured before" in result.stderr
+    assert [name for name, _ in Toy.runs] == ["dense", "gates 0.5", "gates 0.2"]
+    data = json.loads(result.stdout)
+    assert [item["setting"] for item in data["toy"]] == ["dense", "gates 0.5", "gates 0.2"]
+    assert data["toy"][:2] == [line["results"][0] for line in kept]
+    assert "mean token" in result.stderr
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Toy at 256" in page
+    assert page.count("data:image/png;base64,") == 1
+    with locked(tmp_path / "out" / "results.jsonl"):
+        refused = seer_command(*arguments)
+    assert refused.exit_code == 1
+    assert "another run is writing to" in refused.stderr
+    again = seer_command(*arguments, "--dtype", "bfloat16")
+    assert again.exit_code == 0
+    assert "measured before" not in again.stderr
 
 
 def test_inspect_draws_maps_and_tells_recall(seer_command, folder, common, tmp_path):

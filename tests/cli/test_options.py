@@ -30,6 +30,7 @@ DATA = ["./nothing", "nothing.jsonl", "{folder}", "{file}", "{damaged}", ""]
 # Command -> option -> values that make no sense. A value in braces is one of the places of the fixture.
 WRONG = {
     "demo": {
+        "--model": [*MODELS, "llama", "owner/model"],
         "--minutes": ["0", "-1", "nan", "inf", "soon"],
         "--seed": SEEDS,
         "--output": PLACES,

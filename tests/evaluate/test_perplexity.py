@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 
 from seerattention import TopK, baselines
 from seerattention.evaluate import forward
@@ -112,6 +113,31 @@ def test_prompt_tuning_is_part_of_the_model(model, documents):
     found = document_losses(tuned, ids)
     assert np.allclose(found[0], expected.numpy(), atol=1e-5)
     assert not np.allclose(found, plain, atol=1e-2)
+
+
+def tiny_llava(text):
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.LlavaConfig(text_config=text.config, vision_config=vision, image_token_index=5)
+    made = transformers.LlavaForConditionalGeneration(config).eval()
+    made.model.language_model.load_state_dict(text.model.state_dict())
+    made.lm_head.load_state_dict(text.lm_head.state_dict())
+    return made
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled, tiny_llava])
+def test_a_wrapped_model_is_run_whole(model, documents, wrap):
+    expected = document_losses(model, documents[:1])
+    wrapped, calls = wrap(model), []
+    inner = getattr(wrapped, "_orig_mod", wrapped)
+    inner.register_forward_hook(lambda *arguments: calls.append(1))
+    np.testing.assert_allclose(document_losses(wrapped, documents[:1]), expected, atol=1e-5)
+    assert calls == [1]
 
 
 def test_offloaded_models_are_measured(model, documents):

@@ -1,17 +1,19 @@
 """The report must be one file that stands alone, with everything escaped."""
 
+import io
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from seerattention.evaluate.figures import bar_figure, line_figure
-from seerattention.evaluate.perplexity import PerplexityResult
+from seerattention.evaluate.perplexity import PerplexityResult, perplexity_table
 from seerattention.evaluate.report import Report
-from seerattention.evaluate.retrieval import RetrievalResult
-from seerattention.evaluate.tables import Table, format_length, perplexity_table, retrieval_table, timing_table
-from seerattention.evaluate.timing import TimingResult
+from seerattention.evaluate.retrieval import RetrievalResult, retrieval_table
+from seerattention.evaluate.tables import Table, format_length
+from seerattention.evaluate.timing import TimingResult, timing_table
 
 
 class Balanced(HTMLParser):
@@ -57,6 +59,21 @@ def test_report_is_self_contained_and_escaped(tmp_path):
 def test_table_rows_must_fit():
     with pytest.raises(ValueError, match="2 headers"):
         Table(["a", "b"], [["x"]])
+
+
+def test_a_table_is_the_same_in_every_medium():
+    table = Table(["a|b", "n <2>"], [["[red]x[/red]", "1"], ["y", "22"]], caption="said [of] it")
+    assert table.markdown() == "| a\\|b | n <2> |\n| --- | ---: |\n| [red]x[/red] | 1 |\n| y | 22 |\n"
+    assert table.markdown(numbers=False).splitlines()[1] == "| --- | --- |"
+    page = table.html(strong=[1])
+    assert "<th>a|b</th><th>n &lt;2&gt;</th>" in page
+    assert '<tr><td>[red]x[/red]</td><td>1</td></tr><tr class="strong"><td>y</td><td>22</td></tr>' in page
+    stream = io.StringIO()
+    table.print_to(Console(file=stream, width=200))
+    lines = [line.strip() for line in stream.getvalue().splitlines()]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if "|" in line]
+    assert cells == [["a|b", "n <2>"], ["[red]x[/red]", "1"], ["y", "22"]]
+    assert lines[-1] == table.caption
 
 
 def test_tables_show_density_beside_every_score():

@@ -150,3 +150,28 @@ def test_a_setting_is_sparse_at_any_length_and_gives_back_what_was_there(model, 
     with seer.record(model) as stats:
         model(documents, use_cache=False)
     assert stats.density == 1.0
+
+
+def test_the_models_own_way_to_generate_does_not_matter(model):
+    """Published models come with tokens to stop at and penalties; an answer may hold such a token, and says its words
+    again."""
+    sample = sample_with_right_and_wrong_answers(model)
+    expected = score_samples(model, [sample]).tolist()
+    assert expected == [[True, False, True]]
+    config = model.generation_config
+    config.eos_token_id = int(sample.input_ids[61])
+    config.repetition_penalty, config.no_repeat_ngram_size = 50.0, 1
+    config.suppress_tokens, config.bad_words_ids = [int(sample.input_ids[60])], [[int(sample.input_ids[100])]]
+    config.do_sample, config.num_beams, config.min_new_tokens, config.max_new_tokens = True, 2, 1, 1
+    before = config.to_dict()
+    assert score_samples(model, [sample]).tolist() == expected
+    assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_has_a_prompt_at_least(model, books, generator, batch_size):
+    samples = make_samples(generator, ["single"], 600, 1)
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        evaluate_retrieval(model, samples, [Setting.dense()], batch_size=batch_size)
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        evaluate_perplexity(model, cut_documents(books, 100, 1), [Setting.dense()], batch_size=batch_size)

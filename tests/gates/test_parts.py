@@ -62,7 +62,10 @@ def definition(gate, q, k, cos, sin, row, start, end):
         k_weight = gate.k_linear[head if len(gate.k_linear) == gate.num_heads else head // group]
         q_weight = None if gate.q_linear is None else gate.q_linear[head]
         queries = [
-            (begin + pitch, vector(q[head], gate.config.q_pooling, q_weight, max(begin, start), min(begin + pitch, end)))
+            (
+                begin + pitch,
+                vector(q[head], gate.config.q_pooling, q_weight, max(begin, start), min(begin + pitch, end)),
+            )
             for begin in range(row * size, (row + 1) * size, pitch)
             if begin + pitch > start and begin < end
         ]  # fmt: skip

@@ -91,7 +91,10 @@ def test_sub_blocks_equal_reference(q_pitch, k_pitch, width, reduce, dtype, nan_
         if span is spans[0]:
             some = q.unflatten(2, (-1, 64 // q_pitch))[:, :, rows].flatten(2, 3)
             found = gate_scores(some, keys, implementation="triton", rows=rows, **options)
-            assert torch.equal(found, actual[:, :, rows])
+            if reduce == "max":
+                assert torch.equal(found, actual[:, :, rows])
+            else:  # sums of exponentials, which two variants of a kernel may add in another order
+                torch.testing.assert_close(found, actual[:, :, rows], rtol=2e-6, atol=2e-6)
 
 
 def test_products_of_sub_blocks_are_not_written():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from testbed.card import HARD_LENGTH, HARD_LINE, _dense
+from testbed.card import HARD_LENGTH, HARD_LINE, _dense, _sparse
 
 
 def scores(**changes):
@@ -26,3 +26,16 @@ def test_what_was_not_measured_is_not_met(left_out):
     card = _dense(dense)
     assert f"not known: not measured there: {', '.join(left_out)}" in card
     assert "is met." not in card
+
+
+def test_sparse_scores_say_how_they_were_got():
+    def results(**method):
+        score = {"accuracy": 0.5, "standard_error": None, "samples": 1, "questions": 2}
+        entry = {"setting": "gates 0.1", "length": 4096, "density": 0.112, "tasks": {"single": score}}
+        return {"retrieval": [entry | method]}
+
+    card = _sparse([results(method="generate")])
+    assert "generated greedily" in card
+    assert "teacher forcing" not in card
+    assert "| gates 0.1 at 4,096 | 0.112 | 50.0 |" in card  # a single sample has no error
+    assert "teacher forcing" in _sparse([results()])

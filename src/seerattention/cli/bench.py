@@ -28,7 +28,9 @@ def command(
     densities: Annotated[str, typer.Option(help="Densities of top-k selection.")] = "0.2,0.1,0.05",
     model: Annotated[
         str | None,
-        typer.Option(help="Take heads and head_dim from the config of this Hugging Face model (or 'testbed')."),
+        typer.Option(
+            help="Take heads and head_dim from the config of this Hugging Face model (also testbed, smollm2)."
+        ),
     ] = None,
     heads: Annotated[int, typer.Option(help="Query heads; the default is the shape of an 8B Llama.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .. import testbed
+from ..testbed import MODELS
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -35,7 +38,6 @@ __all__ = [
 ]
 
 _LOG_WIDTH = 200  # tables in a log or a pipe are not folded to 80 columns
-_TESTBED = "testbed"
 
 
 class Terminal:
@@ -58,17 +60,7 @@ class Terminal:
 
     def table(self, table: Table, numbers: bool = True) -> None:
         """A table with its caption; ``numbers``: columns but the first are right-aligned."""
-        from rich import box
-        from rich.table import Table as RichTable
-
-        rich = RichTable(box=box.SIMPLE_HEAD if self.out.is_terminal else box.ASCII2)
-        for i, header in enumerate(table.headers):
-            rich.add_column(header, justify="right" if i and numbers else "left", no_wrap=not self.out.is_terminal)
-        for row in table.rows:
-            rich.add_row(*row)
-        self.out.print(rich)
-        if table.caption:
-            self.out.print(table.caption, markup=False, style="dim", soft_wrap=True)
+        table.print_to(self.out, numbers)
 
     def emit(self, data: Any) -> None:
         """The result as JSON on stdout, if asked for."""
@@ -251,7 +243,9 @@ def resolve_device(device: str) -> str:
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """The embedded testbed model (``"testbed"``), or any Hugging Face causal language model, and its tokenizer."""
+    """A model of the testbed (``"testbed"``, ``"smollm2"``), or any Hugging Face causal language model, and its
+    tokenizer.
+    """
     from .options import check_dtype, check_model
 
     check_model(name)
@@ -260,12 +254,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     from transformers.utils import logging as transformers_logging
 
     given = None if check_dtype(dtype) == "auto" else getattr(torch, dtype)
-    if name == _TESTBED or not sys.stderr.isatty():  # loading is quick, or its bar would fill a log
+    if name in MODELS or not sys.stderr.isatty():  # loading is quick, or its bar would fill a log
         transformers_logging.disable_progress_bar()
-    if name == _TESTBED:
-        from .. import testbed
-
-        return testbed.load(device=chosen, dtype=given)
+    if name in MODELS:
+        return testbed.load(device=chosen, dtype=given, name=name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(Path(name).expanduser()) if name.startswith("~") else name
@@ -281,10 +273,8 @@ def load_config(name: str) -> Any:
 
     from .options import check_model
 
-    if check_model(name) == _TESTBED:
-        from ..testbed import model_path
-
-        name = str(model_path())
+    if check_model(name) in MODELS:
+        name = str(testbed.model_path(name))
     with _reading(name):
         return AutoConfig.from_pretrained(str(Path(name).expanduser())).get_text_config()
 
@@ -303,26 +293,26 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def default_gates(model: str) -> Path | None:
-    """The gates that come with the embedded model; None for any other."""
-    if model != _TESTBED:
-        return None
-    from .. import testbed
+    """The gates that come with a model of the testbed; None for any other model.
 
-    return Path(testbed.gates_path())
+    Raises:
+        FileNotFoundError: none come with it yet.
+    """
+    return Path(testbed.gates_path(model)) if model in MODELS else None
 
 
 def open_data(data: str | None, model: str, text_field: str = "text") -> Documents | None:
-    """What ``--data`` names, opened before a model is loaded; None for the books that come with the testbed.
+    """What ``--data`` names, opened before a model is loaded; None for the books that come with the testbed's models.
 
     Raises:
-        ValueError: no data named for a model other than the testbed, or data that cannot be texts.
+        ValueError: no data named for a model that is not the testbed's, or data that cannot be texts.
         FileNotFoundError: no such file or folder, or no text in it.
     """
     if data is not None:
         from ..distillation.documents import open_documents
 
         return open_documents(data, text_field=text_field)
-    if model != _TESTBED:
+    if model not in MODELS:
         raise ValueError(
             "--data is needed for this model: a .txt or .jsonl file, also compressed, a folder of them, or a dataset id"
         )
@@ -338,7 +328,7 @@ def book_tokens(
     text_field: str = "text",
     split: str = "test",
 ) -> list[np.ndarray]:
-    """Token ids of the texts in ``data``, or of the embedded books of ``split`` for the testbed; about ``limit``
+    """Token ids of the texts in ``data``, or of the embedded books of ``split``; about ``limit``
     tokens.
 
     Raises:
@@ -351,8 +341,6 @@ def book_tokens(
     if documents is not None:
         texts = documents(0)
     else:
-        from .. import testbed
-
         texts = testbed.book_texts(split)
     arrays, found = [], 0
     for text in texts:

@@ -26,7 +26,7 @@ from ..evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_sampl
 from ..evaluate.settings import Setting
 from ..evaluate.timing import TimingResult, time_prefill
 from ..hf.recall import block_recall
-from ..policies import TopK
+from ..policies import Policy, TopK, TopP
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
 from .demo import DEMO_MINUTES
@@ -47,19 +47,26 @@ class DemoPlan:
     """How much the demo does.
 
     Attributes:
-        length: tokens of the prompts that are measured.
+        model: which of the testbed's models.
+        length: tokens of the prompts that are timed and of the documents for perplexity.
+        task_length: tokens of the retrieval samples.
         train_length, batch_size: tokens and sequences of a training step.
         max_steps: most steps of distillation; fewer where a quarter of ``seconds`` does not hold them.
         max_rounds: most rounds of evaluation (a sample of each task and a document); fewer where the time is short.
         questions: questions a sample.
         repeats: timed prefills of each setting.
         seconds: what the whole demo may take.
-        committed, fresh: densities of the committed and of the fresh gates.
+        committed, fresh, untrained: densities of top-k selection, or shares of probability of top-p selection as
+            :class:`TopP`, for the committed gates (not used where the model has none), the fresh ones, and those before
+            distillation.
+        headline: which of the committed (else the fresh) ones stands at the top of the report.
         tasks: retrieval tasks.
         learning_rate: for the fresh gates.
     """
 
+    model: str = "testbed"
     length: int = 8192
+    task_length: int = 8192
     train_length: int = 2048
     batch_size: int = 1
     max_steps: int = 60
@@ -67,18 +74,24 @@ class DemoPlan:
     questions: int = 16
     repeats: int = 2
     seconds: float = 60.0 * DEMO_MINUTES
-    committed: Sequence[float] = (0.2, 0.1, 0.05)
-    fresh: Sequence[float] = (0.2, 0.1)
-    untrained: Sequence[float] = (0.2,)
+    committed: Sequence[float | TopP] = (0.2, 0.1, 0.05)
+    fresh: Sequence[float | TopP] = (0.2, 0.1)
+    untrained: Sequence[float | TopP] = (0.2,)
+    headline: int = 1
     tasks: Sequence[str] = ("multikey", "keyvalue")
     learning_rate: float = 4e-3
 
     @classmethod
-    def choose(cls, device: str, fast: bool = False, seconds: float = 60.0 * DEMO_MINUTES) -> DemoPlan:
-        """What fits the device; ``fast`` is a smoke test of a few seconds whose numbers mean little."""
+    def choose(
+        cls, device: str, fast: bool = False, seconds: float = 60.0 * DEMO_MINUTES, model: str = "testbed"
+    ) -> DemoPlan:
+        """What fits the device and the model; ``fast`` is a smoke test whose numbers mean little."""
+        if model == "smollm2":
+            return cls._of_smollm2(device, fast, seconds)
         if fast:
             return cls(
                 length=1024,
+                task_length=1024,
                 train_length=512,
                 max_steps=4,
                 max_rounds=1,
@@ -91,6 +104,7 @@ class DemoPlan:
         if device.startswith("cuda"):
             return cls(
                 length=16384,
+                task_length=16384,
                 train_length=8192,
                 batch_size=4,
                 max_steps=200,
@@ -99,8 +113,30 @@ class DemoPlan:
                 seconds=seconds,
                 committed=(0.5, 0.2, 0.1, 0.05),
                 fresh=(0.5, 0.2, 0.1, 0.05),
+                headline=2,
             )
         return cls(seconds=seconds)
+
+    @classmethod
+    def _of_smollm2(cls, device: str, fast: bool, seconds: float) -> DemoPlan:
+        """A token costs eight times as much as the testbed's. A share of each row's own blocks (top-k) drops the
+        attention sink of early rows, which this model does not bear, so top-p stands beside it; of many names, it finds
+        one in up to 2K tokens only."""
+        rules = (0.2, TopP(0.9))
+        shared: dict[str, Any] = {
+            "model": "smollm2",
+            "seconds": seconds,
+            "committed": rules,
+            "fresh": rules,
+            "tasks": ("multikey",),
+            "questions": 8,
+        }
+        if fast:
+            small: dict[str, Any] = {**shared, "length": 512, "task_length": 512, "questions": 1}
+            return cls(train_length=256, max_steps=2, max_rounds=1, repeats=1, **small)
+        if device.startswith("cuda"):
+            return cls(task_length=2048, train_length=4096, batch_size=4, max_steps=200, max_rounds=12, **shared)
+        return cls(length=4096, task_length=2048, train_length=1024, max_steps=120, max_rounds=6, **shared)
 
 
 @dataclass
@@ -109,11 +145,11 @@ class DemoResult:
 
     Attributes:
         history: of the distillation of the fresh gates; its recall was measured before and after on held-out text.
-        committed_recall: layer index -> block recall of the committed gates on the same text.
+        committed_recall: layer index -> block recall of the committed gates on the same text; empty without them.
         oracle_recall: the same for selection from the true block maxima, which gates learn to predict.
         settings: names in the order of the results; the first is dense.
         timing, retrieval, perplexity: one result a setting.
-        maps: of the heads that look farthest, from the committed gates.
+        maps: of the heads that look farthest, from the committed gates, or the fresh ones without those.
         inspection: block recall of all heads in that prompt.
         rounds: how many rounds of evaluation the time allowed.
         seconds: of each stage.
@@ -139,7 +175,7 @@ class DemoResult:
 def run_demo(
     model: nn.Module,
     tokenizer: Any,
-    gates: Path,
+    gates: Path | None,
     train_books: Sequence[np.ndarray],
     test_books: Sequence[np.ndarray],
     plan: DemoPlan,
@@ -152,7 +188,7 @@ def run_demo(
 
     Args:
         model, tokenizer: a model without gates, and its tokenizer.
-        gates: folder of the committed gates.
+        gates: folder of the committed gates; None: the model comes without.
         train_books, test_books: token ids of texts: for distillation, and for every measurement.
         folder: the fresh gates are saved in ``folder / "fresh-gates"``, as they were before distillation in
             ``folder / "untrained-gates"``.
@@ -161,7 +197,7 @@ def run_demo(
     started = time.monotonic()
     torch.manual_seed(seed)
     clock = _Clock()
-    recall_length = min(plan.length, _RECALL_LENGTH)
+    recall_length = min(plan.task_length, _RECALL_LENGTH)
     asker = TaskGenerator(tokenizer, test_books, split="test", seed=seed + 1)
     task = make_samples(asker, plan.tasks[-1:], recall_length, 1, plan.questions)[plan.tasks[-1]][0]
     held_out = [
@@ -170,11 +206,13 @@ def run_demo(
     ]
     fresh, untrained = folder / "fresh-gates", folder / "untrained-gates"
     history = _distil_fresh_gates(model, tokenizer, train_books, held_out, plan, untrained, fresh, seed, progress)
-    hf.attach(model, gates, min_context=0)
-    try:
-        committed_recall = block_recall(model, held_out, TopK(RECALL_DENSITY))
-    finally:
-        hf.detach(model)
+    committed_recall: dict[int, float] = {}
+    if gates is not None:
+        hf.attach(model, gates, min_context=0)
+        try:
+            committed_recall = block_recall(model, held_out, TopK(RECALL_DENSITY))
+        finally:
+            hf.detach(model)
     hf.attach(model, selector=Oracle(TopK(RECALL_DENSITY)), min_context=0)
     try:
         oracle_recall = block_recall(model, held_out)
@@ -183,16 +221,16 @@ def run_demo(
     clock.lap("distillation")
 
     kinds = (
-        ("committed", gates, plan.committed),
+        ("committed", gates, plan.committed if gates is not None else ()),
         ("fresh", fresh, plan.fresh),
         ("untrained", untrained, plan.untrained),
     )
     settings = [
         Setting.dense(),
         *(
-            Setting(f"{kind} gates, {density:g}", gates=saved, policy=TopK(density))
-            for kind, saved, densities in kinds
-            for density in densities
+            Setting(f"{kind} gates, {_rule_name(rule)}", gates=saved, policy=_policy(rule))
+            for kind, saved, rules in kinds
+            for rule in rules
         ),
     ]
     documents = cut_documents(test_books, plan.length, plan.max_rounds, bos=tokenizer.bos_token_id)
@@ -207,8 +245,8 @@ def run_demo(
     retrieval, perplexity = _evaluate_rounds(model, generator, documents, settings, plan, started, progress)
     clock.lap("evaluation")
 
-    prompt = make_samples(generator, ["multikey"], min(plan.length, 4096), 1, plan.questions)["multikey"][0]
-    hf.attach(model, gates, prefill=TopK(RECALL_DENSITY), min_context=0)
+    prompt = make_samples(generator, ["multikey"], min(plan.task_length, 4096), 1, plan.questions)["multikey"][0]
+    hf.attach(model, fresh if gates is None else gates, prefill=TopK(RECALL_DENSITY), min_context=0)
     try:
         inspection = inspect_attention(model, torch.as_tensor(prompt.input_ids)[None])
     finally:
@@ -219,6 +257,14 @@ def run_demo(
     return DemoResult(
         history, committed_recall, oracle_recall, timing, retrieval, perplexity, far, inspection, rounds, clock.laps
     )
+
+
+def _rule_name(rule: float | TopP) -> str:
+    return f"top-p {rule.p:g}" if isinstance(rule, TopP) else f"{rule:g}"
+
+
+def _policy(rule: float | TopP) -> Policy:
+    return rule if isinstance(rule, TopP) else TopK(rule)
 
 
 class _Clock:
@@ -317,13 +363,13 @@ def _evaluate_rounds(
     """
     retrieval: list[RetrievalResult] = []
     perplexity: list[PerplexityResult] = []
-    tokens = (len(plan.tasks) + 1) * len(settings) * plan.length
+    tokens = (len(plan.tasks) * plan.task_length + plan.length) * len(settings)
     slowest = 0.0
     for index in range(plan.max_rounds):
         begun = time.monotonic()
         if index and begun - started + slowest > plan.seconds:
             break
-        samples = make_samples(generator, plan.tasks, plan.length, 1, plan.questions)
+        samples = make_samples(generator, plan.tasks, plan.task_length, 1, plan.questions)
         with progress(f"evaluating, round {index + 1} of up to {plan.max_rounds}", tokens) as advance:
             # By generation every question would take a prefill of its own.
             answered = evaluate_retrieval(model, samples, settings, advance=advance, method="teacher_forcing")

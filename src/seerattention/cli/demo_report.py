@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from ..evaluate.environment import environment
 from ..evaluate.figures import bar_figure, line_figure
 from ..evaluate.maps import draw_maps, draw_recall
 from ..evaluate.report import Report
-from ..evaluate.tables import Table, format_density, format_length, format_percent, retrieval_table
+from ..evaluate.retrieval import retrieval_table
+from ..evaluate.tables import Table, format_density, format_length, format_percent, with_error
+from .demo import NO_COMMITTED
 from .demo_job import RECALL_DENSITY, DemoPlan, DemoResult
 
 __all__ = ["build_report", "demo_to_dict", "recall_table", "result_table"]
+
+_TASK_TEXTS = {
+    "single": "a named number hidden in a book is asked for.",
+    "multikey": "one of many named numbers hidden in a book is asked for; names were never used in training.",
+    "keyvalue": "the value of one key of a long JSON dictionary is asked for.",
+}
 
 
 def result_table(result: DemoResult, plan: DemoPlan) -> Table:
@@ -23,17 +31,17 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
         rows.append(
             [
                 timing.setting,
-                format_density(retrieval.density),
+                format_density(perplexity.density),
                 f"{timing.median:.2f} s",
                 f"{dense.median / timing.median:.2f}x",
-                _with_error(*perplexity.last_quarter()),
+                with_error(*perplexity.last_quarter()),
                 *(format_percent(retrieval.accuracy([task]), retrieval.standard_error(task)) for task in plan.tasks),
             ]
         )
     questions = {task: retrieval.correct[task].size for task in plan.tasks}
     caption = (
-        f"Prompts of {format_length(plan.length)} tokens. Prefill: median of {len(dense.seconds)}, whole model. "
-        "Perplexity: last quarter of "
+        f"Prompts of {format_length(plan.length)} tokens{_of_tasks(plan)}. Prefill: median of "
+        f"{len(dense.seconds)}, whole model. Perplexity: last quarter of "
         f"{result.rounds} {_plural('document', result.rounds)}, lower is better. Retrieval: share of "
         + ", ".join(f"{count} {task}" for task, count in questions.items())
         + " questions answered exactly (teacher forcing). Every row of attention is sparse. ± is a standard error over "
@@ -46,15 +54,13 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
 
 
 def recall_table(result: DemoResult) -> Table:
-    """Block recall of the three kinds of gates, averaged over the layers."""
+    """Block recall of every kind of gates, averaged over the layers."""
     before, after = result.fresh_recall()
-    committed, oracle = list(result.committed_recall.values()), list(result.oracle_recall.values())
-    rows = [
-        ["fresh gates, before distillation", _mean(before), f"{min(before):.3f}"],
-        [f"fresh gates, after {len(result.history.loss)} steps", _mean(after), f"{min(after):.3f}"],
-        ["committed gates", _mean(committed), f"{min(committed):.3f}"],
-        ["true block maxima (oracle)", _mean(oracle), f"{min(oracle):.3f}"],
-    ]
+    recall = {"fresh gates, before distillation": before, f"fresh gates, after {len(result.history.loss)} steps": after}
+    if result.committed_recall:
+        recall["committed gates"] = list(result.committed_recall.values())
+    recall["true block maxima (oracle)"] = list(result.oracle_recall.values())
+    rows = [[name, _mean(values), f"{min(values):.3f}"] for name, values in recall.items()]
     caption = (
         f"Block recall at density {RECALL_DENSITY:g}: share of the true attention mass inside the selected blocks, on "
         "held-out text, half of it a retrieval task. Gates learn to predict the block maxima that the oracle knows: it "
@@ -68,7 +74,9 @@ def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any
     """Every number, for JSON."""
     before, after = result.fresh_recall()
     return {
+        "model": plan.model,
         "length": plan.length,
+        "task_length": plan.task_length,
         "seed": seed,
         "rounds": result.rounds,
         "seconds": result.seconds,
@@ -95,8 +103,8 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
     length = format_length(plan.length)
     report = Report(
         "SeerAttention at work",
-        f"Learned block-sparse attention on a small language model, measured on this machine with prompts of {length} "
-        "tokens.",
+        f"Learned block-sparse attention on a small language model ({plan.model}), measured on this machine with "
+        f"prompts of {length} tokens{_of_tasks(plan)}.",
     )
     _headline(report, result, plan)
     if fast:
@@ -111,10 +119,15 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
         "Attention compares every token with every earlier one. Here small gates predict which 64 x 64 blocks of that "
         "comparison matter, and only "
         "those are computed. The model itself is frozen. 'Fresh' gates were distilled a moment ago on this machine, in "
-        f"{len(result.history.loss)} steps on {format_length(result.history.tokens)} tokens; 'committed' gates come "
-        "with the package and were "
-        "trained for far longer, so expect the fresh ones to be weaker; 'untrained' gates are the fresh ones before "
-        "distillation. The number after a setting is the density its policy was asked for."
+        f"{len(result.history.loss)} steps on {format_length(result.history.tokens)} tokens; "
+        + (
+            "'committed' gates come with the package and were trained for far longer, so expect the fresh ones to be "
+            "weaker; "
+            if result.committed_recall
+            else NO_COMMITTED.format(model=plan.model) + " "
+        )
+        + "'untrained' gates are the fresh ones before distillation. The number after a setting is the density its "
+        "policy was asked for, or the share of the predicted attention that top-p selection keeps."
     )
     table = result_table(result, plan)
     report.table(table, strong=[0])
@@ -134,9 +147,8 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
                 "perplexity",
                 "of held-out books in the last quarter of the prompt, where most context lies behind; lower is better.",
             ),
-            ("multikey", "one of many named numbers hidden in a book is asked for; names were never used in training."),
-            ("keyvalue", "the value of one key of a long JSON dictionary is asked for."),
-        ][: 3 + len(plan.tasks)]
+            *((task, _TASK_TEXTS[task]) for task in plan.tasks),
+        ]
     )
     report.figures(_result_figures(result, plan))
 
@@ -146,13 +158,13 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
         "model. Block recall says how much "
         "of the true attention the selected blocks hold."
     )
-    report.table(recall_table(result), strong=[2])
+    report.table(recall_table(result), strong=[2 if result.committed_recall else 1])
     report.figures(_distillation_figures(result))
 
     report.section("What a few heads look at")
     report.text(
         "The three heads that look farthest, in a prompt with many keys. Left: the true map, max-pooled per block. "
-        "Middle: what the committed gate "
+        f"Middle: what the {_main_kind(result)} gate "
         f"predicts from pooled queries and keys. Right: the blocks that are read at density {RECALL_DENSITY:g}, "
         "coloured by the true map."
     )
@@ -187,14 +199,14 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
 
 
 def _headline(report: Report, result: DemoResult, plan: DemoPlan) -> None:
-    chosen = min(range(1, 1 + len(plan.committed)), key=lambda i: abs(plan.committed[i - 1] - 0.1))
+    chosen = 1 + plan.headline
     dense, timing = result.timing[0], result.timing[chosen]
     perplexity = result.perplexity
     report.headline(
         [
             (
-                format_density(result.retrieval[chosen].density),
-                f"of attention computed (committed gates, {plan.committed[chosen - 1]:g})",
+                format_density(result.perplexity[chosen].density),
+                f"of attention computed ({timing.setting})",
             ),
             (f"{dense.median / timing.median:.2f}x", f"prefill speed: {dense.median:.2f} s to {timing.median:.2f} s"),
             (f"{perplexity[chosen].last_quarter()[0]:.2f}", f"perplexity, dense {perplexity[0].last_quarter()[0]:.2f}"),
@@ -207,20 +219,21 @@ def _headline(report: Report, result: DemoResult, plan: DemoPlan) -> None:
 
 
 def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, str]]:
-    committed = slice(1, 1 + len(plan.committed))
+    committed = slice(1, 1 + (len(plan.committed) if result.committed_recall else 0))
     fresh = slice(committed.stop, committed.stop + len(plan.fresh))
     groups = {"committed gates": committed, "fresh gates": fresh, "untrained gates": slice(fresh.stop, None)}
 
-    def series(values: list[float]) -> dict[str, tuple[list[float], list[float], None]]:
+    def series(results: Sequence[Any], values: list[float]) -> dict[str, tuple[list[float], list[float], None]]:
         return {
-            name: ([item.density for item in result.retrieval[part]], values[part], None)
+            name: ([item.density for item in results[part]], values[part], None)
             for name, part in groups.items()
+            if values[part]
         }
 
     accuracy = [100 * item.accuracy() for item in result.retrieval]
     added = [item.loss_increase(result.perplexity[0], plan.length * 3 // 4)[0] for item in result.perplexity]
     buckets = result.perplexity[0].buckets()
-    smallest = committed.stop - 1
+    smallest = max(committed.stop - 1, 0)
     by_position = {
         result.perplexity[i].setting: (
             [float(stop) for _, stop in buckets],
@@ -242,7 +255,7 @@ def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, 
         ),
         (
             line_figure(
-                series(accuracy),
+                series(result.retrieval, accuracy),
                 x_label="density",
                 y_label="retrieval, %",
                 reference=("dense", accuracy[0]),
@@ -252,7 +265,12 @@ def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, 
             "retrieval accuracy over density",
         ),
         (
-            line_figure(series(added), x_label="density", y_label="added loss, nats", reference=("dense", 0.0)),
+            line_figure(
+                series(result.perplexity, added),
+                x_label="density",
+                y_label="added loss, nats",
+                reference=("dense", 0.0),
+            ),
             "Loss added in the last quarter of the prompt.",
             "added loss over density",
         ),
@@ -273,8 +291,9 @@ def _result_figures(result: DemoResult, plan: DemoPlan) -> list[tuple[Any, str, 
 def _distillation_figures(result: DemoResult) -> list[tuple[Any, str, str]]:
     loss = result.history.loss
     before, after = result.fresh_recall()
-    layers = [float(layer) for layer in result.committed_recall]
-    recall = {"committed": list(result.committed_recall.values()), "fresh, after": after, "fresh, before": before}
+    layers = [float(layer) for layer in result.oracle_recall]
+    recall = {"committed": list(result.committed_recall.values())} if result.committed_recall else {}
+    recall |= {"fresh, after": after, "fresh, before": before}
     recall["oracle"] = list(result.oracle_recall.values())
     return [
         (
@@ -298,6 +317,15 @@ def _distillation_figures(result: DemoResult) -> list[tuple[Any, str, str]]:
     ]
 
 
+def _of_tasks(plan: DemoPlan) -> str:
+    """What to say where retrieval has prompts of another length."""
+    return "" if plan.task_length == plan.length else f" ({format_length(plan.task_length)} for retrieval)"
+
+
+def _main_kind(result: DemoResult) -> str:
+    return "committed" if result.committed_recall else "fresh"
+
+
 def _facts(device: str, seed: int) -> list[tuple[str, str]]:
     facts = environment()
     devices = ", ".join(item["name"] for item in facts["devices"]) if device.startswith("cuda") else facts["processor"]
@@ -316,10 +344,6 @@ def _short(setting: str) -> str:
 
 def _mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f}"
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
 
 
 def _plural(word: str, count: int) -> str:

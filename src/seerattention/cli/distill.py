@@ -40,7 +40,9 @@ _TEXT = "digest of the text"  # of the whole of it: what no step has read yet de
 
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")],
+    model: Annotated[
+        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
+    ],
     data: Annotated[
         str,
         typer.Option(

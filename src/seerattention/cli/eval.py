@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,32 +25,21 @@ from .common import (
 from .options import check_dtype, check_gates, check_model, check_output, check_seed, parse_density, parse_threshold
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ..evaluate import PerplexityResult, Report, RetrievalResult, Setting, TimingResult
-
-_MEASURES = ("retrieval", "perplexity", "timing")
-
-
-@dataclass
-class _Results:
-    """Results by length; lists are in the order of the settings."""
-
-    retrieval: dict[int, list[RetrievalResult]]
-    perplexity: list[PerplexityResult]
-    timing: dict[int, list[TimingResult]]
+    from ..evaluate import Report, Setting
+    from ..evaluate.cases import Group
+    from ..evaluate.measure import Measure
 
 
 def command(
     model: Annotated[
-        str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")
+        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
     ] = "testbed",
     gates: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="What to measure: any of retrieval, perplexity, timing.")
+        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing.")
     ] = "retrieval,perplexity",
     tasks: Annotated[
         str, typer.Option(help="Retrieval tasks: any of single, multikey, multivalue, variable, keyvalue.")
@@ -80,7 +69,7 @@ def command(
         str | None,
         typer.Option(
             help="Text that the model was not trained on, for haystacks and perplexity: .txt or .jsonl (also .zst), a "
-            "folder of them, or a dataset id. Default for the testbed: its test books."
+            "folder of them, or a dataset id. Default for testbed and smollm2: the testbed's test books."
         ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
@@ -89,7 +78,11 @@ def command(
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the retrieval tasks.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for results.json and a report, index.html; none by default.")
+        Path | None,
+        typer.Option(
+            help="Folder for results.json and a report, index.html; none by default. Each result is in results.jsonl "
+            "as soon as it is measured, and the same command goes on where it was stopped."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
@@ -103,14 +96,29 @@ def command(
     Example: seer eval --model Qwen/Qwen2.5-7B --gates my-gates --data books.jsonl --lengths 16K --samples 50 --oracle
     """
     with errors():
+        from ..distillation.lock import locked
+        from ..evaluate.cases import run_measures
+        from ..evaluate.journal import Journal
+        from ..evaluate.measure import Subject
+        from ..evaluate.registry import MEASURES
         from ..evaluate.retrieval import METHODS
+        from ..files import write_file
         from ..tasks import TASKS
 
         terminal = Terminal(as_json)
-        measures = _choice(parse_list(measure, str, "measure"), _MEASURES, "measure")
+        names = _choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
         asked_lengths = sorted(parse_list(lengths, token_count, "lengths"))
         task_list = _choice(parse_list(tasks, str, "tasks"), TASKS, "tasks")
-        (how,) = _choice([method], METHODS, "method")
+        _choice([method], METHODS, "method")
+        chosen_measures = _measures(
+            names,
+            tasks=task_list,
+            samples=samples,
+            questions=questions,
+            method=method,
+            documents=documents,
+            repeats=repeats,
+        )
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,
             parse_list(densities, parse_density, "densities"),
@@ -131,80 +139,67 @@ def command(
         longest = asked_lengths[-1]
         books = book_tokens(texts, model, tokenizer, limit=max(documents + 1, 16) * longest)
         terminal.say(f"settings: {', '.join(setting.name for setting in settings)}")
-        job = _Job(terminal, loaded, tokenizer, books, settings, batch_size, seed)
-        results = _Results({}, [], {})
-        if "retrieval" in measures:
-            for length in asked_lengths:
-                results.retrieval[length] = job.retrieval(task_list, length, samples, questions, how)
-        if "perplexity" in measures:
-            results.perplexity = job.perplexity(longest, documents)
-        if "timing" in measures:
-            for length in asked_lengths:
-                results.timing[length] = job.timing(length, repeats)
-        numbers = _to_dict(results, model=model, gates=gates, dtype=str(loaded.dtype), device=chosen, seed=seed)
-        if output is not None:
-            from ..files import write_file
-
-            write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
-            page = _report(results, numbers, model).save(output / "index.html")
-            terminal.say(f"report: {page}")
+        subject = Subject(loaded, tokenizer, books, batch_size, seed)
+        facts = {"model": model, "gates": gates, "dtype": str(loaded.dtype), "device": chosen, "seed": seed}
+        with ExitStack() as stack:
+            journal = None
+            if output is not None:
+                stack.enter_context(locked(output / "results.jsonl"))
+                journal = Journal(output)
+            groups = run_measures(
+                subject,
+                chosen_measures,
+                settings,
+                asked_lengths,
+                journal=journal,
+                identity=None if journal is None else _identity(loaded, str(loaded.device)),
+                progress=terminal.progress,
+                show=lambda group: _show(terminal, group),
+            )
+            numbers = _to_dict(groups, **facts)
+            if output is not None:
+                write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+                page = _report(groups, numbers, model).save(output / "index.html")
+                terminal.say(f"report: {page}")
         terminal.emit(numbers)
 
 
-@dataclass
-class _Job:
-    """What all measurements share."""
+def _measures(names: Sequence[str], **options: Any) -> list[Measure]:
+    """Measures by name; each takes the options that it has."""
+    from ..evaluate.registry import MEASURES
 
-    terminal: Terminal
-    model: Any
-    tokenizer: Any
-    books: Sequence[np.ndarray]
-    settings: Sequence[Setting]
-    batch_size: int
-    seed: int
+    made = []
+    for name in names:
+        kind: Any = MEASURES[name]
+        known = {field.name for field in dataclasses.fields(kind)}
+        made.append(kind(**{option: value for option, value in options.items() if option in known}))
+    return made
 
-    def retrieval(
-        self, tasks: Sequence[str], length: int, samples: int, questions: int, method: str
-    ) -> list[RetrievalResult]:
-        from ..evaluate import evaluate_retrieval, make_samples
-        from ..evaluate.tables import format_length, retrieval_table
-        from ..tasks import TaskGenerator
 
-        generator = TaskGenerator(self.tokenizer, self.books, split="test", seed=self.seed)
-        made = make_samples(generator, tasks, length, samples, questions)
-        total = len(self.settings) * len(made) * samples * length
-        with self.terminal.progress(f"retrieval at {format_length(length)}", total) as advance:
-            results = evaluate_retrieval(
-                self.model, made, self.settings, batch_size=self.batch_size, advance=advance, method=method
-            )
-        self.terminal.table(retrieval_table(results))
-        return results
+def _show(terminal: Terminal, group: Group) -> None:
+    if group.kept:
+        terminal.say(
+            f"{group.kept} of {len(group.results)} results were measured before and are taken from results.jsonl; "
+            "delete it to measure them again"
+        )
+    terminal.table(group.measure.table(group.results))
 
-    def perplexity(self, length: int, documents: int) -> list[PerplexityResult]:
-        from ..evaluate import cut_documents, evaluate_perplexity
-        from ..evaluate.tables import format_length, perplexity_table
 
-        cut = cut_documents(self.books, length, documents, bos=self.tokenizer.bos_token_id)
-        with self.terminal.progress(
-            f"perplexity at {format_length(length)}", len(self.settings) * cut.numel()
-        ) as advance:
-            results = evaluate_perplexity(self.model, cut, self.settings, batch_size=self.batch_size, advance=advance)
-        self.terminal.table(perplexity_table(results))
-        return results
+def _identity(model: Any, device: str) -> dict[str, Any]:
+    """What decides results beside settings, prompts and options: results of anything else are not taken for these."""
+    from ..distillation.identity import weights_digest
+    from ..evaluate.environment import environment
 
-    def timing(self, length: int, repeats: int) -> list[TimingResult]:
-        from ..evaluate import cut_documents, time_prefill
-        from ..evaluate.tables import format_length, timing_table
-
-        prompt = cut_documents(self.books, length, self.batch_size, bos=self.tokenizer.bos_token_id)
-        # The oracle computes the whole map to select from it: its time says nothing.
-        settings = [setting for setting in self.settings if setting.selector is None]
-        with self.terminal.progress(
-            f"timing at {format_length(length)}", (repeats + 1) * len(settings) * prompt.numel()
-        ) as advance:
-            results = time_prefill(self.model, prompt, settings, repeats=repeats, advance=advance)
-        self.terminal.table(timing_table(results))
-        return results
+    facts = environment()
+    return {
+        "weights": weights_digest(model),
+        "config": {
+            k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        },
+        "dtype": str(model.dtype),
+        "device": device,
+        **{name: facts[name] for name in ("versions", "git_commit", "devices", "processor", "threads")},
+    }
 
 
 def _settings(gates: Any, densities: Sequence[float], thresholds: Sequence[float], oracle: bool) -> list[Setting]:
@@ -231,38 +226,29 @@ def _choice(items: Sequence[str], known: Sequence[str], what: str) -> list[str]:
     return list(items)
 
 
-def _to_dict(results: _Results, **facts: Any) -> dict[str, Any]:
+def _to_dict(groups: Sequence[Group], **facts: Any) -> dict[str, Any]:
     from ..evaluate.environment import environment
+    from ..evaluate.registry import MEASURES
 
-    return {
-        **facts,
-        "retrieval": [result.to_dict() for group in results.retrieval.values() for result in group],
-        "perplexity": [result.to_dict() for result in results.perplexity],
-        "timing": [result.to_dict() for group in results.timing.values() for result in group],
-        "environment": environment(),
-    }
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in MEASURES}
+    for group in groups:
+        results[group.measure.name] += [result.to_dict() for result in group.results]
+    return {**facts, **results, "environment": environment()}
 
 
-def _report(results: _Results, numbers: dict[str, Any], model: str) -> Report:
+def _report(groups: Sequence[Group], numbers: dict[str, Any], model: str) -> Report:
     from ..evaluate import Report
-    from ..evaluate.tables import format_length, perplexity_table, retrieval_table, timing_table
+    from ..evaluate.tables import format_length
 
     report = Report(
         f"Evaluation of {model}", "Dense beside block-sparse prefill on the same samples; density beside every score."
     )
-    for length, retrieval in results.retrieval.items():
-        report.section(f"Retrieval at {format_length(length)}")
-        report.table(retrieval_table(retrieval), strong=[0])
-        report.figure(_accuracy_figure(retrieval), caption="Mean accuracy of the tasks.", alt="accuracy over density")
-    if results.perplexity:
-        report.section(f"Perplexity at {format_length(results.perplexity[0].length)}")
-        report.table(perplexity_table(results.perplexity), strong=[0])
-        report.figure(
-            _loss_figure(results.perplexity), caption="Loss added to dense, by position.", alt="added loss by position"
-        )
-    for length, timing in results.timing.items():
-        report.section(f"Prefill time at {format_length(length)}")
-        report.table(timing_table(timing), strong=[0])
+    for group in groups:
+        report.section(f"{group.measure.title} at {format_length(group.length)}")
+        report.table(group.measure.table(group.results), strong=[0])
+        picture = group.measure.picture(group.results)
+        if picture is not None:
+            report.figure(picture.figure, caption=picture.caption, alt=picture.alt)
     report.section("How it was measured")
     facts = numbers["environment"]
     machine = ", ".join(item["name"] for item in facts["devices"]) or facts["processor"]
@@ -275,38 +261,3 @@ def _report(results: _Results, numbers: dict[str, Any], model: str) -> Report:
         ]
     )
     return report
-
-
-def _groups(results: Sequence[Any]) -> dict[str, list[Any]]:
-    """Sparse results by kind (the first word of their setting), ordered by density."""
-    groups: dict[str, list[Any]] = {}
-    for result in results[1:]:
-        groups.setdefault(result.setting.rsplit(" ", 1)[0], []).append(result)
-    return {name: sorted(group, key=lambda result: result.density) for name, group in groups.items()}
-
-
-def _accuracy_figure(results: Sequence[RetrievalResult]) -> Any:
-    from ..evaluate.figures import line_figure
-
-    series = {
-        name: ([r.density for r in group], [100 * r.accuracy() for r in group], None)
-        for name, group in _groups(results).items()
-    }
-    dense = ("dense", 100 * results[0].accuracy())
-    return line_figure(series, x_label="density", y_label="accuracy, %", reference=dense, y_limits=(-3, 103))
-
-
-def _loss_figure(results: Sequence[PerplexityResult]) -> Any:
-    from ..evaluate.figures import line_figure
-    from ..evaluate.tables import format_length
-
-    buckets = results[0].buckets()
-    series = {}
-    for result in results[1:]:
-        added = [result.loss_increase(results[0], *bucket) for bucket in buckets]
-        errors_ = None if math.isnan(added[0][1]) else [error for _, error in added]
-        series[result.setting] = ([float(stop) for _, stop in buckets], [mean for mean, _ in added], errors_)
-    ticks = {float(stop): format_length(stop) for _, stop in buckets}
-    return line_figure(
-        series, x_label="position", y_label="added loss, nats", reference=("dense", 0.0), log_x=True, x_ticks=ticks
-    )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def command(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="Hugging Face model folder or id, or 'testbed' for the embedded model.")
+        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
     ] = "testbed",
     gates: Annotated[
         str | None, typer.Option(help="Folder or hub id of trained gates. Default for the testbed: its own.")
@@ -38,7 +38,9 @@ def command(
     length: Annotated[str, typer.Option(help="Use at most this many tokens (4096 or 4K).")] = "4K",
     data: Annotated[
         str | None,
-        typer.Option(help="Without --text: take the prompt from here. Default for the testbed: its test books."),
+        typer.Option(
+            help="Without --text: take the prompt from here. Default for testbed and smollm2: the testbed's test books."
+        ),
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="Top-k selection with this density. Default: the policy stored with the gates.")

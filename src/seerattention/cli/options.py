@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..testbed import MODELS
+
 if TYPE_CHECKING:
     import typer
 
@@ -38,7 +40,6 @@ __all__ = [
 ]
 
 DTYPES = ("bfloat16", "float16", "float32")
-_TESTBED = "testbed"
 _LARGEST_SEED = 2**62  # generators take 64 bits, and seeds are added to
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -103,10 +104,10 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_model(model: str) -> str:
-    """A model that can be there: the embedded one, a folder, or what could be a hub id."""
+    """A model that can be there: one of the testbed's, a folder, or what could be a hub id."""
     if not model.strip():
-        raise ValueError("--model is empty; give a model folder, a hub id (owner/name) or 'testbed'")
-    if model == _TESTBED or not _means_a_path(model):
+        raise ValueError("--model is empty; give a model folder, a hub id (owner/name) 'testbed' or 'smollm2'")
+    if model in MODELS or not _means_a_path(model):
         return model
     folder = Path(model).expanduser()
     if not folder.is_dir():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,22 +55,12 @@ class DistillConfig:
     min_improvement: float = 0.02
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
-        _require(self.steps is None or self.steps >= 1, "steps", "at least 1, or None for one pass", self.steps)
-        _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
-        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)", self.betas
-        )
-        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive, or None", self.clip_norm)
-        _require(_is_row_choice(self.rows), "rows", "a share in (0, 1], a count of at least 1, or None", self.rows)
-        _require(0 <= self.skip_rows < 1, "skip_rows", "a share in [0, 1)", self.skip_rows)
-        _require(self.reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", self.reduction)
-        _require(self.accumulation >= 1, "accumulation", "at least 1", self.accumulation)
-        _require(self.eval_every is None or self.eval_every >= 1, "eval_every", "at least 1, or None", self.eval_every)
-        _require(0 < self.eval_density <= 1, "eval_density", "in (0, 1]", self.eval_density)
-        _require(0 <= self.min_improvement < 1, "min_improvement", "in [0, 1)", self.min_improvement)
+        if isinstance(self.betas, list | tuple):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        for name, accepts, expected in _RULES:
+            value = getattr(self, name)
+            if not accepts(value):
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
 
     def learning_rate_at(self, step: int, total: int | None) -> float:
         """Learning rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up, then a cosine to zero."""
@@ -94,14 +85,36 @@ class DistillConfig:
         return cls(**data)
 
 
-def _is_row_choice(rows: float | int | None) -> bool:
-    if rows is None:
-        return True
-    if isinstance(rows, bool):
-        return False
-    return rows >= 1 if isinstance(rows, int) else 0 < rows <= 1
+def _integer(x: Any, least: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x < 1 << 63
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {got!r}")
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+
+
+# Name of a field, which values it takes, and what a message calls them.
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("learning_rate", lambda x: _number(x) and x > 0, "a positive number"),
+    ("steps", lambda x: x is None or _integer(x, 1), "an integer of at least 1, or None for one pass"),
+    ("warmup", lambda x: _integer(x, 0), "an integer of at least 0"),
+    ("weight_decay", lambda x: _number(x) and x >= 0, "a number of at least 0"),
+    (
+        "betas",
+        lambda x: isinstance(x, tuple) and len(x) == 2 and all(_number(b) and 0 <= b < 1 for b in x),
+        "two numbers in [0, 1)",
+    ),
+    ("clip_norm", lambda x: x is None or (_number(x) and x > 0), "a positive number, or None"),
+    (
+        "rows",
+        lambda x: x is None or _integer(x, 1) or (isinstance(x, float) and 0 < x <= 1),
+        "a share in (0, 1], a count of at least 1, or None",
+    ),
+    ("skip_rows", lambda x: _number(x) and 0 <= x < 1, "a share in [0, 1)"),
+    ("reduction", lambda x: isinstance(x, str) and x in REDUCTIONS, f"one of {REDUCTIONS}"),
+    ("accumulation", lambda x: _integer(x, 1), "an integer of at least 1"),
+    ("seed", lambda x: _integer(x, -(1 << 63)), "an integer of 64 bits"),
+    ("eval_every", lambda x: x is None or _integer(x, 1), "an integer of at least 1, or None"),
+    ("eval_density", lambda x: _number(x) and 0 < x <= 1, "in (0, 1]"),
+    ("min_improvement", lambda x: _number(x) and 0 <= x < 1, "in [0, 1)"),
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .documents import Documents
 from .identity import text_digest
 
-__all__ = ["PackedText", "Position", "tokenize_with"]
+__all__ = ["PackedText", "Position", "in_background", "tokenize_with"]
 
 
 _PATIENCE = 1.0  # seconds
@@ -146,7 +146,7 @@ class PackedText:
         return _Read(read.documents + 1, digest)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch, position, read in _in_background(self._batches(self.position, self._read), self.prefetch):
+        for batch, position, read in in_background(self._batches(self.position, self._read), self.prefetch):
             self.position, self._read = position, read
             yield {"input_ids": batch}
 
@@ -194,7 +194,7 @@ class PackedText:
         return self.tokenize(text[: 16 * self.document_tokens])[: self.document_tokens]
 
 
-def _in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
+def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
     """Iterate in a thread that runs up to ``depth`` items ahead; errors surface at the consumer."""
     if depth < 1:
         yield from items

@@ -93,6 +93,17 @@ class DistillHistory:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DistillHistory:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: unknown entries. TypeError: entries of another type than they are written with.
+        """
+        types = {name: type(value) for name, value in vars(cls(recall_density=0.0)).items()}
+        if unknown := sorted(data.keys() - types):
+            raise ValueError(f"unknown entries {unknown}")
+        for name, value in data.items():
+            if not isinstance(value, (types[name], type(None)) if name == "recall_density" else types[name]):
+                raise TypeError(f"{name} must be of type {types[name].__name__}, got {type(value).__name__}")
         return cls(**data)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "bar_figure", "line_figure", "new_figure"]
+__all__ = ["COLORS", "bar_figure", "line_figure", "new_figure", "over_density"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -76,6 +77,23 @@ def line_figure(
     if len(series) + (reference is not None) > 1:
         axis.legend(frameon=False, fontsize=9)
     return figure
+
+
+def over_density(
+    results: Sequence[Any], values: Sequence[float], y_label: str, y_limits: tuple[float, float] | None = None
+) -> Figure:
+    """A value of each result over its density: the first as a horizontal line, the others as a line for each kind of
+    setting (its name without the last word).
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for result, value in list(zip(results, values, strict=True))[1:]:
+        groups.setdefault(result.setting.rsplit(" ", 1)[0], []).append((result.density, value))
+    series = {}
+    for name, points in groups.items():
+        densities, heights = zip(*sorted(points), strict=True)
+        series[name] = (densities, heights, None)
+    reference = (results[0].setting, values[0])
+    return line_figure(series, x_label="density", y_label=y_label, reference=reference, y_limits=y_limits)
 
 
 def bar_figure(labels: Sequence[str], series: Mapping[str, Sequence[float]], *, x_label: str, y_label: str) -> Figure:

@@ -16,6 +16,7 @@ from ..hf import prompts
 from ..hf.architectures import find_decoder
 
 __all__ = [
+    "check_batch_size",
     "check_documents",
     "decoder_states",
     "iterate_token_losses",
@@ -72,6 +73,16 @@ def prompt_device(model: nn.Module) -> torch.device:
     if _is_supported(model):
         return prompts.input_device(model)
     return model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raise unless it is a whole number of prompts, at least one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of prompts, at least 1, got {batch_size!r}")
 
 
 def check_documents(documents: Any, what: str = "documents") -> None:

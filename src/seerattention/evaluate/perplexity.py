@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .forward import check_documents, iterate_token_losses, prompt_device
+from .forward import check_batch_size, check_documents, iterate_token_losses, prompt_device
+from .measure import Advance, Picture, Prompts, Subject
 from .settings import Setting
+from .tables import Table, finite, format_density, format_length, with_error
 
-__all__ = ["PerplexityResult", "cut_documents", "document_losses", "evaluate_perplexity"]
+__all__ = [
+    "PerplexityMeasure",
+    "PerplexityResult",
+    "cut_documents",
+    "document_losses",
+    "evaluate_perplexity",
+    "perplexity_table",
+]
 
 
 @dataclass
@@ -77,18 +86,22 @@ class PerplexityResult:
         by_position, by_length = [], []
         for start, stop in self.buckets():
             loss, error = self.loss(start, stop)
-            by_position.append({"start": start, "stop": stop, "loss": loss, "standard_error": _finite(error)})
+            by_position.append({"start": start, "stop": stop, "loss": loss, "standard_error": finite(error)})
             perplexity, error = self.perplexity(0, stop)
-            by_length.append({"length": stop, "perplexity": perplexity, "standard_error": _finite(error)})
+            by_length.append({"length": stop, "perplexity": perplexity, "standard_error": finite(error)})
         return {
             "setting": self.setting,
             "density": self.density,
             "length": self.length,
             "documents": int(self.losses.shape[0]),
-            "last_quarter": {"perplexity": quarter, "standard_error": _finite(quarter_error)},
+            "last_quarter": {"perplexity": quarter, "standard_error": finite(quarter_error)},
             "by_position": by_position,
             "by_length": by_length,
         }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The losses."""
+        return {"losses": self.losses}
 
     def _per_document(self, start: int, stop: int | None) -> np.ndarray:
         # The loss at index i is that of the token at position i + 1.
@@ -141,6 +154,7 @@ def document_losses(
 ) -> np.ndarray:
     """Token losses float32 ``[documents, T - 1]`` of ``documents [documents, T]``, with the model as it is."""
     check_documents(documents)
+    check_batch_size(batch_size)
     device = prompt_device(model)
     rows = []
     for batch in documents.split(batch_size):
@@ -164,6 +178,7 @@ def evaluate_perplexity(
         TypeError, ValueError: documents that are none, see :func:`~seerattention.evaluate.forward.check_documents`.
     """
     check_documents(documents)
+    check_batch_size(batch_size)
     results = []
     for setting in settings:
         with setting.applied(model) as measurement:
@@ -177,5 +192,90 @@ def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def perplexity_table(results: Sequence[PerplexityResult], lengths: Sequence[int] = ()) -> Table:
+    """Density, perplexity by length, last-quarter perplexity and the loss added to the first (dense) result."""
+    first = results[0]
+    lengths = [length for length in lengths or (1024, 4096, 16384, 65536) if length < first.length] + [first.length]
+    rows = []
+    for result in results:
+        quarter, quarter_error = result.last_quarter()
+        added = "" if result is first else with_error(*result.loss_increase(first, first.length * 3 // 4), "+.4f")
+        by_length = [f"{result.perplexity(0, length)[0]:.2f}" for length in lengths]
+        rows.append(
+            [result.setting, format_density(result.density), *by_length, with_error(quarter, quarter_error), added]
+        )
+    headers = [
+        "setting",
+        "density",
+        *(f"first {format_length(length)}" for length in lengths),
+        "last quarter",
+        "added loss",
+    ]
+    caption = (
+        f"Perplexity of {first.losses.shape[0]} documents of {format_length(first.length)} tokens (lower is better). "
+        "'Last quarter': "
+        "the last quarter of the positions, where most context lies behind; 'added loss': nats a token more than "
+        f"'{first.setting}' there, "
+        "± standard error of the paired difference over documents."
+    )
+    return Table(headers, rows, caption)
+
+
+@dataclass(frozen=True)
+class PerplexityMeasure:
+    """Perplexity as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
+
+    name: ClassVar[str] = "perplexity"
+    title: ClassVar[str] = "Perplexity"
+    together: ClassVar[bool] = False
+
+    documents: int = 4
+
+    def lengths(self, asked: Sequence[int]) -> Sequence[int]:
+        """The longest, which gives the others too."""
+        return asked[-1:]
+
+    def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
+        """All."""
+        return asked
+
+    def prepare(self, subject: Subject, length: int) -> Prompts:
+        """Documents of the books, each with the tokenizer's first token."""
+        cut = cut_documents(subject.books, length, self.documents, bos=subject.tokenizer.bos_token_id)
+        return Prompts(cut, {"documents": cut.numpy()}, cut.numel())
+
+    def run(
+        self, subject: Subject, prompts: Prompts, settings: Sequence[Setting], advance: Advance | None = None
+    ) -> list[PerplexityResult]:
+        """See :func:`evaluate_perplexity`."""
+        return evaluate_perplexity(
+            subject.model, prompts.content, settings, batch_size=subject.batch_size, advance=advance
+        )
+
+    def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PerplexityResult:
+        """A result that was kept."""
+        return PerplexityResult(numbers["setting"], numbers["density"], arrays["losses"])
+
+    def table(self, results: Sequence[PerplexityResult]) -> Table:
+        """See :func:`perplexity_table`."""
+        return perplexity_table(results)
+
+    def picture(self, results: Sequence[PerplexityResult]) -> Picture:
+        """Loss added to the first (dense) result, over the position."""
+        from .figures import line_figure
+
+        first, buckets = results[0], results[0].buckets()
+        series = {}
+        for result in results[1:]:
+            added = [result.loss_increase(first, *bucket) for bucket in buckets]
+            errors = None if math.isnan(added[0][1]) else [error for _, error in added]
+            series[result.setting] = ([float(stop) for _, stop in buckets], [mean for mean, _ in added], errors)
+        figure = line_figure(
+            series,
+            x_label="position",
+            y_label="added loss, nats",
+            reference=(first.setting, 0.0),
+            log_x=True,
+            x_ticks={float(stop): format_length(stop) for _, stop in buckets},
+        )
+        return Picture(figure, "Loss added to dense, by position.", "added loss by position")

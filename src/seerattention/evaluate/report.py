@@ -95,13 +95,7 @@ class Report:
 
     def table(self, table: Table, strong: Sequence[int] = ()) -> None:
         """A table whose first column is left-aligned; rows numbered in ``strong`` are set off."""
-        head = "".join(f"<th>{_escape(header)}</th>" for header in table.headers)
-        body = "".join(_row(row, i in strong) for i, row in enumerate(table.rows))
-        # The caption stays outside of what scrolls sideways on a phone.
-        note = f'<p class="caption">{_escape(table.caption)}</p>' if table.caption else ""
-        self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
-        )
+        self._parts.append(table.html(strong))
 
     def figure(self, figure: Any, caption: str = "", alt: str = "", dpi: int = 150) -> None:
         """A matplotlib figure as an inline PNG."""
@@ -136,11 +130,6 @@ class Report:
 
 def _escape(value: Any) -> str:
     return html.escape(str(value))
-
-
-def _row(cells: Sequence[Any], strong: bool) -> str:
-    opening = '<tr class="strong">' if strong else "<tr>"
-    return opening + "".join(f"<td>{_escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
 def _figure(figure: Any, caption: str, alt: str, dpi: int) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,10 +24,20 @@ from transformers import GenerationConfig
 
 from ..hf.prompts import evaluating
 from ..tasks import TASKS, TaskGenerator
-from .forward import decoder_states, prompt_device, token_logits
+from .forward import check_batch_size, decoder_states, prompt_device, token_logits
+from .measure import Advance, Picture, Prompts, Subject
 from .settings import Setting
+from .tables import Table, finite, format_density, format_length, format_percent
 
-__all__ = ["METHODS", "RetrievalResult", "evaluate_retrieval", "make_samples", "score_samples"]
+__all__ = [
+    "METHODS",
+    "RetrievalMeasure",
+    "RetrievalResult",
+    "evaluate_retrieval",
+    "make_samples",
+    "retrieval_table",
+    "score_samples",
+]
 
 METHODS = ("generate", "teacher_forcing")
 
@@ -77,7 +87,7 @@ class RetrievalResult:
         tasks = {
             task: {
                 "accuracy": float(correct.mean()),
-                "standard_error": _finite(self.standard_error(task)),
+                "standard_error": finite(self.standard_error(task)),
                 "samples": int(correct.shape[0]),
                 "questions": int(correct.size),
             }
@@ -90,6 +100,10 @@ class RetrievalResult:
             "method": self.method,
             "tasks": tasks,
         }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Which questions of each task were answered."""
+        return dict(self.correct)
 
 
 def make_samples(
@@ -125,10 +139,11 @@ def score_samples(
         method: one of :data:`METHODS`, see the module.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a batch size below 1.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_batch_size(batch_size)
     right = _generated if method == "generate" else _teacher_forced
     found = right(model, samples, batch_size, advance)
     correct = [
@@ -142,6 +157,7 @@ def _tokens(sample: Any) -> Tensor:
     return torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
 
 
+_GENERATION_OPTIONS = [name for name in GenerationConfig().to_dict() if name != "transformers_version"]
 Found = dict[tuple[int, tuple[int, int]], bool]
 """(sample, span of an answer) -> whether all its tokens are right."""
 
@@ -172,11 +188,15 @@ def _generated(
 
 def _decode(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
     """The ``count`` tokens that greedy decoding adds to ``prompt [B, T]``, int64 ``[B, count]``."""
-    config = GenerationConfig(
-        max_new_tokens=count, do_sample=False, num_beams=1, use_cache=True, eos_token_id=None, pad_token_id=0
-    )
+    # What is None in a config, or left out, is filled from the model's own, which may hold penalties and tokens to stop
+    # at or to suppress; arguments are not, not even those that are None. The length of an answer is known.
+    unset = dict.fromkeys(_GENERATION_OPTIONS)
+    options = unset | {
+        "max_new_tokens": count, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True,
+        "pad_token_id": 0,
+    }  # fmt: skip
     with evaluating(model):
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)  # type: ignore[operator]
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
     return out[:, prompt.shape[1] : prompt.shape[1] + count]
 
 
@@ -257,5 +277,94 @@ def _answer_positions(samples: Sequence[Any]) -> tuple[torch.Tensor, torch.Tenso
     return rows, positions
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+_HOW = {
+    "generate": "Answers are generated greedily from the prompt before them.",
+    "teacher_forcing": "Teacher forcing: the right answers are part of the prompt, which is faster and not quite what "
+    "generation gives.",
+}
+
+
+def retrieval_table(results: Sequence[RetrievalResult]) -> Table:
+    """Density and accuracy of each task beside each other, one row a setting."""
+    tasks = list(results[0].correct)
+    rows = [
+        [
+            result.setting,
+            format_density(result.density),
+            *(format_percent(result.accuracy([task]), result.standard_error(task)) for task in tasks),
+            format_percent(result.accuracy()),
+        ]
+        for result in results
+    ]
+    counts = ", ".join(f"{task} {array.shape[0]} x {array.shape[1]}" for task, array in results[0].correct.items())
+    caption = (
+        f"Retrieval at {format_length(results[0].length)} tokens: share of questions answered exactly, ± standard "
+        "error over samples; "
+        f"samples x questions a sample, the same for every row: {counts}. {_HOW[results[0].method]} Every row of the "
+        "prompts is as sparse as the density says, questions included."
+    )
+    return Table(["setting", "density", *tasks, "mean"], rows, caption)
+
+
+@dataclass(frozen=True)
+class RetrievalMeasure:
+    """Retrieval as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
+
+    name: ClassVar[str] = "retrieval"
+    title: ClassVar[str] = "Retrieval"
+    together: ClassVar[bool] = False
+
+    tasks: Sequence[str] = TASKS
+    samples: int = 8
+    questions: int = 4
+    method: str = "generate"
+
+    def lengths(self, asked: Sequence[int]) -> Sequence[int]:
+        """All."""
+        return asked
+
+    def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
+        """All."""
+        return asked
+
+    def prepare(self, subject: Subject, length: int) -> Prompts:
+        """Samples of every task."""
+        generator = TaskGenerator(subject.tokenizer, subject.books, split="test", seed=subject.seed)
+        made = make_samples(generator, self.tasks, length, self.samples, self.questions)
+        decides = {}
+        for task, group in made.items():
+            decides[task] = np.stack([sample.input_ids for sample in group])
+            spans = [span for sample in group for question in sample.questions for span in question.answers]
+            decides[f"{task} answers"] = np.asarray(spans, dtype=np.int64)
+        return Prompts(made, decides, sum(len(group) for group in made.values()) * length)
+
+    def run(
+        self, subject: Subject, prompts: Prompts, settings: Sequence[Setting], advance: Advance | None = None
+    ) -> list[RetrievalResult]:
+        """See :func:`evaluate_retrieval`."""
+        return evaluate_retrieval(
+            subject.model,
+            prompts.content,
+            settings,
+            batch_size=subject.batch_size,
+            advance=advance,
+            method=self.method,
+        )
+
+    def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RetrievalResult:
+        """A result that was kept."""
+        correct = {task: arrays[task] for task in numbers["tasks"]}
+        return RetrievalResult(
+            numbers["setting"], numbers["length"], numbers["density"], correct, method=numbers["method"]
+        )
+
+    def table(self, results: Sequence[RetrievalResult]) -> Table:
+        """See :func:`retrieval_table`."""
+        return retrieval_table(results)
+
+    def picture(self, results: Sequence[RetrievalResult]) -> Picture:
+        """Accuracy over density, a line for each kind of setting."""
+        from .figures import over_density
+
+        figure = over_density(results, [100 * result.accuracy() for result in results], "accuracy, %", (-3, 103))
+        return Picture(figure, "Mean accuracy of the tasks.", "accuracy over density")

@@ -1,29 +1,21 @@
-"""Results as tables of text, once for the terminal and the report alike."""
+"""Tables of text, and the one writer of each medium: Markdown, HTML, terminal."""
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .perplexity import PerplexityResult
-from .retrieval import RetrievalResult
-from .timing import TimingResult
-
-__all__ = [
-    "Table",
-    "format_density",
-    "format_length",
-    "format_percent",
-    "perplexity_table",
-    "retrieval_table",
-    "timing_table",
-]
+__all__ = ["Table", "finite", "format_density", "format_length", "format_percent", "format_seconds", "with_error"]
 
 
 @dataclass(frozen=True)
 class Table:
     """Headers, rows of as many cells, and a caption that says what the numbers mean.
+
+    The first column holds names and is left-aligned; the others hold numbers, where a writer is not told otherwise.
 
     Raises:
         ValueError: a row has another number of cells than there are headers.
@@ -39,6 +31,49 @@ class Table:
                 raise ValueError(
                     f"a table row has {len(row)} cells but there are {len(self.headers)} headers: {list(row)}"
                 )
+
+    def markdown(self, numbers: bool = True) -> str:
+        """The table in Markdown, without its caption; ends with a line break.
+
+        Args:
+            numbers: all columns but the first are right-aligned.
+        """
+        lines = [self.headers, ["---"] + ["---:" if numbers else "---"] * (len(self.headers) - 1), *self.rows]
+        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+    def html(self, strong: Sequence[int] = ()) -> str:
+        """The table and its caption in HTML, everything escaped; rows numbered in ``strong`` are set off."""
+        head = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
+        body = "".join(_html_row(row, i in strong) for i, row in enumerate(self.rows))
+        # The caption stays outside of what scrolls sideways on a phone.
+        note = f'<p class="caption">{html.escape(self.caption)}</p>' if self.caption else ""
+        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
+
+    def print_to(self, console: Any, numbers: bool = True) -> None:
+        """Print the table and its caption to a :class:`rich.console.Console`; plain lines where it is no terminal.
+
+        Args:
+            numbers: all columns but the first are right-aligned.
+        """
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        rich = RichTable(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
+        for i, header in enumerate(self.headers):
+            rich.add_column(
+                escape(header), justify="right" if i and numbers else "left", no_wrap=not console.is_terminal
+            )
+        for row in self.rows:
+            rich.add_row(*map(escape, row))
+        console.print(rich)
+        if self.caption:
+            console.print(self.caption, markup=False, style="dim", soft_wrap=True)
+
+
+def _html_row(cells: Sequence[str], strong: bool) -> str:
+    opening = '<tr class="strong">' if strong else "<tr>"
+    return opening + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
 def format_length(tokens: int) -> str:
@@ -56,93 +91,16 @@ def format_percent(share: float, error: float = math.nan) -> str:
     return f"{100 * share:.0f} %" if math.isnan(error) else f"{100 * share:.0f} ± {100 * error:.0f} %"
 
 
-_HOW = {
-    "generate": "Answers are generated greedily from the prompt before them.",
-    "teacher_forcing": "Teacher forcing: the right answers are part of the prompt, which is faster and not quite what "
-    "generation gives.",
-}
-
-
-def retrieval_table(results: Sequence[RetrievalResult]) -> Table:
-    """Density and accuracy of each task beside each other, one row a setting."""
-    tasks = list(results[0].correct)
-    rows = [
-        [
-            result.setting,
-            format_density(result.density),
-            *(format_percent(result.accuracy([task]), result.standard_error(task)) for task in tasks),
-            format_percent(result.accuracy()),
-        ]
-        for result in results
-    ]
-    counts = ", ".join(f"{task} {array.shape[0]} x {array.shape[1]}" for task, array in results[0].correct.items())
-    caption = (
-        f"Retrieval at {format_length(results[0].length)} tokens: share of questions answered exactly, ± standard "
-        "error over samples; "
-        f"samples x questions a sample, the same for every row: {counts}. {_HOW[results[0].method]} Every row of the "
-        "prompts is as sparse as the density says, questions included."
-    )
-    return Table(["setting", "density", *tasks, "mean"], rows, caption)
-
-
-def perplexity_table(results: Sequence[PerplexityResult], lengths: Sequence[int] = ()) -> Table:
-    """Density, perplexity by length, last-quarter perplexity and the loss added to the first (dense) result."""
-    first = results[0]
-    lengths = [length for length in lengths or (1024, 4096, 16384, 65536) if length < first.length] + [first.length]
-    rows = []
-    for result in results:
-        quarter, quarter_error = result.last_quarter()
-        added = "" if result is first else _signed(*result.loss_increase(first, first.length * 3 // 4))
-        by_length = [f"{result.perplexity(0, length)[0]:.2f}" for length in lengths]
-        rows.append(
-            [result.setting, format_density(result.density), *by_length, _with_error(quarter, quarter_error), added]
-        )
-    headers = [
-        "setting",
-        "density",
-        *(f"first {format_length(length)}" for length in lengths),
-        "last quarter",
-        "added loss",
-    ]
-    caption = (
-        f"Perplexity of {first.losses.shape[0]} documents of {format_length(first.length)} tokens (lower is better). "
-        "'Last quarter': "
-        "the last quarter of the positions, where most context lies behind; 'added loss': nats a token more than "
-        f"'{first.setting}' there, "
-        "± standard error of the paired difference over documents."
-    )
-    return Table(headers, rows, caption)
-
-
-def timing_table(results: Sequence[TimingResult]) -> Table:
-    """Median prefill time of each setting and its speed relative to the first (dense) one."""
-    first = results[0]
-    rows = [
-        [
-            result.setting,
-            format_density(result.density),
-            _seconds(result.median),
-            f"{first.median / result.median:.2f}x",
-            f"{_seconds(min(result.seconds))} - {_seconds(max(result.seconds))}",
-            _seconds(result.first_seconds),
-        ]
-        for result in results
-    ]
-    caption = (
-        f"Prefill of {first.batch} x {format_length(first.length)} tokens through the whole model: median of "
-        f"{len(first.seconds)} interleaved "
-        "repeats. 'First call' is the untimed warm-up; it holds whatever had to be compiled."
-    )
-    return Table(["setting", "density", "prefill", f"speed vs {first.setting}", "range", "first call"], rows, caption)
-
-
-def _seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Seconds, or milliseconds below one."""
     return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _with_error(value: float, error: float) -> str:
-    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
+def with_error(value: float, error: float, spec: str = ".2f") -> str:
+    """A number, with its standard error where there is one."""
+    return f"{value:{spec}}" if math.isnan(error) else f"{value:{spec}} ± {error:{spec.removeprefix('+')}}"
 
 
-def _signed(value: float, error: float) -> str:
-    return f"{value:+.4f}" if math.isnan(error) else f"{value:+.4f} ± {error:.4f}"
+def finite(value: float) -> float | None:
+    """The number, or None where JSON has none for it."""
+    return value if math.isfinite(value) else None

@@ -7,16 +7,29 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..hf.prompts import evaluating
 from .forward import check_documents, prompt_device, prompt_options
+from .measure import Advance, Prompts, Subject
+from .perplexity import cut_documents
 from .settings import Setting
+from .tables import Table, format_density, format_length, format_seconds
 
-__all__ = ["Times", "TimingResult", "peak_memory", "synchronize", "time_functions", "time_prefill"]
+__all__ = [
+    "Times",
+    "TimingMeasure",
+    "TimingResult",
+    "peak_memory",
+    "synchronize",
+    "time_functions",
+    "time_prefill",
+    "timing_table",
+]
 
 # Written before each call on a GPU, so that no function finds its inputs in the L2 cache: several times the cache.
 _FLUSH_FACTOR = 4
@@ -64,6 +77,10 @@ class TimingResult:
             "median_seconds": self.median,
             "peak_bytes": self.peak_bytes,
         }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """None: the numbers are all."""
+        return {}
 
 
 @dataclass
@@ -146,6 +163,69 @@ def prefill_seconds(model: nn.Module, input_ids: Tensor) -> float:
         model(input_ids=input_ids, **options)
         synchronize(input_ids.device)
         return time.perf_counter() - start
+
+
+def timing_table(results: Sequence[TimingResult]) -> Table:
+    """Median prefill time of each setting and its speed relative to the first (dense) one."""
+    first = results[0]
+    rows = [
+        [
+            result.setting,
+            format_density(result.density),
+            format_seconds(result.median),
+            f"{first.median / result.median:.2f}x",
+            f"{format_seconds(min(result.seconds))} - {format_seconds(max(result.seconds))}",
+            format_seconds(result.first_seconds),
+        ]
+        for result in results
+    ]
+    caption = (
+        f"Prefill of {first.batch} x {format_length(first.length)} tokens through the whole model: median of "
+        f"{len(first.seconds)} interleaved "
+        "repeats. 'First call' is the untimed warm-up; it holds whatever had to be compiled."
+    )
+    return Table(["setting", "density", "prefill", f"speed vs {first.setting}", "range", "first call"], rows, caption)
+
+
+@dataclass(frozen=True)
+class TimingMeasure:
+    """Prefill time as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
+
+    name: ClassVar[str] = "timing"
+    title: ClassVar[str] = "Prefill time"
+    together: ClassVar[bool] = True
+
+    repeats: int = 5
+
+    def lengths(self, asked: Sequence[int]) -> Sequence[int]:
+        """All."""
+        return asked
+
+    def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
+        """No selectors: the oracle computes the whole map to select from it, so its time says nothing."""
+        return [setting for setting in asked if setting.selector is None]
+
+    def prepare(self, subject: Subject, length: int) -> Prompts:
+        """A batch of text."""
+        prompt = cut_documents(subject.books, length, subject.batch_size, bos=subject.tokenizer.bos_token_id)
+        return Prompts(prompt, {"prompt": prompt.numpy()}, (self.repeats + 1) * prompt.numel())
+
+    def run(
+        self, subject: Subject, prompts: Prompts, settings: Sequence[Setting], advance: Advance | None = None
+    ) -> list[TimingResult]:
+        """See :func:`time_prefill`."""
+        return time_prefill(subject.model, prompts.content, settings, repeats=self.repeats, advance=advance)
+
+    def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TimingResult:
+        """A result that was kept."""
+        return TimingResult(**{name: value for name, value in numbers.items() if name != "median_seconds"})
+
+    def table(self, results: Sequence[TimingResult]) -> Table:
+        """See :func:`timing_table`."""
+        return timing_table(results)
+
+    def picture(self, results: Sequence[TimingResult]) -> None:
+        """None: the table says it all."""
 
 
 def time_functions(

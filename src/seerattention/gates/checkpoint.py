@@ -3,7 +3,7 @@
 The header of the weights file repeats the description of ``gate_config.json``, and both carry the ``save_id`` of the
 save that wrote them, a digest of description and weights. So renaming the weights file into place is what commits a
 save: a reader that finds the two files of different saves (the writer was killed between them) goes by the header, and
-never mixes old and new. What a reader gets has the digest of its header, or is refused; only the policies of
+never mixes old and new. Weights that do not have the digest of their description are refused; only the policies of
 ``gate_config.json`` may be edited by hand.
 
 Nothing here needs Hugging Face: a serving engine reads gates with torch and safetensors alone.
@@ -11,7 +11,6 @@ Nothing here needs Hugging Face: a serving engine reads gates with torch and saf
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from ..config import GateConfig
 from ..files import DamagedFileError, read_json, write_file
 from ..policies import Policy, policy_from_dict
 from .geometry import OPTIONAL, fingerprint
-from .tensors import check_dtypes, digest, read_described, read_safetensors
+from .tensors import check_dtypes, digest, is_digest_of, own_memory, read_described, read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,8 @@ WEIGHTS_FILE = "gates.safetensors"
 CARD_FILE = "README.md"
 _CONFIG_KEYS = ("format_version", "base_model", "gates", "policies")
 _HEADER_KEY = "gate_config"
+_HEADER_KEYS = {_HEADER_KEY, "format"}  # some tools that copy weights add a format
+_SHAPES = "tensors"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class GateCheckpoint:
         base_model: what they were trained for: name, revision and the structural fingerprint of :func:`fingerprint`.
         weights: ``layers.<i>.prefill.<parameter>`` -> tensor.
         source: where they came from, for messages.
-        damage: why the weights cannot be those that were saved, or None.
     """
 
     gate_config: GateConfig
@@ -59,7 +59,6 @@ class GateCheckpoint:
     base_model: dict[str, Any]
     weights: dict[str, Tensor]
     source: str
-    damage: str | None = None
 
     def check_base_model(self, config: Any) -> None:
         """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
@@ -82,33 +81,31 @@ class GateCheckpoint:
         """Copy the weights into gate modules by layer.
 
         Raises:
-            DamagedFileError: keys are missing or unexpected, shapes differ, or values are not finite (the message lists
-                them); or the weights are not those that were saved.
+            DamagedFileError: keys are missing or unexpected, shapes differ, or values are not finite; the message lists
+                them.
         """
         expected = gate_tensors(modules)
-        problems = []
-        missing = sorted(set(expected) - set(self.weights))
-        unexpected = sorted(set(self.weights) - set(expected))
-        shapes = [
-            f"{name}: {tuple(self.weights[name].shape)} in the file, {tuple(expected[name].shape)} expected"
-            for name in sorted(set(expected) & set(self.weights))
-            if self.weights[name].shape != expected[name].shape
-        ]
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of wrong shape", shapes),
-            ("not finite", _not_finite(self.weights)),
-        ):
-            if names:
-                problems.append(f"{what}: {', '.join(names)}")
-        if problems:
-            raise DamagedFileError(f"{self.source}: gate weights do not fit this model; " + "; ".join(problems))
-        if self.damage is not None:
-            raise DamagedFileError(self.damage)
+        if problems := _misfits({name: tuple(x.shape) for name, x in expected.items()}, self.weights):
+            raise DamagedFileError(f"{self.source}: gate weights do not fit this model; {problems}")
         with torch.no_grad():
             for name, parameter in expected.items():
                 parameter.copy_(self.weights[name])
+
+
+def _misfits(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> str:
+    """What of these weights is not as expected by name and shape, or not finite; empty if all is well."""
+    shapes = [
+        f"{name}: {tuple(weights[name].shape)} in the file, {expected[name]} expected"
+        for name in sorted(expected.keys() & weights.keys())
+        if tuple(weights[name].shape) != expected[name]
+    ]
+    problems = (
+        ("missing", sorted(expected.keys() - weights.keys())),
+        ("unexpected", sorted(weights.keys() - expected.keys())),
+        ("of wrong shape", shapes),
+        ("not finite", _not_finite(weights)),
+    )
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in problems if names)
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -146,12 +143,13 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -
         "base_model": checkpoint.base_model,
         "gates": checkpoint.gate_config.to_dict(),
         "policies": {"prefill": checkpoint.policy.to_dict()},
+        # So that a reader can say which weights are missing or of another shape.
+        _SHAPES: {name: list(tensor.shape) for name, tensor in sorted(checkpoint.weights.items())},
     }
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
+    tensors = own_memory(checkpoint.weights)
     # Made from the content: equal gates give equal files.
     description["save_id"] = digest(description, tensors)
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={_HEADER_KEY: json.dumps(description)}))
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
     write_file(folder / CARD_FILE, _model_card(description))
@@ -161,33 +159,36 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -
 def read_checkpoint(folder: Path) -> GateCheckpoint:
     """Read a folder that :func:`write_checkpoint` wrote.
 
-    Weights that are not those that were saved are told by :attr:`GateCheckpoint.damage`, which ``load_into`` raises
-    after it has looked at names and shapes: those say more.
-
     Raises:
         FileNotFoundError: a file is missing.
-        DamagedFileError: a file is damaged, of another format, or lacks entries.
+        DamagedFileError: a file is damaged, of another format, or lacks entries; or the weights or their description
+            are not those that were saved.
     """
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     data = read_json(config_path)
     weights, metadata = read_safetensors(weights_path)
     check_dtypes(weights, str(weights_path))
-    described = read_described(metadata, _HEADER_KEY, str(weights_path)) if _HEADER_KEY in metadata else None
-    if described is not None and described.get("save_id") != data.get("save_id"):
+    if unknown := sorted(metadata.keys() - _HEADER_KEYS):
+        raise DamagedFileError(f"{weights_path} is damaged: its header has unknown entries {unknown}")
+    if _HEADER_KEY not in metadata:  # of the first version, or copied by a tool that drops the header
+        if "save_id" in data:
+            _verify(data, weights, weights_path)
+        else:
+            logger.info("%s has no digest to verify it by: it is of an older format; save the gates again", folder)
+        return _parse(data, config_path, weights, folder)
+    described = read_described(metadata, _HEADER_KEY, str(weights_path))
+    _verify(described, weights, weights_path)
+    saved = _parse(described, weights_path, weights, folder)
+    if described["save_id"] != data.get("save_id"):
         logger.warning(
             "%s is not of the same save as the weights (was saving interrupted?); going by the description in %s",
             config_path,
             weights_path.name,
         )
-        data = described
+        return saved
     checkpoint = _parse(data, config_path, weights, folder)
-    if described is None:
-        damage = _damage(data, weights, weights_path)
-    else:
-        damage = _damage(described, weights, weights_path)
-        if damage is None:
-            _check_edits(checkpoint, data, _parse(described, weights_path, weights, folder), config_path)
-    return dataclasses.replace(checkpoint, damage=damage)
+    _check_edits(checkpoint, saved, config_path)
+    return checkpoint
 
 
 def _parse(data: dict[str, Any], path: Path, weights: dict[str, Tensor], folder: Path) -> GateCheckpoint:
@@ -223,21 +224,29 @@ def _base_model(data: Any) -> dict[str, Any]:
     return dict(data)
 
 
-def _damage(described: dict[str, Any], weights: dict[str, Tensor], path: Path) -> str | None:
-    """Why the weights and their description cannot be what one save wrote, or None. Old saves have no digest."""
-    if "save_id" not in described:
-        logger.info("%s has no digest to verify it by: it is of an older format; save the gates again", path)
-        return None
+def _verify(described: dict[str, Any], weights: dict[str, Tensor], path: Path) -> None:
+    """Raise :class:`DamagedFileError` unless the weights and their description are what one save wrote."""
     content = {name: value for name, value in described.items() if name != "save_id"}
-    if digest(content, weights) == described["save_id"]:
-        return None
-    return (
-        f"{path} is damaged: its weights or their description are not those that were saved (save_id "
-        f"{described['save_id']!r}); copy the gates again, or distil them again"
+    if is_digest_of(described.get("save_id"), content, weights):
+        return
+    expected, problems = _expected_shapes(described), ""
+    if expected is not None:
+        problems = _misfits(expected, weights)
+    raise DamagedFileError(
+        f"{path} is damaged: its weights or their description are not those that were saved"
+        + (f" ({problems})" if problems else "")
+        + "; copy the gates again, or distil them again"
     )
 
 
-def _check_edits(checkpoint: GateCheckpoint, data: dict[str, Any], saved: GateCheckpoint, path: Path) -> None:
+def _expected_shapes(described: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    shapes = described.get(_SHAPES)
+    if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
+        return None
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _check_edits(checkpoint: GateCheckpoint, saved: GateCheckpoint, path: Path) -> None:
     """Of the description only the policies may differ from what was saved with the weights."""
     for name in ("gate_config", "base_model"):
         mine, theirs = getattr(checkpoint, name), getattr(saved, name)

@@ -33,7 +33,8 @@ def is_published_layout(folder: Path) -> bool:
 def read_published(folder: Path) -> GateCheckpoint:
     """Read a published prefill checkpoint.
 
-    The policy comes from the stored sparsity method: a positive threshold, or ``nz_ratio`` as ``TopK(uniform=True)``;
+    The policy comes from the stored sparsity method: a threshold (also where no method is named), or ``nz_ratio`` as
+    ``TopK(uniform=True)``;
     ``last_block_dense`` turns on the last two query blocks, as the published code does. A threshold of 0 is the
     published code's placeholder for "given at run time" and becomes 2e-3.
 
@@ -56,7 +57,10 @@ def read_published(folder: Path) -> GateCheckpoint:
         if match is None:
             unknown.append(key)
         else:
-            weights[f"layers.{match[1]}.prefill.{match[2]}_linear"] = value
+            name = f"layers.{int(match[1])}.prefill.{match[2]}_linear"
+            if name in weights:
+                raise DamagedFileError(f"{weights_path} holds {name} twice: the second time as {key}")
+            weights[name] = value
     if unknown:
         raise DamagedFileError(f"{weights_path} has unexpected keys: {', '.join(sorted(unknown))}")
     check_dtypes(weights, str(weights_path))
@@ -68,7 +72,7 @@ def read_published(folder: Path) -> GateCheckpoint:
         raise DamagedFileError(f"{config_path} describes no valid gates: {error}") from error
 
 
-_METHODS = (None, "threshold", "nz_ratio", "token_budget")
+_METHODS = ("threshold", "nz_ratio")
 _TYPES: dict[str, tuple[type, ...]] = {
     "base_model": (str,),
     "model_type": (str,),
@@ -91,9 +95,9 @@ def _check_types(data: dict[str, Any]) -> None:
         if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             expected = " or ".join(kind.__name__ for kind in types)
             raise TypeError(f"{name} must be {expected}, got {value!r}")
-    if data.get("seerattn_sparsity_method") not in _METHODS:
-        known = ", ".join(repr(method) for method in _METHODS if method)
-        raise ValueError(f"seerattn_sparsity_method must be one of {known}, got {data['seerattn_sparsity_method']!r}")
+    method = data.get("seerattn_sparsity_method")
+    if method not in (None, *_METHODS):
+        raise ValueError(f"seerattn_sparsity_method must be one of {_METHODS}, got {method!r}")
 
 
 def _gate_config(data: dict[str, Any]) -> GateConfig:
@@ -115,8 +119,9 @@ def _gate_config(data: dict[str, Any]) -> GateConfig:
 
 def _policy(data: dict[str, Any]) -> Policy:
     last = 2 if data.get("seerattn_last_block_dense") else 0
-    method = data.get("seerattn_sparsity_method")
-    if method == "nz_ratio" and data.get("seerattn_nz_ratio"):
-        return TopK(data["seerattn_nz_ratio"], last_blocks_dense=last, uniform=True)
-    threshold = data.get("seerattn_threshold") if method == "threshold" else None
-    return Threshold(threshold or _DEFAULT_THRESHOLD, last_blocks_dense=last)
+    if data.get("seerattn_sparsity_method") == "nz_ratio":
+        ratio = data.get("seerattn_nz_ratio")
+        if ratio is None:
+            raise ValueError("seerattn_sparsity_method is 'nz_ratio', but there is no seerattn_nz_ratio")
+        return TopK(ratio, last_blocks_dense=last, uniform=True)
+    return Threshold(data.get("seerattn_threshold") or _DEFAULT_THRESHOLD, last_blocks_dense=last)

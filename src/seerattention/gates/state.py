@@ -270,23 +270,23 @@ def _cut(
     Old holds those from ``old_first`` up to ``new_first``, new those from there on.
     """
     if len(set(zip(old_first, new_first, begins, ends, strict=True))) == 1:
-        before, at, begin, end = old_first[0], new_first[0], begins[0], ends[0]
+        first, at, begin, behind = old_first[0], new_first[0], begins[0], ends[0]
         parts = []
-        if begin < min(at, end) and old is not None:
-            parts.append(old[:, :, begin - before : min(at, end) - before])
-        if end > max(at, begin) or not parts:
-            parts.append(new[:, :, max(at, begin) - at : end - at])
+        if begin < min(at, behind) and old is not None:
+            parts.append(old[:, :, begin - first : min(at, behind) - first])
+        if behind > max(at, begin) or not parts:
+            parts.append(new[:, :, max(at, begin) - at : behind - at])
         if len(parts) == 1:
             return parts[0]
         rows = max(len(part) for part in parts)
         return torch.cat([part.expand(rows, -1, -1, -1) for part in parts], 2)
-    first, at, begin, end = (torch.tensor(x)[:, None] for x in (old_first, new_first, begins, ends))
+    known, fresh, wanted, end = (torch.tensor(x)[:, None] for x in (old_first, new_first, begins, ends))
     source, width = new, 0
     if old is not None:
         rows, width = max(len(old), len(new)), old.shape[2]
         source = torch.cat((old.expand(rows, -1, -1, -1), new.expand(rows, -1, -1, -1)), 2)
-    positions = begin + torch.arange(int((end - begin).max()))
-    places = torch.where(positions < at, positions - first, width + positions - at)
+    positions = wanted + torch.arange(int((end - wanted).max()))
+    places = torch.where(positions < fresh, positions - known, width + positions - fresh)
     return _gather(source, places.clamp(0, max(0, source.shape[2] - 1)), len(begins))
 
 

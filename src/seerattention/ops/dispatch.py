@@ -37,6 +37,11 @@ HOPPER_VARIABLE = "SEER_HOPPER"
 GLUON_VERSIONS = ("3.6", "3.7")
 
 
+def power_of_2(x: int) -> int:
+    """The smallest power of two from x on; triton's own takes microseconds, and launchers ask in every call."""
+    return 1 << (x - 1).bit_length()
+
+
 @functools.cache
 def triton_importable() -> bool:
     """Whether ``import triton`` works; nothing is imported before an op first asks."""

@@ -1,60 +1,102 @@
-"""The embedded testbed: a small long-context Llama with trained gates and book text, so that nothing needs a download.
+"""Models to try things on: the embedded testbed with trained gates and book text, and a real pre-trained model.
 
-The model was trained from scratch by the recipe in the repository's ``testbed/``; its card lies beside the weights.
+``"testbed"`` is a small long-context Llama that lies in the package, so that nothing needs a download. It was trained
+from scratch by the recipe in the repository's ``testbed/``; its card lies beside the weights. ``"smollm2"`` is
+SmolLM2-135M-Instruct, which others trained; see :mod:`~seerattention.testbed.smollm2`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..config import GateConfig, PrefillGateConfig
+from . import smollm2
 
-__all__ = ["GATE_CONFIG", "book_texts", "gates_path", "load", "model_path"]
+if TYPE_CHECKING:
+    import torch
 
+__all__ = ["GATE_CONFIG", "MODELS", "book_texts", "gates_path", "load", "model_path"]
+
+#: The models by name, which commands take as ``--model``.
+MODELS = ("testbed", "smollm2")
 NAME = "seerattention-testbed"
-#: The form of its gates. Queries by all three poolings: the average alone loses what a single question among 64 tokens
-#: asks for.
+#: The form of the testbed's gates. Queries by all three poolings: the average alone loses what a single question among
+#: 64 tokens asks for.
 GATE_CONFIG = GateConfig(prefill=PrefillGateConfig(q_pooling=("max", "min", "avg")))
 _ROOT = Path(__file__).parent
 
 
-def model_path() -> Path:
-    """Folder of the model and its tokenizer, in Hugging Face format."""
-    return _ROOT / "model"
+def model_path(name: str = "testbed") -> Path:
+    """Folder of a model and its tokenizer, in Hugging Face format.
+
+    Args:
+        name: one of :data:`MODELS`. ``"smollm2"`` is built in the cache, or fetched from the Hugging Face hub, when it
+            is first asked for.
+
+    Raises:
+        ValueError: an unknown name.
+        ModuleNotFoundError: smollm2, whose packages are not installed, on a machine without the hub.
+    """
+    if _known(name) == "testbed":
+        return _ROOT / "model"
+    return smollm2.folder_path()
 
 
-def gates_path() -> Path:
-    """Folder of the trained gates, for ``seer.attach(model, gates_path())``."""
-    return _ROOT / "gates"
+def gates_path(name: str = "testbed") -> Path:
+    """Folder of the trained gates of a model, for ``seer.attach(model, gates_path())``.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: the package has no gates for this model yet; says how to distil them.
+    """
+    folder = _ROOT / ("gates" if _known(name) == "testbed" else f"gates-{name}")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"this version comes without gates for {name}; distil them on texts of yours "
+            f"(seer distill --model {name} --data TEXTS --output FOLDER) and name that folder instead"
+        )
+    return folder
 
 
-def load(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Load the testbed model and its tokenizer.
+def load(
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, name: str = "testbed"
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
 
     Args:
         device: None is the GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on the CPU.
+        name: one of :data:`MODELS`.
 
     Returns:
         An ordinary ``LlamaForCausalLM`` in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as :func:`model_path`.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder = model_path(name)
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device).eval()
-    # Gates remember the model that they were trained for by name; where the package is installed must not matter.
-    model.config._name_or_path = NAME
-    return model, AutoTokenizer.from_pretrained(model_path())
+    # Gates remember the model that they were trained for by name; where its folder lies must not matter.
+    model.config._name_or_path = NAME if name == "testbed" else smollm2.HUB_ID
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _known(name: str) -> str:
+    if name not in MODELS:
+        raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
+    return name
 
 
 def book_texts(split: str = "test") -> list[str]:
-    """Passages of public-domain books: "train" ones were part of the model's training text, "test" ones were not.
+    """Passages of public-domain books: "train" ones were part of the testbed's training text, "test" ones were not.
 
     Raises:
         ValueError: split is neither "train" nor "test".

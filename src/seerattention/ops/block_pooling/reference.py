@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from ..indices import num_blocks
 from ..span import LENGTH, QUERY_SLOT, START
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Which blocks are pooled, where they are not simply those of whole prompts.
 
     Attributes:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import power_of_2
 from ..indices import num_blocks
 from .reference import Grid
 
@@ -137,14 +138,14 @@ def block_pooling(
     if out.numel() == 0:
         return out
     slots = {kind: index for index, kind in enumerate(kinds)}
-    padded_dim = triton.next_power_of_2(head_dim)
+    padded_dim = power_of_2(head_dim)
     # As many heads as give every thread one vector, and as many blocks as give it TOKENS of them at a time.
     columns = 32 * MAX_WARPS * VECTOR_BYTES // x.itemsize
-    heads_at_once = max(1, min(columns // padded_dim, triton.next_power_of_2(heads)))
+    heads_at_once = max(1, min(columns // padded_dim, power_of_2(heads)))
     step = min(TOKENS, block_size & -block_size)  # the largest power of two that divides a block
     blocks = TOKENS // block_size if step == block_size else 1
     with torch.cuda.device_of(x):
-        block_pooling_fwd_kernel[(batch * triton.cdiv(grid.num, blocks) * triton.cdiv(heads, heads_at_once),)](
+        block_pooling_fwd_kernel[(batch * num_blocks(grid.num, blocks) * num_blocks(heads, heads_at_once),)](
             x,
             lengths,
             grid.table,

@@ -6,7 +6,7 @@ reduced some rows at a time, so that memory is bounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from ..span import LENGTH, START
 MAX_PRODUCTS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
     """What is asked of :func:`gate_scores`, checked.
 
     Attributes:
@@ -62,10 +61,9 @@ class Tiles:
         """Query block of each row, int64 ``[B or 1, R]``."""
         if self.rows is not None:
             return self.rows
-        rows = torch.arange(num_rows, device=device)[None]
         if self.table is None:
-            return rows + self.first_row
-        return rows + self.table[:, START, None].long() // self.block_size
+            return torch.arange(self.first_row, self.first_row + num_rows, device=device)[None]
+        return torch.arange(num_rows, device=device) + self.table[:, START, None].long() // self.block_size
 
     def limits(self) -> tuple[Tensor | int, Tensor | int]:
         """``start`` and ``end``, for each batch row ``[B, 1]`` where they differ."""

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import power_of_2
+from ..indices import num_blocks
 from .reference import Tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -243,10 +245,10 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
         block_m, block_n, part = 64, 128, 64
     else:  # a block of keys meets many of queries, so it is loaded whole where that fits
         block_m, block_n, part = 64, 64, 128 if width <= 128 else 64
-    part = min(part, max(16, triton.next_power_of_2(width)))
+    part = min(part, max(16, power_of_2(width)))
     rows = tiles.rows
     with torch.cuda.device_of(scores):
-        gate_scores_kernel[(triton.cdiv(columns, block_n), triton.cdiv(num_rows, block_m), batch * heads)](
+        gate_scores_kernel[(num_blocks(columns, block_n), num_blocks(num_rows, block_m), batch * heads)](
             q,
             k,
             rows,
@@ -295,10 +297,10 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
     rotary = 0 if cos is None else min(cos.shape[-1], width)
     half, middle = rotary // 2, (width + 1) // 2
     single = x.dtype == torch.float32
-    block_w = max(16, triton.next_power_of_2(middle))
+    block_w = max(16, power_of_2(middle))
     block_n = 32 if single else 64
     with torch.cuda.device_of(x):
-        project_rotate_kernel[(triton.cdiv(num, block_n), batch * heads)](
+        project_rotate_kernel[(num_blocks(num, block_n), batch * heads)](
             x,
             None if linear is None else linear.contiguous(),
             cos,

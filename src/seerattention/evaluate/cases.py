@@ -1,0 +1,198 @@
+"""Runs measures case by case: a case is a setting, a measure, a length and a seed.
+
+Each case is written as soon as it is measured, with a digest of all that decides its results: the model, the gates and
+policy or the selector, the prompts to the last token, the options of the measure, and what the caller adds. A case
+whose digest is on disk is not measured again, so a run that was stopped goes on where it was, and one with another
+setting measures that setting only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..gates.sources import load_gates
+from ..gates.tensors import digest as gates_digest
+from .journal import Journal
+from .measure import Advance, Measure, Prompts, Subject
+from .settings import Setting
+from .tables import format_length
+
+__all__ = ["Group", "case_digest", "describe", "run_measures"]
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one measure at one length, one a setting.
+
+    Attributes:
+        kept: how many of them were on disk already.
+    """
+
+    measure: Measure
+    length: int
+    results: Sequence[Any]
+    kept: int = 0
+
+
+def run_measures(
+    subject: Subject,
+    measures: Sequence[Measure],
+    settings: Sequence[Setting],
+    lengths: Sequence[int],
+    *,
+    journal: Journal | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    show: Callable[[Group], None] | None = None,
+) -> list[Group]:
+    """Run every measure at each of its lengths. All prompts are made before anything is measured.
+
+    Args:
+        subject: model, tokenizer and texts.
+        measures: what to measure.
+        settings: what to compare; the first is what the others are held against.
+        lengths: tokens of the prompts.
+        journal: where to write each case and to look for those that are done.
+        identity: what decides results and only the caller knows: a digest of the model's weights, its dtype, versions.
+            Needed with a journal.
+        progress: ``progress(what, total)`` is a context manager that gives ``advance(tokens)``.
+        show: called with each group when it is complete.
+
+    Raises:
+        ValueError: a journal without an identity, or prompts that cannot be made.
+    """
+    if journal is not None and not identity:
+        raise ValueError("a journal needs an identity, or results of another model could be taken for this one's")
+    todo = []
+    for measure in measures:
+        chosen = measure.settings(settings)
+        if chosen:
+            todo += [(measure, n, chosen, measure.prepare(subject, n)) for n in measure.lengths(sorted(lengths))]
+    # By place in memory: those of the caller live as long as this call.
+    described = {} if journal is None else {id(each): describe(each, subject.model) for each in settings}
+    groups = []
+    for measure, length, chosen, prompts in todo:
+        results: list[Any] = []
+        kept = 0
+        what, total = f"{measure.name} at {format_length(length)}", len(chosen) * prompts.tokens
+        with (progress or _silent)(what, total) as advance:
+            for case in [chosen] if measure.together else [[setting] for setting in chosen]:
+                digest, found = None, None
+                if journal is not None:
+                    told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in case]
+                    digest = case_digest(subject, measure, length, prompts, told, identity or {})
+                    found = journal.find(digest)
+                if found is not None:
+                    results += [measure.restore(*each) for each in found]
+                    kept += len(found)
+                    advance(len(case) * prompts.tokens)
+                    continue
+                measured = measure.run(subject, prompts, case, advance)
+                results += measured
+                if journal is not None:
+                    facts = {"measure": measure.name, "length": length, "seed": subject.seed}
+                    journal.add(facts | {"settings": [setting.name for setting in case]}, digest, measured)
+        groups.append(Group(measure, length, results, kept))
+        if show is not None:
+            show(groups[-1])
+    return groups
+
+
+def case_digest(
+    subject: Subject,
+    measure: Measure,
+    length: int,
+    prompts: Prompts,
+    settings: Sequence[Mapping[str, Any] | None],
+    identity: Mapping[str, Any],
+) -> str | None:
+    """Digest of all that decides a case; None where something in it does not say what it is.
+
+    Args:
+        settings: what :func:`describe` says of each.
+        identity: see :func:`run_measures`.
+    """
+    if None in settings:
+        return None
+    try:
+        content = {
+            "identity": _plain(identity),
+            "measure": measure.name,
+            "options": _plain(dataclasses.asdict(measure)),  # type: ignore[call-overload]
+            "length": length,
+            "seed": subject.seed,
+            "batch size": subject.batch_size,
+            "prompts": {name: _array_digest(array) for name, array in prompts.decides.items()},
+            "settings": list(settings),
+        }
+    except _Unknown:
+        return None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def describe(setting: Setting, model: nn.Module) -> dict[str, Any] | None:
+    """What decides what a setting does to a model, as JSON has it: of gates a digest, not their folder.
+
+    None where that cannot be told: gates that are attached to the model already, a selector that is a plain function.
+    """
+    if setting.sparse and setting.gates is None and setting.selector is None:
+        return None
+    try:
+        return {
+            "name": setting.name,
+            "sparse": setting.sparse,
+            "min_context": setting.min_context,
+            "gates": None if setting.gates is None else _gates(setting.gates, model),
+            "policy": _plain(setting.policy),
+            "selector": _plain(setting.selector),
+        }
+    except _Unknown:
+        return None
+
+
+class _Unknown(Exception):
+    """Something does not say what it is."""
+
+
+def _gates(source: str | os.PathLike[str], model: nn.Module) -> str:
+    config: Any = model.config
+    checkpoint = load_gates(source, config.get_text_config())
+    return gates_digest(checkpoint.gate_config.to_dict(), checkpoint.weights)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; of others what they say of themselves, if that is the same in every process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    said = repr(value)
+    if re.search(r"\bat 0x[0-9a-fA-F]+", said):  # where it lies in memory, not what it is
+        raise _Unknown
+    return f"{type(value).__module__}.{said}"
+
+
+def _array_digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _silent(what: str, total: int) -> Iterator[Advance]:
+    yield lambda tokens: None

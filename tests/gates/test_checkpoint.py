@@ -1,0 +1,400 @@
+"""What is verified of gates and training states that are read, in whatever way they differ from what was saved."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import seerattention as seer
+from gate_folders import CONFIG, load_checkpoint, write_own, write_published, write_states
+from seerattention.distillation.checkpoint import check_same_run, load_state, save_state
+from seerattention.files import DamagedFileError
+from seerattention.gates import tensors
+from seerattention.gates.checkpoint import read_checkpoint
+from seerattention.gates.sources import convert, load_gates
+
+TESTBED = Path(seer.__file__).parent / "testbed" / "gates"
+KEY = "model.layers.{}.self_attn.attn_gate.mask_linear_k.weight"
+
+
+@pytest.fixture
+def own(tmp_path):
+    write_own(tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def published(tmp_path):
+    write_published(tmp_path / "published")
+    return tmp_path / "published"
+
+
+def header_of(path):
+    """Metadata and end of the header of a safetensors file."""
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + size])["__metadata__"], 8 + size
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def resave(path, change):
+    """Other tensors under the old header."""
+    metadata, _ = header_of(path)
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata)
+
+
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_of_any_number_is_found(own):
+    """By the reader, so that nobody gets at such weights, whatever is done with them."""
+    path = own / "gates.safetensors"
+    whole = path.read_bytes()
+    _, start = header_of(path)
+    for position in range(start, len(whole), 101):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(DamagedFileError, match=r"gates\.safetensors is damaged: its weights or their description"):
+            read_checkpoint(own)
+
+
+def swap(weights):
+    first, second = "layers.0.prefill.k_linear", "layers.1.prefill.k_linear"
+    weights[first], weights[second] = weights[second], weights[first]
+
+
+CHANGES = {
+    "swapped": (swap, "not those that were saved; copy"),
+    "missing": (lambda w: w.pop("layers.1.prefill.k_linear"), r"\(missing: layers\.1\.prefill\.k_linear\)"),
+    "dtype": (
+        lambda w: w.update({"layers.0.prefill.k_linear": w["layers.0.prefill.k_linear"].double()}),
+        "not those that were saved",
+    ),
+    "integers": (
+        lambda w: w.update({"layers.0.prefill.k_linear": torch.ones(4, 48, 16).int()}),
+        "k_linear is torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("header", [True, False])
+def test_other_weights_are_found(own, case, header):
+    """Also where a tool dropped the header: the description beside it has the digest, too."""
+    change, message = CHANGES[case]
+    path = own / "gates.safetensors"
+    resave(path, change)
+    if not header:
+        save_file(load_file(path), path)
+    with pytest.raises(DamagedFileError, match=message):
+        read_checkpoint(own)
+
+
+def test_a_dropped_header_alone_is_no_damage(own):
+    expected = load_checkpoint(own)
+    save_file(load_file(own / "gates.safetensors"), own / "gates.safetensors", {"format": "pt"})
+    assert load_checkpoint(own)[:2] == expected[:2]
+
+
+def test_a_header_without_a_digest_is_damaged(own):
+    path = own / "gates.safetensors"
+    metadata, _ = header_of(path)
+    described = json.loads(metadata["gate_config"])
+    save_id = described.pop("save_id")
+    for changed in (
+        {"gate_config": json.dumps(described)},
+        {"gate_config": json.dumps({**described, "save_jd": save_id})},
+        {"gate_config": json.dumps({**described, "save_id": 7})},
+        {"gate_confih": metadata["gate_config"]},
+    ):
+        save_file(load_file(path), path, changed)
+        with pytest.raises(DamagedFileError, match=r"gates\.safetensors is damaged"):
+            read_checkpoint(own)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["gates"].update(block_size=64),
+        lambda data: data["gates"]["prefill"].update(rope=False),
+        lambda data: data["gates"]["prefill"].update(k_pooling=["min", "max", "avg"]),
+        lambda data: data["base_model"].update(rope_theta=5e5),
+        lambda data: data["base_model"].update(num_hidden_layers=3),
+    ],
+    ids=range(5),
+)
+def test_descriptions_that_were_changed_are_found(own, change):
+    edit(own / "gate_config.json", change)
+    with pytest.raises(DamagedFileError, match=r"gate_config\.json is damaged or was edited.*only the policies"):
+        read_checkpoint(own)
+
+
+def test_a_policy_edited_by_hand_is_said(own, caplog):
+    edit(own / "gate_config.json", lambda data: data["policies"]["prefill"].update(density=0.75))
+    assert read_checkpoint(own).policy == seer.TopK(0.75)
+    assert "edited by hand" in caplog.text
+
+
+def test_earlier_gates_are_verified(tmp_path):
+    """Their digest was taken of the bytes of safetensors."""
+    assert read_checkpoint(TESTBED).gate_config.block_size == 64
+    for name in ("gate_config.json", "gates.safetensors"):
+        (tmp_path / name).write_bytes((TESTBED / name).read_bytes())
+    content = bytearray((tmp_path / "gates.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "gates.safetensors").write_bytes(content)
+    with pytest.raises(DamagedFileError, match="not those that were saved"):
+        read_checkpoint(tmp_path)
+
+
+def test_gates_of_the_first_version_load_with_a_note(own, caplog):
+    """Without header and digest."""
+    expected = load_checkpoint(own)
+    save_file(load_file(own / "gates.safetensors"), own / "gates.safetensors")
+    edit(own / "gate_config.json", lambda data: [data.pop(name) for name in ("save_id", "tensors")])
+    with caplog.at_level(logging.INFO):
+        found = load_checkpoint(own)
+    assert "no digest" in caplog.text
+    assert found[:2] == expected[:2]
+
+
+def test_a_digest_does_not_depend_on_how_a_library_lays_out_files(own, monkeypatch):
+    """Gates stay readable when safetensors sorts or pads otherwise one day."""
+    monkeypatch.setattr(tensors, "save", lambda *args: b"another layout")
+    assert read_checkpoint(own).policy == seer.TopK(0.25)
+    weights = {"b": torch.randn(3), "a": torch.randn(2, 2).T}
+    assert tensors.digest({}, weights) == tensors.digest({}, dict(sorted(weights.items())))
+    for other in (
+        {"b": weights["b"], "a": weights["a"].T},
+        {"b": weights["b"][None], "a": weights["a"]},
+        {"b": weights["b"].view(torch.int32), "a": weights["a"]},
+        {"c": weights["b"], "a": weights["a"]},
+    ):
+        assert tensors.digest({}, other) != tensors.digest({}, weights)
+
+
+# ---- the published layout --------------------------------------------------------------------------------------------
+
+
+def test_the_checksums_of_published_weights_are_verified(published):
+    """They are in the file, and torch.load does not look at them."""
+    path = published / "attn_gate_weights.pth"
+    whole = path.read_bytes()
+    numbers = torch.load(path)[KEY.format(1)].view(torch.uint8).numpy().tobytes()
+    start = whole.index(numbers)
+    path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
+    assert not torch.equal(torch.load(path)[KEY.format(1)], torch.load(io.BytesIO(whole))[KEY.format(1)])
+    with pytest.raises(DamagedFileError, match=r"attn_gate_weights\.pth is damaged.*CRC"):
+        load_gates(published, CONFIG)
+
+
+def test_published_weights_without_checksums_load(published):
+    path = published / "attn_gate_weights.pth"
+    weights = torch.load(path)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is not None
+    assert torch.equal(load_gates(published, CONFIG).weights["layers.0.prefill.k_linear"], weights[KEY.format(0)])
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size(published):
+    path = published / "attn_gate_weights.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 22))
+    with pytest.raises(DamagedFileError, match=r"would unpack to 4,194,304"):
+        load_gates(published, CONFIG)
+
+
+def test_layers_that_share_their_memory_are_converted(published, tmp_path):
+    """Which torch.save keeps, and safetensors refuses."""
+    shared = torch.randn(4, 48, 16)
+    torch.save({KEY.format(layer): shared for layer in range(2)}, published / "attn_gate_weights.pth")
+    converted = read_checkpoint(convert(published, tmp_path / "converted"))
+    for layer in range(2):
+        assert torch.equal(converted.weights[f"layers.{layer}.prefill.k_linear"], shared)
+
+
+def test_a_layer_that_is_there_twice(published):
+    path = published / "attn_gate_weights.pth"
+    weights = torch.load(path)
+    torch.save({**weights, KEY.format(0).removeprefix("model."): weights[KEY.format(1)]}, path)
+    with pytest.raises(DamagedFileError, match=r"holds layers\.0\.prefill\.k_linear twice"):
+        load_gates(published, CONFIG)
+
+
+METHODS = {
+    "magic": ({"seerattn_sparsity_method": "magic"}, r"must be one of .*, got 'magic'"),
+    "of decode gates": ({"seerattn_sparsity_method": "token_budget"}, r"must be one of .*, got 'token_budget'"),
+    "a list": ({"seerattn_sparsity_method": ["threshold"]}, r"must be str, got \['threshold'\]"),
+    "no ratio": ({"seerattn_sparsity_method": "nz_ratio", "seerattn_nz_ratio": None}, "no seerattn_nz_ratio"),
+    "ratio 0": ({"seerattn_sparsity_method": "nz_ratio", "seerattn_nz_ratio": 0.0}, r"density .* got 0\.0"),
+    "huge": ({"seerattn_threshold": 10**400}, "describes no valid gates"),
+    "block size": ({"seerattn_gate_block_size": 64.0}, r"seerattn_gate_block_size must be int, got 64\.0"),
+    "flag": ({"seerattn_last_block_dense": 1}, "seerattn_last_block_dense must be bool, got 1"),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_published_entries_are_checked(published, case):
+    entries, message = METHODS[case]
+    edit(published / "config.json", lambda data: data.update(entries))
+    with pytest.raises(DamagedFileError, match=message):
+        load_gates(published, CONFIG)
+
+
+def test_a_threshold_without_a_named_method_counts(published):
+    edit(published / "config.json", lambda data: data.pop("seerattn_sparsity_method"))
+    assert load_gates(published, CONFIG).policy == seer.Threshold(5e-4, last_blocks_dense=2)
+
+
+# ---- training states -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path):
+    write_states(tmp_path / "state")
+    return tmp_path / "state" / "state.safetensors"
+
+
+def test_changed_states_are_found(state):
+    whole = state.read_bytes()
+    _, start = header_of(state)
+    for position in range(start, len(whole)):
+        state.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        with pytest.raises(DamagedFileError, match=r"state\.safetensors is damaged.*start over"):
+            load_state(state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("digest"),
+        lambda header: header.update(digesu=header.pop("digest")),
+        lambda header: header.update(format="seerattention-training-state-1"),
+        lambda header: header.update(meta=header["meta"].replace("1.25", "1.26")),
+        lambda header: header.update(meta="{"),
+        lambda header: header.pop("meta"),
+    ],
+    ids=range(6),
+)
+def test_states_with_another_header_are_refused(state, change):
+    header, _ = header_of(state)
+    change(header)
+    save_file(load_file(state), state, header)
+    with pytest.raises(DamagedFileError, match=r"state\.safetensors.*start over"):
+        load_state(state)
+
+
+META = {"settings": {}, "step": 3, "data": {"taken": 3}, "history": {"loss": [1.0]}}
+
+
+def write_earlier(path, meta=META, tensors=None):
+    """As the first version did: without a digest."""
+    tensors = tensors or {"gate/layers.0.k": torch.ones(2), "rng/torch": torch.arange(3).byte()}
+    header = {"format": "seerattention-training-state-1", "meta": json.dumps(meta)}
+    save_file(tensors, path, header)
+
+
+def test_earlier_states_load_with_a_note(tmp_path, caplog):
+    write_earlier(tmp_path / "state.safetensors")
+    with caplog.at_level(logging.INFO):
+        assert load_state(tmp_path / "state.safetensors")[1] == META
+    assert "no digest" in caplog.text
+    # Saved again, it has one.
+    save_state(tmp_path / "state.safetensors", *load_state(tmp_path / "state.safetensors"))
+    assert "digest" in header_of(tmp_path / "state.safetensors")[0]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"step": "3"}, "step is '3'"),
+        ({"step": True}, "step is True"),
+        ({"history": None}, "history is None"),
+        ({"history": {"losses": []}}, r"unknown entries \['losses'\]"),
+        ({"history": {"loss": 3.0}}, "loss must be of type list"),
+        ({"data": {}}, "data.taken is None"),
+    ],
+    ids=str,
+)
+def test_earlier_states_are_checked_as_far_as_can_be(tmp_path, entries, message):
+    write_earlier(tmp_path / "state.safetensors", {**META, **entries})
+    with pytest.raises(DamagedFileError, match=rf"state\.safetensors is damaged.*{message}.*start over"):
+        load_state(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("gate/layers.0.k", torch.ones(2, dtype=torch.int32), "gate/layers.0.k is torch.int32"),
+        ("gate/layers.0.k", torch.tensor([float("nan"), 1]), "gate/layers.0.k is not finite"),
+        ("rng/torch", torch.ones(3), "rng/torch is torch.float32"),
+    ],
+    ids=range(3),
+)
+def test_tensors_of_earlier_states_are_checked(tmp_path, name, value, message):
+    write_earlier(tmp_path / "state.safetensors", tensors={name: value})
+    with pytest.raises(DamagedFileError, match=message):
+        load_state(tmp_path / "state.safetensors")
+
+
+def test_gates_that_had_no_form_are_the_same_run(tmp_path):
+    """An earlier version's settings do not name it; other gates are another run all the same."""
+    present = json.loads(json.dumps(seer.GateConfig(block_size=32).to_dict()))
+    earlier = json.loads(json.dumps(present))
+    del earlier["prefill"]["form"]
+    check_same_run({"gates": earlier}, {"gates": present}, tmp_path)
+    with pytest.raises(ValueError, match="gates: was"):
+        check_same_run({"gates": {**earlier, "block_size": 64}}, {"gates": present}, tmp_path)
+    with pytest.raises(DamagedFileError, match="describes no valid gates"):
+        check_same_run({"gates": {**earlier, "block_size": "64"}}, {"gates": present}, tmp_path)
+
+
+# ---- descriptions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"rope": "false"},
+        {"block_size": 64.0},
+        {"block_size": True},
+        {"hidden_size": 10**12},
+        {"hidden_size": "16"},
+        {"k_pooling": "max"},
+        {"form": "magic"},
+        {"form": None},
+        {"q_linear": 1},
+    ],
+    ids=str,
+)
+def test_entries_of_a_wrong_type_or_size(spec):
+    data = seer.GateConfig().to_dict()
+    (data if "block_size" in spec else data["prefill"]).update(spec)
+    with pytest.raises((TypeError, ValueError), match=next(iter(spec))):
+        seer.GateConfig.from_dict(data)
+
+
+def test_the_form_of_a_gate_has_a_name_and_old_files_have_the_papers():
+    data = seer.GateConfig(block_size=128).to_dict()
+    assert data["prefill"].pop("form") == "paper"
+    assert seer.GateConfig.from_dict(data) == seer.GateConfig(block_size=128)
