@@ -19,13 +19,14 @@ LEVELS = (
     {"evaluate", "distillation", "testbed"},
     {"measure"},
     {"tasks", "hf"},
-    {"baselines", "gates", "policies"},
+    {"baselines"},
+    {"selectors"},
+    {"gates", "policies"},
     {"blocks", "config", "files"},
     {"ops"},
 )
-# The only imports inside one level: a training-free selector turns its scores into lists with a policy, and a policy is
-# stored with gates.
-PEERS = {("baselines", "policies"), ("gates", "policies")}
+# The only import inside one level: a policy is stored with gates.
+PEERS = {("gates", "policies")}
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -126,7 +127,7 @@ def test_ops_can_be_lifted_out():
         assert not absolute, f"{path.name}: absolute imports of the package"
 
 
-@pytest.mark.parametrize("room", ["ops", "gates", "policies", "baselines", "blocks", "config", "tasks"])
+@pytest.mark.parametrize("room", ["ops", "gates", "policies", "selectors", "baselines", "blocks", "config", "tasks"])
 def test_no_hugging_face_below_hf(room):
     for path in FILES:
         if room_of(path) == room:

@@ -11,6 +11,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -33,13 +34,19 @@ _SHARED = {
     # The default 0.02 makes attention almost uniform, and wrong blocks would go unnoticed.
     "initializer_range": 0.3,
 }
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-HEAD_DIMS = {"llama": 16, "mistral": 32, "qwen2": 16, "qwen3": 32}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+HEAD_DIMS = {"llama": 16, "mistral": 32, "phi3": 16, "qwen2": 16, "qwen3": 32}
 
 
 def make_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A random model in eval mode; ``options`` are entries of its config."""
-    head_dim = {} if family == "qwen2" else {"head_dim": HEAD_DIMS[family]}
+    head_dim = {} if family in ("phi3", "qwen2") else {"head_dim": HEAD_DIMS[family]}
     torch.manual_seed(seed)
     config = CONFIGS[family](**{**_SHARED, **head_dim, **options})
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

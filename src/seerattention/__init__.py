@@ -30,24 +30,27 @@ if TYPE_CHECKING:
     from . import measure as measure
     from . import ops as ops
     from . import policies as policies
+    from . import selectors as selectors
     from . import tasks as tasks
     from . import testbed as testbed
     from .blocks import BlockIndices
-    from .config import GateConfig, PrefillGateConfig
+    from .config import DecodeGateConfig, GateConfig, PrefillGateConfig
     from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
     from .hf.checkpoint import save_gates
     from .hf.contexts import dense, observe
-    from .hf.state import LayerInputs
-    from .measure import calibrate, record
+    from .measure.calibrate import calibrate
+    from .measure.stats import record
     from .policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP
+    from .selectors import LayerInputs
 
 _NAMES = {
     "BlockIndices": "blocks",
+    "DecodeGateConfig": "config",
     "Dense": "policies",
     "DistillConfig": "distillation",
     "GateConfig": "config",
-    "LayerInputs": "hf",
+    "LayerInputs": "selectors",
     "Policy": "policies",
     "PrefillGateConfig": "config",
     "Threshold": "policies",
@@ -77,12 +80,14 @@ _ROOMS = (
     "measure",
     "ops",
     "policies",
+    "selectors",
     "tasks",
     "testbed",
 )
 
 __all__ = [
     "BlockIndices",
+    "DecodeGateConfig",
     "Dense",
     "DistillConfig",
     "GateConfig",

@@ -1,4 +1,8 @@
-"""What a set of gates looks like: frozen, checked at construction, to and from plain dicts."""
+"""What a set of gates looks like: frozen, checked at construction, to and from plain dicts.
+
+To add a form of gate, add a frozen dataclass here that subclasses :class:`GateSpec`; it says which module in ``gates/``
+it describes.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,13 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+PHASES = ("prefill", "decode")
+"""The phases of inference that may have gates of their own: reading a prompt, and single tokens on a cache."""
 
 BLOCK_SIZES = (32, 64, 128)
+DECODE_BLOCK_SIZES = (16, *BLOCK_SIZES)
 POOLING_KINDS = ("max", "min", "avg")
 # Wider gates than any model has heads: a number that was meant for something else.
 MAX_WIDTH = 1024
@@ -18,6 +26,10 @@ OLD_WIDTH = "hidden_size"
 
 FORM = "form"
 """Entry of a gate spec's dict that says which form of gate it describes; a missing one means the paper's."""
+
+
+FORMS: dict[str, type[GateSpec]] = {}
+"""Gate specs by the name that their form has in files. Every subclass of :class:`GateSpec` is in here."""
 
 
 def _check_integer(name: str, value: Any) -> None:
@@ -30,6 +42,20 @@ def _check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def _check_block_size(value: Any, known: tuple[int, ...] = BLOCK_SIZES) -> None:
+    _check_integer("block_size", value)
+    if value not in known:
+        raise ValueError(f"block_size must be one of {known}, got {value}")
+
+
+def _check_width(name: str, value: Any) -> None:
+    _check_integer(name, value)
+    if not 0 < value <= MAX_WIDTH or value % 2:
+        raise ValueError(
+            f"{name} must be a positive even number of at most {MAX_WIDTH}, or None (the model's head_dim), got {value}"
+        )
+
+
 def _kinds(name: str, kinds: Any) -> tuple[str, ...]:
     if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
         raise TypeError(f"{name} must be a tuple of {POOLING_KINDS}, got {kinds!r}")
@@ -40,8 +66,48 @@ def _kinds(name: str, kinds: Any) -> tuple[str, ...]:
     return kinds
 
 
+class GateSpec:
+    """What one form of gate is given by: a frozen dataclass that checks its values, in one phase of a model.
+
+    A subclass joins by being defined: files and :func:`seerattention.gates.build_gate` know it by what it says.
+
+    Attributes:
+        form: name of the form in files.
+        phase: which of :data:`PHASES` it is for.
+        module: where its :class:`~seerattention.gates.BlockGate` is, as ``"package.module:Class"``; None: nowhere yet.
+        block_size: a field: tokens a block of this phase; None: that of :class:`GateConfig`.
+    """
+
+    form: ClassVar[str]
+    phase: ClassVar[str]
+    module: ClassVar[str | None]
+    block_size: int | None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.phase not in PHASES:
+            raise ValueError(f"{cls.__name__}: phase must be one of {PHASES}, got {cls.phase!r}")
+        known = FORMS.get(cls.form)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{cls.__name__}: the form {cls.form!r} is that of {known.__name__}; choose another name")
+        FORMS[cls.form] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, the form included; a block size that is not its own is left out."""
+        data = {FORM: self.form, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        if self.block_size is None:
+            del data["block_size"]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateSpec:
+        """Inverse of :meth:`to_dict`. Unknown keys warn."""
+        given = {key: value for key, value in data.items() if key != FORM}
+        return cls(**_known_fields(cls, given, f"{cls.phase} gate config"))
+
+
 @dataclass(frozen=True, init=False)
-class PrefillGateConfig:
+class PrefillGateConfig(GateSpec):
     """The prefill gate of the SeerAttention paper (arXiv 2410.13276, section 3.1); the defaults are the published form.
 
     Attributes:
@@ -52,13 +118,19 @@ class PrefillGateConfig:
         q_linear: whether queries have a linear layer of their own. None chooses as the published checkpoints do: none
             where the pooled query already has the gate's width (one pooling, width == head_dim), else one.
         rope: re-apply the model's rotary embedding at block positions.
+        block_size: tokens a block: 32, 64 or 128; None: that of :class:`GateConfig`.
     """
+
+    form = "paper"
+    phase = "prefill"
+    module = "seerattention.gates.prefill:PrefillGate"
 
     k_pooling: tuple[str, ...]
     q_pooling: tuple[str, ...]
     width: int | None
     q_linear: bool | None
     rope: bool
+    block_size: int | None
 
     def __init__(
         self,
@@ -67,27 +139,34 @@ class PrefillGateConfig:
         width: int | None = None,
         q_linear: bool | None = None,
         rope: bool = True,
+        block_size: int | None = None,
         *,
         hidden_size: int | None = None,
     ) -> None:
         name, given = ("width", width) if hidden_size is None else (OLD_WIDTH, hidden_size)
         if given is not None:
-            _check_integer(name, given)
-            if not 0 < given <= MAX_WIDTH or given % 2:
-                raise ValueError(
-                    f"{name} must be a positive even number of at most {MAX_WIDTH}, or None (the model's head_dim), "
-                    f"got {given}"
-                )
+            _check_width(name, given)
         if width not in (None, given):
             raise ValueError(f"width ({width}) and {OLD_WIDTH} ({hidden_size}) are one thing; pass width only")
         if q_linear is not None:
             _check_flag("q_linear", q_linear)
         _check_flag("rope", rope)
+        if block_size is not None:
+            _check_block_size(block_size)
         object.__setattr__(self, "k_pooling", _kinds("k_pooling", k_pooling))
         object.__setattr__(self, "q_pooling", _kinds("q_pooling", q_pooling))
         object.__setattr__(self, "width", given)
         object.__setattr__(self, "q_linear", q_linear)
         object.__setattr__(self, "rope", rope)
+        object.__setattr__(self, "block_size", block_size)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PrefillGateConfig:
+        """Inverse of :meth:`to_dict`; also of what earlier versions wrote."""
+        given = {key: value for key, value in data.items() if key not in (FORM, OLD_WIDTH)}
+        # A width that a newer entry gives goes before one of an older name.
+        old = {OLD_WIDTH: data[OLD_WIDTH]} if OLD_WIDTH in data and data.get("width") is None else {}
+        return cls(**_known_fields(cls, given, f"{cls.phase} gate config"), **old)
 
     def resolve(self, head_dim: int) -> PrefillGateConfig:
         """The same with ``width`` and ``q_linear`` filled in for a model with this head_dim.
@@ -107,37 +186,97 @@ class PrefillGateConfig:
 
 
 @dataclass(frozen=True)
-class GateConfig:
-    """Gates for a whole model: the block size that mask and pooling share, and one gate spec per phase.
+class DecodeGateConfig(GateSpec):
+    """The decode gate of SeerAttention-R (arXiv 2506.08889); the defaults are the published form.
+
+    The query of each token is merged over the query heads of a KV head by a linear layer, keys are pooled per block,
+    and each KV head has one row of scores for all of its query heads. It can be written and read; this version attaches
+    none.
 
     Attributes:
-        block_size: tokens a block: 32, 64 or 128.
-        prefill: the prefill gate, or None for no prefill gate.
-        decode: reserved for the decode gate, which this version does not have yet; must be None.
+        k_pooling: how keys are pooled per block, concatenated in this order.
+        width: channels of the merged queries and projected keys; None is the model's head_dim.
+        qk_norm: RMS norms, with weights, of merged queries and projected keys.
+        rope: rotate queries at their tokens' positions, keys at the first positions of their blocks.
+        block_size: tokens a block: 16, 32, 64 or 128; None: that of :class:`GateConfig`.
+    """
+
+    form = "seerattention_r"
+    phase = "decode"
+    module = None
+
+    k_pooling: tuple[str, ...] = ("max", "min", "avg")
+    width: int | None = None
+    qk_norm: bool = True
+    rope: bool = True
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
+        if self.width is not None:
+            _check_width("width", self.width)
+        _check_flag("qk_norm", self.qk_norm)
+        _check_flag("rope", self.rope)
+        if self.block_size is not None:
+            _check_block_size(self.block_size, DECODE_BLOCK_SIZES)
+
+    def resolve(self, head_dim: int) -> DecodeGateConfig:
+        """The same with ``width`` filled in for a model with this head_dim."""
+        return dataclasses.replace(self, width=self.width or head_dim)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Gates for a whole model: one gate spec per phase, and the block size of those that have none of their own.
+
+    Attributes:
+        block_size: tokens a block, shared by mask and pooling: 32, 64 or 128.
+        prefill: the gate that reads prompts (:class:`PrefillGateConfig`), or None for none.
+        decode: the gate that decodes (:class:`DecodeGateConfig`), or None: decoding is dense.
     """
 
     block_size: int = 64
-    prefill: PrefillGateConfig | None = dataclasses.field(default_factory=PrefillGateConfig)
-    decode: None = None
+    prefill: GateSpec | None = dataclasses.field(default_factory=PrefillGateConfig)
+    decode: GateSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("block_size", self.block_size)
-        if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
-        if self.decode is not None:
-            raise NotImplementedError("decode gates are not part of this version; pass decode=None")
-        if self.prefill is None:
+        _check_block_size(self.block_size)
+        for phase in PHASES:
+            spec = getattr(self, phase)
+            if spec is not None and not (isinstance(spec, GateSpec) and spec.phase == phase):
+                names = " or ".join(known.__name__ for known in FORMS.values() if known.phase == phase)
+                raise TypeError(f"{phase} must be a {names} or None, got {type(spec).__name__}")
+        if not self.phases:
             raise ValueError("GateConfig needs at least one gate; prefill and decode are both None")
-        if not isinstance(self.prefill, PrefillGateConfig):
-            raise TypeError(f"prefill must be a PrefillGateConfig, got {type(self.prefill).__name__}")
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that have a gate."""
+        return tuple(phase for phase in PHASES if getattr(self, phase) is not None)
+
+    def spec_of(self, phase: str) -> GateSpec:
+        """The spec of a phase with a block size, its own or that of all.
+
+        Raises:
+            ValueError: the phase has no gate.
+        """
+        spec = getattr(self, phase) if phase in PHASES else None
+        if spec is None:
+            raise ValueError(f"these gates have no gate for {phase!r}, only for {', '.join(self.phases)}")
+        return spec if spec.block_size is not None else dataclasses.replace(spec, block_size=self.block_size)
+
+    def block_size_of(self, phase: str) -> int:
+        """Tokens a block in a phase, whether it has a gate or not."""
+        spec = getattr(self, phase)
+        return self.block_size if spec is None or spec.block_size is None else spec.block_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; each gate spec names its form."""
-        data = dataclasses.asdict(self)
-        for phase in PHASES:
-            if data[phase] is not None:
-                data[phase] = {FORM: _FORM_NAMES[type(getattr(self, phase))], **data[phase]}
-        return data
+        specs = {phase: getattr(self, phase) for phase in PHASES}
+        return {
+            "block_size": self.block_size,
+            **{phase: None if spec is None else spec.to_dict() for phase, spec in specs.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
@@ -155,32 +294,25 @@ class GateConfig:
         known = _known_fields(cls, data, "gate config")
         for phase in PHASES:
             if known.get(phase) is not None:
-                known[phase] = _spec_from_dict(known[phase], f"{phase} gate config")
+                known[phase] = _spec_from_dict(known[phase], phase)
         return cls(**known)
 
 
-PHASES = ("prefill", "decode")
-"""The phases of inference that have gates of their own, as entries of :class:`GateConfig`."""
-
-FORMS: dict[str, type] = {"paper": PrefillGateConfig}
-"""Gate specs by the name that their form has in files."""
-
-_FORM_NAMES = {spec: name for name, spec in FORMS.items()}
+_UNNAMED_FORM: dict[str, type[GateSpec]] = {"prefill": PrefillGateConfig, "decode": DecodeGateConfig}
+"""The form of a spec that names none, by phase."""
 
 
-def _spec_from_dict(data: Any, what: str) -> Any:
+def _spec_from_dict(data: Any, phase: str) -> GateSpec:
+    what = f"{phase} gate config"
     if not isinstance(data, Mapping):
         raise TypeError(f"{what} must be a mapping, got {type(data).__name__}")
-    name = data.get(FORM, "paper")
-    if not isinstance(name, str) or name not in FORMS:
+    name = data.get(FORM, _UNNAMED_FORM[phase].form)
+    known = sorted(form for form, spec in FORMS.items() if spec.phase == phase)
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{what}: form must be one of {sorted(FORMS)}, got {name!r}; a newer version of seerattention may have "
-            "written it"
+            f"{what}: form must be one of {known}, got {name!r}; a newer version of seerattention may have written it"
         )
-    # A width that a newer entry gives goes before one of an older name.
-    old = {OLD_WIDTH: data[OLD_WIDTH]} if OLD_WIDTH in data and data.get("width") is None else {}
-    given = {key: value for key, value in data.items() if key not in (FORM, OLD_WIDTH)}
-    return FORMS[name](**_known_fields(FORMS[name], given, what), **old)
+    return FORMS[name].from_dict(data)
 
 
 def _known_fields(cls: type, data: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Policy(ABC):
             BlockIndices on the device of the logits.
         """
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether it decides row by row: what a query block reads would be the same if the sequence ended with it."""
+        return not getattr(self, "last_blocks_dense", 0)
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ``{"kind": ..., <arguments>}``, which :func:`policy_from_dict` turns back into the policy."""
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
@@ -113,6 +118,10 @@ class TopK(Policy):
         _check_last_blocks(self.last_blocks_dense)
         if not isinstance(self.uniform, bool):
             raise TypeError(f"uniform must be True or False, got {self.uniform!r}")
+
+    @property
+    def rowwise(self) -> bool:
+        return super().rowwise and not self.uniform  # which counts all blocks of the sequence
 
     def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
         if self.density == 1:

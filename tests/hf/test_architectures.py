@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import seerattention as seer
 from seerattention.hf import find_decoder
+from tiny_models import CONFIGS
 
 SCALINGS = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -28,6 +32,23 @@ SCALINGS = {
         "original_max_position_embeddings": 64,
     },
 }
+PHI3_SCALINGS = {
+    "default": SCALINGS["default"],
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+        "long_factor": [float(factor) for factor in range(1, 9)],
+        "original_max_position_embeddings": 64,
+    },
+    "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+SCALED = [
+    (family, scaling, parameters)
+    for family in CONFIGS
+    for scaling, parameters in (PHI3_SCALINGS if family == "phi3" else SCALINGS).items()
+]
 
 
 def probe(model: nn.Module, ids: torch.Tensor, **inputs: torch.Tensor) -> list[seer.LayerInputs]:
@@ -37,19 +58,26 @@ def probe(model: nn.Module, ids: torch.Tensor, **inputs: torch.Tensor) -> list[s
     return seen
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_captured_tensors_rotated_are_the_attention_inputs(model_of, ids_of, family, scaling):
-    model = model_of(family, rope_parameters=SCALINGS[scaling])
+def rotate(model: nn.Module, inputs: seer.LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the model's own modelling file does it."""
+    attention = model.model.layers[inputs.layer].self_attn
+    rotation = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotation(inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin)
+
+
+@pytest.mark.parametrize(("family", "scaling", "parameters"), SCALED, ids=[f"{f}-{s}" for f, s, _ in SCALED])
+def test_captured_tensors_rotated_are_the_attention_inputs(model_of, ids_of, family, scaling, parameters):
+    model = model_of(family, rope_parameters=copy.deepcopy(parameters))  # some configs edit theirs
     seer.attach(model, seer.GateConfig(), min_context=0)
     seen = probe(model, ids_of(130, batch=2))
     assert [inputs.layer for inputs in seen] == [0, 1]
     for inputs in seen:
-        q, k = apply_rotary_pos_emb(inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin)
+        q, k = rotate(model, inputs)
         assert torch.equal(q, inputs.q)
         assert torch.equal(k, inputs.k)
         assert inputs.lengths is None
         assert inputs.scale == pytest.approx(inputs.q.shape[-1] ** -0.5)
-    if scaling == "yarn":  # YaRN scales the rotary table itself
+    if scaling in ("yarn", "longrope"):  # which scale the rotary table itself
         assert seen[0].cos.max() > 1.0
 
 
@@ -70,7 +98,7 @@ def test_captured_tensors_of_a_left_padded_batch_begin_with_the_content(model_of
 
 def test_unsupported_family_is_named_with_the_supported_ones():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=10))
-    with pytest.raises(ValueError, match=r"'gpt2'.*llama.*mistral.*qwen2.*qwen3"):
+    with pytest.raises(ValueError, match=r"'gpt2'.*llama.*mistral.*phi3.*qwen2.*qwen3"):
         seer.attach(model, seer.GateConfig())
 
 

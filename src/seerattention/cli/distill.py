@@ -211,9 +211,10 @@ def _distill(
         config = DistillConfig(**settings)
         with named({"width": "--gate-hidden-size"}):
             gate_config = GateConfig.from_dict(job.gate)
-    if job.gates is None and job.length <= gate_config.block_size:
+    block_size = gate_config.block_size_of("prefill")
+    if job.gates is None and job.length <= block_size:
         raise ValueError(
-            f"--length must be more than one block ({gate_config.block_size} tokens), got {job.length}: with one block "
+            f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
             "to choose from there is nothing to learn"
         )
     documents = open_documents(job.data, text_field=job.text_field)
@@ -269,10 +270,12 @@ def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
 
 
 def _say_what_gates_decide(terminal: Terminal, source: str, config: GateConfig | None, asked: dict[str, Any]) -> None:
-    if config is None or config.prefill is None:
+    from ..config import PrefillGateConfig
+
+    if config is None or not isinstance(config.prefill, PrefillGateConfig):
         return
     form = {
-        "block_size": config.block_size,
+        "block_size": config.block_size_of("prefill"),
         "k_pooling": ",".join(config.prefill.k_pooling),
         "q_pooling": ",".join(config.prefill.q_pooling),
         "gate_hidden_size": config.prefill.width or 0,

@@ -21,9 +21,9 @@ from ..blocks import BlockIndices, num_blocks
 from ..gates import BlockGate
 from ..hf.contexts import dense, observe
 from ..hf.prompts import place_gates, run_prompt
-from ..hf.state import LayerInputs
 from ..hf.state import gates as attached_gates
 from ..ops import pooled_attention
+from ..selectors import LayerInputs
 from .batches import Batch
 from .config import DistillConfig
 from .losses import draw_rows, kl_count, kl_sum

@@ -1,32 +1,44 @@
 """Gates: small learned modules that predict which blocks of the attention map matter. Plain torch, no Hugging Face.
 
-A second form of gate joins by a config class of its own and one entry in ``_FORMS``: its module is a
-:class:`BlockGate`, which takes the same constructor arguments as :class:`PrefillGate` and has the same three parts,
-whatever it pools inside.
+Another form of gate joins by a spec of its own in ``config.py``, which names its module: a :class:`BlockGate`, which
+takes the same constructor arguments as :class:`PrefillGate` and has the same three parts, whatever it pools inside.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-from ..config import PrefillGateConfig
+from ..config import FORMS, GateSpec
 from .prefill import BlockGate, PrefillGate
 from .state import KeyState
 
 __all__ = ["BlockGate", "KeyState", "PrefillGate", "build_gate"]
 
-_FORMS: dict[type, type[BlockGate]] = {PrefillGateConfig: PrefillGate}
 
+def build_gate(
+    config: Any, *, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int | None = None
+) -> BlockGate:
+    """The gate module that a gate spec describes, on the CPU in float32, drawn from torch's global generator.
 
-def build_gate(config: Any, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> BlockGate:
-    """The gate module that a gate config describes, on the CPU in float32, drawn from torch's global generator.
+    Args:
+        config: a spec, as :meth:`~seerattention.GateConfig.spec_of` gives it.
+        num_heads, num_kv_heads, head_dim: shape of the layer's attention.
+        block_size: tokens a block, where the spec has no size of its own.
 
     Raises:
-        TypeError: no gate form belongs to this config class.
+        TypeError: no gate spec.
+        NotImplementedError: this version has no module for this form.
+        ValueError: neither the spec nor the caller says the block size.
     """
-    form = _FORMS.get(type(config))
-    if form is None:
-        raise TypeError(
-            f"gate config must be one of {[known.__name__ for known in _FORMS]}, got {type(config).__name__}"
-        )
-    return form(config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    if not isinstance(config, GateSpec):
+        known = sorted(spec.__name__ for spec in FORMS.values())
+        raise TypeError(f"gate config must be one of {known}, got {type(config).__name__}")
+    if config.module is None:
+        raise NotImplementedError(f"{config.phase} gates ({type(config).__name__}) are not part of this version")
+    size = block_size if config.block_size is None else config.block_size
+    if size is None:
+        raise ValueError(f"{type(config).__name__} has no block size of its own; pass block_size")
+    package, name = config.module.split(":")
+    form: type[BlockGate] = getattr(importlib.import_module(package), name)
+    return form(config, block_size=size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)

@@ -27,7 +27,7 @@ from .. import __version__
 from ..config import GateConfig
 from ..files import DamagedFileError, read_json, write_file
 from ..policies import Policy, policy_from_dict
-from .geometry import fingerprint
+from .geometry import OPTIONAL, fingerprint
 from .tensors import check_dtypes, digest, is_digest_of, own_memory, read_described, read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class GateCheckpoint:
 
     def check_base_model(self, config: Any) -> None:
         """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
-        present = fingerprint(config)
+        present = {**dict.fromkeys(OPTIONAL), **fingerprint(config)}
         wrong = [
             f"{name}: the gates are for {self.base_model[name]}, the model has {value}"
             for name, value in present.items()
@@ -261,6 +261,7 @@ def _check_edits(checkpoint: GateCheckpoint, saved: GateCheckpoint, path: Path) 
 
 def _model_card(description: dict[str, Any]) -> str:
     base, gate_config = description["base_model"], description["gates"]
+    block_size = GateConfig.from_dict(gate_config).block_size_of("prefill")
     name = base["name"] or f"a {base['model_type']} model of {base['num_hidden_layers']} layers"
     header = ["---", "library_name: seerattention", "tags: [sparse-attention, seerattention]"]
     if base["name"] and base["name"].count("/") == 1 and not base["name"].startswith((".", "/", "~")):
@@ -273,7 +274,7 @@ def _model_card(description: dict[str, Any]) -> str:
 
 # SeerAttention gates for {name}
 
-Learned gates (arXiv 2410.13276) that choose which {gate_config["block_size"]}x{gate_config["block_size"]} blocks of the
+Learned gates (arXiv 2410.13276) that choose which {block_size}x{block_size} blocks of the
 attention map a long prompt reads. The base model is not part of this folder and stays unchanged.
 
 ```python

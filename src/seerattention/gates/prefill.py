@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..config import PrefillGateConfig
+from ..config import GateSpec, PrefillGateConfig
 from ..ops.block_pooling import block_pooling
 from ..ops.gate_scores import encode_blocks, gate_scores
 from ..ops.span import LENGTH, QUERY_SLOT, START, Span
@@ -29,7 +29,7 @@ class BlockGate(nn.Module, ABC):
             than its mask.
     """
 
-    def __init__(self, config: PrefillGateConfig, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
+    def __init__(self, config: GateSpec, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..gates.sources import convert
+from ..selectors import LayerInputs
 from .architectures import FAMILIES, Family, find_decoder
 from .attach import attach, detach, set_policy
 from .attention import DEFAULT_MIN_CONTEXT
 from .checkpoint import save_gates
 from .contexts import dense, observe
-from .state import LayerInputs, gates, is_attached
+from .state import gates, is_attached
 
 __all__ = [
     "DEFAULT_MIN_CONTEXT",

@@ -3,15 +3,17 @@
 To add a family:
 
 1. Look at its attention module in transformers. Find the last submodules whose outputs are the queries and the keys
-   *before* ``apply_rotary_pos_emb`` (usually ``q_norm``/``k_norm`` where they exist, else ``q_proj``/``k_proj``), and
-   whether those outputs are flat (``[B, T, H * D]``) or split into heads (``[B, T, H, D]``).
+   *before* ``apply_rotary_pos_emb`` (usually ``q_norm``/``k_norm`` where they exist, else ``q_proj``/``k_proj``, or one
+   projection for both), and how those outputs are laid out: flat (``[B, T, H * D]``), split into heads
+   (``[B, T, H, D]``), or fused. A layout of another kind is a function of its own.
 2. Register one line below, under the ``model_type`` of the config of the decoder.
 3. Add a tiny config of it to ``tests/tiny_models.py``. The probe test then rotates the captured tensors and compares
    them with what the attention function receives; it must pass exactly.
 
 Requirements: attention goes through transformers' attention interface, decoder layers are
 ``decoder.layers[i].self_attn``, RoPE is passed as ``position_embeddings`` with half-split pairing, and attention is
-plain (no soft cap, no sinks, no bias).
+plain (no soft cap, no sinks, no bias). Layers may differ in shape, rotary table, window and scale: the scale is what
+the attention module hands to the attention function.
 """
 
 from __future__ import annotations
@@ -24,17 +26,44 @@ from torch import Tensor, nn
 
 from ..gates.geometry import Geometry
 
-__all__ = ["FAMILIES", "Family", "Geometry", "find_attention", "find_decoder", "gated_indices", "sliding_window"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Geometry",
+    "find_attention",
+    "find_decoder",
+    "flat",
+    "fused",
+    "gated_indices",
+    "heads_first",
+    "heads_last",
+    "sliding_window",
+]
+
+# What a submodule gave for queries and for keys -> queries [B, Hq, T, D] and keys [B, Hkv, T, D] before RoPE.
+Layout = Callable[[Tensor, Tensor, Geometry], tuple[Tensor, Tensor]]
 
 
-def _flat(x: Tensor, head_dim: int) -> Tensor:
-    """``[B, T, H * D]`` -> ``[B, H, T, D]``."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def flat(query: Tensor, key: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Both ``[B, T, H * D]``."""
+    query, key = (x.unflatten(-1, (-1, geometry.head_dim)).transpose(1, 2) for x in (query, key))
+    return query, key
 
 
-def _split(x: Tensor, head_dim: int) -> Tensor:
-    """``[B, T, H, D]`` -> ``[B, H, T, D]``."""
-    return x.transpose(1, 2)
+def heads_last(query: Tensor, key: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Both ``[B, T, H, D]``."""
+    return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def heads_first(query: Tensor, key: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Both ``[B, H, T, D]``."""
+    return query, key
+
+
+def fused(query: Tensor, key: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Both the same ``[B, T, (Hq + 2 * Hkv) * D]``: queries, keys, values."""
+    width, key_width = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
+    return flat(query[..., :width], key[..., width : width + key_width], geometry)
 
 
 @dataclass(frozen=True)
@@ -43,26 +72,52 @@ class Family:
 
     Attributes:
         query: name of the submodule of the attention module whose output is the queries before RoPE.
-        key: the same for the keys.
-        layout: turns that output into ``[B, H, T, D]``, given head_dim.
+        key: the same for the keys; it may be the same submodule.
+        layout: turns the two outputs into queries and keys by head, given the layer's geometry.
+        token_axis: dimension of the tokens in the two outputs.
         one_window: whether all layers have the config's sliding window, whatever its ``layer_types`` say.
+        shape: shape of a layer's attention, from the decoder's config and the layer's index.
     """
 
     query: str
     key: str
-    layout: Callable[[Tensor, int], Tensor]
+    layout: Layout
+    token_axis: int = 1
     one_window: bool = False
+    shape: Callable[[Any, int], Geometry] = Geometry.of
+
+    def geometry(self, decoder: nn.Module, layer: int) -> Geometry:
+        """Shape of the attention of one layer of a decoder, its window and rotary width included.
+
+        Raises:
+            ValueError: the decoder's config lacks what is needed.
+        """
+        config = decoder.config
+        shape, width = self.shape(config, layer), _rotary_width(decoder, layer)
+        width = shape.rotary_dim if width is None else width
+        return replace(shape, window=sliding_window(config, layer), rotary_dim=width)
 
 
-_PROJECTIONS = Family("q_proj", "k_proj", _flat)
-_NORMS_PER_HEAD = Family("q_norm", "k_norm", _split)
+_PROJECTIONS = Family("q_proj", "k_proj", flat)
+_NORMS_PER_HEAD = Family("q_norm", "k_norm", heads_last)
 
 FAMILIES: dict[str, Family] = {
     "llama": _PROJECTIONS,
     "mistral": replace(_PROJECTIONS, one_window=True),
+    "phi3": Family("qkv_proj", "qkv_proj", fused),
     "qwen2": _PROJECTIONS,
     "qwen3": _NORMS_PER_HEAD,
 }
+
+
+def _rotary_width(decoder: nn.Module, layer: int) -> int | None:
+    """Channels of the rotary table of a layer, from the frequencies that the decoder holds; None: it holds none."""
+    table: Any = getattr(decoder, "rotary_emb", None)
+    kinds = getattr(decoder.config, "layer_types", None)
+    frequencies = getattr(table, "inv_freq", None)
+    if frequencies is None and kinds:
+        frequencies = getattr(table, f"{kinds[layer]}_inv_freq", None)
+    return None if frequencies is None else 2 * len(frequencies)
 
 
 def find_decoder(model: nn.Module) -> nn.Module:

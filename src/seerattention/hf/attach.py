@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import GateConfig
-from ..gates import build_gate
+from ..blocks import BlockIndices
+from ..config import PHASES, GateConfig
+from ..gates import BlockGate, build_gate
 from ..gates.checkpoint import GateCheckpoint
 from ..gates.sources import load_gates
 from ..ops.dispatch import FLOATING_DTYPES
 from ..policies import Dense, Policy, Threshold, TopK
-from .architectures import FAMILIES, Geometry, find_decoder, gated_indices
+from ..selectors import Selector, as_selector
+from .architectures import FAMILIES, find_decoder, gated_indices
 from .attention import register
 from .implementation import NAME, configs_of, give_back, original_of, stand_in
 from .layer import LayerState
-from .state import ModelState, Selector, is_attached, set_state, state_of
+from .phases import DECODE, PREFILL, ModelPhase
+from .state import ModelState, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
 """The policy of fresh gates; the threshold that the paper uses on LongBench."""
@@ -32,7 +35,7 @@ def attach(
     *,
     prefill: Policy | None = None,
     decode: Policy | None = None,
-    selector: Selector | None = None,
+    selector: Selector | Callable[..., BlockIndices] | None = None,
     min_context: int | None = None,
 ) -> nn.Module:
     """Make a Hugging Face model prefill long prompts block-sparsely. The model is changed in place by hooks only.
@@ -46,8 +49,9 @@ def attach(
             ``selector``.
         prefill: which blocks to read; None is the policy stored with the gates, and ``Threshold(2e-3)`` for fresh ones.
         decode: None; decoding is dense in this version (``Dense()`` and ``TopK(1.0)`` say the same).
-        selector: chooses blocks instead of gates and policy: called as ``selector(q, k, layer=, scale=, lengths=)``
-            with tensors after RoPE, right-padded. Gates may be given too; they are then loaded but not asked.
+        selector: chooses blocks instead of gates and policy: a :class:`~seerattention.selectors.Selector`, or a
+            callable as ``selector(q, k, layer=, scale=, lengths=)`` with tensors after RoPE, right-padded. Gates may be
+            given too; they are then loaded, and asked by selectors that ask them.
         min_context: prompts of fewer tokens are attended densely. None takes the default of the device
             (:data:`~seerattention.hf.attention.DEFAULT_MIN_CONTEXT`), 0 is sparse at any length.
 
@@ -58,7 +62,7 @@ def attach(
         ValueError: something is attached already, the model is of no supported family, neither gates nor a selector, or
             gates that do not fit the model.
         FileNotFoundError: ``gates`` looks like a path and does not exist.
-        NotImplementedError: a sparse ``decode`` policy.
+        NotImplementedError: a sparse ``decode`` policy, or gates for decoding.
     """
     decoder = find_decoder(model)
     if is_attached(model):
@@ -67,14 +71,15 @@ def attach(
         )
     if gates is None and selector is None:
         raise ValueError("attach needs gates (a GateConfig, a folder or a hub id), a selector, or both; got neither")
-    if selector is not None and not callable(selector):
-        raise TypeError(f"selector must be callable, got {type(selector).__name__}")
+    chosen = None if selector is None else as_selector(selector)
+    if chosen is not None and chosen.needs_gate and gates is None:
+        raise ValueError(f"the selector {chosen.kind!r} asks the layers' gates; attach needs gates beside it")
     if min_context is not None and (
         isinstance(min_context, bool) or not isinstance(min_context, int) or min_context < 0
     ):
         raise ValueError(f"min_context must be a number of tokens of 0 or more, or None, got {min_context!r}")
-    _check_prefill(prefill)
-    _check_decode(decode)
+    for phase, policy in ((PREFILL, prefill), (DECODE, decode)):
+        _check_policy(phase, policy)
     if not getattr(decoder, "_can_set_attn_implementation", lambda: True)():
         raise ValueError(
             f"{type(decoder).__name__} does not dispatch attention through transformers' attention interface"
@@ -89,34 +94,37 @@ def attach(
         gate_config = gates
     else:
         raise TypeError(f"gates must be a GateConfig, a path or a hub id, got {type(gates).__name__}")
+    if gate_config is not None and DECODE in gate_config.phases:
+        raise NotImplementedError(
+            "decode gates cannot be attached in this version, where decoding is dense; pass a GateConfig with "
+            "decode=None"
+        )
 
     state = ModelState(
         decoder=decoder,
         family=FAMILIES[config.model_type],
-        geometry=Geometry.of(config),
         gate_config=gate_config,
-        policy=prefill or (checkpoint.policy if checkpoint else DEFAULT_POLICY),
-        selector=selector,
+        phases={
+            PREFILL: ModelPhase(
+                policy=prefill or (checkpoint.policy if checkpoint else DEFAULT_POLICY),
+                block_size=64 if gate_config is None else gate_config.block_size_of(PREFILL),
+                selector=chosen,
+            )
+        },
         min_context=min_context,
         register=register,
     )
     layers: Any = decoder.layers
-    built: dict[int, Any] = {}
+    state.layers = [LayerState(state, index, layer) for index, layer in enumerate(layers)]
     if gate_config is not None:
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-            built = _build_gates(state, gated_indices(config, len(layers)), checkpoint)
-    frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
-    if frequencies is not None:
-        for gate in built.values():
-            gate.check_rotary(2 * len(frequencies))
+            for index, gate in _build_gates(state, gated_indices(config, len(layers)), checkpoint).items():
+                state.layers[index].set_phase(PREFILL, gate=gate)
     register()
     own = configs_of(decoder)
     try:
-        for index, decoder_layer in enumerate(layers):
-            layer = LayerState(state, index, decoder_layer)
-            state.layers.append(layer)
+        for layer in state.layers:
             _check_dtype(layer)
-            layer.gate = built.get(index)
             layer.place_gate()
             layer.attach_hooks()
         state.others = [
@@ -171,46 +179,52 @@ def set_policy(
     prefill: Policy | None = None,
     *,
     decode: Policy | None = None,
-    layers: Mapping[int, Policy | None] | None = None,
+    layers: Mapping[int, Policy | Mapping[str, Policy | None] | None] | None = None,
 ) -> None:
     """Change which blocks an attached model reads.
 
     Args:
         model: an attached model.
         prefill: the policy of all layers without one of their own; None leaves it.
-        decode: as in :func:`attach`.
-        layers: policies of single layers by index; a None takes a layer's own policy away.
+        decode: the same for decoding; dense, as in :func:`attach`.
+        layers: prefill policies of single layers by index, or mappings from phase (``"prefill"``, ``"decode"``) to
+            policy; a None takes a layer's own policy away.
 
     Raises:
-        ValueError: nothing is attached, or no such layer.
+        ValueError: nothing is attached, no such layer, or no such phase.
+        TypeError: not a policy.
         NotImplementedError: a sparse ``decode`` policy.
     """
     state = state_of(model)
-    _check_prefill(prefill)
-    _check_decode(decode)
-    for index, policy in (layers or {}).items():
-        if not isinstance(index, int) or not 0 <= index < len(state.layers):
+    own: dict[int, Mapping[str, Policy | None]] = {}
+    for index, given in (layers or {}).items():
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(state.layers):
             raise ValueError(f"layers must be numbered 0 to {len(state.layers) - 1}, got {index!r}")
-        _check_prefill(policy)
-    if prefill is not None:
-        state.policy = prefill
-    for index, policy in (layers or {}).items():
-        state.layers[index].policy = policy
+        own[index] = given if isinstance(given, Mapping) else {PREFILL: given}
+    for policies in ({PREFILL: prefill, DECODE: decode}, *own.values()):
+        for phase, policy in policies.items():
+            _check_policy(phase, policy)
+    for phase, policy in ((PREFILL, prefill), (DECODE, decode)):
+        if policy is not None and phase in state.phases:
+            state.set_policy(phase, policy)
+    for index, policies in own.items():
+        for phase, policy in policies.items():
+            if phase in state.phases:
+                state.layers[index].set_phase(phase, policy=policy)
 
 
-def _build_gates(state: ModelState, indices: list[int], checkpoint: GateCheckpoint | None) -> dict[int, Any]:
+def _build_gates(state: ModelState, indices: list[int], checkpoint: GateCheckpoint | None) -> dict[int, BlockGate]:
     """Gates by layer. Trained ones are made without values first: drawing some would move torch's global generator."""
     assert state.gate_config is not None
-    geometry, built = state.geometry, {}
+    spec, built = state.gate_config.spec_of(PREFILL), {}
     for index in indices:
+        geometry = state.layers[index].geometry
         with nullcontext() if checkpoint is None else torch.device("meta"):
             built[index] = build_gate(
-                state.gate_config.prefill,
-                block_size=state.gate_config.block_size,
-                num_heads=geometry.num_heads,
-                num_kv_heads=geometry.num_kv_heads,
-                head_dim=geometry.head_dim,
+                spec, num_heads=geometry.num_heads, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim
             )
+        if geometry.rotary_dim is not None:
+            built[index].check_rotary(geometry.rotary_dim)
     if checkpoint is not None:
         for gate in built.values():
             gate.to_empty(device="cpu").float()
@@ -229,14 +243,15 @@ def _check_dtype(layer: LayerState) -> None:
             )
 
 
-def _check_prefill(policy: Any) -> None:
+def _check_policy(phase: str, policy: Any) -> None:
+    """Raise unless ``policy`` is one, or None, that this version has in this phase."""
+    if phase not in PHASES:
+        raise ValueError(f"policies are for the phases {', '.join(PHASES)}, got {phase!r}")
+    if phase == DECODE:
+        if policy is None or isinstance(policy, Dense) or (isinstance(policy, TopK) and policy.density == 1):
+            return
+        raise NotImplementedError(f"decoding is dense in this version; pass decode=None, got {policy!r}")
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(
             f"a policy must be one of seerattention's (Threshold, TopK, ...) or None, got {type(policy).__name__}"
         )
-
-
-def _check_decode(policy: Any) -> None:
-    if policy is None or isinstance(policy, Dense) or (isinstance(policy, TopK) and policy.density == 1):
-        return
-    raise NotImplementedError(f"decoding is dense in this version; pass decode=None, got {policy!r}")

@@ -21,13 +21,13 @@ from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.dispatch import FLOATING_DTYPES
 from ..ops.indices import ordered_lists, read_lists
-from ..policies import Dense
+from ..selectors import LayerInputs, Selector
 from .dense import Arguments, attend_densely, attend_densely_with_lse
-from .forward import Call, Forward, current_forward, watching
+from .forward import Call, Forward, current_forward
 from .implementation import NAME, original_of
 from .layer import LayerState
 from .masks import read_mask, seer_mask
-from .state import LayerInputs
+from .phases import DECODE, PREFILL, phase_of, unnoticed
 
 DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
 """Prompts shorter than this many tokens are attended densely when ``min_context`` is None, by device type."""
@@ -73,7 +73,7 @@ def seer_attention(
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
     arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if query.shape[2] == 1 and not watching():
+    if unnoticed(query.shape[2]):
         return attend_densely(arguments)
     return _attend(arguments)
 
@@ -109,11 +109,12 @@ def _attend_whole_prompt(arguments: Arguments, call: Call, forward: Forward) -> 
         padding = padding.to(arguments.query.device)
     problem = _not_a_prompt(arguments, call, forward, plain, padding)
     if problem is None:
-        wants_sparse = _wants_sparse(arguments, layer, forward)
+        selector = layer.selector(PREFILL)
+        wants_sparse = selector is not None and _wants_sparse(arguments, layer, forward, selector)
         if wants_sparse or forward.observers:
             inputs, starts = _layer_inputs(arguments, call, padding)
-            if wants_sparse:
-                blocks = _select(layer, inputs)
+            if selector is not None and wants_sparse:
+                blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
     elif forward.observers and problem not in _SKIPPED_BY_OBSERVERS:
         raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
     if forward.statistics:
@@ -146,10 +147,10 @@ def _not_a_prompt(
     expect sparsity."""
     layer, options = call.layer, arguments.options
     length, key_length = arguments.query.shape[2], arguments.key.shape[2]
-    if length == 1:
+    if phase_of(length) == DECODE:
         return _DECODING
     window = options.get("sliding_window")
-    window = layer.window if window is None else window
+    window = layer.geometry.window if window is None else window
     positions = call.position_ids if call.position_ids is not None else options.get("position_ids")
     reason = None
     if call.static_cache and length != key_length:
@@ -175,12 +176,10 @@ def _warn_dense(layer: LayerState, reason: str) -> None:
     layer.model.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
 
 
-def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward) -> bool:
+def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward, selector: Selector) -> bool:
     """Whether a whole prompt is to be attended sparsely in this layer."""
     state, query = layer.model, arguments.query
-    if forward.dense or (layer.gate is None and state.selector is None):
-        return False
-    if state.selector is None and isinstance(layer.policy or state.policy, Dense):
+    if forward.dense or selector.dense:
         return False
     if query.shape[2] < _min_context(layer, query.device):
         return False
@@ -251,20 +250,12 @@ def _layer_inputs(arguments: Arguments, call: Call, padding: Tensor | None) -> t
     return inputs, starts  # type: ignore[return-value]
 
 
-def _select(layer: LayerState, inputs: LayerInputs) -> BlockIndices:
-    state = layer.model
-    if state.selector is not None:
-        blocks = state.selector(inputs.q, inputs.k, layer=layer.index, scale=inputs.scale, lengths=inputs.lengths)
-        if not isinstance(blocks, BlockIndices):
-            raise TypeError(f"a selector must return BlockIndices, got {type(blocks).__name__}")
-    else:
-        policy = layer.policy or state.policy
-        logits = inputs.gate_logits(masked=False)
-        blocks = policy.select(logits, block_size=state.block_size, lengths=inputs.lengths)
+def _select(selector: Selector, inputs: LayerInputs, min_context: int) -> BlockIndices:
+    blocks = selector.select(inputs)
+    if not isinstance(blocks, BlockIndices):
+        raise TypeError(f"a selector must return BlockIndices, got {type(blocks).__name__}")
     blocks = blocks.checked()  # for statistics, observers and the op alike; the package's own lists as they are
-    if inputs.lengths is None:
-        return blocks
-    return _complete_short_rows(blocks, inputs.lengths, _min_context(layer, inputs.q.device))
+    return blocks if inputs.lengths is None else _complete_short_rows(blocks, inputs.lengths, min_context)
 
 
 def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:

@@ -1,8 +1,9 @@
-"""What an attached model carries for one attention layer: its gate, its policy, and the hooks that feed the gate."""
+"""What an attached model carries for one attention layer: gate and policy by phase, and the hooks that feed gates."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,24 +13,29 @@ from transformers import StaticCache
 from ..gates import BlockGate
 from ..ops.dispatch import FLOATING_DTYPES
 from ..policies import Policy
-from .architectures import find_attention, sliding_window
-from .forward import Call, current_forward, watching
+from ..selectors import Selector
+from .architectures import find_attention
+from .forward import Call, current_forward
 from .implementation import NAME
+from .phases import DECODE, PREFILL, LayerPhase, phase_of, unnoticed
 
 if TYPE_CHECKING:
     from .state import ModelState
 
 
 class LayerState:
-    """One attention layer: its gate, its policy where it differs from the model's, and the three hooks that feed it."""
+    """One attention layer: what it has for each phase, and the three hooks that feed its gates.
+
+    Attributes:
+        phases: gate and own policy by phase; the layer is dense in phases that are not in here.
+    """
 
     def __init__(self, model: ModelState, index: int, decoder_layer: nn.Module):
         self.model = model
         self.index = index
         self.decoder_layer = decoder_layer
-        self.window = sliding_window(model.decoder.config, index)
-        self.gate: BlockGate | None = None
-        self.policy: Policy | None = None
+        self.geometry = model.family.geometry(model.decoder, index)
+        self.phases: dict[str, LayerPhase] = {PREFILL: LayerPhase()}
         self.stray = False  # in a copy of the layer alone, without its model: the hooks do nothing
         self.lost = False  # the layer has no attention module any more that could be hooked
         self._placement: tuple[torch.device, torch.dtype] | None = None
@@ -53,14 +59,34 @@ class LayerState:
         return find_attention(self.decoder_layer, self.model.family)
 
     @property
+    def gate(self) -> BlockGate | None:
+        """The gate of prefill."""
+        return self.phases[PREFILL].gate
+
+    @property
+    def policy(self) -> Policy | None:
+        """The layer's own policy of prefill."""
+        return self.phases[PREFILL].policy
+
+    def set_phase(self, phase: str, **changes: Any) -> None:
+        """Change entries of the layer's :class:`LayerPhase`."""
+        self.phases[phase] = replace(self.phases.get(phase, LayerPhase()), **changes)
+
+    def selector(self, phase: str) -> Selector | None:
+        """What chooses the layer's blocks in a phase; None: it is dense."""
+        mine, model = self.phases.get(phase), self.model.phases.get(phase)
+        return None if mine is None or model is None else mine.selector(model)
+
+    @property
     def may_be_sparse(self) -> bool:
         """Whether the layer attends sparsely to some prompts."""
-        return self.gate is not None or (self.model.selector is not None and not self.window_is_its_own)
+        selector = self.selector(PREFILL)
+        return selector is not None and (selector.needs_gate or not self.window_is_its_own)
 
     @property
     def window_is_its_own(self) -> bool:
         """Whether the layer has a sliding window that other layers of the model do not have: it never gets a gate."""
-        return self.window is not None and any(layer.window is None for layer in self.model.layers)
+        return self.geometry.window is not None and any(layer.geometry.window is None for layer in self.model.layers)
 
     def attach_hooks(self) -> None:
         attention, family = self.attention, self.model.family
@@ -97,22 +123,25 @@ class LayerState:
         return all(hook.id in place for hook, place in zip(self._hooks, places, strict=True))
 
     def place_gate(self, device: torch.device | None = None) -> None:
-        """Move the gate where its layer went, or at least to ``device`` (offloaded layers have no place of their own).
+        """Move the gates where the layer went, or at least to ``device`` (offloaded layers have no place of their own).
 
         Only a *change* of the layer changes the dtype: trainers may keep the gate in float32. Quantized layers have
         parameters of other dtypes, in which gates cannot compute.
         """
-        if self.gate is None:
+        gates = [phase.gate for phase in self.phases.values() if phase.gate is not None]
+        if not gates:
             return
         parameters = () if self.lost else self.attention.parameters()
         parameter = next((p for p in parameters if p.dtype in FLOATING_DTYPES and not p.is_meta), None)
         placement = None if parameter is None else (parameter.device, parameter.dtype)
+        moved = placement is not None and placement != self._placement
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
-            if placement is not None and placement != self._placement:
-                self._placement = placement
-                self.gate.to(device=placement[0], dtype=placement[1])
-            if device is not None and next(self.gate.parameters()).device != device:
-                self.gate.to(device)
+            for gate in gates:
+                if placement is not None and moved:
+                    self._placement = placement
+                    gate.to(device=placement[0], dtype=placement[1])
+                if device is not None and next(gate.parameters()).device != device:
+                    gate.to(device)
 
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
         """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
@@ -121,8 +150,7 @@ class LayerState:
                 f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no longer "
                 f"calls its {self.model.family.query} and {self.model.family.key}; detach before changing modules"
             )
-        layout, head_dim = self.model.family.layout, self.model.geometry.head_dim
-        query, key = layout(call.query, head_dim), layout(call.key, head_dim)
+        query, key = self.model.family.layout(call.query, call.key, self.geometry)
         call.query = call.key = None
         return query, key
 
@@ -134,7 +162,7 @@ class LayerState:
                 "continuous batching is not supported with gates attached; call seerattention.detach(model) first"
             )
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        if hidden is None or (hidden.shape[1] == 1 and not watching()):
+        if hidden is None or unnoticed(hidden.shape[1]):
             return
         table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
         self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
@@ -168,12 +196,16 @@ class LayerState:
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if not self.stray and output.shape[1] > 1:
+        if not self.stray and self._captures(output):
             self._keep(query=output)
 
     def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if not self.stray and output.shape[1] > 1:
+        if not self.stray and self._captures(output):
             self._keep(key=output)
+
+    def _captures(self, output: Tensor) -> bool:
+        """Whether what a submodule gave is kept: prompts are, for observers too, and tokens for a decode gate."""
+        return DECODE in self.phases or phase_of(output.shape[self.model.family.token_axis]) == PREFILL
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
     def _keep(self, query: Tensor | None = None, key: Tensor | None = None) -> None:

@@ -10,68 +10,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks import BlockIndices
 from ..config import GateConfig
 from ..gates import BlockGate
 from ..policies import Policy
-from .architectures import Family, Geometry, find_decoder
-from .forward import Arguments, Forward, current_forward, watching
+from ..selectors import LayerInputs
+from .architectures import Family, find_decoder
+from .forward import Arguments, Forward, current_forward
 from .implementation import NAME, StandIn
+from .phases import PREFILL, ModelPhase, unnoticed
 
 if TYPE_CHECKING:
     from .layer import LayerState
 
 _ATTRIBUTE = "_seer_attention"
-
-Selector = Callable[..., BlockIndices]
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What one attention layer sees at prefill; rows are right-padded, whatever the padding of the batch.
-
-    Attributes:
-        layer: index of the layer.
-        q: ``[B, Hq, T, D]`` after RoPE.
-        k, v: ``[B, Hkv, T, D]``, k after RoPE.
-        q_pre, k_pre: the same as q and k before RoPE (what gates read).
-        cos, sin: ``[B or 1, T, rotary_dim]``, the model's rotary table at the tokens' positions.
-        lengths: int64 ``[B]``, valid tokens of each row; None: all.
-        scale: softmax scale of the attention.
-        gate: the layer's gate, or None (a sliding-window layer, or a model attached with a selector only).
-        lse: float32 ``[B, Hq, T]``, log-sum-exp of the scaled causal logits of each query, where the layer was attended
-            densely by a kernel that returns it; else None. What ``ops.pooled_attention`` need not compute again.
-    """
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_pre: Tensor
-    k_pre: Tensor
-    cos: Tensor
-    sin: Tensor
-    lengths: Tensor | None
-    scale: float
-    gate: BlockGate | None
-    lse: Tensor | None = None
-
-    def gate_logits(self, rows: Tensor | None = None, *, masked: bool = True) -> Tensor:
-        """Block logits of the layer's gate, float32 ``[B, Hq, R, N]``; ``rows`` and ``masked`` as in its forward.
-
-        Raises:
-            ValueError: the layer has no gate.
-        """
-        if self.gate is None:
-            raise ValueError(f"layer {self.layer} has no gate (sliding window, or attached without gates)")
-        return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths, masked=masked)
-
 
 Observer = Callable[[LayerInputs, "BlockIndices | None"], None]
 
@@ -82,6 +40,7 @@ class ModelState:
 
     Attributes:
         decoder: the module whose forward is one forward of the model.
+        phases: how its layers choose blocks, by phase; what is not in here is dense.
         register: makes the attention implementation known to transformers. It travels with copies and pickles: a
             process that unpickles a model may never have attached one.
         configs: the decoder's config objects, with what stands in them while they are attached.
@@ -91,10 +50,8 @@ class ModelState:
 
     decoder: nn.Module
     family: Family
-    geometry: Geometry
     gate_config: GateConfig | None
-    policy: Policy
-    selector: Selector | None
+    phases: dict[str, ModelPhase]
     min_context: int | None
     register: Callable[[], None]
     configs: list[tuple[Any, StandIn]] = field(default_factory=list)
@@ -118,8 +75,18 @@ class ModelState:
             stand_in.owners.add(self)
 
     @property
+    def policy(self) -> Policy:
+        """The policy of prefill."""
+        return self.phases[PREFILL].policy
+
+    @property
     def block_size(self) -> int:
-        return self.gate_config.block_size if self.gate_config is not None else 64
+        """Tokens a block of prefill."""
+        return self.phases[PREFILL].block_size
+
+    def set_policy(self, phase: str, policy: Policy) -> None:
+        """Of the layers that have none of their own."""
+        self.phases[phase] = replace(self.phases[phase], policy=policy)
 
     def warn_once(self, reason: str, message: str) -> None:
         """Warn about each reason once per attached model."""
@@ -143,11 +110,12 @@ class ModelState:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        single = tokens is not None and tokens.shape[1] == 1
+        length = None if tokens is None else tokens.shape[1]
         if not self._aligned():
             self._align()
-        if not self._standing() or (single and not watching()):
+        if not self._standing() or (length is not None and unnoticed(length)):
             return None
+        single = length == 1
         if torch.compiler.is_compiling():
             self._open(module, single, None)
             return None
@@ -217,11 +185,8 @@ class ModelState:
         if not forward.called and not any(layer.lost for layer in self.layers):
             return
         layers: Any = self.decoder.layers
-        unseen = [
-            layer.index
-            for layer in self.layers
-            if layer.may_be_sparse and (layer.lost or layer.index in forward.called - forward.seen)
-        ]
+        missed = forward.called - forward.seen
+        unseen = [layer.index for layer in self.layers if (layer.lost or layer.index in missed) and layer.may_be_sparse]
         unseen += range(len(self.layers), min(len(layers), self.decoder.config.num_hidden_layers))  # type: ignore
         if unseen and not self.detached:
             self.warn_once(

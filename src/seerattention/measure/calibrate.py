@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ..blocks import BlockIndices, causal_block_mask
 from ..hf.attach import set_policy
 from ..hf.contexts import dense, observe
+from ..hf.phases import PREFILL
 from ..hf.prompts import check_batch, run_prompt
-from ..hf.state import LayerInputs, gated_layers, state_of
+from ..hf.state import gated_layers, state_of
 from ..policies import Threshold, causal_softmax
+from ..selectors import LayerInputs
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
@@ -90,7 +92,7 @@ def calibrate(
     if not 0 < density < 1:
         raise ValueError(f"density must lie between 0 and 1, got {density}")
     state = state_of(model)
-    if state.selector is not None or not any(True for _ in gated_layers(state)):
+    if state.phases[PREFILL].selector is not None or not any(True for _ in gated_layers(state)):
         raise ValueError("calibrate needs a model attached with gates and without a selector")
     prompts = [
         check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model)  # before any work

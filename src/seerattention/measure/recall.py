@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..blocks import BlockIndices, num_blocks
 from ..hf.contexts import dense, observe
 from ..hf.prompts import run_prompt
-from ..hf.state import LayerInputs
 from ..ops import pooled_attention
 from ..policies import Policy
+from ..selectors import LayerInputs
 
 __all__ = ["block_recall", "recall_sums"]
 

@@ -1,0 +1,183 @@
+"""Selectors: what chooses the blocks of one attention layer. Gate and policy are one, training-free methods are others.
+
+Nothing here knows Hugging Face. To add a method, subclass :class:`Selector` in a file of ``baselines/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .blocks import BlockIndices
+from .gates import BlockGate
+from .policies import Dense, Policy
+
+__all__ = ["SELECTORS", "FunctionSelector", "GateSelector", "LayerInputs", "Selector", "as_selector"]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one attention layer sees at prefill; rows are right-padded, whatever the padding of the batch.
+
+    Attributes:
+        layer: index of the layer.
+        q: ``[B, Hq, T, D]`` after RoPE.
+        k, v: ``[B, Hkv, T, D]``, k after RoPE.
+        q_pre, k_pre: the same as q and k before RoPE (what gates read).
+        cos, sin: ``[B or 1, T, rotary_dim]``, the model's rotary table at the tokens' positions.
+        lengths: int64 ``[B]``, valid tokens of each row; None: all.
+        scale: softmax scale of the attention.
+        gate: the layer's gate, or None (a sliding-window layer, or a model attached with a selector only).
+        lse: float32 ``[B, Hq, T]``, log-sum-exp of the scaled causal logits of each query, where the layer was attended
+            densely by a kernel that returns it; else None. What ``ops.pooled_attention`` need not compute again.
+        phase: "prefill", or "decode" for single tokens on a cache.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_pre: Tensor
+    k_pre: Tensor
+    cos: Tensor
+    sin: Tensor
+    lengths: Tensor | None
+    scale: float
+    gate: BlockGate | None
+    lse: Tensor | None = None
+    phase: str = "prefill"
+
+    def gate_logits(self, rows: Tensor | None = None, *, masked: bool = True) -> Tensor:
+        """Block logits of the layer's gate, float32 ``[B, Hq, R, N]``; ``rows`` and ``masked`` as in its forward.
+
+        Raises:
+            ValueError: the layer has no gate.
+        """
+        if self.gate is None:
+            raise ValueError(f"layer {self.layer} has no gate (sliding window, or attached without gates)")
+        return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths, masked=masked)
+
+
+SELECTORS: dict[str, type[Selector]] = {}
+"""Selectors by name. Every subclass of :class:`Selector` is in here, unless it says ``registered=False``."""
+
+
+class Selector(ABC):
+    """Chooses the key blocks of each query block of a layer. A subclass is a frozen dataclass of what it can be told.
+
+    Attributes:
+        kind: its name, in dicts and on the command line.
+        needs_gate: whether it asks the layer's gate, so that layers without one are dense.
+    """
+
+    kind: ClassVar[str]
+    needs_gate: ClassVar[bool] = False
+
+    def __init_subclass__(cls, registered: bool = True, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not registered:
+            return
+        known = SELECTORS.get(cls.kind)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{cls.__name__}: the kind {cls.kind!r} is that of {known.__name__}; choose another name")
+        SELECTORS[cls.kind] = cls
+
+    @abstractmethod
+    def select(self, inputs: LayerInputs) -> BlockIndices:
+        """Choose the key blocks of each query block.
+
+        Every query block must be given its diagonal block, or its tokens may see nothing. Rows of blocks that are
+        wholly padding may have any list.
+
+        Returns:
+            BlockIndices on the device of q, with one list per query head, or one per KV head.
+        """
+
+    @property
+    @abstractmethod
+    def rowwise(self) -> bool:
+        """Whether it decides row by row: what a query block reads would be the same if the prompt ended with it. False
+        for methods that look at the whole prompt, or at its end."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it keeps everything anyway, so that the layer had better be attended densely."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ``{"kind": ..., <arguments>}``, as :func:`seerattention.baselines.selector_from_dict` reads."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {
+            "kind": self.kind,
+            **{name: value.to_dict() if isinstance(value, Policy) else value for name, value in values.items()},
+        }
+
+
+@dataclass(frozen=True)
+class GateSelector(Selector):
+    """The layer's gate scores, a policy chooses.
+
+    Attributes:
+        policy: turns the gate's logits into block indices.
+    """
+
+    policy: Policy
+
+    kind = "gate"
+    needs_gate = True
+
+    def select(self, inputs: LayerInputs) -> BlockIndices:
+        logits = inputs.gate_logits(masked=False)
+        assert inputs.gate is not None
+        return self.policy.select(logits, block_size=inputs.gate.block_size, lengths=inputs.lengths)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.policy.rowwise
+
+    @property
+    def dense(self) -> bool:
+        return isinstance(self.policy, Dense)
+
+
+@dataclass(frozen=True)
+class FunctionSelector(Selector, registered=False):
+    """A plain callable as a selector: ``function(q, k, *, layer, scale, lengths)``, of tensors after RoPE.
+
+    Nothing is known of how it decides, so it counts as one that looks at the whole prompt.
+    """
+
+    function: Callable[..., BlockIndices]
+
+    kind = "function"
+    rowwise = False
+
+    def select(self, inputs: LayerInputs) -> BlockIndices:
+        return self.function(inputs.q, inputs.k, layer=inputs.layer, scale=inputs.scale, lengths=inputs.lengths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its name only: no dict gives a function back."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return {"kind": self.kind, "name": name}
+
+
+def as_selector(selector: Selector | Callable[..., BlockIndices]) -> Selector:
+    """A selector, from one or from a plain callable (see :class:`FunctionSelector`).
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(selector, Selector):
+        return selector
+    if isinstance(selector, type) or not callable(selector):
+        what = f"the class {selector.__name__}" if isinstance(selector, type) else type(selector).__name__
+        raise TypeError(
+            f"a selector must be a seerattention.selectors.Selector or callable as selector(q, k, layer=, scale=, "
+            f"lengths=), got {what}"
+        )
+    return FunctionSelector(selector)
