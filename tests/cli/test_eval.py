@@ -42,6 +42,32 @@ def test_eval_measures_every_setting(seer_command, folder, common, tmp_path):
         assert text in page
 
 
+def test_eval_selectors_by_name(seer_command, common):
+    names = ["gate:policy=top_k(0.5)", "oracle:policy=top_k(0.2, uniform=true)"]
+    result = seer_command(
+        "eval", *common, "--lengths", "768", "--densities", "0.5", "--measure", "perplexity", "--documents", 1,
+        "--selectors", ",".join(names), "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    by_name = {item["setting"]: item for item in json.loads(result.stdout)["perplexity"]}
+    assert list(by_name) == ["dense", "gates 0.5", *names]
+    gate, oracle = (by_name[name] for name in names)
+    assert {**gate, "setting": "gates 0.5"} == by_name["gates 0.5"]
+    assert oracle["density"] < gate["density"]
+    assert len(gate["by_length"]) > 1 == len(oracle["by_length"])  # the oracle's policy looks at the whole prompt
+    assert oracle["by_length"][0]["length"] == 768
+
+
+@pytest.mark.parametrize(
+    ("selectors", "says"),
+    [("nothing", "selector kind must be one of"), ("gate:policy=top_k(0.5)", "needs --gates"), ("oracle:policy=top_k", "missing")],
+)
+def test_eval_refuses_selectors(seer_command, common, selectors, says):
+    result = seer_command("eval", *common[:2], "--gates", "none", *common[4:], "--selectors", selectors)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert says in result.stderr
+
+
 def test_eval_perplexity_is_that_of_the_model(seer_command, folder):
     arguments = ["--model", folder / "model", "--gates", "none", "--data", folder / "text.txt", "--device", "cpu"]
     result = seer_command(

@@ -54,6 +54,12 @@ def command(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Also select from the true attention map: what a perfect gate would reach.")
     ] = False,
+    selectors: Annotated[
+        str | None,
+        typer.Option(
+            help="Also these selectors, by kind and arguments: 'oracle:policy=top_p(0.9),gate:policy=token_budget(2048)'"
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -124,6 +130,7 @@ def command(
             parse_list(densities, parse_density, "densities"),
             [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
             oracle,
+            selectors,
         )
         check_seed(seed)
         check_dtype(dtype)
@@ -202,8 +209,10 @@ def _identity(model: Any, device: str) -> dict[str, Any]:
     }
 
 
-def _settings(gates: Any, densities: Sequence[float], thresholds: Sequence[float], oracle: bool) -> list[Setting]:
-    from ..baselines import Oracle
+def _settings(
+    gates: Any, densities: Sequence[float], thresholds: Sequence[float], oracle: bool, selectors: str | None
+) -> list[Setting]:
+    from ..baselines import Oracle, parse_selectors
     from ..evaluate import Setting
     from ..policies import Threshold, TopK
 
@@ -216,6 +225,10 @@ def _settings(gates: Any, densities: Sequence[float], thresholds: Sequence[float
         settings += [Setting(f"gates > {value:g}", gates=gates, policy=Threshold(value)) for value in thresholds]
     elif thresholds:
         raise ValueError("--thresholds needs --gates")
+    for name, selector in ({} if selectors is None else parse_selectors(selectors)).items():
+        if selector.needs_gate and gates is None:
+            raise ValueError(f"--selectors: {name} asks gates and needs --gates")
+        settings.append(Setting(name, gates=gates if selector.needs_gate else None, selector=selector))
     return settings
 
 

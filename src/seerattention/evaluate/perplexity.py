@@ -39,11 +39,14 @@ class PerplexityResult:
         setting: its name.
         density: ``total_density`` over all documents.
         losses: float32 ``[documents, T - 1]``, cross entropy in nats of tokens 1..T-1.
+        rowwise: whether the first positions are those of a shorter document. A selector that looks at the whole prompt
+            would have chosen other blocks for that, so only the loss over all positions is its own.
     """
 
     setting: str
     density: float
     losses: np.ndarray
+    rowwise: bool = True
 
     @property
     def length(self) -> int:
@@ -73,7 +76,7 @@ class PerplexityResult:
         """This and another result of the same setting and length as one."""
         mine, theirs = self.losses.shape[0], other.losses.shape[0]
         density = (self.density * mine + other.density * theirs) / (mine + theirs)
-        return PerplexityResult(self.setting, density, np.concatenate([self.losses, other.losses]))
+        return PerplexityResult(self.setting, density, np.concatenate([self.losses, other.losses]), self.rowwise)
 
     def buckets(self) -> list[tuple[int, int]]:
         """Position ranges that double in length: 0-256, 256-512, 512-1K, ..."""
@@ -88,10 +91,12 @@ class PerplexityResult:
             loss, error = self.loss(start, stop)
             by_position.append({"start": start, "stop": stop, "loss": loss, "standard_error": finite(error)})
             perplexity, error = self.perplexity(0, stop)
-            by_length.append({"length": stop, "perplexity": perplexity, "standard_error": finite(error)})
+            if self.rowwise or stop == self.length:
+                by_length.append({"length": stop, "perplexity": perplexity, "standard_error": finite(error)})
         return {
             "setting": self.setting,
             "density": self.density,
+            "rowwise": self.rowwise,
             "length": self.length,
             "documents": int(self.losses.shape[0]),
             "last_quarter": {"perplexity": quarter, "standard_error": finite(quarter_error)},
@@ -183,7 +188,7 @@ def evaluate_perplexity(
     for setting in settings:
         with setting.applied(model) as measurement:
             losses = document_losses(model, documents, batch_size, advance)
-        results.append(PerplexityResult(setting.name, measurement.density, losses))
+        results.append(PerplexityResult(setting.name, measurement.density, losses, setting.rowwise))
     return results
 
 
@@ -200,7 +205,10 @@ def perplexity_table(results: Sequence[PerplexityResult], lengths: Sequence[int]
     for result in results:
         quarter, quarter_error = result.last_quarter()
         added = "" if result is first else with_error(*result.loss_increase(first, first.length * 3 // 4), "+.4f")
-        by_length = [f"{result.perplexity(0, length)[0]:.2f}" for length in lengths]
+        by_length = [
+            f"{result.perplexity(0, length)[0]:.2f}" if result.rowwise or length == first.length else "-"
+            for length in lengths
+        ]
         rows.append(
             [result.setting, format_density(result.density), *by_length, with_error(quarter, quarter_error), added]
         )
@@ -218,6 +226,8 @@ def perplexity_table(results: Sequence[PerplexityResult], lengths: Sequence[int]
         f"'{first.setting}' there, "
         "± standard error of the paired difference over documents."
     )
+    if not all(result.rowwise for result in results):
+        caption += " '-': the selector looks at the whole prompt, so it would read other blocks in a shorter one."
     return Table(headers, rows, caption)
 
 
@@ -254,7 +264,7 @@ class PerplexityMeasure:
 
     def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PerplexityResult:
         """A result that was kept."""
-        return PerplexityResult(numbers["setting"], numbers["density"], arrays["losses"])
+        return PerplexityResult(numbers["setting"], numbers["density"], arrays["losses"], numbers.get("rowwise", True))
 
     def table(self, results: Sequence[PerplexityResult]) -> Table:
         """See :func:`perplexity_table`."""

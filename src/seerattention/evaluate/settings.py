@@ -14,6 +14,7 @@ from .. import hf
 from ..hf.state import state_of
 from ..measure import record
 from ..policies import Policy
+from ..selectors import as_selector
 
 __all__ = ["Measurement", "Setting"]
 
@@ -39,7 +40,7 @@ class Setting:
         name: what tables call it.
         gates: folder of saved gates; None uses the gates that are attached to the model, if any.
         policy: policy for those gates; None is the policy stored with them.
-        selector: a selector instead of gates (``baselines.Oracle`` for example).
+        selector: a selector instead of gates (``baselines.Oracle`` for example); one that asks gates goes with them.
         sparse: False is the dense model, whatever is attached to it.
         min_context: prompts of fewer tokens are dense. 0: none, every row of every prompt is sparse (but for the last
             ones where the policy says so). None: as the model is attached, or the default of the device.
@@ -55,13 +56,20 @@ class Setting:
     def __post_init__(self) -> None:
         if not self.sparse and (self.gates or self.policy or self.selector):
             raise ValueError(f"setting {self.name!r} is dense and cannot have gates, a policy or a selector")
-        if self.selector is not None and (self.gates or self.policy):
+        asks_gates = getattr(self.selector, "needs_gate", False)
+        if self.selector is not None and (self.policy or (self.gates and not asks_gates)):
             raise ValueError(f"setting {self.name!r} has a selector and also gates or a policy; give one or the other")
 
     @classmethod
     def dense(cls, name: str = "dense") -> Setting:
         """The model as it is without sparsity."""
         return cls(name, sparse=False)
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether what a position reads would be the same if the prompt ended there, as far as this setting says."""
+        chosen = self.policy if self.selector is None else as_selector(self.selector)
+        return chosen is None or chosen.rowwise
 
     @contextmanager
     def applied(self, model: nn.Module, measure: bool = True) -> Iterator[Measurement]:
@@ -95,7 +103,7 @@ class Setting:
                 "detach them (seer.save_gates, then seer.detach) and pass their folder as a setting"
             )
         if self.selector is not None:
-            hf.attach(model, selector=self.selector, min_context=self.min_context)
+            hf.attach(model, self.gates, selector=self.selector, min_context=self.min_context)
         else:
             hf.attach(model, self.gates, prefill=self.policy, min_context=self.min_context)
         try:
