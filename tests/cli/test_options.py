@@ -76,6 +76,7 @@ WRONG = {
         "--measure": ["speed", ","],
         "--tasks": ["haystack", ","],
         "--method": ["guess", ""],
+        "--selectors": ["guess", "", "oracle,", "oracle:policy", "oracle:policy=top_k(2)", "oracle,oracle"],
         "--lengths": [*LENGTHS, "4K,0", ","],
         "--densities": DENSITIES,
         "--thresholds": ["1", "-0.1", "nan", "high", ",", ""],

@@ -225,7 +225,11 @@ def _settings(
         settings += [Setting(f"gates > {value:g}", gates=gates, policy=Threshold(value)) for value in thresholds]
     elif thresholds:
         raise ValueError("--thresholds needs --gates")
-    for name, selector in ({} if selectors is None else parse_selectors(selectors)).items():
+    try:
+        chosen = {} if selectors is None else parse_selectors(selectors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--selectors: {error}") from error
+    for name, selector in chosen.items():
         if selector.needs_gate and gates is None:
             raise ValueError(f"--selectors: {name} asks gates and needs --gates")
         settings.append(Setting(name, gates=gates if selector.needs_gate else None, selector=selector))
