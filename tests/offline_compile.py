@@ -104,6 +104,21 @@ def lists(block_size):
     return BlockIndices.from_mask(torch.ones(1, 4, rows, rows, dtype=torch.bool), block_size)
 
 
+def span_cases(head_dim, dtype):
+    """q, k and lists of padded, packed and paged rows."""
+    ones = torch.ones(1, dtype=torch.int32)
+    q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
+    pages = Pages(torch.zeros(1, 2, dtype=torch.int32), 64)
+    for name, span, slots in (
+        ("padded", Span.of_rows(128, 128, start=ones, length=ones), 128),
+        ("packed", Span.of_packed(torch.tensor([0, 128], dtype=torch.int32)), 128),
+        ("pages", Span.of_rows(128, 128, start=ones, length=ones, pages=pages), 64),
+    ):
+        rows = span.num_rows(64)
+        mask = torch.ones(1, 4, rows, 2, dtype=torch.bool)
+        yield name, q, q[:, :2, :slots], BlockIndices.from_mask(mask, 64, span=span)
+
+
 @contextlib.contextmanager
 def in_parts(module):
     """Launchers of attention cut lists in two, and leave out what puts the results together."""
@@ -129,6 +144,9 @@ def block_sparse_attention(module, target):
             "128 64 in parts",
             lambda: module.block_sparse_attention_triton(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
         )
+    for name, q, k, blocks in span_cases(128, torch.bfloat16):
+        call = functools.partial(module.block_sparse_attention_triton, q, k, k, blocks, 0.1, True)
+        yield f"128 64 {name}", call
 
 
 def block_sparse_decode(module, target):
@@ -183,6 +201,15 @@ def hopper(module, target):
                     *tensors(d, torch.bfloat16), lists(64), 0.1, False
                 ),
             )
+
+
+def hopper_span(module, target):
+    for head_dim in (64, 128):
+        for name, q, k, blocks in span_cases(head_dim, torch.bfloat16):
+            call = functools.partial(module.block_sparse_attention_hopper, q, k, k, blocks, 0.1, True)
+            yield f"{head_dim} {name}", call
+            with in_parts(module):
+                yield f"{head_dim} {name} in parts", call
 
 
 def pooled_attention(module, target):
@@ -293,6 +320,7 @@ def block_selection(module, target):
 EVERYWHERE = ["sm_80", "sm_90", "gfx942"]
 JOBS = {
     "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
+    "hopper_span": (hopper_span, "block_sparse_attention.hopper", ["sm_90"]),
     "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", EVERYWHERE),
     "block_sparse_decode": (block_sparse_decode, "block_sparse_decode.triton", EVERYWHERE),
     "merge_parts": (merge_parts, "block_sparse_attention.triton_parts", EVERYWHERE),

@@ -23,13 +23,26 @@ SIZES = [(40, 101), (1, 33), (70, 70), (31, 95)]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_of_any_layout_equal_the_whole_prompt(implementation, layout, nan_filled_empty):
-    check_attention_layout(implementation, layout, SIZES, shared=layout == "packed", head_dim=24)
+    check_attention_layout(implementation, layout, SIZES, shared=layout == "packed", head_dim=24, heads=2, kv_heads=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lists_in_parts(layout, nan_filled_empty, monkeypatch):
-    split_lists(monkeypatch, 3)
-    check_attention_layout("triton", layout, SIZES[:3], head_dim=16)
+    split_lists(monkeypatch, 2)
+    sizes = [(5, 101), (34, 70)]
+    check_attention_layout("triton", layout, sizes, heads=2, kv_heads=1, head_dim=16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_hopper_emulated(parts, layout, emulated_attention, nan_filled_empty, monkeypatch):
+    split_lists(monkeypatch, parts)
+    sizes = [(70, 200), (1, 65), (130, 130), (33, 97)]
+    common = {"head_dim": 64, "block_size": 64, "dtype": torch.float16, "shared": layout == "pages"}
+    check_attention_layout("hopper", layout, sizes, **common)
+    wide = {"heads": 2, "kv_heads": 1, "head_dim": 72, "block_size": 128, "dtype": torch.bfloat16}
+    check_attention_layout("hopper", layout, sizes[:2], **wide)
+    assert all(constants["TABLE"] for *_, constants in emulated_attention)
 
 
 @settings(deadline=None, max_examples=25)

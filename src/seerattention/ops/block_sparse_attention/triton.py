@@ -128,13 +128,16 @@ def block_sparse_attention_fwd_kernel(
     b_q = tl.load(
         p_q + o_slot.to(tl.int64)[:, None] * s_q_t + o_d[None, :], mask=m_query[:, None] & m_d[None, :], other=0.0
     )
-    p_k += i_kv * s_k_h
-    p_v += i_kv * s_v_h
     if PAGE:
         p_pages += i_b * s_pages_b
+        p_k += i_kv * s_k_h
+        p_v += i_kv * s_v_h
     else:
-        p_k += i_batch * s_k_b + key_slot * s_k_t
-        p_v += i_batch * s_v_b + key_slot * s_v_t
+        p_k += i_batch * s_k_b + i_kv * s_k_h
+        p_v += i_batch * s_v_b + i_kv * s_v_h
+        if TABLE:
+            p_k += key_slot * s_k_t
+            p_v += key_slot * s_v_t
     o_k = o_t.to(tl.int64)[:, None] * s_k_t + o_d[None, :]
     o_dv = tl.arange(0, V_DIM)
     m_dv, m_dw = o_dv < HEAD_DIM, V_DIM + o_dv < HEAD_DIM
