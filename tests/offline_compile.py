@@ -301,7 +301,7 @@ def block_selection(module, target):
     module._limit = (lambda registers: {}) if target == "gfx942" else (lambda registers: {"maxnreg": registers})
     for num in (512, 2048) if target == "sm_90" else (512,):
         scores, keep = torch.zeros(1, 2, num, num), torch.ones(1, num, dtype=torch.int64)
-        common = {"block_size": 64, "lengths": None, "last_blocks_dense": 1}
+        common = {"block_size": 64, "table": None, "last_blocks_dense": 1}
         for softmax in (False, True):
             given = {**common, "softmax": softmax}
             yield f"threshold {num} {softmax}", functools.partial(module.select_threshold, scores, 0.1, **given)
@@ -310,7 +310,7 @@ def block_selection(module, target):
         yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
     for num in (16384, 32768) if target == "sm_90" else ():  # 8 and 16 warps share the registers
         scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
-        common = {"block_size": 64, "lengths": None, "last_blocks_dense": 0}
+        common = {"block_size": 64, "table": None, "last_blocks_dense": 0}
         yield f"topp {num} True", functools.partial(module.select_topp, scores, 0.5, softmax=True, **common)
         given = {**common, "diagonal_extra": True, "capacity": num}
         yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)

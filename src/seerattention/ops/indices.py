@@ -26,6 +26,7 @@ from .span import Span, num_blocks
 __all__ = [
     "BlockIndices",
     "causal_block_mask",
+    "check_span",
     "clean_lists",
     "first_query_block",
     "is_ordered",
@@ -101,7 +102,7 @@ class BlockIndices:
         if indices.dtype != torch.int32 or counts.dtype != torch.int32:
             raise TypeError(f"indices and counts must be int32, got {indices.dtype} and {counts.dtype}")
         if self.span is not None:
-            _check_span(indices.shape, indices.device, self.num_key_blocks, self.block_size, self.by_token, self.span)
+            check_span(indices.shape, indices.device, self.num_key_blocks, self.block_size, self.by_token, self.span)
         elif not self.by_token and self.num_rows > self.num_key_blocks:
             raise ValueError(f"got {self.num_rows} query blocks but only {self.num_key_blocks} key blocks")
 
@@ -142,7 +143,7 @@ class BlockIndices:
             raise ValueError(f"mask must be bool [B, H, Nq, Nk], got {mask.dtype} {tuple(mask.shape)}")
         num_rows, num_keys = mask.shape[2:]
         if span is not None:
-            _check_span(mask.shape, mask.device, num_keys, block_size, by_token, span)
+            check_span(mask.shape, mask.device, num_keys, block_size, by_token, span)
         elif not by_token and num_rows > num_keys:
             raise ValueError(f"mask has {num_rows} query blocks but only {num_keys} key blocks")
         last = _last_blocks(num_rows, num_keys, block_size, by_token, span, mask.device)
@@ -202,7 +203,7 @@ class BlockIndices:
         return int(counts.sum(dtype=torch.int64)) / causal if causal else 1.0
 
 
-def _check_span(
+def check_span(
     shape: torch.Size, device: torch.device, num_key_blocks: int, block_size: int, by_token: bool, span: Span
 ) -> None:
     """Raise ValueError unless lists or a mask of ``shape [B, H, Nq, ...]`` are those of a span."""
