@@ -117,7 +117,7 @@ def _allocate(dtype, shape, layout):
 
 
 def _load(pointer, mask=None, other=0):
-    return pointer.memory[pointer.index()] if mask is None else _masked_load(pointer, mask, other)
+    return pointer.memory[pointer.index()] if mask is None or mask is True else _masked_load(pointer, mask, other)
 
 
 def _masked_load(pointer, mask, other):
@@ -235,6 +235,7 @@ def run(kernel, grid, args, constants):
         ),
         "fence_async_shared": lambda: None,
         "_barrier": lambda: None,
+        "thread_barrier": lambda: None,
         "range": _range,
         "warpgroup_mma": _product,
         "warpgroup_mma_wait": lambda outstanding, deps: deps[0].finish(outstanding),
@@ -242,6 +243,8 @@ def run(kernel, grid, args, constants):
     for name, value in list(names.items()):
         if type(value).__name__ == "GluonJITFunction":
             names[name] = types.FunctionType(value.fn.__code__, names, name)
+        elif type(value).__name__ == "constexpr":
+            names[name] = value.value
 
     def convert(value):
         if isinstance(value, torch.Tensor):

@@ -105,6 +105,21 @@ def lists(block_size):
     return BlockIndices.from_mask(torch.ones(1, 4, rows, rows, dtype=torch.bool), block_size)
 
 
+def span_cases(head_dim, dtype):
+    """q, k and lists of padded, packed and paged rows."""
+    ones = torch.ones(1, dtype=torch.int32)
+    q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
+    pages = Pages(torch.zeros(1, 2, dtype=torch.int32), 64)
+    for name, span, slots in (
+        ("padded", Span.of_rows(128, 128, start=ones, length=ones), 128),
+        ("packed", Span.of_packed(torch.tensor([0, 128], dtype=torch.int32)), 128),
+        ("pages", Span.of_rows(128, 128, start=ones, length=ones, pages=pages), 64),
+    ):
+        rows = span.num_rows(64)
+        mask = torch.ones(1, 4, rows, 2, dtype=torch.bool)
+        yield name, q, q[:, :2, :slots], BlockIndices.from_mask(mask, 64, span=span)
+
+
 @contextlib.contextmanager
 def in_parts(module):
     """Launchers of attention cut lists in two, and leave out what puts the results together."""
@@ -130,6 +145,9 @@ def block_sparse_attention(module, target):
             "128 64 in parts",
             lambda: module.block_sparse_attention_triton(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
         )
+    for name, q, k, blocks in span_cases(128, torch.bfloat16):
+        call = functools.partial(module.block_sparse_attention_triton, q, k, k, blocks, 0.1, True)
+        yield f"128 64 {name}", call
 
 
 def block_sparse_decode(module, target):
@@ -184,6 +202,15 @@ def hopper(module, target):
                     *tensors(d, torch.bfloat16), lists(64), 0.1, False
                 ),
             )
+
+
+def hopper_span(module, target):
+    for head_dim in (64, 128):
+        for name, q, k, blocks in span_cases(head_dim, torch.bfloat16):
+            call = functools.partial(module.block_sparse_attention_hopper, q, k, k, blocks, 0.1, True)
+            yield f"{head_dim} {name}", call
+            with in_parts(module):
+                yield f"{head_dim} {name} in parts", call
 
 
 def pooled_attention(module, target):
@@ -296,7 +323,7 @@ def block_selection(module, target):
     module._limit = (lambda registers: {}) if target == "gfx942" else (lambda registers: {"maxnreg": registers})
     for num in (512, 2048) if target == "sm_90" else (512,):
         scores, keep = torch.zeros(1, 2, num, num), torch.ones(1, num, dtype=torch.int64)
-        common = {"block_size": 64, "lengths": None, "last_blocks_dense": 1}
+        common = {"block_size": 64, "table": None, "last_blocks_dense": 1}
         for softmax in (False, True):
             given = {**common, "softmax": softmax}
             yield f"threshold {num} {softmax}", functools.partial(module.select_threshold, scores, 0.1, **given)
@@ -305,7 +332,7 @@ def block_selection(module, target):
         yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
     for num in (16384, 32768) if target == "sm_90" else ():  # 8 and 16 warps share the registers
         scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
-        common = {"block_size": 64, "lengths": None, "last_blocks_dense": 0}
+        common = {"block_size": 64, "table": None, "last_blocks_dense": 0}
         yield f"topp {num} True", functools.partial(module.select_topp, scores, 0.5, softmax=True, **common)
         given = {**common, "diagonal_extra": True, "capacity": num}
         yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
@@ -315,6 +342,7 @@ def block_selection(module, target):
 EVERYWHERE = ["sm_80", "sm_90", "gfx942"]
 JOBS = {
     "hopper": (hopper, "block_sparse_attention.hopper", ["sm_90"]),
+    "hopper_span": (hopper_span, "block_sparse_attention.hopper", ["sm_90"]),
     "block_sparse_attention": (block_sparse_attention, "block_sparse_attention.triton", EVERYWHERE),
     "block_sparse_decode": (block_sparse_decode, "block_sparse_decode.triton", EVERYWHERE),
     "merge_parts": (merge_parts, "block_sparse_attention.triton_parts", EVERYWHERE),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .ops.block_selection import causal_softmax, dense_indices, select_threshold, select_topk, select_topp
 from .ops.indices import BlockIndices
+from .ops.span import Span
 
 __all__ = ["Dense", "Policy", "Threshold", "TokenBudget", "TopK", "TopP", "causal_softmax", "policy_from_dict"]
 
@@ -34,18 +35,22 @@ class Policy(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
         """Choose the key blocks of each query block.
 
         Args:
             logits: ``[B, H, Nq, Nk]``, block scores before the softmax; query blocks are the last Nq of the Nk key
-                blocks. What lies above the block diagonal is undefined and must be ignored.
+                blocks, or those of the span. What lies above the block diagonal is undefined and must be ignored.
             block_size: tokens a block.
             lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Rows of blocks that are wholly
                 padding get count 0; every other row selects what it would select without the padding.
+            span: which query blocks the rows are, instead of ``lengths``. Rows that hold no query get count 0; every
+                other row selects what it would select alone.
 
         Returns:
-            BlockIndices on the device of the logits.
+            BlockIndices on the device of the logits, with the span.
         """
 
     @property
@@ -79,12 +84,15 @@ class Threshold(Policy):
             raise ValueError(f"threshold is a probability and must lie in [0, 1), got {self.threshold}")
         _check_last_blocks(self.last_blocks_dense)
 
-    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
         return select_threshold(
             logits,
             self.threshold,
             block_size=block_size,
             lengths=lengths,
+            span=span,
             last_blocks_dense=self.last_blocks_dense,
             softmax=True,
         )
@@ -123,28 +131,36 @@ class TopK(Policy):
     def rowwise(self) -> bool:
         return super().rowwise and not self.uniform  # which counts all blocks of the sequence
 
-    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
         if self.density == 1:
-            return Dense().select(logits, block_size=block_size, lengths=lengths)
+            return Dense().select(logits, block_size=block_size, lengths=lengths, span=span)
         num_rows, num_keys = logits.shape[-2:]
+        differ = span is not None and not span.plain
         if self.uniform:
             # n counts the blocks of each sequence's own content, so padding does not change what it keeps.
             share = 1.0 - math.sqrt(1.0 - self.density)
             longest = max(1, int(share * num_keys))
-            if lengths is None:
+            ends = span.ends() if span is not None and differ else lengths
+            if ends is None:
                 keep = torch.full((num_rows,), longest, dtype=torch.int64, device=logits.device)
             else:
-                blocks = (lengths + (block_size - 1)) // block_size
+                blocks = (ends + (block_size - 1)) // block_size
                 keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
             capacity = longest + 1
         else:
-            keep = _share_of_causal(self.density, num_rows, num_keys, logits.device)
+            if span is not None and differ:
+                keep = _share(self.density, span.row_blocks(block_size) + 1)
+            else:
+                keep = _share_of_causal(self.density, num_rows, num_keys, logits.device)
             capacity = max(1, math.ceil(num_keys * self.density - _CEIL_SLACK))  # what the last row keeps
         return select_topk(
             logits,
             keep,
             block_size=block_size,
             lengths=lengths,
+            span=span,
             last_blocks_dense=self.last_blocks_dense,
             diagonal_extra=self.uniform,
             capacity=capacity,
@@ -170,12 +186,15 @@ class TopP(Policy):
             raise ValueError(f"p is a probability mass and must lie in (0, 1], got {self.p}")
         _check_last_blocks(self.last_blocks_dense)
 
-    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
         return select_topp(
             logits,
             self.p,
             block_size=block_size,
             lengths=lengths,
+            span=span,
             last_blocks_dense=self.last_blocks_dense,
             softmax=True,
         )
@@ -199,13 +218,16 @@ class TokenBudget(Policy):
             raise ValueError(f"tokens must be an integer from 1 to {_MOST_TOKENS}, got {self.tokens!r}")
         _check_last_blocks(self.last_blocks_dense)
 
-    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
         blocks = -(-self.tokens // block_size)
         return select_topk(
             logits,
             torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device),
             block_size=block_size,
             lengths=lengths,
+            span=span,
             last_blocks_dense=self.last_blocks_dense,
             capacity=blocks,
         )
@@ -217,8 +239,10 @@ class Dense(Policy):
 
     kind: ClassVar[str] = "dense"
 
-    def select(self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None) -> BlockIndices:
-        return dense_indices(*logits.shape, block_size=block_size, lengths=lengths, device=logits.device)
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
+        return dense_indices(*logits.shape, block_size=block_size, lengths=lengths, device=logits.device, span=span)
 
 
 _POLICIES: dict[str, type[Policy]] = {policy.kind: policy for policy in (Threshold, TopK, TopP, TokenBudget, Dense)}
@@ -264,13 +288,19 @@ def _share_of_causal(density: float, num_rows: int, num_keys: int, device: torch
     if found is not None:
         return found
     where = device if device.type != "mps" else None  # Apple's has no float64
-    causal = torch.arange(num_keys - num_rows + 1, num_keys + 1, dtype=torch.float64, device=where)
-    share = (causal * density - _CEIL_SLACK).ceil().long().clamp(min=1)
+    share = _share(density, torch.arange(num_keys - num_rows + 1, num_keys + 1, device=where))
     if kept and type(share) is Tensor:  # not a stand-in of a tracer
         if len(_SHARES) >= _MOST_SHARES:
             _SHARES.clear()
         _SHARES[key] = share
     return share
+
+
+def _share(density: float, causal: Tensor) -> Tensor:
+    """``ceil(density * causal)`` of numbers of causal blocks, at least 1, int64."""
+    if causal.device.type == "mps":  # Apple's has no float64
+        return _share(density, causal.cpu()).to(causal.device)
+    return (causal.double() * density - _CEIL_SLACK).ceil().long().clamp(min=1)
 
 
 def _check_number(policy: str, name: str, value: Any) -> None:

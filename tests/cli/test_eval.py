@@ -60,7 +60,11 @@ def test_eval_selectors_by_name(seer_command, common):
 
 @pytest.mark.parametrize(
     ("selectors", "says"),
-    [("nothing", "selector kind must be one of"), ("gate:policy=top_k(0.5)", "needs --gates"), ("oracle:policy=top_k", "missing")],
+    [
+        ("nothing", "selector kind must be one of"),
+        ("gate:policy=top_k(0.5)", "needs --gates"),
+        ("oracle:policy=top_k", "missing"),
+    ],
 )
 def test_eval_refuses_selectors(seer_command, common, selectors, says):
     result = seer_command("eval", *common[:2], "--gates", "none", *common[4:], "--selectors", selectors)

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 import seerattention as seer
 from seerattention.ops import dispatch
 from seerattention.ops.gate_scores.reference import Tiles
-from seerattention.ops.indices import BlockIndices
+from seerattention.ops.indices import ordered_lists
 from seerattention.ops.pooled_attention.arguments import Wanted
+from seerattention.ops.span import Span
 
 # Ops that wait for the device, or whose results have a shape that depends on values.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
@@ -165,11 +166,12 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
     with Waits() as waits:
         pooling.block_pooling(q, ("max", "avg"), **common)
         keep = torch.full((1, 6), 2, device="meta")
-        rest = {**common, "last_blocks_dense": 1}
+        span = Span.of_padded(1, 333, 333, lengths)
+        rest = {"block_size": 64, "table": span.table, "last_blocks_dense": 1}
         selection.select_threshold(scores, 0.1, **rest)
         selection.select_topp(scores, 0.5, **rest)
-        blocks = selection.select_topk(scores, keep, diagonal_extra=False, capacity=6, **rest)
-        assert isinstance(blocks, BlockIndices)
+        lists = selection.select_topk(scores, keep, diagonal_extra=False, capacity=6, **rest)
+        blocks = ordered_lists(*lists, 6, 64, span=span)
         attention.block_sparse_attention_triton(q, k, k, blocks, 0.1, True)
         rows = torch.arange(6, device="meta")
         for reduce in ("max", "sum"):

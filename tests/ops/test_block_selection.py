@@ -429,7 +429,7 @@ def test_launches_fit_the_registers_of_a_multiprocessor(monkeypatch):
     for name in ("select_topk_kernel", "select_topp_kernel", "select_threshold_kernel"):
         monkeypatch.setattr(triton, name, Kernel())
     monkeypatch.setattr(triton, "_limit", lambda registers: {"maxnreg": registers})
-    common = {"block_size": 64, "lengths": None, "last_blocks_dense": 0}
+    common = {"block_size": 64, "table": None, "last_blocks_dense": 0}
     for num_keys in (100, 4096, 8192, 8193, 16384, 32768):
         scores = torch.zeros(1, 1, 2, num_keys)
         launches.clear()

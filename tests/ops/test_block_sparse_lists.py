@@ -44,7 +44,7 @@ def arbitrary(examples, **options):
 @arbitrary(60)
 def test_what_lists_say_of_themselves(chunk, monkeypatch, case):
     """Looked at row by row, as very large ones are in part, and all at once."""
-    monkeypatch.setattr("seerattention.ops.indices.CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr("seerattention.ops.lists.CHUNK_ENTRIES", chunk)
     check_what_lists_say(case)
 
 
@@ -114,8 +114,8 @@ def test_lists_of_the_package_are_not_looked_at(maker, inference, looking_costs_
     with torch.inference_mode(inference):
         blocks, unseen = own_lists()[maker], own_lists()[maker]
         mask = blocks.to_mask()
-        monkeypatch.setattr("seerattention.ops.indices._examine", fail)
-        monkeypatch.setattr("seerattention.ops.indices._pack", fail)
+        monkeypatch.setattr("seerattention.ops.lists.examine", fail)
+        monkeypatch.setattr("seerattention.ops.lists.pack", fail)
         for _ in range(1 if looking_costs_little else 2):
             assert blocks.checked() is blocks
             assert torch.equal(blocks.to_mask(), mask)
@@ -127,7 +127,7 @@ def test_lists_of_the_package_are_not_looked_at(maker, inference, looking_costs_
             assert str(blocks)
         assert is_ordered(blocks) is not looking_costs_little
         with monkeypatch.context() as patch:  # while a graph is recorded, which may be replayed on other values
-            patch.setattr("seerattention.ops.indices._values_are_visible", lambda x: False)
+            patch.setattr("seerattention.ops.lists.values_are_visible", lambda x: False)
             assert not is_ordered(blocks)
             assert is_ordered(unseen)
 
@@ -280,7 +280,7 @@ def test_what_is_refused(place, value, words):
 
 
 def test_an_entry_far_down_is_named_in_a_later_chunk(monkeypatch):
-    monkeypatch.setattr("seerattention.ops.indices.CHUNK_ENTRIES", 1)
+    monkeypatch.setattr("seerattention.ops.lists.CHUNK_ENTRIES", 1)
     with pytest.raises(ValueError, match=r"indices\[0, 1, 3, 2\] is -1"):
         wrong_lists((0, 1, 3, 2), -1).checked()
 
@@ -288,7 +288,7 @@ def test_an_entry_far_down_is_named_in_a_later_chunk(monkeypatch):
 @pytest.mark.parametrize(("place", "value", "words"), WRONG)
 def test_where_nothing_can_be_looked_at(place, value, words, monkeypatch):
     """While a graph is recorded: what is wrong is left out, nothing is read where it should not be."""
-    monkeypatch.setattr("seerattention.ops.indices._values_are_visible", lambda x: False)
+    monkeypatch.setattr("seerattention.ops.lists.values_are_visible", lambda x: False)
     q, k, v = make_qkv(100, 100, heads=2, kv_heads=1)
     blocks, sets = wrong_lists(place, value), MIXED.sets()[0]
     b, h, row = place[:3]

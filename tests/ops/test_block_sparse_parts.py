@@ -15,6 +15,7 @@ from helpers import (
 )
 from seerattention.ops import dispatch
 from seerattention.ops.block_sparse_attention import block_sparse_attention
+from seerattention.ops.span import Span
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers it")
@@ -81,5 +82,6 @@ def test_number_of_parts(programs, capacity, expected, monkeypatch):
 
 def test_a_full_grid_writes_the_results_themselves():
     out, lse = torch.empty(1, 2, 3, 4), torch.empty(1, 2, 3)
-    assert parts.result_buffers(out, lse, 1) == (out, lse)
-    assert parts.result_buffers(out, None, 1) == (out, None)
+    span = Span(1, 3, 3)
+    assert parts.result_buffers(out, lse, 1, span) == (out, lse)
+    assert parts.result_buffers(out, None, 1, span) == (out, None)

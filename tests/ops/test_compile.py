@@ -16,6 +16,7 @@ from seerattention.ops import (
     select_topk,
     select_topp,
 )
+from seerattention.ops.span import Span
 
 OPS = torch.ops.seerattention
 LENGTHS = (130, 200, 333)  # the second makes lengths dynamic; the third must not compile again
@@ -70,11 +71,12 @@ def test_selections_are_proper_ops(lengths, implementation):
     if implementation != "triton":
         checks += ("test_aot_dispatch_dynamic",)
     keep = torch.tensor([[1, 2, 2, 3]])
+    table = None if lengths is None else Span.of_padded(2, 240, 320, lengths).table
     for op, arguments in (
-        (OPS.select_threshold, (probabilities, 0.1, 64, lengths, 1)),
-        (OPS.select_topp, (probabilities, 0.7, 64, lengths, 0)),
-        (OPS.select_topk, (scores, keep, 64, lengths, 0, False, 3)),
-        (OPS.select_topk, (scores, keep, 64, lengths, 0, False, 5)),
+        (OPS.select_threshold, (probabilities, 0.1, 64, table, 1)),
+        (OPS.select_topp, (probabilities, 0.7, 64, table, 0)),
+        (OPS.select_topk, (scores, keep, 64, table, 0, False, 3)),
+        (OPS.select_topk, (scores, keep, 64, table, 0, False, 5)),
     ):
         torch.library.opcheck(op, (*arguments, implementation), test_utils=checks)
 
@@ -85,8 +87,11 @@ def test_selections_are_proper_ops(lengths, implementation):
 def test_block_sparse_attention_is_a_proper_op(lengths, return_lse, implementation):
     q, k, v = make_qkv(*lengths, head_dim=16)
     blocks = make_blocks("random", q, k)
-    lists = (blocks.indices, blocks.counts, blocks.num_key_blocks, blocks.block_size)
-    torch.library.opcheck(OPS.block_sparse_attention, (q, k, v, *lists, 0.25, return_lse, implementation))
+    plain, ragged = Span(1, *lengths), Span.of_padded(1, *lengths, torch.tensor([lengths[1] - 5]))
+    mask = torch.ones(1, q.shape[1], ragged.num_rows(64), ragged.num_key_blocks(64), dtype=torch.bool)
+    for lists, span in ((blocks, plain), (seer.BlockIndices.from_mask(mask, 64, span=ragged), ragged)):
+        given = (lists.indices, lists.counts, lists.num_key_blocks, lists.block_size, True, *span.arguments())
+        torch.library.opcheck(OPS.block_sparse_attention, (q, k, v, *given, 0.25, return_lse, implementation))
 
 
 # -- the public functions in one graph ---------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def command(
     selectors: Annotated[
         str | None,
         typer.Option(
-            help="Also these selectors, by kind and arguments: 'oracle:policy=top_p(0.9),gate:policy=token_budget(2048)'"
+            help="Also these, by kind and arguments, e.g. 'oracle:policy=top_p(0.9),gate:policy=token_budget(2048)'"
         ),
     ] = None,
     method: Annotated[

@@ -232,8 +232,13 @@ def custom_op(fake: Callable[..., T]) -> Callable[[Callable[P, T]], Callable[P, 
     return decorate
 
 
-def check_query_key(op: str, q: Tensor, k: Tensor) -> None:
+def check_query_key(op: str, q: Tensor, k: Tensor, with_span: bool = False) -> None:
     """Check ``q [B, Hq, Tq, D]`` against ``k [B, Hkv, Tk, D]``: shapes, GQA, dtype, device, contiguous last dimension.
+
+    Args:
+        op: name of the op, for messages.
+        q, k: the tensors.
+        with_span: rows and slots are those of a span, which checks them.
 
     Raises:
         ValueError: shapes that do not fit each other, Tq > Tk, mixed devices, D above 256, a strided last dimension.
@@ -244,18 +249,39 @@ def check_query_key(op: str, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"{op}: q must be [B, Hq, Tq, D] and k [B, Hkv, Tk, D], got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if q.shape[3] != k.shape[3] or (q.shape[0] != k.shape[0] and not with_span):
         raise ValueError(
             f"{op}: q and k must agree in batch size and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} KV heads")
-    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"{op}: {q.shape[1]} query heads do not fit {k.shape[1]} KV heads, of which they must be a multiple"
+        )
+    if q.shape[2] > k.shape[2] and not with_span:
         raise ValueError(
             f"{op}: got {q.shape[2]} queries for {k.shape[2]} keys; queries are the last positions of the keys"
         )
     if not 0 < q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {q.shape[3]}")
+
+
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, with_span: bool = False) -> None:
+    """Check what every attention without a backward needs of its tensors and its scale.
+
+    Raises:
+        ValueError, TypeError: as :func:`check_query_key`; k and v that differ in shape; a scale that is not positive.
+        NotImplementedError: an input requires grad while grad mode is on.
+    """
+    check_query_key(op, q, k, with_span)
+    check_floating(op, q=q, v=v)
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            f"{op} has no backward; call it under torch.no_grad() or on detached tensors, or use dense attention"
+        )
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{op}: scale must be positive and finite or None, got {scale}")
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:

@@ -9,6 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # triton 3.7 renamed it
+
 
 def tile_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """What TMA needs to know to copy tiles of shape ``block`` of ``x [B, H, T, D]``, wherever these lie.
@@ -28,6 +30,18 @@ def copy_tile(d_x, i_b, i_h, o_t, bar, smem, m_any):
     """Start the copy of one tile, if ``m_any``; ``bar`` completes when it has arrived."""
     mbarrier.expect(bar, d_x.block_type.nbytes, pred=m_any)
     tma.async_copy_global_to_shared(d_x, [i_b, i_h, o_t, 0], bar, smem, pred=m_any)
+
+
+@gluon.jit
+def key_place(p_pages, o_key, i_batch, key_slot, m_any, PAGE: gl.constexpr):
+    """Coordinates of position ``o_key`` of a row among keys and values: batch row and slot, or page and place in it.
+
+    Nothing is read unless ``m_any``.
+    """
+    if PAGE:
+        return gl.load(p_pages + o_key // PAGE, mask=m_any, other=0), o_key % PAGE
+    else:
+        return i_batch, o_key + key_slot
 
 
 @gluon.jit

@@ -1,11 +1,9 @@
 """Block indices: which key blocks each query block reads. The one data structure that every op shares.
 
-Geometry, for queries that are the last ``Tq`` of ``Tk`` positions (``Tq == Tk`` for a whole prompt):
-
-* blocks are cut at multiples of ``block_size`` of the *key* positions, so a chunk of a prompt sees the same grid as
-  the whole prompt does;
-* row ``r`` of the lists is the absolute query block ``first_query_block(Tq, Tk, block_size) + r``; the first and the
-  last row may be partial;
+* Blocks are cut from the content of each row of a batch (``span.py``), so a chunk of a prompt, and a row among others,
+  has the blocks that the whole prompt has alone;
+* row ``r`` of the lists is a query block, by default the ``r``-th of the last ones; the first and the last row may be
+  partial;
 * a query block sees the key blocks up to and including its own (*causal blocks*); inside its own (the *diagonal*
   block) the ordinary causal mask applies, token by token.
 
@@ -16,35 +14,38 @@ outside are brought into this form by :func:`clean_lists` before anything is com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-# Entries that are looked at together when lists are cleaned: 2^24 take some 0.5 GiB of temporary memory.
-CHUNK_ENTRIES = 1 << 24
+from . import lists
+from .span import Span, num_blocks
 
-
-def num_blocks(length: int, block_size: int) -> int:
-    """Number of blocks of ``block_size`` tokens that cover ``length`` tokens; the last one may be partial."""
-    return -(-length // block_size)
+__all__ = [
+    "BlockIndices",
+    "causal_block_mask",
+    "check_span",
+    "clean_lists",
+    "first_query_block",
+    "is_ordered",
+    "num_blocks",
+    "num_query_blocks",
+    "ordered_lists",
+    "read_lists",
+    "span_of",
+]
 
 
 def first_query_block(query_length: int, key_length: int, block_size: int) -> int:
-    """Absolute index of the block that holds the first of the last ``query_length`` of ``key_length`` positions."""
-    if query_length > key_length:
-        raise ValueError(
-            f"got {query_length} queries for {key_length} keys; queries are the last positions of the keys, "
-            "so there can be at most as many queries as keys"
-        )
-    return (key_length - query_length) // block_size
+    """Query block that holds the first of the last ``query_length`` of ``key_length`` positions."""
+    return Span(1, query_length, key_length).first_row(block_size)
 
 
 def num_query_blocks(query_length: int, key_length: int, block_size: int) -> int:
     """Number of rows of block indices for the last ``query_length`` of ``key_length`` positions."""
-    return num_blocks(key_length, block_size) - first_query_block(query_length, key_length, block_size)
+    return Span(1, query_length, key_length).num_rows(block_size)
 
 
 def causal_block_mask(
@@ -69,13 +70,14 @@ class BlockIndices:
         num_key_blocks: Nk, the number of key blocks that the lists index.
         block_size: tokens a block.
         by_token: rows are query tokens, not query blocks: lists of decoding.
+        span: which query blocks (or tokens) the rows are, and where the queries and keys lie. None: the last ``Nq`` of
+            the ``Nk`` key blocks in every batch row. Rows of a span that hold no query have no causal block.
 
     ``H`` is the number of query heads, or of KV heads when a whole group of query heads shares a list.
-    Query blocks are the last ``Nq`` of the ``Nk`` key blocks.
 
     Raises:
-        ValueError: shapes that do not fit. Entries that are no key block, and counts that are negative or above the
-            capacity, raise where the lists are first used.
+        ValueError: shapes that do not fit each other or the span. Entries that are no key block, and counts that are
+            negative or above the capacity, raise where the lists are first used.
         TypeError: dtypes other than int32.
     """
 
@@ -84,6 +86,7 @@ class BlockIndices:
     num_key_blocks: int
     block_size: int = 64
     by_token: bool = False
+    span: Span | None = None
 
     # What is known of the order of the lists. None: nothing. True: they are the package's own (``ordered_lists``) and
     # nobody outside has seen their tensors. Two numbers: they were, when the tensors had these versions.
@@ -98,7 +101,9 @@ class BlockIndices:
             )
         if indices.dtype != torch.int32 or counts.dtype != torch.int32:
             raise TypeError(f"indices and counts must be int32, got {indices.dtype} and {counts.dtype}")
-        if not self.by_token and self.num_rows > self.num_key_blocks:
+        if self.span is not None:
+            check_span(indices.shape, indices.device, self.num_key_blocks, self.block_size, self.by_token, self.span)
+        elif not self.by_token and self.num_rows > self.num_key_blocks:
             raise ValueError(f"got {self.num_rows} query blocks but only {self.num_key_blocks} key blocks")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,19 +118,37 @@ class BlockIndices:
 
     @property
     def first_row(self) -> int:
-        """Absolute index of the first query block."""
-        return self.num_key_blocks - self.num_rows
+        """Query block of the first row.
+
+        Raises:
+            ValueError: batch rows begin at different blocks.
+        """
+        return self.num_key_blocks - self.num_rows if self.span is None else self.span.first_row(self.block_size)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, block_size: int = 64) -> BlockIndices:
-        """Pack a bool mask ``[B, H, Nq, Nk]``. Non-causal entries (key block after the query block) are dropped."""
+    def from_mask(
+        cls, mask: Tensor, block_size: int = 64, *, by_token: bool = False, span: Span | None = None
+    ) -> BlockIndices:
+        """Pack a bool mask ``[B, H, Nq, Nk]``. Non-causal entries (key block after the query block) are dropped.
+
+        Args:
+            mask: which key blocks each row reads.
+            block_size: tokens a block.
+            by_token, span: what the rows are, see :class:`BlockIndices`.
+
+        Raises:
+            ValueError: another shape or dtype, or one that does not fit the span.
+        """
         if mask.dim() != 4 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool [B, H, Nq, Nk], got {mask.dtype} {tuple(mask.shape)}")
         num_rows, num_keys = mask.shape[2:]
-        if num_rows > num_keys:
+        if span is not None:
+            check_span(mask.shape, mask.device, num_keys, block_size, by_token, span)
+        elif not by_token and num_rows > num_keys:
             raise ValueError(f"mask has {num_rows} query blocks but only {num_keys} key blocks")
-        mask = mask & causal_block_mask(num_rows, num_keys, num_keys - num_rows, mask.device)
-        return ordered_lists(*_pack(mask, num_keys), num_keys, block_size)
+        last = _last_blocks(num_rows, num_keys, block_size, by_token, span, mask.device)
+        mask = mask & (torch.arange(num_keys, device=mask.device) <= last[:, None, :, None])
+        return ordered_lists(*lists.pack(mask, num_keys), num_keys, block_size, by_token, span)
 
     def to_mask(self) -> Tensor:
         """Bool ``[B, H, Nq, Nk]``: True where the causal key block is on the list.
@@ -134,10 +157,17 @@ class BlockIndices:
             ValueError: an entry that is no key block, or a count outside of the capacity.
         """
         indices, counts = read_lists(self)
-        if not is_ordered(self) and _values_are_visible(indices):
-            _examine(indices, counts, self.num_key_blocks, self.by_token)
-        seen = _last_seen(slice(0, self.num_rows), counts, self.num_key_blocks, self.by_token)
-        return _causal_set(indices, counts, seen, self.num_key_blocks)
+        last = self.last_blocks(counts.device)
+        if not is_ordered(self) and lists.values_are_visible(indices):
+            lists.examine(indices, counts, self.num_key_blocks, last)
+        return lists.to_mask(indices, counts, self.num_key_blocks, last)
+
+    def last_blocks(self, device: torch.device | str | None = None) -> Tensor:
+        """The last key block that each row may see, int64 ``[B, Nq]`` or ``[1, Nq]``; -1 of rows without a query.
+
+        Lists of query tokens without a span do not know their positions: that is the last of all there.
+        """
+        return _last_blocks(self.num_rows, self.num_key_blocks, self.block_size, self.by_token, self.span, device)
 
     def checked(self) -> BlockIndices:
         """The same sets in lists that ascend, hold each block once, and causal blocks only.
@@ -156,24 +186,62 @@ class BlockIndices:
         if is_ordered(self):
             return self
         given = read_lists(self)
-        indices, counts = clean_lists(*given, self.num_key_blocks, self.by_token)
+        indices, counts = read_lists(clean_lists(self))
         if indices is given[0]:  # whose owner may write into it
             indices, counts = indices.clone(), counts.clone()
-        return ordered_lists(indices, counts, self.num_key_blocks, self.block_size, self.by_token)
+        return ordered_lists(indices, counts, self.num_key_blocks, self.block_size, self.by_token, self.span)
 
     def density(self) -> float:
         """Causal blocks on the lists over causal blocks, over all batch rows and heads (synchronises the device).
 
-        Lists of query tokens do not know their positions: all Nk blocks count as causal there. 1.0 where there is no
-        list. Raises as :meth:`checked` does.
+        Lists of query tokens without a span do not know their positions: all Nk blocks count as causal there. 1.0
+        where there is no list. Raises as :meth:`checked` does.
         """
-        counts = read_lists(self)[1]
-        batch, heads, rows = counts.shape
-        seen = [self.num_key_blocks] * rows if self.by_token else range(self.first_row + 1, self.num_key_blocks + 1)
-        causal = batch * heads * sum(seen)
-        if not is_ordered(self):
-            counts = clean_lists(*read_lists(self), self.num_key_blocks, self.by_token)[1]
+        counts = read_lists(self if is_ordered(self) else clean_lists(self))[1]
+        last = self.last_blocks("cpu")
+        causal = int((last + 1).expand(counts.shape[0], -1).sum()) * counts.shape[1]
         return int(counts.sum(dtype=torch.int64)) / causal if causal else 1.0
+
+
+def check_span(
+    shape: torch.Size, device: torch.device, num_key_blocks: int, block_size: int, by_token: bool, span: Span
+) -> None:
+    """Raise ValueError unless lists or a mask of ``shape [B, H, Nq, ...]`` are those of a span."""
+    expected = span.batch, span.num_rows(block_size, by_token), span.num_key_blocks(block_size)
+    if (shape[0], shape[2], num_key_blocks) != expected:
+        raise ValueError(
+            f"the span has {expected[0]} batch rows with {expected[1]} rows of lists over {expected[2]} key blocks of "
+            f"{block_size} tokens, but the lists have {shape[0]} with {shape[2]} over {num_key_blocks}"
+        )
+    if span.table is not None and span.table.device != device:
+        raise ValueError(f"the lists are on {device} but their span on {span.table.device}; use span.to()")
+
+
+def _last_blocks(
+    num_rows: int,
+    num_key_blocks: int,
+    block_size: int,
+    by_token: bool,
+    span: Span | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """See :meth:`BlockIndices.last_blocks`."""
+    if span is not None:
+        return span.last_blocks(block_size, device, by_token)
+    if by_token:
+        return torch.full((1, num_rows), num_key_blocks - 1, dtype=torch.int64, device=device)
+    return torch.arange(num_key_blocks - num_rows, num_key_blocks, device=device)[None]
+
+
+def clean_lists(blocks: BlockIndices) -> BlockIndices:
+    """The same sets in lists as :func:`ordered_lists` wants them, of the tensors given where these are so already.
+
+    Raises:
+        ValueError: as :meth:`BlockIndices.checked`.
+    """
+    indices, counts = read_lists(blocks)
+    cleaned = lists.clean(indices, counts, blocks.num_key_blocks, blocks.last_blocks(counts.device))
+    return ordered_lists(*cleaned, blocks.num_key_blocks, blocks.block_size, blocks.by_token, blocks.span)
 
 
 # -- what is known of lists --------------------------------------------------------------------------------------------
@@ -201,9 +269,15 @@ for _field in ("indices", "counts"):
 
 
 def ordered_lists(
-    indices: Tensor, counts: Tensor, num_key_blocks: int, block_size: int, by_token: bool = False
+    indices: Tensor,
+    counts: Tensor,
+    num_key_blocks: int,
+    block_size: int,
+    by_token: bool = False,
+    span: Span | None = None,
 ) -> BlockIndices:
-    """Lists that the package has made: ascending, each block once, causal, counts within the capacity.
+    """Lists that the package has made: ascending, each block once, causal, counts within the capacity, 0 where a row
+    holds no query.
 
     Nobody checks that again. The tensors must be fresh: only this object may know them.
     """
@@ -214,6 +288,7 @@ def ordered_lists(
     put(blocks, "num_key_blocks", num_key_blocks)
     put(blocks, "block_size", block_size)
     put(blocks, "by_token", by_token)
+    put(blocks, "span", span)
     put(blocks, "_order", True)
     return blocks
 
@@ -223,13 +298,18 @@ def read_lists(blocks: BlockIndices) -> tuple[Tensor, Tensor]:
     return blocks._indices, blocks._counts  # type: ignore[attr-defined]
 
 
+def span_of(blocks: BlockIndices, q: Tensor, k: Tensor) -> Span:
+    """The span of the lists, or the default one of ``q [B, Hq, Tq, D]`` and ``k [B, Hkv, Tk, D]``."""
+    return Span(q.shape[0], q.shape[2], k.shape[2]) if blocks.span is None else blocks.span
+
+
 def is_ordered(blocks: BlockIndices) -> bool:
     """Whether the lists are known to be as :func:`ordered_lists` says; costs nothing and waits for nothing."""
     known = blocks._order
     if known is None or known is True:
         return known is True
     # Of what a recorded graph reads, somebody who has got hold of it may change the values before a replay.
-    return _values_are_visible(read_lists(blocks)[0]) and known == _versions(blocks)
+    return lists.values_are_visible(read_lists(blocks)[0]) and known == _versions(blocks)
 
 
 def _lend(blocks: BlockIndices) -> None:
@@ -265,118 +345,3 @@ def _with_version(x: Tensor) -> Tensor:
     with torch.inference_mode(False):
         once = [slice(0, 1) if step == 0 else slice(None) for step in x.stride()]
         return x[tuple(once)].clone().expand(x.shape)
-
-
-# -- lists from outside ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def clean_lists(indices: Tensor, counts: Tensor, num_key_blocks: int, by_token: bool = False) -> tuple[Tensor, Tensor]:
-    """Lists of the same causal blocks, ascending and each block once; those given, where they are so already.
-
-    Args:
-        indices, counts, num_key_blocks, by_token: as of :class:`BlockIndices`. Rows that are query tokens keep blocks
-            of the future: which these are only the op knows.
-
-    Returns:
-        int32 ``[B, H, Nq, capacity]``, the capacity at most Nk where lists had to be made, and int32 ``[B, H, Nq]``.
-
-    Raises:
-        ValueError: an entry that is no key block, or a count outside of the capacity; not under a CUDA graph capture
-            or in a trace, where such entries are dropped and such counts cut.
-    """
-    if _values_are_visible(indices) and _examine(indices, counts, num_key_blocks, by_token):
-        return indices, counts
-    width = min(indices.shape[-1], num_key_blocks)
-    clean = indices.new_empty(*counts.shape, width)
-    clean_counts = counts.new_empty(counts.shape)
-    for rows in _chunks(counts, max(num_key_blocks, indices.shape[-1])):
-        seen = _last_seen(rows, counts, num_key_blocks, by_token)
-        mask = _causal_set(indices[:, :, rows], counts[:, :, rows], seen, num_key_blocks)
-        clean[:, :, rows], clean_counts[:, :, rows] = _pack(mask, width)
-    return clean, clean_counts
-
-
-def _values_are_visible(x: Tensor) -> bool:
-    """Whether the host may look at values: not while a graph is traced or recorded."""
-    if x.device.type == "meta" or torch.compiler.is_compiling():
-        return False
-    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-def _chunks(counts: Tensor, width: int) -> Iterator[slice]:
-    """Rows to look at together, of ``width`` entries in each list."""
-    batch, heads, rows = counts.shape
-    step = max(1, CHUNK_ENTRIES // max(1, batch * heads * width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _last_seen(rows: slice, counts: Tensor, num_key_blocks: int, by_token: bool) -> Tensor:
-    """The last key block that these rows may see, ``[rows, 1]``: their own, or any block of a query token."""
-    if by_token:
-        return torch.full((rows.stop - rows.start, 1), num_key_blocks - 1, dtype=torch.int64, device=counts.device)
-    first = num_key_blocks - counts.shape[2]
-    return torch.arange(first + rows.start, first + rows.stop, device=counts.device)[:, None]
-
-
-def _examine(indices: Tensor, counts: Tensor, num_key_blocks: int, by_token: bool) -> bool:
-    """Whether lists are as :func:`ordered_lists` says. Waits for the device; raises ValueError where none can be."""
-    capacity = indices.shape[-1]
-    slots = torch.arange(capacity, device=indices.device)
-    found = torch.zeros(3, dtype=torch.bool, device=indices.device)
-    found[0] = ((counts < 0) | (counts > capacity)).any()
-    for rows in _chunks(counts, capacity):
-        entries, listed = indices[:, :, rows], slots < counts[:, :, rows, None]
-        future = entries > _last_seen(rows, counts, num_key_blocks, by_token)
-        unordered = (entries[..., 1:] <= entries[..., :-1]) & listed[..., 1:]
-        found[1] |= (listed & _no_block(entries, num_key_blocks)).any()
-        found[2] |= (listed & future).any() | unordered.any()
-    count_is_wrong, entry_is_wrong, out_of_order = found.tolist()
-    if count_is_wrong:
-        b, h, row = ((counts < 0) | (counts > capacity)).nonzero()[0].tolist()
-        raise ValueError(
-            f"BlockIndices: counts[{b}, {h}, {row}] is {int(counts[b, h, row])}, but a list has room for 0 to "
-            f"{capacity} entries (the last dimension of indices); correct counts, or give indices more room"
-        )
-    if entry_is_wrong:
-        _raise_for_entry(indices, counts, num_key_blocks)
-    return not out_of_order
-
-
-def _no_block(entries: Tensor, num_key_blocks: int) -> Tensor:
-    return (entries < 0) | (entries >= num_key_blocks)
-
-
-def _raise_for_entry(indices: Tensor, counts: Tensor, num_key_blocks: int) -> None:
-    slots = torch.arange(indices.shape[-1], device=indices.device)
-    for rows in _chunks(counts, indices.shape[-1]):
-        wrong = (slots < counts[:, :, rows, None]) & _no_block(indices[:, :, rows], num_key_blocks)
-        if bool(wrong.any()):
-            b, h, row, slot = wrong.nonzero()[0].tolist()
-            row += rows.start
-            raise ValueError(
-                f"BlockIndices: indices[{b}, {h}, {row}, {slot}] is {int(indices[b, h, row, slot])}, but the key "
-                f"blocks are 0 to {num_key_blocks - 1}; what is not to be read belongs past counts[{b}, {h}, {row}]"
-            )
-
-
-def _causal_set(indices: Tensor, counts: Tensor, last_seen: Tensor, num_key_blocks: int) -> Tensor:
-    """Bool ``[B, H, rows, Nk]``: the blocks on the lists that are not after ``last_seen [rows, 1]``."""
-    slots = torch.arange(indices.shape[-1], device=indices.device)
-    listed = (slots < counts[..., None]) & (indices >= 0) & (indices <= last_seen)
-    # What is not listed goes to one spare place, which is cut off.
-    place = torch.where(listed, indices, num_key_blocks).long()
-    mask = torch.zeros((*counts.shape, num_key_blocks + 1), dtype=torch.bool, device=indices.device)
-    return mask.scatter_(-1, place, True)[..., :num_key_blocks]
-
-
-def _pack(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Lists of the blocks of a bool mask ``[B, H, rows, Nk]``, none with more than ``capacity``, and their counts."""
-    num_keys = mask.shape[-1]
-    # Unselected entries all go to one spare slot, which is cut off.
-    slot = torch.where(mask, mask.cumsum(-1) - 1, capacity)
-    indices = torch.full((*mask.shape[:3], capacity + 1), -1, dtype=torch.int32, device=mask.device)
-    blocks = torch.arange(num_keys, dtype=torch.int32, device=mask.device).expand(mask.shape)
-    indices.scatter_(-1, slot, blocks)
-    return indices[..., :capacity], mask.sum(-1, dtype=torch.int32)

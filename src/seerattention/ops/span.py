@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,6 +140,25 @@ class Span:
         table = torch.stack([column.to(torch.int32) for column in columns], dim=1)
         return cls(len(length), queries, keys, table, packed=True)
 
+    @classmethod
+    def from_arguments(
+        cls,
+        batch: int,
+        queries: int,
+        keys: int,
+        table: Tensor | None,
+        packed: bool,
+        page_table: Tensor | None,
+        page_size: int,
+    ) -> Span:
+        """Undo :meth:`arguments`."""
+        return cls(batch, queries, keys, table, packed, None if page_table is None else Pages(page_table, page_size))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The span as tensors and numbers, which is what an op takes that ``torch.compile`` sees as one."""
+        pages = (None, 0) if self.pages is None else (self.pages.table, self.pages.page_size)
+        return self.batch, self.queries, self.keys, self.table, self.packed, *pages
+
     def to(self, device: torch.device | str) -> Span:
         """The same on another device."""
         if self.table is None:
@@ -165,17 +185,18 @@ class Span:
         return self.column(START, device) + self.column(LENGTH, device)
 
     # ---- blocks --------------------------------------------------------------------------------------------------
+    # by_token: rows are query tokens, as in lists of decoding, and not query blocks.
 
     def num_key_blocks(self, block_size: int) -> int:
         """Columns of scores and masks."""
         return num_blocks(self.keys, block_size)
 
-    def num_rows(self, block_size: int) -> int:
+    def num_rows(self, block_size: int, by_token: bool = False) -> int:
         """Rows of lists and scores. Where rows differ, one more than the queries fill: chunks may begin anywhere."""
+        if by_token or self.queries == 0:
+            return self.queries
         if self.table is None:
             return self.num_key_blocks(block_size) - (self.keys - self.queries) // block_size
-        if self.queries == 0:
-            return 0
         return min(self.num_key_blocks(block_size), num_blocks(self.queries - 1, block_size) + 1)
 
     def first_row(self, block_size: int) -> int:
@@ -188,26 +209,41 @@ class Span:
             raise ValueError("the rows of this span begin at different blocks; use row_blocks()")
         return (self.keys - self.queries) // block_size
 
-    def row_blocks(self, block_size: int, device: torch.device | str | None = None) -> Tensor:
+    def row_blocks(self, block_size: int, device: torch.device | str | None = None, by_token: bool = False) -> Tensor:
         """Query block of each row, int64 ``[B, R]`` (``[1, R]`` where all are alike)."""
         device = device if self.table is None else self.table.device
-        rows = torch.arange(self.num_rows(block_size), device=device)
+        rows = torch.arange(self.num_rows(block_size, by_token), device=device)
         if self.table is None:
-            return (rows + self.first_row(block_size))[None]
-        return rows + (self.column(START) // block_size)[:, None]
+            first = self.keys - self.queries
+            return ((rows + first) // block_size if by_token else rows + first // block_size)[None]
+        start = self.column(START)[:, None]
+        return (rows + start) // block_size if by_token else rows + start // block_size
 
-    def valid_rows(self, block_size: int, device: torch.device | str | None = None) -> Tensor:
+    def valid_rows(self, block_size: int, device: torch.device | str | None = None, by_token: bool = False) -> Tensor:
         """Bool ``[B, R]`` (``[1, R]`` where all are alike): whether a row holds a query."""
-        blocks = self.row_blocks(block_size, device)
+        blocks = self.row_blocks(block_size, device, by_token)
         if self.table is None:
             return torch.ones_like(blocks, dtype=torch.bool)
-        return (blocks * block_size < self.ends()[:, None]) & (self.column(LENGTH) > 0)[:, None]
+        length = self.column(LENGTH)[:, None]
+        if by_token:
+            return torch.arange(self.queries, device=blocks.device) < length
+        return (blocks * block_size < self.ends()[:, None]) & (length > 0)
 
-    def causal_blocks(self, block_size: int, device: torch.device | str | None = None) -> Tensor:
+    def last_blocks(self, block_size: int, device: torch.device | str | None = None, by_token: bool = False) -> Tensor:
+        """The last key block that each row may see, its own; -1 of rows that are not valid. As :meth:`row_blocks`."""
+        blocks = self.row_blocks(block_size, device, by_token)
+        if self.table is None:
+            return blocks
+        # A table that says too much must not lead out of the memory.
+        blocks = blocks.clamp(max=self.num_key_blocks(block_size) - 1)
+        return blocks.masked_fill(~self.valid_rows(block_size, by_token=by_token), -1)
+
+    def causal_blocks(
+        self, block_size: int, device: torch.device | str | None = None, by_token: bool = False
+    ) -> Tensor:
         """Bool ``[B, R, N]`` (``[1, R, N]``): which key blocks a row may see: those up to its own, if it is valid."""
-        blocks = self.row_blocks(block_size, device)
-        columns = torch.arange(self.num_key_blocks(block_size), device=blocks.device)
-        return (columns <= blocks[..., None]) & self.valid_rows(block_size, device)[..., None]
+        last = self.last_blocks(block_size, device, by_token)
+        return torch.arange(self.num_key_blocks(block_size), device=last.device) <= last[..., None]
 
     # ---- tensors -------------------------------------------------------------------------------------------------
 
@@ -235,8 +271,24 @@ class Span:
                     f"{op}: the span has {rows} rows of {slots_} slots, but {name} is {tuple(x.shape)}; the tensors "
                     "must be those that it was made for"
                 )
-        if self.pages is not None and block_size is not None and self.pages.page_size % block_size:
-            raise ValueError(f"{op}: pages of {self.pages.page_size} tokens do not hold whole blocks of {block_size}")
+        if self.pages is not None:
+            self._check_pages(op, self.pages, block_size)
+
+    def _check_pages(self, op: str, pages: Pages, block_size: int | None) -> None:
+        assert self.table is not None
+        table = pages.table
+        if block_size is not None and pages.page_size % block_size:
+            raise ValueError(f"{op}: pages of {pages.page_size} tokens do not hold whole blocks of {block_size}")
+        if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1 or table.device != self.table.device:
+            raise ValueError(
+                f"{op}: the page table must be int32 [B, N] with contiguous rows on {self.table.device}, got "
+                f"{table.dtype} {tuple(table.shape)} on {table.device}"
+            )
+        if table.shape[1] * pages.page_size < self.keys:
+            raise ValueError(
+                f"{op}: {table.shape[1]} pages of {pages.page_size} tokens a row do not hold {self.keys} keys; give "
+                "the page table more columns"
+            )
 
     def gather_queries(self, x: Tensor) -> Tensor:
         """``x`` with the slots of q -> ``[B, H, queries, D]``, each row's first query first.
@@ -246,6 +298,25 @@ class Span:
         if self.table is None:
             return x
         return _gather(x, self.column(QUERY_SLOT), self.queries, self.packed)
+
+    def gather_query_blocks(self, x: Tensor, block_size: int) -> Tensor:
+        """``x`` with the slots of q -> ``[B, H, num_rows * block_size, D]``: whole query blocks, row by row.
+
+        What lies before a row's first query and behind its last one is undefined, and 0 by default.
+        """
+        if self.table is None:
+            front = (self.keys - self.queries) % block_size
+            back = self.num_rows(block_size) * block_size - front - self.queries
+            return torch.nn.functional.pad(x, (0, 0, front, back)) if front or back else x
+        first = self.column(QUERY_SLOT) - self.column(START) % block_size
+        return _gather(x, first, self.num_rows(block_size) * block_size, self.packed)
+
+    def scatter_query_blocks(self, x: Tensor, out: Tensor, block_size: int) -> Tensor:
+        """Undo :meth:`gather_query_blocks`, of ``x [B, H, num_rows * block_size, ...]``, as :meth:`scatter_queries`."""
+        if self.table is None:
+            front = (self.keys - self.queries) % block_size
+            return out.copy_(x[:, :, front : front + self.queries])
+        return self.scatter_queries(_gather(x, self.column(START) % block_size, self.queries, False), out)
 
     def gather_keys(self, x: Tensor) -> Tensor:
         """``x`` with the slots (or pages) of k -> ``[B, H, keys, D]``, position 0 first.
@@ -276,8 +347,8 @@ class Span:
 
 
 def _gather(x: Tensor, first: Tensor, count: int, packed: bool) -> Tensor:
-    """``count`` slots of each row of ``x [B or 1, H, T, D]`` from ``first [B]`` on; the last slot is repeated."""
-    slots = (first[:, None] + torch.arange(count, device=x.device)).clamp(max=x.shape[2] - 1)
+    """``count`` slots of each row of ``x [B or 1, H, T, ...]`` from ``first [B]`` on; what is not there repeats."""
+    slots = (first[:, None] + torch.arange(count, device=x.device)).clamp(0, x.shape[2] - 1)
     rows = torch.zeros_like(slots) if packed else torch.arange(len(first), device=x.device)[:, None].expand_as(slots)
     return x.transpose(1, 2)[rows, slots].transpose(1, 2)
 

@@ -1,9 +1,13 @@
 """Public functions of block selection: argument checks and the choice of an implementation.
 
 Shared by all of them: scores are ``[B, H, Nq, Nk]`` (float32, float16 or bfloat16), query blocks are the last Nq of the
-Nk key blocks, and what lies above the block diagonal is ignored. The diagonal block is always kept, so a row is never
-empty, whatever the scores are (NaN counts as the lowest score). Rows of blocks that are wholly padding get count 0.
-Selection has no gradient.
+Nk key blocks, or those of a span, and what lies above the block diagonal is ignored. The diagonal block is always kept,
+so a row is never empty, whatever the scores are (NaN counts as the lowest score). Rows of a span that hold no query,
+and of blocks that are wholly padding, get count 0; every other row selects what it would select alone. Selection has
+no gradient.
+
+``lengths`` of right-padded rows is a short way to say a span of whole blocks; below the public functions there is only
+the table of a span.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, ordered_lists, read_lists
+from ..indices import BlockIndices, ordered_lists
+from ..span import Span
 from . import reference
 from .reference import causal_softmax, dense_indices
 
@@ -36,6 +41,7 @@ def select_threshold(
     last_blocks_dense: int = 0,
     softmax: bool = False,
     implementation: str | None = None,
+    span: Span | None = None,
 ) -> BlockIndices:
     """Keep the blocks whose probability is strictly above ``threshold``, and the diagonal.
 
@@ -50,19 +56,20 @@ def select_threshold(
         softmax: what is given are logits, of which the causal softmax is to be taken first. The kernels take it on the
             way, so that probabilities need no memory; theirs may differ from torch's in the last bits.
         implementation: ``"reference"``, ``"triton"`` (up to 32,768 key blocks) or None (automatic: the kernel on GPUs).
+        span: which query blocks the rows are, instead of ``lengths``; the lists carry it.
 
     Returns:
         BlockIndices with capacity Nk.
 
     Raises:
-        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``, more key blocks
-            than the kernel takes.
+        ValueError: wrong shapes, more query blocks than key blocks, both lengths and a span, a negative
+            ``last_blocks_dense``, more key blocks than the kernel takes.
         TypeError: scores that are not floating point.
     """
     op = "select_threshold"
-    lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
-    lists = _select_threshold(probabilities, threshold, block_size, lengths, last_blocks_dense, implementation, softmax)
-    return ordered_lists(*lists, probabilities.shape[-1], block_size)
+    table = _check(op, probabilities, block_size, lengths, span, last_blocks_dense)
+    lists = _select_threshold(probabilities, threshold, block_size, table, last_blocks_dense, implementation, softmax)
+    return ordered_lists(*lists, probabilities.shape[-1], block_size, span=span)
 
 
 @torch.no_grad()
@@ -76,6 +83,7 @@ def select_topk(
     diagonal_extra: bool = False,
     capacity: int | None = None,
     implementation: str | None = None,
+    span: Span | None = None,
 ) -> BlockIndices:
     """Keep the ``keep[r]`` best causal blocks of each row; equal scores go to the lower block index.
 
@@ -83,7 +91,7 @@ def select_topk(
         scores: ``[B, H, Nq, Nk]``, logits or probabilities.
         keep: integers ``[Nq]`` or ``[B, Nq]``; values below 1 count as 1. A list or a CPU tensor lets the op bound the
             capacity of the lists without a device synchronisation (but not inside ``torch.compile``).
-        block_size, lengths, last_blocks_dense, implementation: see :func:`select_threshold`.
+        block_size, lengths, last_blocks_dense, implementation, span: see :func:`select_threshold`.
         diagonal_extra: False: the diagonal is one of the ``keep`` blocks (it and the best ``keep - 1`` others). True:
             the ``keep`` best of all causal blocks, and the diagonal besides where it is not among them (the
             published top-k rule with the diagonal added).
@@ -94,11 +102,12 @@ def select_topk(
         BlockIndices; the capacity is the longest list that ``keep`` allows where that is known, else Nk.
 
     Raises:
-        ValueError: wrong shapes, more query blocks than key blocks, a negative ``last_blocks_dense``.
+        ValueError: wrong shapes, more query blocks than key blocks, both lengths and a span, a negative
+            ``last_blocks_dense``.
         TypeError: scores that are not floating point, ``keep`` that is not integer.
     """
     op = "select_topk"
-    lengths = _check(op, scores, block_size, lengths, last_blocks_dense)
+    table = _check(op, scores, block_size, lengths, span, last_blocks_dense)
     batch, _, num_rows, num_keys = scores.shape
     keep = torch.as_tensor(keep)
     if keep.is_floating_point() or keep.is_complex() or keep.dtype == torch.bool:
@@ -115,8 +124,8 @@ def select_topk(
     keep = keep.to(scores.device, torch.int64, non_blocking=on_cpu).clamp(1, most).view(-1, num_rows)
     if last_blocks_dense:
         longest = num_keys
-    lists = _select_topk(scores, keep, block_size, lengths, last_blocks_dense, diagonal_extra, longest, implementation)
-    return ordered_lists(*lists, num_keys, block_size)
+    lists = _select_topk(scores, keep, block_size, table, last_blocks_dense, diagonal_extra, longest, implementation)
+    return ordered_lists(*lists, num_keys, block_size, span=span)
 
 
 @torch.no_grad()
@@ -129,6 +138,7 @@ def select_topp(
     last_blocks_dense: int = 0,
     softmax: bool = False,
     implementation: str | None = None,
+    span: Span | None = None,
 ) -> BlockIndices:
     """Keep the diagonal and the fewest best other blocks with which the probabilities sum to at least ``p``.
 
@@ -138,22 +148,22 @@ def select_topp(
     Args:
         probabilities: ``[B, H, Nq, Nk]``, block scores after the causal softmax.
         p: the mass to reach.
-        block_size, lengths, last_blocks_dense, softmax, implementation: see :func:`select_threshold`.
+        block_size, lengths, last_blocks_dense, softmax, implementation, span: see :func:`select_threshold`.
 
     Returns:
         BlockIndices with capacity Nk.
 
     Raises:
-        ValueError: wrong shapes, more query blocks than key blocks, ``p`` not positive, a negative
-            ``last_blocks_dense``.
+        ValueError: wrong shapes, more query blocks than key blocks, both lengths and a span, ``p`` not
+            positive, a negative ``last_blocks_dense``.
         TypeError: scores that are not floating point.
     """
     op = "select_topp"
-    lengths = _check(op, probabilities, block_size, lengths, last_blocks_dense)
+    table = _check(op, probabilities, block_size, lengths, span, last_blocks_dense)
     if not p > 0:
         raise ValueError(f"{op}: p must be positive, got {p}")
-    lists = _select_topp(probabilities, p, block_size, lengths, last_blocks_dense, implementation, softmax)
-    return ordered_lists(*lists, probabilities.shape[-1], block_size)
+    lists = _select_topp(probabilities, p, block_size, table, last_blocks_dense, implementation, softmax)
+    return ordered_lists(*lists, probabilities.shape[-1], block_size, span=span)
 
 
 # -- the same as ops of plain tensors: what torch.compile sees --------------------------------------------------------
@@ -181,15 +191,14 @@ def _select_threshold(
     scores: Tensor,
     bound: float,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     implementation: str | None,
     softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    blocks = _module("select_threshold", implementation, scores).select_threshold(
-        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
+    return _module("select_threshold", implementation, scores).select_threshold(
+        scores, bound, block_size=block_size, table=table, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
-    return read_lists(blocks)
 
 
 def _fake_topk(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -202,22 +211,21 @@ def _select_topk(
     scores: Tensor,
     keep: Tensor,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     diagonal_extra: bool,
     capacity: int,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    blocks = _module("select_topk", implementation, scores).select_topk(
+    return _module("select_topk", implementation, scores).select_topk(
         scores,
         keep,
         block_size=block_size,
-        lengths=lengths,
+        table=table,
         last_blocks_dense=last_blocks_dense,
         diagonal_extra=diagonal_extra,
         capacity=capacity,
     )
-    return read_lists(blocks)
 
 
 @dispatch.custom_op(_fake_full)
@@ -225,15 +233,14 @@ def _select_topp(
     scores: Tensor,
     bound: float,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     implementation: str | None,
     softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    blocks = _module("select_topp", implementation, scores).select_topp(
-        scores, bound, block_size=block_size, lengths=lengths, last_blocks_dense=last_blocks_dense, softmax=softmax
+    return _module("select_topp", implementation, scores).select_topp(
+        scores, bound, block_size=block_size, table=table, last_blocks_dense=last_blocks_dense, softmax=softmax
     )
-    return read_lists(blocks)
 
 
 def _choose(op: str, implementation: str | None, scores: Tensor) -> str:
@@ -246,21 +253,34 @@ def _choose(op: str, implementation: str | None, scores: Tensor) -> str:
     return name
 
 
-def _check(op: str, scores: Tensor, block_size: int, lengths: Tensor | None, last_blocks_dense: int) -> Tensor | None:
-    """Check what all selections share; returns ``lengths`` on the device of the scores."""
+def _check(
+    op: str, scores: Tensor, block_size: int, lengths: Tensor | None, span: Span | None, last_blocks_dense: int
+) -> Tensor | None:
+    """Check what all selections share; returns the table of the span, or of the one that ``lengths`` mean."""
     dispatch.check_floating(op, scores=scores)
     if scores.dim() != 4:
         raise ValueError(f"{op}: scores must be [B, H, Nq, Nk], got {tuple(scores.shape)}")
-    if scores.shape[2] > scores.shape[3]:
-        raise ValueError(f"{op}: got {scores.shape[2]} query blocks but only {scores.shape[3]} key blocks")
+    batch, _, num_rows, num_keys = scores.shape
+    if num_rows > num_keys:
+        raise ValueError(f"{op}: got {num_rows} query blocks but only {num_keys} key blocks")
     if block_size <= 0:
         raise ValueError(f"{op}: block_size must be positive, got {block_size}")
     if last_blocks_dense < 0:
         raise ValueError(f"{op}: last_blocks_dense must be 0 or more, got {last_blocks_dense}")
+    if span is not None:
+        if lengths is not None:
+            raise ValueError(f"{op}: got lengths and a span; give one of them, the span knows the lengths")
+        expected = span.batch, span.num_rows(block_size), span.num_key_blocks(block_size)
+        if (batch, num_rows, num_keys) != expected:
+            raise ValueError(
+                f"{op}: the span has {expected[0]} batch rows of {expected[1]} query blocks and {expected[2]} key "
+                f"blocks of {block_size} tokens, got scores {tuple(scores.shape)}"
+            )
+        if span.table is not None and span.table.device != scores.device:
+            raise ValueError(f"{op}: the scores are on {scores.device} but the span on {span.table.device}")
+        return span.table
     if lengths is None:
         return None
     if lengths.shape != scores.shape[:1] or lengths.is_floating_point():
-        raise ValueError(
-            f"{op}: lengths must be integers [{scores.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
-        )
-    return lengths.to(scores.device, torch.int64)
+        raise ValueError(f"{op}: lengths must be integers [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
+    return reference.span_of_lengths(batch, num_rows, num_keys, block_size, lengths.to(scores.device)).table

@@ -3,32 +3,68 @@
 Every function makes a bool mask of wanted blocks and packs it. All comparisons are on float32 values, ties go to the
 lower block index, and the sums of :func:`select_topp` are taken over integers, so no result depends on the order of
 summation.
+
+``table`` is that of a span, int32 ``[B, 4]``; None: the rows are the last of the key blocks, and all are valid.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..indices import BlockIndices, causal_block_mask, ordered_lists, read_lists
+from ..indices import BlockIndices, check_span, ordered_lists
+from ..lists import pack
+from ..span import LENGTH, START, Span
 
 # Probabilities are counted in units of 2^-40: float32 probabilities above 2^-16 are exact in it, and sums of 2^22
 # blocks still fit int64.
 PROBABILITY_UNITS = 1 << 40
 
 
-def causal_softmax(logits: Tensor) -> Tensor:
+class Rows(NamedTuple):
+    """What is known of rows of scores, all int64.
+
+    Attributes:
+        own: ``[B or 1, Nq]``, the key block that is the row's own: its diagonal, and the last one that it sees.
+        end: ``[B or 1, 1]``, the block behind the last one that holds a query; rows from there on are not valid.
+    """
+
+    own: Tensor
+    end: Tensor
+
+    def up_to(self, num_keys: int, before: int = 0) -> Tensor:
+        """Bool ``[B or 1, 1, Nq, Nk]``: the key blocks up to the row's own, without the ``before`` last of them."""
+        return (torch.arange(num_keys, device=self.own.device) <= (self.own - before)[..., None])[:, None]
+
+
+def rows_of(scores: Tensor, table: Tensor | None, block_size: int) -> Rows:
+    """What a table says of rows of ``scores [B, H, Nq, Nk]``."""
+    num_rows, num_keys = scores.shape[-2:]
+    own = torch.arange(num_rows, device=scores.device)[None]
+    if table is None:
+        return Rows(own + (num_keys - num_rows), own.new_full((1, 1), num_keys))
+    start, length = table[:, START, None].long(), table[:, LENGTH, None].long()
+    end = ((start + length + (block_size - 1)) // block_size).clamp(max=num_keys)
+    return Rows(own + start // block_size, torch.where(length > 0, end, 0))
+
+
+def causal_softmax(logits: Tensor, *, block_size: int = 64, span: Span | None = None) -> Tensor:
     """Softmax over the causal key blocks of each row.
 
     Args:
-        logits: ``[B, H, Nq, Nk]``; query blocks are the last Nq of the Nk key blocks.
+        logits: ``[B, H, Nq, Nk]``; query blocks are the last Nq of the Nk key blocks, or those of the span.
+        block_size, span: tokens a block, and which query blocks the rows are.
 
     Returns:
-        float32 ``[B, H, Nq, Nk]``, exactly 0 above the block diagonal.
+        float32 ``[B, H, Nq, Nk]``, exactly 0 above the block diagonal. Rows without a query are undefined.
     """
-    num_rows, num_keys = logits.shape[-2:]
-    causal = causal_block_mask(num_rows, num_keys, num_keys - num_rows, logits.device)
-    return logits.float().masked_fill(~causal, float("-inf")).softmax(-1)
+    return _causal_softmax(logits, rows_of(logits, None if span is None else span.table, block_size))
+
+
+def _causal_softmax(logits: Tensor, rows: Rows) -> Tensor:
+    return logits.float().masked_fill(~rows.up_to(logits.shape[-1]), float("-inf")).softmax(-1)
 
 
 def select_threshold(
@@ -36,12 +72,14 @@ def select_threshold(
     threshold: float,
     *,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     softmax: bool = False,
-) -> BlockIndices:
-    probabilities = causal_softmax(scores) if softmax else scores
-    return _finish(probabilities.float() > threshold, block_size, lengths, last_blocks_dense)
+) -> tuple[Tensor, Tensor]:
+    """``indices`` and ``counts`` of the lists, as of all of these functions."""
+    rows = rows_of(scores, table, block_size)
+    probabilities = _causal_softmax(scores, rows) if softmax else scores
+    return _finish(probabilities.float() > threshold, rows, last_blocks_dense)
 
 
 def select_topk(
@@ -49,53 +87,54 @@ def select_topk(
     keep: Tensor,
     *,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     diagonal_extra: bool,
     capacity: int,
-) -> BlockIndices:
+) -> tuple[Tensor, Tensor]:
     """``keep`` is int64 ``[1 or B, Nq]`` on the device of the scores, at least 1."""
-    num_rows, num_keys = scores.shape[-2:]
-    first_row = num_keys - num_rows
-    rows = torch.arange(first_row, num_keys, device=scores.device)
+    num_keys = scores.shape[-1]
+    rows = rows_of(scores, table, block_size)
     # Without diagonal_extra the diagonal is one of the k, and the other k - 1 compete below it. Cutting k to the
     # number of candidates keeps masked blocks, which sort last, off the list.
-    candidates = causal_block_mask(num_rows, num_keys, first_row if diagonal_extra else first_row - 1, scores.device)
-    wanted = torch.minimum(keep, rows + 1) if diagonal_extra else torch.minimum(keep - 1, rows)
+    candidates = rows.up_to(num_keys, 0 if diagonal_extra else 1)
+    wanted = torch.minimum(keep, rows.own + 1) if diagonal_extra else torch.minimum(keep - 1, rows.own)
     values = scores.float()
     values = torch.where(candidates & ~values.isnan(), values, float("-inf"))
     order = values.sort(dim=-1, descending=True, stable=True).indices
     ranks_wanted = torch.arange(num_keys, device=scores.device) < wanted[:, None, :, None]
     mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, ranks_wanted.expand(values.shape))
-    indices, counts = read_lists(_finish(mask, block_size, lengths, last_blocks_dense))
-    return ordered_lists(indices[..., :capacity].contiguous(), counts, num_keys, block_size)
+    indices, counts = _finish(mask, rows, last_blocks_dense)
+    return indices[..., :capacity].contiguous(), counts
 
 
 def select_topp(
-    scores: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int, softmax: bool = False
-) -> BlockIndices:
-    probabilities = causal_softmax(scores) if softmax else scores
-    num_rows, num_keys = probabilities.shape[-2:]
-    first_row = num_keys - num_rows
+    scores: Tensor,
+    p: float,
+    *,
+    block_size: int,
+    table: Tensor | None,
+    last_blocks_dense: int,
+    softmax: bool = False,
+) -> tuple[Tensor, Tensor]:
+    num_keys = scores.shape[-1]
+    rows = rows_of(scores, table, block_size)
+    probabilities = _causal_softmax(scores, rows) if softmax else scores
     values = probabilities.float().nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0)
     # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
-    diagonal = (values.diagonal(first_row, -2, -1).double() * PROBABILITY_UNITS).long()
-    candidates = causal_block_mask(num_rows, num_keys, first_row - 1, probabilities.device)
-    values = torch.where(candidates, values, -1.0)  # sorts after every candidate
+    own = rows.own.clamp(max=num_keys - 1)[:, None, :, None].expand(*values.shape[:3], 1)
+    diagonal = (values.gather(-1, own).double() * PROBABILITY_UNITS).long()
+    values = torch.where(rows.up_to(num_keys, 1), values, -1.0)  # sorts after every candidate
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     units = (ordered.clamp(min=0.0).double() * PROBABILITY_UNITS).long()
-    mass_before = diagonal[..., None] + units.cumsum(-1) - units
+    mass_before = diagonal + units.cumsum(-1) - units
     mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, mass_before < topp_target(p))
-    return _finish(mask, block_size, lengths, last_blocks_dense)
+    return _finish(mask, rows, last_blocks_dense)
 
 
 def topp_target(p: float) -> int:
     """The mass to reach, in units of 2^-40. p = 1 asks for every block, however the probabilities were rounded."""
     return int(p * PROBABILITY_UNITS) if p < 1.0 else (1 << 62)
-
-
-def num_blocks_of(lengths: Tensor, block_size: int) -> Tensor:
-    return (lengths + (block_size - 1)) // block_size
 
 
 def dense_indices(
@@ -107,33 +146,43 @@ def dense_indices(
     block_size: int,
     lengths: Tensor | None = None,
     device: torch.device | str | None = None,
+    span: Span | None = None,
 ) -> BlockIndices:
     """Lists of all causal blocks. ``indices`` is one expanded row: it takes no memory, so do not write into it.
 
     Args:
-        batch, heads, num_rows, num_key_blocks: B, H, Nq and Nk; query blocks are the last Nq of the Nk key blocks.
+        batch, heads, num_rows, num_key_blocks: B, H, Nq and Nk; query blocks are the last Nq of the Nk key blocks, or
+            those of the span.
         block_size: tokens a block.
         lengths: int64 ``[B]``, valid tokens of each right-padded row; rows of wholly padded blocks get count 0.
         device: where to make them.
+        span: which query blocks the rows are, instead of ``lengths``; it lies on that device.
+
+    Raises:
+        ValueError: both lengths and a span, or numbers that are not those of the span.
     """
+    if span is not None and lengths is not None:
+        raise ValueError("dense_indices: got lengths and a span; give one of them, the span knows the lengths")
     indices = torch.arange(num_key_blocks, dtype=torch.int32, device=device).expand(batch, heads, num_rows, -1)
-    rows = torch.arange(num_key_blocks - num_rows, num_key_blocks, dtype=torch.int32, device=device)
-    counts = (rows + 1).expand(batch, 1, -1)
-    if lengths is not None:
-        valid = rows < num_blocks_of(lengths.to(rows.device), block_size)[:, None, None]
-        counts = torch.where(valid, counts, 0)
-    return ordered_lists(indices, counts.expand(batch, heads, -1).contiguous(), num_key_blocks, block_size)
+    if span is not None:
+        check_span(indices.shape, indices.device, num_key_blocks, block_size, False, span)
+    table = (span or span_of_lengths(batch, num_rows, num_key_blocks, block_size, lengths)).table
+    rows = rows_of(indices, None if table is None else table.to(indices.device), block_size)
+    counts = torch.where(rows.own < rows.end, rows.own + 1, 0).int()
+    counts = counts[:, None].expand(batch, heads, num_rows).contiguous()
+    return ordered_lists(indices, counts, num_key_blocks, block_size, span=span)
 
 
-def _finish(mask: Tensor, block_size: int, lengths: Tensor | None, last_blocks_dense: int) -> BlockIndices:
-    """Add what every selection shares (the diagonal, dense last rows, no padded rows) and pack."""
-    num_rows, num_keys = mask.shape[-2:]
-    rows = torch.arange(num_keys - num_rows, num_keys, device=mask.device)
-    mask = mask | (torch.arange(num_keys, device=mask.device) == rows[:, None])
-    if lengths is None:
-        if last_blocks_dense:
-            mask = mask | (rows >= num_keys - last_blocks_dense)[:, None]
-    else:
-        end = num_blocks_of(lengths, block_size)[:, None, None, None]
-        mask = (mask | (rows[:, None] >= end - last_blocks_dense)) & (rows[:, None] < end)
-    return BlockIndices.from_mask(mask, block_size)  # drops what is not causal
+def span_of_lengths(batch: int, num_rows: int, num_key_blocks: int, block_size: int, lengths: Tensor | None) -> Span:
+    """The span of right-padded rows of ``lengths [B]`` tokens (None: all), of whole blocks."""
+    return Span.of_padded(batch, num_rows * block_size, num_key_blocks * block_size, lengths)
+
+
+def _finish(mask: Tensor, rows: Rows, last_blocks_dense: int) -> tuple[Tensor, Tensor]:
+    """Add what every selection shares (the diagonal, dense last rows, no rows without a query) and pack."""
+    num_keys = mask.shape[-1]
+    own, end = rows.own[:, None, :, None], rows.end[:, None, :, None]
+    mask = mask | (torch.arange(num_keys, device=mask.device) == own)
+    if last_blocks_dense:
+        mask = mask | (own >= end - last_blocks_dense)
+    return pack(mask & rows.up_to(num_keys) & (own < end), num_keys)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..indices import BlockIndices, ordered_lists
+from ..triton_span import span_row
 from .reference import topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
 
@@ -179,20 +179,25 @@ def _probability(b_x):
 
 @triton.jit
 def _place(
-    x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last, block_size,
-    HAS_LENGTHS: tl.constexpr,
+    p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """The program's query block, its scores, list and count, and how it is chosen: the scores decide (2), all causal
     blocks (1), none (0)."""
     i_row, i_bh = num_rows - 1 - tl.program_id(0), tl.program_id(1)  # long rows first
-    i_query = num_keys - num_rows + i_row
+    i_b = i_bh // heads
     o_row = i_bh.to(tl.int64) * num_rows + i_row
-    p_row = x + (i_bh // heads).to(tl.int64) * stride_b + (i_bh % heads).to(tl.int64) * stride_h
-    end = num_keys
-    if HAS_LENGTHS:
-        end = ((tl.load(lengths + i_bh // heads) + block_size - 1) // block_size).to(tl.int32)
+    p_row = p_x + i_b.to(tl.int64) * s_x_b + (i_bh % heads).to(tl.int64) * s_x_h + i_row.to(tl.int64) * s_x_r
+    _, start, length, _ = span_row(p_table, i_b, num_rows, num_keys, TABLE)
+    if TABLE:
+        i_query = start // block_size + i_row
+        end = tl.minimum((start + length + block_size - 1) // block_size, num_keys)
+        end = tl.where(length > 0, end, 0)
+    else:  # the last blocks, and all of them
+        i_query = num_keys - num_rows + i_row
+        end = num_keys
     kind = tl.where(i_query >= end, 0, tl.where(i_query >= end - last, 1, 2))
-    return i_query, p_row + i_row.to(tl.int64) * stride_r, indices + o_row * capacity, counts + o_row, kind
+    return i_query, p_row, p_indices + o_row * capacity, p_counts + o_row, kind
 
 
 @triton.jit
@@ -216,13 +221,13 @@ def _fits(i_query, BLOCK: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexp
 
 @triton.jit(do_not_specialize=SIZES)
 def select_threshold_kernel(
-    x, lengths, indices, counts, threshold, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-    block_size, SOFTMAX: tl.constexpr, HAS_LENGTHS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_table, p_indices, p_counts, threshold, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last,
+    block_size, SOFTMAX: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
     i_query, p_row, p_list, p_count, kind = _place(
-        x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-        block_size, HAS_LENGTHS,
+        p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
+        TABLE,
     )  # fmt: skip
     if kind < 2:
         _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
@@ -232,20 +237,20 @@ def select_threshold_kernel(
                 _threshold_row(p_row, p_list, p_count, i_query, threshold, SOFTMAX, VECTOR, BLOCK >> i_level)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_keep"])
+@triton.jit(do_not_specialize=[*SIZES, "s_keep_b"])
 def select_topk_kernel(
-    x, keep, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, stride_keep, capacity,
-    last, block_size, DIAGONAL_EXTRA: tl.constexpr, HAS_LENGTHS: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+    p_x, p_keep, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, s_keep_b, capacity,
+    last, block_size, DIAGONAL_EXTRA: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):  # fmt: skip
     i_query, p_row, p_list, p_count, kind = _place(
-        x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-        block_size, HAS_LENGTHS,
+        p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
+        TABLE,
     )  # fmt: skip
     if kind < 2:
         _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
     else:
-        wanted = tl.load(keep + (tl.program_id(1) // heads) * stride_keep + i_query - (num_keys - num_rows))
+        wanted = tl.load(p_keep + (tl.program_id(1) // heads) * s_keep_b + num_rows - 1 - tl.program_id(0))
         for i_level in tl.static_range(LEVELS):
             if _fits(i_query, BLOCK, i_level, LEVELS):
                 _topk_row(
@@ -255,13 +260,13 @@ def select_topk_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "target"])
 def select_topp_kernel(
-    x, lengths, indices, counts, target, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-    block_size, SOFTMAX: tl.constexpr, HAS_LENGTHS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_table, p_indices, p_counts, target, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last,
+    block_size, SOFTMAX: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
     i_query, p_row, p_list, p_count, kind = _place(
-        x, lengths, indices, counts, heads, num_rows, num_keys, stride_b, stride_h, stride_r, capacity, last,
-        block_size, HAS_LENGTHS,
+        p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
+        TABLE,
     )  # fmt: skip
     if kind < 2:
         _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
@@ -276,15 +281,15 @@ def select_threshold(
     threshold: float,
     *,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     softmax: bool = False,
-) -> BlockIndices:
+) -> tuple[Tensor, Tensor]:
     return _launch(
         select_threshold_kernel,
         scores,
         block_size,
-        lengths,
+        table,
         last_blocks_dense,
         threshold=float(threshold),
         registers=128,
@@ -297,34 +302,34 @@ def select_topk(
     keep: Tensor,
     *,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last_blocks_dense: int,
     diagonal_extra: bool,
     capacity: int,
-) -> BlockIndices:
+) -> tuple[Tensor, Tensor]:
     keep = keep.contiguous()
     return _launch(
         select_topk_kernel,
         scores,
         block_size,
-        lengths,
+        table,
         last_blocks_dense,
         capacity=capacity,
         registers=168,
-        keep=keep,
-        stride_keep=keep.shape[1] if keep.shape[0] > 1 else 0,
+        p_keep=keep,
+        s_keep_b=keep.shape[1] if keep.shape[0] > 1 else 0,
         DIAGONAL_EXTRA=diagonal_extra,
     )
 
 
 def select_topp(
-    scores: Tensor, p: float, *, block_size: int, lengths: Tensor | None, last_blocks_dense: int, softmax: bool = False
-) -> BlockIndices:
+    scores: Tensor, p: float, *, block_size: int, table: Tensor | None, last_blocks_dense: int, softmax: bool = False
+) -> tuple[Tensor, Tensor]:
     return _launch(
         select_topp_kernel,
         scores,
         block_size,
-        lengths,
+        table,
         last_blocks_dense,
         registers=216,
         target=topp_target(p),
@@ -352,13 +357,13 @@ def _launch(
     kernel,
     x: Tensor,
     block_size: int,
-    lengths: Tensor | None,
+    table: Tensor | None,
     last: int,
     *,
     registers: int,
     capacity: int | None = None,
     **arguments,
-) -> BlockIndices:
+) -> tuple[Tensor, Tensor]:
     batch, heads, num_rows, num_keys = x.shape
     capacity = num_keys if capacity is None else capacity
     indices = torch.empty(batch, heads, num_rows, capacity, dtype=torch.int32, device=x.device)
@@ -369,19 +374,19 @@ def _launch(
         with torch.cuda.device_of(x):
             kernel[(num_rows, batch * heads)](
                 x,
-                lengths=lengths,
-                indices=indices,
-                counts=counts,
+                p_table=table,
+                p_indices=indices,
+                p_counts=counts,
                 heads=heads,
                 num_rows=num_rows,
                 num_keys=num_keys,
-                stride_b=x.stride(0),
-                stride_h=x.stride(1),
-                stride_r=x.stride(2),
+                s_x_b=x.stride(0),
+                s_x_h=x.stride(1),
+                s_x_r=x.stride(2),
                 capacity=capacity,
                 last=last,
                 block_size=block_size,
-                HAS_LENGTHS=lengths is not None,
+                TABLE=table is not None,
                 VECTOR=VECTOR if _whole_vectors(x) else 1,
                 BLOCK=block,
                 LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
@@ -389,4 +394,4 @@ def _launch(
                 **_limit(min(registers, REGISTERS // (32 * num_warps))),
                 **arguments,
             )
-    return ordered_lists(indices, counts, num_keys, block_size)
+    return indices, counts

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..indices import BlockIndices, ordered_lists, read_lists
+from ..span import Span
 from .cpu_gathered import block_sparse_attention_cpu_gathered
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ _MAX_CONFIGURATIONS = 64
 
 def flex_usable(q: Tensor, blocks: BlockIndices) -> bool:
     """Whether the automatic choice for these inputs is FlexAttention rather than the gathered path."""
-    return AUTOMATIC and q.shape[2] >= MIN_QUERIES and _flex_supported()
+    plain = blocks.span is None or blocks.span.plain
+    return AUTOMATIC and plain and q.shape[2] >= MIN_QUERIES and _flex_supported()
 
 
 @functools.cache
@@ -77,7 +79,8 @@ def block_sparse_attention_cpu_flex(
         # One batch row at a time: batch size 1 and others would be two compiles, and heads keep the cores busy.
         one = slice(row, row + 1)
         indices, counts = read_lists(blocks)
-        lists = ordered_lists(indices[one], counts[one], blocks.num_key_blocks, blocks.block_size)
+        span = Span(1, q.shape[2], k.shape[2])
+        lists = ordered_lists(indices[one], counts[one], blocks.num_key_blocks, blocks.block_size, span=span)
         out[one] = _attend(compiled, q[one], k[one], v[one], lists, scale)
     return out
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..indices import BlockIndices, read_lists
+from ..indices import BlockIndices, read_lists, span_of
+from ..span import Span
 
 # Elements of gathered keys and of scores in one bucket, for each thread: 2 MiB of float32. From 2^18 to 2^20 all are
 # within 10 % of each other on a 2-core Ice Lake with 1.25 MiB of L2 a core; below, the overhead of the ops shows.
@@ -28,10 +29,10 @@ def block_sparse_attention_cpu_gathered(
     """Arguments as checked by the interface; computes in float32 whatever the dtype (faster than bf16 without AMX).
 
     Returns:
-        ``out [B, Hq, Tq, D]`` in the dtype of q and the natural-log ``lse [B, Hq, Tq]`` in float32, or None.
+        ``out`` like q and the natural-log ``lse``, float32, q's shape without the last dimension, or None.
     """
-    batch, num_heads, query_length, head_dim = q.shape
-    num_kv_heads, key_length = k.shape[1:3]
+    span = span_of(blocks, q, k)
+    batch, (num_heads, head_dim), num_kv_heads = span.batch, (q.shape[1], q.shape[3]), k.shape[1]
     block_size, num_rows, num_key_blocks = blocks.block_size, blocks.num_rows, blocks.num_key_blocks
     indices, counts = read_lists(blocks)
     list_heads = counts.shape[1]
@@ -43,18 +44,19 @@ def block_sparse_attention_cpu_gathered(
     lengths = counts.tolist()
     slots = counts[:, None] + torch.arange(-lengths[-1], 0, device=q.device)
     key_blocks = indices.flatten(0, 2)[order].long().gather(1, slots.clamp(min=0))
-    has_diagonal = key_blocks[:, -1:] == (blocks.first_row + order % num_rows)[:, None]
+    diagonal = span.row_blocks(block_size, q.device)[:, None].expand(batch, list_heads, num_rows).reshape(-1)[order]
+    has_diagonal = key_blocks[:, -1:] == diagonal[:, None]
     # Where the KV head of each list begins among all blocks of keys.
     key_blocks += (order // (list_heads // num_kv_heads * num_rows) * num_key_blocks)[:, None]
 
-    # Pad to whole blocks. Padded keys lie after every real query, in its diagonal block at most: causality hides them.
-    front = key_length - query_length - blocks.first_row * block_size
-    back = num_key_blocks * block_size - key_length
-    q_blocks = _padded(q, front, back).view(batch, list_heads, shared, num_rows, block_size, head_dim)
+    # Whole blocks. Keys beside the content lie after every real query, in its diagonal block at most: causality hides
+    # them.
+    q_blocks = span.gather_query_blocks(q, block_size)
+    q_blocks = q_blocks.view(batch, list_heads, shared, num_rows, block_size, head_dim)
     # Rows in the order of the lists; the result of a row will overwrite its queries.
     out = q_blocks.transpose(2, 3).reshape(-1, shared * block_size, head_dim).index_select(0, order).float()
-    k_blocks = _padded(k, 0, back).reshape(-1, block_size * head_dim).float()
-    v_blocks = _padded(v, 0, back).reshape(-1, block_size * head_dim).float()
+    k_blocks = _key_blocks(k, span, block_size)
+    v_blocks = _key_blocks(v, span, block_size)
 
     empty = lengths.count(0)
     out[:empty] = 0.0
@@ -91,16 +93,23 @@ def block_sparse_attention_cpu_gathered(
     original = order.argsort()
     shape = batch, list_heads, num_rows, shared, block_size
     out = out.to(q.dtype).index_select(0, original).view(*shape, head_dim).transpose(2, 3)
-    out = out.reshape(batch, num_heads, -1, head_dim)[:, :, front : front + query_length]
+    out = out.reshape(batch, num_heads, -1, head_dim)
+    make = torch.empty_like if span.plain else torch.zeros_like  # slots without a query are not written
     if lse is not None:
-        lse = lse.index_select(0, original).view(shape).transpose(2, 3)
-        lse = lse.reshape(batch, num_heads, -1)[:, :, front : front + query_length].contiguous()
-    return torch.empty_like(q).copy_(out), lse
+        lse = lse.index_select(0, original).view(shape).transpose(2, 3).reshape(batch, num_heads, -1)
+        lse = span.scatter_query_blocks(lse, lse.new_full(q.shape[:3], float("-inf")), block_size)
+    return span.scatter_query_blocks(out, make(q), block_size), lse
 
 
-def _padded(x: Tensor, front: int, back: int) -> Tensor:
-    """``x [B, H, T, D]`` with tokens of zeros before and after; padding by nothing would copy."""
-    return F.pad(x, (0, 0, front, back)) if front or back else x
+def _key_blocks(x: Tensor, span: Span, block_size: int) -> Tensor:
+    """Blocks of the keys or values, row by row and head by head, float32 ``[B * Hkv * Nk, block * D]``."""
+    x = span.gather_keys(x)
+    if not span.plain:  # what lies behind a row's last key may be NaN, and 0 * NaN is no 0
+        beyond = torch.arange(span.keys, device=x.device) >= span.ends()[:, None]
+        x = x.masked_fill(beyond[:, None, :, None], 0.0)
+    back = span.num_key_blocks(block_size) * block_size - span.keys
+    x = F.pad(x, (0, 0, 0, back)) if back else x  # padding by nothing would copy
+    return x.reshape(-1, block_size * x.shape[3]).float()
 
 
 def _buckets(sorted_counts: list[int], start: int, tile_elements: int) -> list[tuple[int, int]]:

@@ -20,11 +20,17 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from ..hopper import copy_tile, pin, tile_descriptor
-from ..indices import BlockIndices, read_lists
-from .triton_parts import merge_parts, num_parts, result_buffers
+from ..hopper import copy_tile, key_place, pin, thread_barrier, tile_descriptor
+from ..indices import BlockIndices, read_lists, span_of
+from ..triton_span import LN2, LOG2E, span_constants
+from .triton_parts import merge_parts, new_results, num_parts, result_buffers
 
 TILE = 64
 NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
@@ -42,10 +48,11 @@ _RUNTIME_SCALARS = [
     "s_counts_b",
     "s_counts_h",
     "s_counts_r",
+    "s_pages_b",
     "num_heads",
     "kv_group",
     "list_group",
-    "query_length",
+    "query_slots",
     "key_length",
     "first_row",
 ]
@@ -76,6 +83,8 @@ def block_sparse_attention_hopper_kernel(
     p_lse,
     p_indices,
     p_counts,
+    p_table,
+    p_pages,
     s_out_b,
     s_out_h,
     s_out_t,
@@ -86,10 +95,11 @@ def block_sparse_attention_hopper_kernel(
     s_counts_b,
     s_counts_h,
     s_counts_r,
+    s_pages_b,
     num_heads,
     kv_group,
     list_group,
-    query_length,
+    query_slots,
     key_length,
     first_row,
     scale_log2,
@@ -97,13 +107,17 @@ def block_sparse_attention_hopper_kernel(
     PADDED_DIM: gl.constexpr,
     BLOCK: gl.constexpr,
     TILE: gl.constexpr,
+    TABLE: gl.constexpr,
+    PACKED: gl.constexpr,
+    PAGE: gl.constexpr,
     RETURN_LSE: gl.constexpr,
     IN_PARTS: gl.constexpr,
 ):
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
     IN_PARTS: and only those of one part of the list, of which the second dimension of the grid has the number;
-    results are float32 then.
+    results are float32 then. TABLE, PACKED, PAGE: see ``triton_span.py``; without a table the queries are the last
+    ``query_slots`` of ``key_length`` positions.
     """
     SPLIT: gl.constexpr = BLOCK // TILE
     DTYPE: gl.constexpr = d_q.dtype
@@ -114,6 +128,7 @@ def block_sparse_attention_hopper_kernel(
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     SCORES_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PADDED_DIM, PADDED_DIM // 8], [4, 1], [1, 0])
 
     smem_q = gl.allocate_shared_memory(DTYPE, [1, 1, TILE, PADDED_DIM], d_q.layout)
     smem_k = gl.allocate_shared_memory(DTYPE, [1, 1, TILE, PADDED_DIM], d_k.layout)
@@ -138,34 +153,50 @@ def block_sparse_attention_hopper_kernel(
     i_kv = gl.program_id(2) % num_kv_heads
     i_h = i_kv * kv_group + gl.program_id(0) % kv_group
     i_list = (i_h // list_group).to(gl.int64)
-    # Index of the first query of the tile, negative where a chunk starts inside a block.
-    local = (first_row + i_row) * BLOCK + i_sub * TILE - (key_length - query_length)
+    i_batch = i_b * 0 if PACKED else i_b  # of q, k, v and the results
+    start, length, query_slot, key_slot = key_length - query_slots, query_slots, 0, 0
+    if TABLE:
+        p_table += i_b * 4
+        query_slot, start, length = gl.load(p_table), gl.load(p_table + 1), gl.load(p_table + 2)
+        key_slot = gl.load(p_table + 3)
+        first_row = start // BLOCK
+    if PAGE:
+        p_pages += i_b.to(gl.int64) * s_pages_b
+    # Position of the first query of the tile, and its index, negative where a chunk starts inside a block.
+    diagonal = first_row + i_row
+    tile = diagonal * BLOCK + i_sub * TILE
+    local = tile - start
+    if TABLE:
+        m_tile = (local + TILE > 0) & (local < length)  # whether the tile has a query
+    else:
+        m_tile = True
 
-    mbarrier.expect(bar_q, d_q.block_type.nbytes)
-    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local, 0], bar_q, smem_q)
+    copy_tile(d_q, i_batch, i_h, local + query_slot, bar_q, smem_q, m_tile)
     # Nearly every list has the diagonal, whose place is known: its tile is on its way before the list has been read. Of
     # the parts of a list the last one has it.
     if IN_PARTS:
-        m_ahead = gl.program_id(1) == gl.num_programs(1) - 1
+        m_ahead = (gl.program_id(1) == gl.num_programs(1) - 1) & m_tile
     else:
-        m_ahead = True
-    diagonal = first_row + i_row
-    o_key = diagonal * BLOCK + i_sub * TILE
-    copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_ahead)
-    copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_ahead)
+        m_ahead = m_tile
+    k_row, o_key = key_place(p_pages, tile, i_batch, key_slot, m_ahead, PAGE)
+    copy_tile(d_k, k_row, i_kv, o_key, bar_k, smem_k, m_ahead)
+    copy_tile(d_v, k_row, i_kv, o_key, bar_v, smem_v, m_ahead)
 
     count = gl.load(p_counts + i_b.to(gl.int64) * s_counts_b + i_list * s_counts_h + i_row.to(gl.int64) * s_counts_r)
     p_list = p_indices + i_b.to(gl.int64) * s_indices_b + i_list * s_indices_h + i_row.to(gl.int64) * s_indices_r
+    if TABLE:
+        count = count * m_tile.to(gl.int32)
     ahead = 1  # tiles copied before those of the list
+    if IN_PARTS or TABLE:
+        ahead = m_ahead.to(gl.int32)
     if IN_PARTS:
         i_part = gl.program_id(1)
         begin = count * i_part // gl.num_programs(1)
         count = count * (i_part + 1) // gl.num_programs(1) - begin
         p_list += begin
-        ahead = m_ahead.to(gl.int32)
         i_part = i_part.to(gl.int64)
         p_out += i_part * s_out_p
-        p_lse += i_part * gl.num_programs(2) * kv_group * query_length
+        p_lse += i_part * (num_heads if PACKED else gl.num_programs(2) * kv_group) * query_slots
     # Lists ascend, so the diagonal block, if listed, is the last entry. Of its tiles, those before this program's
     # queries are visible as a whole, like all the blocks before it; one needs the causal mask; the rest is not visible.
     last = gl.load(p_list + gl.maximum(count - 1, 0))
@@ -175,6 +206,7 @@ def block_sparse_attention_hopper_kernel(
         num_whole = (count - 1) * SPLIT + i_sub
     # The slot read for an empty list is undefined, but then nothing is copied.
     o_key = _key_start(p_list, 0, BLOCK, TILE)
+    k_row, o_key = key_place(p_pages, o_key, i_batch, key_slot, num_whole > 0, PAGE)
 
     b_q = smem_q.reshape([TILE, PADDED_DIM])
     b_kt = smem_k.reshape([TILE, PADDED_DIM]).permute((1, 0))
@@ -184,13 +216,14 @@ def block_sparse_attention_hopper_kernel(
     b_out = gl.zeros([TILE, PADDED_DIM], gl.float32, OUT)
     b_zero = gl.zeros([TILE, TILE], gl.float32, SCORES)
     # Waited for even where there is nothing to do: a program must not end with a copy under way.
-    mbarrier.wait(bar_q, 0)
+    if m_tile:
+        mbarrier.wait(bar_q, 0)
 
     if has_diagonal:
         mbarrier.wait(bar_k, 0)
         b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
         b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
-        copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_whole > 0)
+        copy_tile(d_k, k_row, i_kv, o_key, bar_k, smem_k, num_whole > 0)
         pin(bar_pin)
         # Queries and keys of this tile start at one position. Causality also hides the keys past key_length from every
         # query that is stored.
@@ -200,24 +233,33 @@ def block_sparse_attention_hopper_kernel(
         b_p, _, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
         b_p = gl.convert_layout(b_p.to(DTYPE), P)
         mbarrier.wait(bar_v, 0)
+        if TABLE:  # noqa: SIM102 (a constant, and not)
+            # What follows the last value is anything, NaN too, which a probability of 0 does not hide.
+            if local + TILE > length:
+                b_rows = b_v.load(ROWS)
+                m_value = local + gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS)) < length
+                b_v.store(gl.where(m_value[:, None], b_rows, 0.0))
+                fence_async_shared()
+                thread_barrier()
         b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
-        copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_whole > 0)
+        copy_tile(d_v, k_row, i_kv, o_key, bar_v, smem_v, num_whole > 0)
     else:
         if m_ahead:
             mbarrier.wait(bar_k, 0)
             mbarrier.wait(bar_v, 0)
-        copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, num_whole > 0)
-        copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, num_whole > 0)
+        copy_tile(d_k, k_row, i_kv, o_key, bar_k, smem_k, num_whole > 0)
+        copy_tile(d_v, k_row, i_kv, o_key, bar_v, smem_v, num_whole > 0)
 
     for i in range(num_whole):
         # Never past the list, whose spare slots are undefined. Read early, so that the load hides behind the product.
         m_more = i + 1 < num_whole
         o_key = _key_start(p_list, gl.minimum(i + 1, num_whole - 1), BLOCK, TILE)
+        k_row, o_key = key_place(p_pages, o_key, i_batch, key_slot, True, PAGE)
         mbarrier.wait(bar_k, (i + ahead) & 1)
         b_scores = warpgroup_mma(b_q, b_kt, b_zero, use_acc=False, is_async=True)
         b_scores = warpgroup_mma_wait(0, deps=(b_scores,))
-        copy_tile(d_k, i_b, i_kv, o_key, bar_k, smem_k, m_more)
+        copy_tile(d_k, k_row, i_kv, o_key, bar_k, smem_k, m_more)
         pin(bar_pin)
         b_p, b_decay, b_max, b_sum = _softmax_step(b_scores, b_max, b_sum, scale_log2)
         b_out = b_out * gl.convert_layout(b_decay, OUT_ROW)[:, None]
@@ -225,30 +267,31 @@ def block_sparse_attention_hopper_kernel(
         mbarrier.wait(bar_v, (i + ahead) & 1)
         b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
-        copy_tile(d_v, i_b, i_kv, o_key, bar_v, smem_v, m_more)
+        copy_tile(d_v, k_row, i_kv, o_key, bar_v, smem_v, m_more)
 
     # A row without keys has sum 0: output 0, lse -inf.
     b_seen = gl.where(b_sum > 0, b_sum, 1.0)
     b_out = b_out * (1.0 / gl.convert_layout(b_seen, OUT_ROW))[:, None]
     if RETURN_LSE:
-        b_lse = gl.where(b_sum > 0, (b_max + gl.log2(b_seen)) * 0.6931471805599453, float("-inf"))
+        b_lse = gl.where(b_sum > 0, (b_max + gl.log2(b_seen)) * LN2, float("-inf"))
         o_local = local + gl.arange(0, TILE, layout=SCORES_ROW)
-        p_lse += (i_b.to(gl.int64) * num_heads + i_h) * query_length
-        gl.store(p_lse + o_local, b_lse, mask=(o_local >= 0) & (o_local < query_length))
-    p_out += i_b.to(gl.int64) * s_out_b + i_h.to(gl.int64) * s_out_h
+        p_lse += (i_batch.to(gl.int64) * num_heads + i_h) * query_slots + query_slot
+        gl.store(p_lse + o_local, b_lse, mask=(o_local >= 0) & (o_local < length))
+    p_out += i_batch.to(gl.int64) * s_out_b + i_h.to(gl.int64) * s_out_h
+    if TABLE:
+        p_out += query_slot.to(gl.int64) * s_out_t
     if IN_PARTS:
         o_local = local + gl.arange(0, TILE, layout=OUT_ROW)
         o_d = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, OUT))
-        m_out = ((o_local >= 0) & (o_local < query_length))[:, None] & (o_d < HEAD_DIM)[None, :]
+        m_out = ((o_local >= 0) & (o_local < length))[:, None] & (o_d < HEAD_DIM)[None, :]
         gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_out, mask=m_out)
     else:
         # Through the buffer of q, which nothing reads any more, into whole rows of 16 bytes a thread.
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PADDED_DIM, PADDED_DIM // 8], [4, 1], [1, 0])
         b_q.store(b_out.to(DTYPE))
         b_rows = b_q.load(ROWS)
         o_local = local + gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS))
         o_d = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, ROWS))
-        m_out = ((o_local >= 0) & (o_local < query_length))[:, None] & (o_d < HEAD_DIM)[None, :]
+        m_out = ((o_local >= 0) & (o_local < length))[:, None] & (o_d < HEAD_DIM)[None, :]
         gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_rows, mask=m_out)
 
 
@@ -258,13 +301,12 @@ def block_sparse_attention_hopper(
     """Launch the kernel; arguments as checked by the interface, and ``hopper_usable`` found no reason against it.
 
     Returns:
-        ``out [B, Hq, Tq, D]`` in the dtype and memory order of q, and the natural-log ``lse [B, Hq, Tq]`` in float32 or
-        None.
+        ``out`` in shape, dtype and memory order of q, and the natural-log ``lse``, float32, q's shape without the last
+        dimension, or None.
     """
-    batch, num_heads, query_length, head_dim = q.shape
-    num_kv_heads, key_length = k.shape[1:3]
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device) if return_lse else None
+    num_heads, query_slots, head_dim = q.shape[1:]
+    span, num_kv_heads = span_of(blocks, q, k), k.shape[1]
+    out, lse = new_results(q, return_lse, span)
     indices, counts = read_lists(blocks)
     if indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
@@ -274,11 +316,12 @@ def block_sparse_attention_hopper(
     tile = [1, 1, TILE, padded_dim]
     programs = blocks.num_rows * (blocks.block_size // TILE) * group  # of one KV head
     parts = num_parts(
-        programs * batch * num_kv_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim]
+        programs * span.batch * num_kv_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim]
     )
-    written, written_lse = result_buffers(out, lse, parts)
+    written, written_lse = result_buffers(out, lse, parts, span)
+    page_table = None if span.pages is None else span.pages.table
     with torch.cuda.device(q.device):
-        block_sparse_attention_hopper_kernel[(programs, parts, batch * num_kv_heads)](
+        block_sparse_attention_hopper_kernel[(programs, parts, span.batch * num_kv_heads)](
             tile_descriptor(q, tile),
             tile_descriptor(k, tile),
             tile_descriptor(v, tile),
@@ -286,17 +329,20 @@ def block_sparse_attention_hopper(
             written_lse,
             indices,
             counts,
+            span.table,
+            page_table,
             *written.stride()[-4:-1],
             written.stride(0),
             *indices.stride()[:3],
             *counts.stride(),
+            0 if page_table is None else page_table.stride(0),
             num_heads,
             group,
             num_heads // counts.shape[1],
-            query_length,
-            key_length,
-            blocks.first_row,
-            scale * 1.4426950408889634,
+            query_slots,
+            span.keys,
+            span.first_row(blocks.block_size) if span.plain else 0,
+            scale * LOG2E,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK=blocks.block_size,
@@ -305,6 +351,7 @@ def block_sparse_attention_hopper(
             IN_PARTS=parts > 1,
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS[padded_dim],
+            **span_constants(span),
         )
         if parts > 1:
             merge_parts(written, written_lse, out, lse)

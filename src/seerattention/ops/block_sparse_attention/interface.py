@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import (
-    BlockIndices,
-    clean_lists,
-    first_query_block,
-    is_ordered,
-    num_blocks,
-    ordered_lists,
-    read_lists,
-)
+from ..indices import BlockIndices, clean_lists, is_ordered, ordered_lists, read_lists, span_of
+from ..span import Span
 from .cpu_flex import block_sparse_attention_cpu_flex, flex_usable
 from .cpu_gathered import block_sparse_attention_cpu_gathered
 from .reference import block_sparse_attention_reference
@@ -37,13 +31,18 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention in which each query block reads only the key blocks on its list (arXiv 2410.13276, section 3.3).
 
-    Query i (absolute position ``Tk - Tq + i``) of head h attends to the keys of the listed blocks, causally inside the
-    diagonal block. There is no backward.
+    Query i (position ``Tk - Tq + i``, or as the span of the lists says) of head h attends to the keys of the listed
+    blocks, causally inside the diagonal block. There is no backward.
+
+    With ``blocks.span``, rows begin at different positions, lie in slots with padding beside them, follow each other in
+    one row (packed), or have their keys and values in pages, whose size is a multiple of the block size. What lies
+    beside the content of a row is not read, or makes no difference whatever it is.
 
     Args:
-        q: ``[B, Hq, Tq, D]``, float32, float16 or bfloat16, D at most 256; queries are the last Tq of Tk positions. Any
-            strides with a contiguous last dimension.
-        k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv.
+        q: ``[B, Hq, Tq, D]``, float32, float16 or bfloat16, D at most 256; queries are the last Tq of Tk positions
+            where the lists have no span. Packed: ``[1, Hq, T, D]``. Any strides with a contiguous last dimension.
+        k: ``[B, Hkv, Tk, D]``, same dtype and device, Hq a multiple of Hkv. Packed: ``[1, Hkv, T', D]``; with pages:
+            ``[pages, Hkv, page_size, D]``.
         v: like k.
         blocks: lists ``[B, Hq or Hkv, Nq, capacity]`` with block size 32, 64 or 128, in any order: what is read is the
             set of the causal blocks on a list. Lists that are not known to ascend, as those of
@@ -52,23 +51,25 @@ def block_sparse_attention(
         scale: positive softmax scale; None is ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores.
         implementation: None chooses; ``"reference"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``),
-            ``"cpu_gathered"`` or ``"cpu_flex"`` (compiled FlexAttention, no LSE). The choice on the CPU is
-            ``"cpu_gathered"``: at 8K tokens and density 0.12 it takes half the time of the other.
+            ``"cpu_gathered"`` or ``"cpu_flex"`` (compiled FlexAttention, no LSE, no span whose rows differ). The
+            choice on the CPU is ``"cpu_gathered"``: at 8K tokens and density 0.12 it takes half the time of the other.
 
     Returns:
-        ``out [B, Hq, Tq, D]`` in the dtype of q; with ``return_lse`` also ``lse [B, Hq, Tq]``, float32, natural
-        logarithm. A query that sees no key has output 0 and lse -inf.
+        ``out`` in shape and dtype of q; with ``return_lse`` also ``lse``, float32, q's shape without the last
+        dimension, natural logarithm. A query that sees no key, and a slot without a query, has output 0 and lse -inf.
 
     Raises:
         ValueError: shapes, devices, block size or scale that do not fit, an implementation that cannot run here,
             entries of lists that are no key block, or counts outside of their capacity.
         TypeError: dtypes that differ or are not supported.
-        NotImplementedError: an input requires grad while grad mode is on; LSE from ``"cpu_flex"``.
+        NotImplementedError: an input requires grad while grad mode is on; LSE, or rows that differ, from
+            ``"cpu_flex"``.
     """
-    _check(q, k, v, blocks, scale)
+    span = _check(q, k, v, blocks, scale)
     scale = dispatch.default_scale(q.shape[-1], scale)
-    lists = (*read_lists(blocks), blocks.num_key_blocks, blocks.block_size)
-    out, lse = _block_sparse_attention(q, k, v, *lists, scale, return_lse, implementation, is_ordered(blocks))
+    lists = (*read_lists(blocks), blocks.num_key_blocks, blocks.block_size, is_ordered(blocks))
+    arguments: Any = (q, k, v, *lists, *span.arguments(), scale, return_lse, implementation)
+    out, lse = _block_sparse_attention(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -85,24 +86,32 @@ def _block_sparse_attention(
     counts: Tensor,
     num_key_blocks: int,
     block_size: int,
+    ordered: bool,
+    batch: int,
+    queries: int,
+    keys: int,
+    table: Tensor | None,
+    packed: bool,
+    page_table: Tensor | None,
+    page_size: int,
     scale: float,
     return_lse: bool,
     implementation: str | None,
-    ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose an implementation and run it; without ``return_lse`` the second result is empty.
 
     ``ordered`` says that the lists are as ``ordered_lists`` makes them; others are brought into that form first, which
-    is all that the implementations ever get.
+    is all that the implementations ever get. To them a span is always there.
     """
-    blocks = ordered_lists(indices, counts, num_key_blocks, block_size)
+    span = Span.from_arguments(batch, queries, keys, table, packed, page_table, page_size)
+    blocks = ordered_lists(indices, counts, num_key_blocks, block_size, span=span)
     name = _choose(q, k, v, blocks, return_lse, implementation)
     if not ordered:
-        blocks = ordered_lists(*clean_lists(indices, counts, num_key_blocks), num_key_blocks, block_size)
+        blocks = clean_lists(blocks)
     lse: Tensor | None = None
     with torch.no_grad(), dispatch.without_autocast(q.device.type):
-        if 0 in q.shape:
-            out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        if 0 in q.shape or keys == 0:
+            out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
         elif name == "triton":
             from .triton import block_sparse_attention_triton  # imported late: triton is an optional dependency
 
@@ -139,6 +148,10 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, return_lse: b
         raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
     if name.startswith("cpu_") and q.device.type != "cpu":
         raise ValueError(f"{OP}: implementation={name!r} needs CPU tensors, got {q.device.type}")
+    if name == "cpu_flex" and not (blocks.span is None or blocks.span.plain):
+        raise NotImplementedError(
+            f"{OP}: FlexAttention takes no span whose rows differ; use implementation='cpu_gathered' or None"
+        )
     if name == "cpu_flex" and return_lse:
         raise NotImplementedError(
             f"{OP}: FlexAttention returns no lse on the CPU; use implementation='cpu_gathered' or None"
@@ -158,37 +171,30 @@ def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str 
     return None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> None:
-    dispatch.check_query_key(OP, q, k)
-    dispatch.check_floating(OP, q=q, v=v)
-    if v.shape != k.shape:
-        raise ValueError(f"{OP}: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(
-            f"{OP} has no backward; call it under torch.no_grad() or on detached tensors, or use dense attention"
-        )
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{OP}: scale must be positive and finite or None, got {scale}")
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> Span:
+    """Check the arguments; returns the span of the lists, the default one where they have none."""
     if not isinstance(blocks, BlockIndices):
         raise TypeError(f"{OP}: blocks must be BlockIndices, got {type(blocks).__name__}; see BlockIndices.from_mask")
+    dispatch.check_attention(OP, q, k, v, scale, with_span=blocks.span is not None)
     if blocks.by_token:
         raise ValueError(f"{OP}: lists must be of query blocks, got lists of query tokens; see block_sparse_decode")
     dispatch.check_block_size(OP, blocks.block_size)
+    span = span_of(blocks, q, k)
+    span.check(OP, q, k, blocks.block_size)
     indices, counts = read_lists(blocks)
     if indices.device != q.device or counts.device != q.device:
         elsewhere = counts.device if indices.device == q.device else indices.device
         raise ValueError(f"{OP}: q is on {q.device} but blocks are on {elsewhere}; move one of them")
     batch, heads, rows = counts.shape
-    if batch != q.shape[0] or heads not in (q.shape[1], k.shape[1]):
+    if batch != span.batch or heads not in (q.shape[1], k.shape[1]):
         raise ValueError(
-            f"{OP}: blocks must hold lists for batch {q.shape[0]} and {q.shape[1]} query heads or {k.shape[1]} KV "
+            f"{OP}: blocks must hold lists for batch {span.batch} and {q.shape[1]} query heads or {k.shape[1]} KV "
             f"heads, got batch {batch} and {heads} heads"
         )
-    query_length, key_length = q.shape[2], k.shape[2]
-    num_key_blocks = num_blocks(key_length, blocks.block_size)
-    num_rows = num_key_blocks - first_query_block(query_length, key_length, blocks.block_size)
-    if query_length and (blocks.num_key_blocks, rows) != (num_key_blocks, num_rows):
+    num_rows, num_key_blocks = span.num_rows(blocks.block_size), span.num_key_blocks(blocks.block_size)
+    if span.queries and (blocks.num_key_blocks, rows) != (num_key_blocks, num_rows):
         raise ValueError(
-            f"{OP}: {query_length} queries and {key_length} keys have {num_rows} query blocks and {num_key_blocks} key "
+            f"{OP}: {span.queries} queries and {span.keys} keys have {num_rows} query blocks and {num_key_blocks} key "
             f"blocks of {blocks.block_size}, but blocks hold {rows} rows over {blocks.num_key_blocks} key blocks"
         )
+    return span

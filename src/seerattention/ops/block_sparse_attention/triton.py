@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, read_lists
-from .triton_parts import merge_parts, num_parts, result_buffers
+from ..indices import BlockIndices, read_lists, span_of
+from ..triton_span import LN2, LOG2E, key_offset, page_of, span_constants, span_row
+from .triton_parts import merge_parts, new_results, num_parts, result_buffers
 
 # Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = 1
@@ -32,7 +33,8 @@ _RUNTIME_SCALARS = [
     "num_heads",
     "kv_group",
     "list_group",
-    "query_length",
+    "s_pages_b",
+    "query_slots",
     "key_length",
     "first_row",
 ]
@@ -47,6 +49,8 @@ def block_sparse_attention_fwd_kernel(
     p_lse,
     p_indices,
     p_counts,
+    p_table,
+    p_pages,
     s_q_b,
     s_q_h,
     s_q_t,
@@ -66,10 +70,11 @@ def block_sparse_attention_fwd_kernel(
     s_counts_b,
     s_counts_h,
     s_counts_r,
+    s_pages_b,
     num_heads,
     kv_group,
     list_group,
-    query_length,
+    query_slots,
     key_length,
     first_row,
     scale_log2,
@@ -78,6 +83,9 @@ def block_sparse_attention_fwd_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     HALVES: tl.constexpr,
+    TABLE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PAGE: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -86,7 +94,8 @@ def block_sparse_attention_fwd_kernel(
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
     IN_PARTS: and only those of one part of the list, of which the second dimension of the grid has the number. HALVES:
-    the channels of v and of the output are two tensors each.
+    the channels of v and of the output are two tensors each. TABLE, PACKED, PAGE: see ``triton_span.py``; without a
+    table the queries are the last ``query_slots`` of ``key_length`` positions.
     """
     V_DIM: tl.constexpr = PADDED_DIM // 2 if HALVES else PADDED_DIM
     SPLIT: tl.constexpr = BLOCK // TILE
@@ -99,19 +108,36 @@ def block_sparse_attention_fwd_kernel(
     i_kv = i_h // kv_group
     i_list = i_h // list_group
 
+    query_slot, start, length, key_slot = span_row(p_table, i_b, query_slots, key_length, TABLE)
+    i_batch = i_b * 0 if PACKED else i_b  # of q, k, v and the results
+    if TABLE:
+        first_row = start // BLOCK
+        key_length = start + length
+
     o_t = tl.arange(0, TILE)
     o_d = tl.arange(0, PADDED_DIM)
     m_d = o_d < HEAD_DIM
-    # Absolute positions; those before the first query or after the last key belong to partial blocks.
+    # Positions; those before the first query or after the last key belong to partial blocks.
     o_query = (first_row + i_row) * BLOCK + i_sub * TILE + o_t
-    o_local = o_query - (key_length - query_length)
-    m_query = (o_local >= 0) & (o_query < key_length)
-    p_q += i_b * s_q_b + i_h * s_q_h
+    o_slot = o_query - start
+    m_query = (o_slot >= 0) & (o_query < key_length)
+    if TABLE:
+        o_slot += query_slot
+    p_q += i_batch * s_q_b + i_h * s_q_h
+    # [TILE, D]
     b_q = tl.load(
-        p_q + o_local.to(tl.int64)[:, None] * s_q_t + o_d[None, :], mask=m_query[:, None] & m_d[None, :], other=0.0
+        p_q + o_slot.to(tl.int64)[:, None] * s_q_t + o_d[None, :], mask=m_query[:, None] & m_d[None, :], other=0.0
     )
-    p_k += i_b * s_k_b + i_kv * s_k_h
-    p_v += i_b * s_v_b + i_kv * s_v_h
+    if PAGE:
+        p_pages += i_b * s_pages_b
+        p_k += i_kv * s_k_h
+        p_v += i_kv * s_v_h
+    else:
+        p_k += i_batch * s_k_b + i_kv * s_k_h
+        p_v += i_batch * s_v_b + i_kv * s_v_h
+        if TABLE:
+            p_k += key_slot * s_k_t
+            p_v += key_slot * s_v_t
     o_k = o_t.to(tl.int64)[:, None] * s_k_t + o_d[None, :]
     o_dv = tl.arange(0, V_DIM)
     m_dv, m_dw = o_dv < HEAD_DIM, V_DIM + o_dv < HEAD_DIM
@@ -120,6 +146,9 @@ def block_sparse_attention_fwd_kernel(
 
     count = tl.load(p_counts + i_b * s_counts_b + i_list * s_counts_h + i_row.to(tl.int64) * s_counts_r)
     p_list = p_indices + i_b * s_indices_b + i_list * s_indices_h + i_row.to(tl.int64) * s_indices_r
+    if TABLE:  # programs without a query have nothing to do, whatever the list says
+        tile = (first_row + i_row) * BLOCK + i_sub * TILE
+        count = tl.where((tile + TILE > start) & (tile < key_length) & (length > 0), count, 0)
     if IN_PARTS:
         i_part = tl.program_id(1)
         begin = count * i_part // tl.num_programs(1)
@@ -127,7 +156,7 @@ def block_sparse_attention_fwd_kernel(
         p_list += begin
         i_part = i_part.to(tl.int64)
         p_out += i_part * s_out_p
-        p_lse += i_part * tl.num_programs(2) * query_length
+        p_lse += i_part * (num_heads if PACKED else tl.num_programs(2)) * query_slots
     # Lists ascend, so the diagonal block, if listed, is the last entry. Everything before it is visible as a whole, and
     # so are the key tiles of the diagonal block that lie before this program's queries.
     last = tl.load(p_list + tl.maximum(count - 1, 0))
@@ -144,18 +173,25 @@ def block_sparse_attention_fwd_kernel(
     b_out = tl.zeros([TILE, V_DIM], tl.float32)
     b_out_w = tl.zeros([TILE, V_DIM], tl.float32) if HALVES else 0.0
     # The next index is carried from iteration to iteration: only then can the loads of K and V be pipelined.
-    i_key = tl.load(p_list)
+    i_key, i_page = tl.load(p_list), 0
+    if PAGE:
+        i_page = page_of(p_pages, i_key, count > 0, BLOCK, PAGE)
     for i in tl.range(0, num_tiles, num_stages=STAGES):
         o_key = (i_key * BLOCK + (i % SPLIT) * TILE).to(tl.int64)
+        k_start, v_start = key_offset(o_key, i_page, s_k_b, s_k_t, PAGE), key_offset(o_key, i_page, s_v_b, s_v_t, PAGE)
         i_key = tl.load(p_list + tl.minimum((i + 1) // SPLIT, count - 1))
+        if PAGE:
+            i_page = page_of(p_pages, i_key, True, BLOCK, PAGE)
+        # [TILE, D]
         if HEAD_DIM == PADDED_DIM:
-            b_k = tl.load(p_k + o_key * s_k_t + o_k)
-            b_v = tl.load(p_v + o_key * s_v_t + o_v)
-            b_w = tl.load(p_w + o_key * s_v_t + o_v) if HALVES else 0.0
+            b_k = tl.load(p_k + k_start + o_k)
+            b_v = tl.load(p_v + v_start + o_v)
+            b_w = tl.load(p_w + v_start + o_v) if HALVES else 0.0
         else:
-            b_k = tl.load(p_k + o_key * s_k_t + o_k, mask=m_d[None, :], other=0.0)
-            b_v = tl.load(p_v + o_key * s_v_t + o_v, mask=m_dv[None, :], other=0.0)
-            b_w = tl.load(p_w + o_key * s_v_t + o_v, mask=m_dw[None, :], other=0.0) if HALVES else 0.0
+            b_k = tl.load(p_k + k_start + o_k, mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_v + v_start + o_v, mask=m_dv[None, :], other=0.0)
+            b_w = tl.load(p_w + v_start + o_v, mask=m_dw[None, :], other=0.0) if HALVES else 0.0
+        # [TILE, TILE]
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale_log2)
         b_p = tl.exp2(b_scores * scale_log2 - b_new_max[:, None])
@@ -170,10 +206,15 @@ def block_sparse_attention_fwd_kernel(
     if has_diagonal:
         o_key = (first_row + i_row) * BLOCK + i_sub * TILE + o_t
         m_key = o_key < key_length
-        start = (last * BLOCK + i_sub * TILE).to(tl.int64)
-        b_k = tl.load(p_k + start * s_k_t + o_k, mask=m_key[:, None] & m_d[None, :], other=0.0)
-        b_v = tl.load(p_v + start * s_v_t + o_v, mask=m_key[:, None] & m_dv[None, :], other=0.0)
-        b_w = tl.load(p_w + start * s_v_t + o_v, mask=m_key[:, None] & m_dw[None, :], other=0.0) if HALVES else 0.0
+        tile_start = (last * BLOCK + i_sub * TILE).to(tl.int64)
+        if PAGE:
+            i_page = page_of(p_pages, last, True, BLOCK, PAGE)
+        k_start = key_offset(tile_start, i_page, s_k_b, s_k_t, PAGE)
+        v_start = key_offset(tile_start, i_page, s_v_b, s_v_t, PAGE)
+        # [TILE, D]
+        b_k = tl.load(p_k + k_start + o_k, mask=m_key[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v + v_start + o_v, mask=m_key[:, None] & m_dv[None, :], other=0.0)
+        b_w = tl.load(p_w + v_start + o_v, mask=m_key[:, None] & m_dw[None, :], other=0.0) if HALVES else 0.0
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
         # Queries past the last key see every real key here; what they compute is never stored.
         b_scores = tl.where((o_query[:, None] >= o_key[None, :]) & m_key[None, :], b_scores, float("-inf"))
@@ -191,15 +232,15 @@ def block_sparse_attention_fwd_kernel(
     # A row without keys has sum 0: output 0, lse -inf.
     m_seen = b_sum > 0
     b_seen = tl.where(m_seen, b_sum, 1.0)[:, None]
-    p_out += i_b * s_out_b + i_h * s_out_h
-    p_out = p_out + o_local.to(tl.int64)[:, None] * s_out_t + o_dv[None, :]
+    p_out += i_batch * s_out_b + i_h * s_out_h
+    p_out = p_out + o_slot.to(tl.int64)[:, None] * s_out_t + o_dv[None, :]
     tl.store(p_out, (b_out / b_seen).to(p_out.dtype.element_ty), mask=m_query[:, None] & m_dv[None, :])
     if HALVES:
         b_out_w = (b_out_w / b_seen).to(p_out.dtype.element_ty)
         tl.store(p_out + V_DIM, b_out_w, mask=m_query[:, None] & m_dw[None, :])
     if RETURN_LSE:
-        b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453, float("-inf"))
-        tl.store(p_lse + (i_b * num_heads + i_h) * query_length + o_local, b_lse, mask=m_query)
+        b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * LN2, float("-inf"))
+        tl.store(p_lse + (i_batch * num_heads + i_h) * query_slots + o_slot, b_lse, mask=m_query)
 
 
 def block_sparse_attention_triton(
@@ -208,13 +249,12 @@ def block_sparse_attention_triton(
     """Launch the kernel; arguments as checked by the interface.
 
     Returns:
-        ``out [B, Hq, Tq, D]`` in the dtype and memory order of q, and the natural-log ``lse [B, Hq, Tq]`` in float32 or
-        None.
+        ``out`` in shape, dtype and memory order of q, and the natural-log ``lse``, float32, q's shape without the last
+        dimension, or None.
     """
-    batch, num_heads, query_length, head_dim = q.shape
-    num_kv_heads, key_length = k.shape[1:3]
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, num_heads, query_length, dtype=torch.float32, device=q.device) if return_lse else None
+    num_heads, query_slots, head_dim = q.shape[1:]
+    span, num_kv_heads = span_of(blocks, q, k), k.shape[1]
+    out, lse = new_results(q, return_lse, span)
     indices, counts = read_lists(blocks)
     if indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
@@ -222,11 +262,12 @@ def block_sparse_attention_triton(
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
     programs = blocks.num_rows * (blocks.block_size // tile)  # of one head
     group = num_heads // num_kv_heads
-    parts = num_parts(programs * batch * num_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR)
-    written, written_lse = result_buffers(out, lse, parts)
+    parts = num_parts(programs * span.batch * num_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR)
+    written, written_lse = result_buffers(out, lse, parts, span)
+    page_table = None if span.pages is None else span.pages.table
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        block_sparse_attention_fwd_kernel[(programs, parts, batch * num_heads)](
+        block_sparse_attention_fwd_kernel[(programs, parts, span.batch * num_heads)](
             q,
             k,
             v,
@@ -234,6 +275,8 @@ def block_sparse_attention_triton(
             written_lse,
             indices,
             counts,
+            span.table,
+            page_table,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -241,13 +284,14 @@ def block_sparse_attention_triton(
             written.stride(0),
             *indices.stride()[:3],
             *counts.stride(),
+            0 if page_table is None else page_table.stride(0),
             num_heads,
             group,
             num_heads // counts.shape[1],
-            query_length,
-            key_length,
-            blocks.first_row,
-            scale * 1.4426950408889634,
+            query_slots,
+            span.keys,
+            span.first_row(blocks.block_size) if span.plain else 0,
+            scale * LOG2E,
             HEAD_DIM=head_dim,
             PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
             BLOCK=blocks.block_size,
@@ -258,6 +302,7 @@ def block_sparse_attention_triton(
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             STAGES=num_stages,
             num_warps=num_warps,
+            **span_constants(span),
         )
         if parts > 1:
             merge_parts(written, written_lse, out, lse)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..span import Span
 
 # A part writes, and its merging reads, as many bytes as two tiles of keys and values: shorter parts would not pay.
 MIN_ENTRIES = 8
@@ -40,13 +41,25 @@ def num_parts(programs: int, capacity: int, device: torch.device, per_multiproce
     return max(1, min(room, capacity // MIN_ENTRIES, MAX_PARTS))
 
 
-def result_buffers(out: Tensor, lse: Tensor | None, parts: int) -> tuple[Tensor, Tensor | None]:
+def new_results(q: Tensor, return_lse: bool, span: Span) -> tuple[Tensor, Tensor | None]:
+    """Memory for ``out`` and ``lse``. Slots without a query, which no program writes, hold 0 and -inf."""
+    lse = None
+    if return_lse:
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if span.plain:
+        return torch.empty_like(q), lse
+    return torch.zeros_like(q), None if lse is None else lse.fill_(float("-inf"))
+
+
+def result_buffers(out: Tensor, lse: Tensor | None, parts: int, span: Span) -> tuple[Tensor, Tensor | None]:
     """What the programs write into: ``out`` and ``lse`` themselves, or float32 with a leading dimension of parts."""
     if parts == 1:
         return out, lse
     shape = (parts, *out.shape)
     new = functools.partial(torch.empty, dtype=torch.float32, device=out.device)
-    return new(shape), new(shape[:-1])
+    if span.plain:
+        return new(shape), new(shape[:-1])
+    return new(shape).zero_(), new(shape[:-1]).fill_(float("-inf"))  # as above: these are merged, too
 
 
 @triton.jit(do_not_specialize=["num_heads", "query_length", "parts"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, clean_lists, is_ordered, read_lists
-from ..span import Pages, Span
+from ..indices import BlockIndices, clean_lists, is_ordered, ordered_lists, read_lists
+from ..span import Span
 from .cpu import block_sparse_decode_cpu
 from .reference import block_sparse_decode_reference
 
@@ -45,7 +46,7 @@ def block_sparse_decode(
         scale: positive softmax scale; None is ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores.
         span: which positions the queries and keys are, and in which slots or pages they lie (cached batches with
-            padding, packed rows, static caches); None: the last Tq of Tk in every row.
+            padding, packed rows, static caches); None: that of ``blocks``, or else the last Tq of Tk in every row.
         implementation: None chooses; ``"reference"``, ``"triton"`` or ``"cpu"``.
 
     Returns:
@@ -60,25 +61,9 @@ def block_sparse_decode(
     """
     span = _check(q, k, v, blocks, scale, span)
     scale = dispatch.default_scale(q.shape[-1], scale)
-    pages = span.pages
-    out, lse = _block_sparse_decode(
-        q,
-        k,
-        v,
-        *read_lists(blocks),
-        blocks.num_key_blocks,
-        blocks.block_size,
-        is_ordered(blocks),
-        span.queries,
-        span.keys,
-        span.table,
-        span.packed,
-        None if pages is None else pages.table,
-        0 if pages is None else pages.page_size,
-        scale,
-        return_lse,
-        implementation,
-    )
+    lists = (*read_lists(blocks), blocks.num_key_blocks, blocks.block_size, is_ordered(blocks))
+    arguments: Any = (q, k, v, *lists, *span.arguments(), scale, return_lse, implementation)
+    out, lse = _block_sparse_decode(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -96,6 +81,7 @@ def _block_sparse_decode(
     num_key_blocks: int,
     block_size: int,
     ordered: bool,
+    batch: int,
     queries: int,
     keys: int,
     table: Tensor | None,
@@ -107,8 +93,7 @@ def _block_sparse_decode(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Choose an implementation and run it; without ``return_lse`` the second result is empty."""
-    pages = None if page_table is None else Pages(page_table, page_size)
-    span = Span(counts.shape[0], queries, keys, table, packed, pages)
+    span = Span.from_arguments(batch, queries, keys, table, packed, page_table, page_size)
     name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
     if name == "cpu" and q.device.type != "cpu":
         raise ValueError(f"{OP}: implementation='cpu' needs CPU tensors, got {q.device.type}")
@@ -117,7 +102,8 @@ def _block_sparse_decode(
             shape = q.shape[:3] if return_lse else (0,)
             return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
         if not ordered:
-            indices, counts = clean_lists(indices, counts, num_key_blocks, by_token=True)
+            lists = ordered_lists(indices, counts, num_key_blocks, block_size, True, span)
+            indices, counts = read_lists(clean_lists(lists))
         if name == "triton":
             from .triton import block_sparse_decode_triton  # imported late: triton is an optional dependency
 
@@ -130,27 +116,13 @@ def _block_sparse_decode(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None, span: Span | None) -> Span:
     """Check the arguments; returns the span, the default one where none was given."""
-    dispatch.check_floating(OP, q=q, k=k, v=v)
-    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
-        raise ValueError(
-            f"{OP}: q, k and v must be [B, H, T, D], k and v of one shape, got {tuple(q.shape)}, {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"{OP}: {q.shape[1]} query heads of {q.shape[3]} channels do not fit {k.shape[1]} KV heads of {k.shape[3]}"
-        )
-    if not 0 < q.shape[3] <= dispatch.MAX_HEAD_DIM:
-        raise ValueError(f"{OP}: head_dim must be between 1 and {dispatch.MAX_HEAD_DIM}, got {q.shape[3]}")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(
-            f"{OP} has no backward; call it under torch.no_grad() or on detached tensors, or use dense attention"
-        )
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{OP}: scale must be positive and finite or None, got {scale}")
+    dispatch.check_attention(OP, q, k, v, scale, with_span=True)
     if not isinstance(blocks, BlockIndices):
         raise TypeError(f"{OP}: blocks must be BlockIndices, got {type(blocks).__name__}; see BlockIndices.from_mask")
     dispatch.check_block_size(OP, blocks.block_size, (16, *dispatch.BLOCK_SIZES))
+    if span is not None and blocks.span is not None and span is not blocks.span:
+        raise ValueError(f"{OP}: the lists have a span of their own; leave out span, or make the lists without one")
+    span = blocks.span if span is None else span
     if span is None:
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"{OP}: q has {q.shape[0]} rows and k {k.shape[0]}; packed rows and pages need a span")

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..span import Span
+from ..triton_span import LN2, LOG2E, key_offset, page_of, span_row
 
-LOG2E = 1.4426950408889634
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Programs that share out the lists of a call, at most, for each multiprocessor.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # Entries of a part: below, writing and merging it costs more than it reads.
@@ -37,19 +36,6 @@ _RUNTIME_SCALARS = [
     "keys",
     "slots",
 ]
-
-
-@triton.jit
-def key_offset(
-    i_key, p_pages, i_b, s_pages_b, s_k_b, s_v_b, s_k_t, s_v_t, key_slot, BLOCK: tl.constexpr, PAGE: tl.constexpr
-):
-    """Where the keys and the values of a key block begin, in elements from their pointers."""
-    o_key = (i_key * BLOCK).to(tl.int64)
-    if PAGE:
-        i_page = tl.load(p_pages + i_b * s_pages_b + o_key // PAGE).to(tl.int64)
-        o_key = o_key % PAGE
-        return i_page * s_k_b + o_key * s_k_t, i_page * s_v_b + o_key * s_v_t
-    return (key_slot + o_key) * s_k_t, (key_slot + o_key) * s_v_t
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
@@ -107,13 +93,7 @@ def block_sparse_decode_fwd_kernel(
     i_b = (tl.program_id(2) // kv_heads).to(tl.int64)
     i_kv = (tl.program_id(2) % kv_heads).to(tl.int64)
 
-    query_slot, key_slot = 0, 0
-    start, length = keys - queries, queries
-    if TABLE:
-        query_slot = tl.load(p_table + i_b * 4)
-        start = tl.load(p_table + i_b * 4 + 1)
-        length = tl.load(p_table + i_b * 4 + 2)
-        key_slot = tl.load(p_table + i_b * 4 + 3).to(tl.int64)
+    query_slot, start, length, key_slot = span_row(p_table, i_b, queries, keys, TABLE)
     i_row = i_b * 0 if PACKED else i_b  # of q, k and v
     position = start + i_t
 
@@ -135,28 +115,31 @@ def block_sparse_decode_fwd_kernel(
         count = count * (i_part + 1) // parts - begin
         p_list += begin
 
-    if not PAGE:
-        p_k += i_row * s_k_b
-        p_v += i_row * s_v_b
     p_k += i_kv * s_k_h
     p_v += i_kv * s_v_h
+    if PAGE:
+        p_pages += i_b * s_pages_b
+    else:
+        p_k += i_row * s_k_b + key_slot * s_k_t
+        p_v += i_row * s_v_b + key_slot * s_v_t
     b_max = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     b_sum = tl.zeros([PADDED_GROUP], tl.float32)
     b_out = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
     # The next block is carried from iteration to iteration: only then can the loads of K and V be pipelined.
-    i_key = 0
-    if count > 0:
-        i_key = tl.load(p_list)
-    o_k, o_v = key_offset(i_key, p_pages, i_b, s_pages_b, s_k_b, s_v_b, s_k_t, s_v_t, key_slot, BLOCK, PAGE)
+    i_key, i_page = tl.load(p_list, mask=count > 0, other=0), 0
+    if PAGE:
+        i_page = page_of(p_pages, i_key, count > 0, BLOCK, PAGE)
     for i in tl.range(0, count * SPLIT, num_stages=STAGES):
-        o_sub = (i % SPLIT) * TILE + o_tile
+        o_sub, o_key = (i % SPLIT) * TILE + o_tile, (i_key * BLOCK).to(tl.int64)
+        k_start, v_start = key_offset(o_key, i_page, s_k_b, s_k_t, PAGE), key_offset(o_key, i_page, s_v_b, s_v_t, PAGE)
         m_key = (i_key >= 0) & (i_key * BLOCK + o_sub <= position)
         m_kv = m_key[:, None] & m_d[None, :]
         # [TILE, D]
-        b_k = tl.load(p_k + o_k + o_sub.to(tl.int64)[:, None] * s_k_t + o_d[None, :], mask=m_kv, other=0.0)
-        b_v = tl.load(p_v + o_v + o_sub.to(tl.int64)[:, None] * s_v_t + o_d[None, :], mask=m_kv, other=0.0)
+        b_k = tl.load(p_k + k_start + o_sub.to(tl.int64)[:, None] * s_k_t + o_d[None, :], mask=m_kv, other=0.0)
+        b_v = tl.load(p_v + v_start + o_sub.to(tl.int64)[:, None] * s_v_t + o_d[None, :], mask=m_kv, other=0.0)
         i_key = tl.load(p_list + tl.minimum((i + 1) // SPLIT, count - 1))
-        o_k, o_v = key_offset(i_key, p_pages, i_b, s_pages_b, s_k_b, s_v_b, s_k_t, s_v_t, key_slot, BLOCK, PAGE)
+        if PAGE:
+            i_page = page_of(p_pages, i_key, True, BLOCK, PAGE)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
         # A tile without a visible key: keep -inf - -inf out of exp2.
