@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .blocks import BlockIndices
 from .gates import BlockGate
+from .ops.span import Span
 from .policies import Dense, Policy
 
 __all__ = ["SELECTORS", "FunctionSelector", "GateSelector", "LayerInputs", "Selector", "as_selector"]
@@ -24,12 +25,14 @@ __all__ = ["SELECTORS", "FunctionSelector", "GateSelector", "LayerInputs", "Sele
 class LayerInputs:
     """What one attention layer sees at prefill; rows are right-padded, whatever the padding of the batch.
 
+    Of a chunk on a cache, Tk counts the cached tokens too, and the queries are the last Tq of the Tk positions.
+
     Attributes:
         layer: index of the layer.
-        q: ``[B, Hq, T, D]`` after RoPE.
-        k, v: ``[B, Hkv, T, D]``, k after RoPE.
-        q_pre, k_pre: the same as q and k before RoPE (what gates read).
-        cos, sin: ``[B or 1, T, rotary_dim]``, the model's rotary table at the tokens' positions.
+        q: ``[B, Hq, Tq, D]`` after RoPE.
+        k, v: ``[B, Hkv, Tk, D]``, k after RoPE.
+        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back.
+        cos, sin: ``[B or 1, Tk, rotary_dim]``, the model's rotary table at the keys' positions.
         lengths: int64 ``[B]``, valid tokens of each row; None: all.
         scale: softmax scale of the attention.
         gate: the layer's gate, or None (a sliding-window layer, or a model attached with a selector only).
@@ -60,7 +63,15 @@ class LayerInputs:
         """
         if self.gate is None:
             raise ValueError(f"layer {self.layer} has no gate (sliding window, or attached without gates)")
-        return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths, masked=masked)
+        batch, _, queries, _ = self.q_pre.shape
+        keys = self.k_pre.shape[2]
+        if queries == keys:
+            return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths, masked=masked)
+        span = Span(batch, queries, keys)
+        encoded = self.gate.encode_keys(self.k_pre, self.cos, self.sin)
+        own = self.cos[:, keys - queries :], self.sin[:, keys - queries :]
+        asked = self.gate.encode_queries(self.q_pre, *own, rows=rows, span=span)
+        return self.gate.score(asked, encoded, rows=rows, span=span, masked=masked)
 
 
 SELECTORS: dict[str, type[Selector]] = {}
@@ -73,10 +84,12 @@ class Selector(ABC):
     Attributes:
         kind: its name, in dicts and on the command line.
         needs_gate: whether it asks the layer's gate, so that layers without one are dense.
+        takes_chunks: whether it can choose for queries that are the last of longer keys (chunks on a cache).
     """
 
     kind: ClassVar[str]
     needs_gate: ClassVar[bool] = False
+    takes_chunks: ClassVar[bool] = False
 
     def __init_subclass__(cls, registered: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -130,6 +143,7 @@ class GateSelector(Selector):
 
     kind = "gate"
     needs_gate = True
+    takes_chunks = True
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
         logits = inputs.gate_logits(masked=False)

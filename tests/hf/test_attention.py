@@ -117,25 +117,22 @@ def test_generate_prefills_sparsely_and_decodes_densely(model_of, ids_of):
     assert (stats.sparse_calls, stats.dense_calls) == (2, 2 * 3)
 
 
-def test_chunks_on_a_cache_are_dense_with_one_warning(model_of, ids_of, family):
+def test_chunks_on_a_cache_with_every_block_are_dense(model_of, ids_of, family):
     model, ids = model_of(family), ids_of(150)
     expected = logits_of(model, ids)[:, 100:]
     attach(model, seer.TopK(1.0))
     with torch.inference_mode():
         cache = model(ids[:, :100], use_cache=True).past_key_values
-        with pytest.warns(UserWarning, match="chunk of a prompt") as caught:
-            logits = model(ids[:, 100:], past_key_values=cache).logits
+        logits = model(ids[:, 100:], past_key_values=cache).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert len(caught) == 1
 
 
-def test_prefill_chunk_size_is_dense_with_a_warning(model_of, ids_of):
+def test_prefill_chunk_size_with_every_block_is_dense(model_of, ids_of):
     model, ids = model_of(), ids_of(100)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     expected = model.generate(ids, **options)
     attach(model, seer.TopK(1.0))
-    with pytest.warns(UserWarning, match="chunk of a prompt"):
-        assert torch.equal(model.generate(ids, prefill_chunk_size=32, **options), expected)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=32, **options), expected)
 
 
 def test_static_cache_is_dense_with_a_warning(model_of, ids_of):

@@ -257,16 +257,15 @@ def test_adaption_prompts_wrap_the_attention_module(model_of, ids_of, before):
 # What one forward does not show: that the prompt goes on after it. Such forwards are prompts of their own.
 
 
-def test_the_first_chunk_is_a_prompt_of_its_own(model_of, ids_of):
+def test_chunks_of_generate_are_those_of_forwards(model_of, ids_of):
     model, ids = attach(model_of(), seer.TokenBudget(32)), ids_of(256)
     with torch.no_grad():
         cache = model(ids[:, :128], use_cache=True).past_key_values
-        with pytest.warns(UserWarning, match="chunk of a prompt"):
-            expected = model(ids[:, 128:], past_key_values=cache).logits[:, -1]
+        expected = model(ids[:, 128:], past_key_values=cache).logits[:, -1]
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "output_logits": True}
     with seer.record(model) as stats:
         got = model.generate(ids, prefill_chunk_size=128, return_dict_in_generate=True, **options)
-    assert (stats.sparse_calls, stats.dense_calls) == (2, 2)
+    assert (stats.sparse_calls, stats.dense_calls) == (4, 0)
     torch.testing.assert_close(got.logits[0], expected, rtol=1e-5, atol=1e-5)
 
 

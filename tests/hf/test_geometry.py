@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -39,6 +40,12 @@ def probe(model, ids, **inputs):
 
 
 # ---- a toy family: fused projections per group, heads, rotary width and scale of its own ---------------------------
+
+
+def older_arguments(length):
+    """What older versions of transformers ask for besides."""
+    asked = inspect.signature(create_causal_mask).parameters
+    return {"cache_position": torch.arange(length)} if "cache_position" in asked else {}
 
 
 class ToyConfig(PreTrainedConfig):
@@ -109,6 +116,7 @@ class ToyModel(PreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=None,
             position_ids=position_ids,
+            **older_arguments(input_ids.shape[1]),
         )
         for layer in self.layers:
             options = {"position_ids": position_ids, "position_embeddings": (table.cos(), table.sin())}

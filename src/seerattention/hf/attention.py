@@ -1,7 +1,8 @@
 """The attention function that transformers calls for the implementation named "seer".
 
-A whole prompt that arrives in one forward is attended block-sparsely; everything else (decoding, chunks on a cache,
-sliding windows, training, custom masks) goes to the implementation that the model came with, with the mask that it
+A whole prompt that arrives in one forward is attended block-sparsely, and so is a chunk of a prompt, or a later turn,
+on the cache of what came before. Everything else (decoding, sliding windows, training, custom masks) goes to the
+implementation that the model came with, with the mask that it
 would have got, so dense results are those of the untouched model. What cannot be right raises; what is dense against
 expectation warns once.
 """
@@ -24,6 +25,7 @@ from ..ops.indices import ordered_lists, read_lists
 from ..selectors import LayerInputs, Selector
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Call, Forward, current_forward
+from .history import history_problem, history_table, keys_before_rope
 from .implementation import NAME, original_of
 from .layer import LayerState
 from .masks import read_mask, seer_mask
@@ -37,6 +39,7 @@ _OTHER_DEVICES_MIN_CONTEXT = 4096
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _DECODING = "it decodes one token"
 _SLIDING = "the layer attends to a sliding window"
+_SHORT = "it has fewer tokens than a block, on a cache: candidates of speculative decoding look like this"
 _SKIPPED_BY_OBSERVERS = (_DECODING, _SLIDING)
 
 
@@ -110,9 +113,9 @@ def _attend_whole_prompt(arguments: Arguments, call: Call, forward: Forward) -> 
     problem = _not_a_prompt(arguments, call, forward, plain, padding)
     if problem is None:
         selector = layer.selector(PREFILL)
-        wants_sparse = selector is not None and _wants_sparse(arguments, layer, forward, selector)
+        wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector)
         if wants_sparse or forward.observers:
-            inputs, starts = _layer_inputs(arguments, call, padding)
+            inputs, starts = _layer_inputs(arguments, call, forward, padding)
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
     elif forward.observers and problem not in _SKIPPED_BY_OBSERVERS:
@@ -152,21 +155,28 @@ def _not_a_prompt(
     window = options.get("sliding_window")
     window = layer.geometry.window if window is None else window
     positions = call.position_ids if call.position_ids is not None else options.get("position_ids")
+    chunk = length != key_length
     reason = None
-    if call.static_cache and length != key_length:
+    if call.static_cache and chunk:
         reason = "StaticCache prefill is not sparse yet"
-    elif length != key_length:
-        reason = "a chunk of a prompt on top of a cache (chunked prefill, multi-turn) is not sparse yet"
-    elif window is not None and length > window:
+    elif chunk and forward.observers:
+        reason = "a chunk of a prompt on top of a cache"  # which observers do not take; see the caller
+    elif chunk and length < layer.model.block_size:
+        return _SHORT
+    elif window is not None and key_length > window:
         if layer.may_be_sparse:
             _warn_dense(layer, f"it is longer than the sliding window of its layers ({window} tokens)")
         return _SLIDING
     elif not options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         reason = "attention is not causal"
+    elif not plain and chunk:
+        reason = "a chunk on top of a cache is sparse only where nothing is padded and its mask is causal"
     elif not plain:
         reason = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
     elif not forward.positions_run_on(positions, padding):
         reason = "its position_ids restart or jump (packed sequences)"
+    elif chunk and not forward.positions_begin_at(positions, key_length - length):
+        reason = "the position_ids of a chunk do not count the tokens of its cache"
     if reason is not None:
         _warn_dense(layer, reason)
     return reason
@@ -176,12 +186,13 @@ def _warn_dense(layer: LayerState, reason: str) -> None:
     layer.model.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
 
 
-def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward, selector: Selector) -> bool:
-    """Whether a whole prompt is to be attended sparsely in this layer."""
-    state, query = layer.model, arguments.query
+def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: Selector) -> bool:
+    """Whether a whole prompt, or a chunk of one, is to be attended sparsely in this layer."""
+    layer = call.layer
+    state, query, key = layer.model, arguments.query, arguments.key
     if forward.dense or selector.dense:
         return False
-    if query.shape[2] < _min_context(layer, query.device):
+    if key.shape[2] < _min_context(layer, query.device):
         return False
     # Any of the three: adapters may train the values alone.
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, arguments.key, arguments.value))
@@ -202,6 +213,8 @@ def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward, sel
         reason = "output_attentions=True asks for the whole attention map"
     elif query.dtype not in FLOATING_DTYPES:
         reason = f"the sparse kernels do not compute in {query.dtype} (convert it with model.float())"
+    elif query.shape[2] != key.shape[2]:
+        reason = _not_a_chunk(call, forward, selector, key)
     if reason is not None:
         _warn_dense(layer, reason)
     state.ran_sparse |= reason is None
@@ -216,19 +229,32 @@ def _wants_sparse(arguments: Arguments, layer: LayerState, forward: Forward, sel
     return reason is None
 
 
+def _not_a_chunk(call: Call, forward: Forward, selector: Selector, key: Tensor) -> str | None:
+    """Why the selector cannot choose for a chunk on a cache, or None."""
+    if not selector.takes_chunks:
+        return f"the selector {selector.kind!r} chooses for whole prompts, and this is a chunk of a prompt on a cache"
+    problem = history_problem(call, forward, key)
+    return problem and f"it is a chunk of a prompt on a cache, and {problem}"
+
+
 def _min_context(layer: LayerState, device: torch.device) -> int:
-    """Prompts of fewer tokens are attended densely."""
+    """Prompts of fewer tokens, what is cached included, are attended densely."""
     minimum = layer.model.min_context
     return DEFAULT_MIN_CONTEXT.get(device.type, _OTHER_DEVICES_MIN_CONTEXT) if minimum is None else minimum
 
 
-def _layer_inputs(arguments: Arguments, call: Call, padding: Tensor | None) -> tuple[LayerInputs, Tensor]:
+def _layer_inputs(
+    arguments: Arguments, call: Call, forward: Forward, padding: Tensor | None
+) -> tuple[LayerInputs, Tensor]:
     """The layer's tensors with content first in every row, and where the content started."""
     layer = call.layer
     query, key, value = arguments.query, arguments.key, arguments.value
     layer.place_gate(query.device)
     query_pre, key_pre = layer.take(call)
     cos, sin = call.cos.to(query.device), call.sin.to(query.device)
+    if query.shape[2] != key.shape[2]:
+        cos, sin = (table.to(query.device) for table in history_table(call, forward, key.shape[2]))
+        key_pre = keys_before_rope(key, cos, sin, key_pre)
     lengths = starts = None
     if padding is not None:
         lengths, starts = padding.sum(-1), padding.int().argmax(-1)

@@ -95,6 +95,7 @@ class Forward:
             and the padding.
         called, seen: indices of layers whose attention module was called, and that reached the attention function.
         sparse: whether a layer was attended sparsely.
+        facts: what was found out about this forward, by name, so that it is asked and waited for once.
     """
 
     def __init__(self, state: ModelState, arguments: Arguments | None):
@@ -108,6 +109,7 @@ class Forward:
         self.called: set[int] = set()
         self.seen: set[int] = set()
         self.sparse = False
+        self.facts: dict[Any, Any] = {}
         self._call: Callable[[], Call | None] = _nothing
         self._keeper: Callable[[], Tensor | None] = _nothing
         self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
@@ -148,6 +150,7 @@ class Forward:
         """Let go of all tensors. Called in the context that opened it, or by whoever detaches the model."""
         self._call = _nothing
         self.masks.clear()
+        self.facts.clear()
         self._positions.clear()
 
     def leave(self) -> None:
@@ -176,6 +179,18 @@ class Forward:
         answer = bool(consecutive.all())
         self._positions.append((tuple(None if x is None else weakref.ref(x) for x in asked), answer))
         return answer
+
+    def positions_begin_at(self, position_ids: Tensor | None, start: int) -> bool:
+        """Whether the first position is ``start`` in every row; the answer waits for the device once a forward."""
+        if position_ids is None or position_ids.dim() != 2:
+            return False
+        name = ("begins", id(position_ids), start)
+        if name not in self.facts:
+            self.facts[name] = (
+                bool((position_ids[:, 0] == start).all()),
+                position_ids,
+            )  # kept, so that its id is its own
+        return self.facts[name][0]
 
 
 def _nothing() -> None:

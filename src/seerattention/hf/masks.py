@@ -55,24 +55,27 @@ class _Recipe:
 
 
 class SeerMask(Tensor):
-    """``[B, 1, T, T]`` without storage: causality and padding of whole prompts, one run of valid tokens a row.
+    """``[B, 1, Tq, Tk]`` without storage: causality and padding of whole prompts, one run of valid tokens a row, or
+    causality of chunks without padding, whose queries are the last positions.
 
     Any op, and any function of torch that gets it, sees the mask that the untouched model would have made.
 
     Attributes:
-        padding: bool ``[B, T]``, True where there is a token.
+        padding: bool ``[B, Tk]``, True where there is a token.
+        queries: Tq.
         full: whether there is no padding at all.
     """
 
     padding: Tensor
     full: bool
     recipe: _Recipe
+    queries: int
 
     @staticmethod
-    def __new__(cls, padding: Tensor, full: bool, dtype: torch.dtype, recipe: _Recipe) -> SeerMask:
+    def __new__(cls, padding: Tensor, full: bool, dtype: torch.dtype, recipe: _Recipe, queries: int) -> SeerMask:
         batch, length = padding.shape
-        mask = Tensor._make_wrapper_subclass(cls, (batch, 1, length, length), dtype=dtype, device=padding.device)
-        mask.padding, mask.full, mask.recipe = padding, full, recipe
+        mask = Tensor._make_wrapper_subclass(cls, (batch, 1, queries, length), dtype=dtype, device=padding.device)
+        mask.padding, mask.full, mask.recipe, mask.queries = padding, full, recipe, queries
         return mask
 
     def materialize(self) -> Tensor:
@@ -91,7 +94,8 @@ class SeerMask(Tensor):
             mask = args[0]
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
             if device is not None and dtype in (None, mask.dtype):  # layers on several devices: still no storage
-                return cls(mask.padding.to(device, non_blocking=non_blocking), mask.full, mask.dtype, mask.recipe)
+                padding = mask.padding.to(device, non_blocking=non_blocking)
+                return cls(padding, mask.full, mask.dtype, mask.recipe, mask.queries)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -104,8 +108,8 @@ class SeerMask(Tensor):
 
     # For torch.compile, which takes tensors like this apart and puts them together again.
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[bool, torch.dtype, _Recipe]]:
-        return ["padding"], (self.full, self.dtype, self.recipe)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[bool, torch.dtype, _Recipe, int]]:
+        return ["padding"], (self.full, self.dtype, self.recipe, self.queries)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> SeerMask:
@@ -120,27 +124,29 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     """The mask that :func:`seer_attention` gets, made once per forward.
 
     Returns:
-        The mask of the untouched model; as a :class:`SeerMask` where that is causality and padding ``[B, 1, T, T]``.
+        The mask of the untouched model; as a :class:`SeerMask` where that is causality and padding of whole prompts,
+        or causality of chunks whose queries are the last of the keys.
     """
     original = original_of(kwargs["config"])
     make: Any = None if original is None else AttentionMaskInterface._global_mapping.get(original)
     if make is flash_attention_mask:
         return make(*args, **kwargs)  # None, or the padding itself
-    queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+    queries = _num_queries(kwargs)
     keys, window, padding = kwargs["kv_length"], kwargs.get("local_size"), kwargs.get("attention_mask")
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function or (
         window is not None and keys <= window
     )
     # transformers refuses to skip the mask where it is more than causal (packed sequences, mask overlays).
     plain = plain and kwargs.get("allow_is_causal_skip", True)
-    plain = plain and queries > 1 and queries == keys and not kwargs.get("kv_offset", 0)
+    plain = plain and queries > 1 and not kwargs.get("kv_offset", 0)
+    plain = plain and (queries == keys or _first_query(kwargs) == keys - queries)
     if plain and padding is not None:
         if bool(padding.all()):
             padding = None
         else:
             padding = padding.bool()
-            plain = padding.shape[-1] == keys and one_run_a_row(padding)
-    if plain and make is sdpa_mask and padding is None:
+            plain = padding.shape[-1] == queries == keys and one_run_a_row(padding)
+    if plain and make is sdpa_mask and padding is None and queries == keys:
         return None
     if plain and (make is sdpa_mask or make is eager_mask):
         return _without_storage(make, kwargs, padding)
@@ -150,6 +156,17 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     return mask
 
 
+def _num_queries(arguments: dict[str, Any]) -> int:
+    return arguments["q_length"] if "q_length" in arguments else arguments["cache_position"].shape[0]
+
+
+def _first_query(arguments: dict[str, Any]) -> int:
+    """Position of the first query; of older transformers, which give tensors, it is read from the device."""
+    if "cache_position" in arguments:
+        return int(arguments["cache_position"][0])
+    return int(arguments.get("q_offset", 0))
+
+
 @torch.compiler.disable(reason="a tensor without storage is made")
 def _without_storage(make: Callable[..., Tensor], arguments: dict[str, Any], padding: Tensor | None) -> SeerMask:
     dtype = torch.bool if make is sdpa_mask else arguments["dtype"]
@@ -157,7 +174,7 @@ def _without_storage(make: Callable[..., Tensor], arguments: dict[str, Any], pad
     if padding is None:
         device = arguments["device"] if "device" in arguments else arguments["cache_position"].device
         padding = torch.ones(arguments["batch_size"], arguments["kv_length"], dtype=torch.bool, device=device)
-    return SeerMask(padding, full, dtype, _Recipe(make, arguments))
+    return SeerMask(padding, full, dtype, _Recipe(make, arguments), _num_queries(arguments))
 
 
 @torch.compiler.disable(reason="what is known of a forward is kept by context")

@@ -62,6 +62,8 @@ class ModelState:
     # What this model did: prompts attended sparsely, and prompts attended densely for their gradients.
     ran_sparse: bool = False
     ran_gradients: bool = False
+    # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
+    turns_back: bool | None = None
     _forwards: set[Forward] = field(default_factory=set)
     _hooks: list[Any] = field(default_factory=list)
 

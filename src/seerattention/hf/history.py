@@ -1,0 +1,111 @@
+"""What a gate needs of the tokens that are in the cache already: their keys before RoPE.
+
+The cache is the state: the keys in it are turned back by the rotary table and encoded anew for every chunk. So whatever
+happened to the cache (cropped, reordered, repeated, copied, offloaded, filled by dense decoding) is right by
+construction, and nothing has to be kept beside it. It costs one pass over the cached keys, which a chunk of many
+queries reads anyway.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .forward import Call, Forward
+
+# Rotary tables that depend on how long the sequence is: keys in the cache were turned by another one.
+_CHANGING_TABLES = ("dynamic", "longrope")
+# Tokens that are turned back at a time, in float32.
+_PIECE = 1 << 14
+# Error of keys that were turned back, relative to the keys: that of a rounding or two, by bytes of an element.
+_TOLERANCE = {2: 3e-2, 4: 1e-4}
+
+NO_TABLE = "its decoder has no rotary table (rotary_emb) to turn the keys of the cache back with"
+CHANGING_TABLE = "its rotary table changes with the length of the sequence, so the keys of the cache have another one"
+OTHER_TABLE = "its rotary table is not the one that the decoder makes for these positions"
+OTHER_ROTATION = "turning keys back by the rotary table does not give what they were before it"
+
+
+def history_problem(call: Call, forward: Forward, key: Tensor) -> str | None:
+    """Why the keys ``[B, Hkv, Tk, D]`` of a layer cannot be turned back, or None. Waits for the device once a forward,
+    and once a model."""
+    rotary: Any = getattr(call.layer.model.decoder, "rotary_emb", None)
+    if rotary is None:
+        return NO_TABLE
+    types = getattr(rotary, "rope_type", "default")
+    kind = _layer_type(call)
+    if (types.get(kind) if isinstance(types, dict) else types) in _CHANGING_TABLES:
+        return CHANGING_TABLE
+    cos, sin = history_table(call, forward, key.shape[2])
+    known = forward.facts.get(("same table", kind))
+    if known is None:
+        length = call.cos.shape[1]
+        same = [torch.allclose(table[:, -length:], given) for table, given in ((cos, call.cos), (sin, call.sin))]
+        known = forward.facts[("same table", kind)] = all(same)
+    if not known:
+        return OTHER_TABLE
+    state = call.layer.model
+    if state.turns_back is None:
+        state.turns_back = _turns_back(call, key, cos, sin)
+    return None if state.turns_back else OTHER_ROTATION
+
+
+def history_table(call: Call, forward: Forward, length: int) -> tuple[Tensor, Tensor]:
+    """The rotary table ``[1, length, rotary_dim]`` of positions 0, 1, ..., made once a forward and kind of layer."""
+    kind = _layer_type(call)
+    name = ("table", kind, length, call.cos.device)
+    if name not in forward.facts:
+        rotary: Any = call.layer.model.decoder.rotary_emb
+        positions = torch.arange(length, device=call.cos.device)[None]
+        given = {} if kind is None else {"layer_type": kind}
+        forward.facts[name] = rotary(call.cos, positions, **given)
+    return forward.facts[name]
+
+
+def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor) -> Tensor:
+    """``[B, Hkv, Tk, D]`` before RoPE.
+
+    Args:
+        key: ``[B, Hkv, Tk, D]`` after RoPE.
+        cos, sin: ``[1, Tk, rotary_dim]``, halves repeated; what they multiply lengths by is taken back too.
+        recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE.
+    """
+    old = key.shape[2] - recent.shape[2]
+    out = torch.empty_like(key)
+    for start in range(0, old, _PIECE):
+        piece = slice(start, min(start + _PIECE, old))
+        out[:, :, piece] = _turn_back(key[:, :, piece], cos[:, None, piece], sin[:, None, piece])
+    out[:, :, old:] = recent
+    return out
+
+
+def _turn_back(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x from ``x * cos + rotate_half(x) * sin``, in float32; channels behind the table's are not rotated."""
+    width = cos.shape[-1]
+    turned, rest = key[..., :width].float(), key[..., width:]
+    cos, sin = cos.float(), sin.float()
+    halves = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
+    back = ((turned * cos - halves * sin) / (cos * cos + sin * sin)).to(key.dtype)
+    return torch.cat((back, rest), -1) if rest.shape[-1] else back
+
+
+def _turns_back(call: Call, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether that gives what the hooks saw, for the tokens of this chunk."""
+    assert call.query is not None
+    assert call.key is not None
+    recent = call.layer.model.family.layout(call.query, call.key, call.layer.geometry)[1]
+    new = recent.shape[2]
+    back = _turn_back(key[:, :, -new:], cos[:, None, -new:].to(key.device), sin[:, None, -new:].to(key.device))
+    error = (back.float() - recent.float()).norm()
+    return bool(error <= _TOLERANCE[key.element_size()] * recent.float().norm())
+
+
+def _layer_type(call: Call) -> str | None:
+    """The kind of a layer, where the decoder's rotary table is one of several by kind."""
+    decoder: Any = call.layer.model.decoder
+    if "layer_type" not in inspect.signature(decoder.rotary_emb.forward).parameters:
+        return None
+    return decoder.config.layer_types[call.layer.index]

@@ -1,0 +1,207 @@
+"""Chunks of a prompt on a cache, and later turns: attended sparsely against all that came before."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import seerattention as seer
+from seerattention.gates import PrefillGate
+from seerattention.hf.history import keys_before_rope
+from seerattention.ops.span import Span
+from seerattention.selectors import GateSelector, Selector
+
+BLOCK = 32
+LENGTH = 192
+# Of the family "mistral" in tiny_models the window is shorter than these prompts.
+SPARSE = ("llama", "phi3", "qwen2", "qwen3")
+
+
+def attach(model, policy, **options):
+    torch.manual_seed(0)
+    return seer.attach(model, seer.GateConfig(block_size=BLOCK), prefill=policy, min_context=0, **options)
+
+
+@torch.inference_mode()
+def in_chunks(model, ids, cuts, cache=None):
+    """Logits of all tokens; chunks end at the cuts, and at the end."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    start, parts = 0, []
+    for end in (*cuts, ids.shape[1]):
+        parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+        start = end
+    return torch.cat(parts, 1)
+
+
+@torch.inference_mode()
+def one_shot(model, ids):
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("cuts", [[64], [32, 96, 128], [128, 160]])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_chunks_that_end_with_blocks_equal_one_shot(model_of, ids_of, name, cuts, batch):
+    model, ids = attach(model_of(name), seer.TopK(0.5)), ids_of(LENGTH, batch=batch)
+    with seer.record(model) as whole:
+        expected = one_shot(model, ids)
+    with seer.record(model) as chunked, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = in_chunks(model, ids, cuts)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert chunked.total_density == pytest.approx(whole.total_density)
+    assert chunked.total_density < 0.75
+    assert chunked.dense_calls == 0
+    with seer.dense(model):
+        assert not torch.allclose(one_shot(model, ids), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("size", [1, 31, 33, 63, 65, 100])
+def test_with_every_block_any_chunking_equals_dense(model_of, ids_of, name, size):
+    model, ids = model_of(name), ids_of(LENGTH)
+    expected = one_shot(model, ids)
+    attach(model, seer.Threshold(0.0))
+    logits = in_chunks(model, ids, range(size, LENGTH, size))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class Watched(Selector, registered=False):
+    """The gate's selector, which remembers what it saw and chose."""
+
+    inner: GateSelector
+    seen: list
+
+    kind, needs_gate, takes_chunks, rowwise = "watched", True, True, True
+
+    def select(self, inputs):
+        blocks = self.inner.select(inputs)
+        self.seen.append((inputs, blocks))
+        return blocks
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cut", [70, 97, 128])
+def test_a_chunk_that_splits_a_block_scores_the_tokens_that_it_holds(model_of, ids_of, cut):
+    """The documented definition, from the tensors of one shot: pooled over the chunk's own tokens of the block, against
+    the encoded keys of all tokens so far."""
+    policy, seen = seer.TopK(0.4), []
+    model, ids = model_of("llama"), ids_of(LENGTH)
+    attach(model, None, selector=Watched(GateSelector(policy), seen))
+    one_shot(model, ids)
+    (whole, _), seen[:] = seen[0], []
+    in_chunks(model, ids, [cut])
+    gate: PrefillGate = whole.gate
+    for (inputs, blocks), (start, end) in zip((seen[0], seen[len(seen) // 2]), ((0, cut), (cut, LENGTH)), strict=True):
+        assert (inputs.layer, inputs.q.shape[2], inputs.k.shape[2]) == (0, end - start, end)
+        torch.testing.assert_close(inputs.k_pre, whole.k_pre[:, :, :end], rtol=1e-5, atol=1e-5)
+        table = whole.cos[:, :end], whole.sin[:, :end]
+        keys = gate.encode_keys(whole.k_pre[:, :, :end], *table)
+        span = Span(1, end - start, end)
+        own = table[0][:, start:], table[1][:, start:]
+        logits = gate.score(gate.encode_queries(whole.q_pre[:, :, start:end], *own, span=span), keys, span=span)
+        expected = policy.select(logits, block_size=BLOCK)
+        assert torch.equal(blocks.to_mask(), expected.to_mask())
+        assert blocks.density() < 1
+
+
+def test_the_cache_may_be_cropped_copied_and_reordered(model_of, ids_of):
+    """Turns with decoded, taken back and repeated tokens in between: only the present content of the cache counts."""
+    model, ids = attach(model_of("qwen3"), seer.TopK(0.5)), ids_of(LENGTH, batch=2)
+    straight = in_chunks(model, ids, [96, 97, 98, 99, 128])
+
+    cache = DynamicCache(config=model.config)
+    in_chunks(model, ids[:, :100], [96, 97, 98, 99], cache)
+    noise = ids_of(40, batch=2, seed=5)
+    in_chunks(model, noise, [33], cache)
+    cache.crop(-41)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    copied = copy.deepcopy(cache)
+    in_chunks(model, noise, [], cache)
+    with seer.record(model) as stats:
+        logits = in_chunks(model, ids[[1, 0], 99:], [29], copied)[[1, 0]]
+    torch.testing.assert_close(logits[:, 29:], straight[:, 128:], rtol=1e-4, atol=1e-4)
+    assert stats.sparse_calls == model.config.num_hidden_layers
+    copied.crop(128 - LENGTH)
+    copied.batch_repeat_interleave(2)
+    again = in_chunks(model, ids[[1, 1, 0, 0], 128:], [], copied)
+    torch.testing.assert_close(again[[2, 0]], straight[:, 128:], rtol=1e-4, atol=1e-4)
+
+
+def test_generate_with_prefill_chunk_size(model_of, ids_of):
+    model, ids = attach(model_of("llama"), seer.TopK(0.5)), ids_of(LENGTH)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    with seer.record(model) as stats:
+        assert torch.equal(model.generate(ids, prefill_chunk_size=64, **options), expected)
+    assert stats.sparse_calls == 3 * model.config.num_hidden_layers
+    assert stats.prompt_density < 0.75
+
+
+def test_few_tokens_on_a_cache_are_dense(model_of, ids_of):
+    """Candidates of speculative decoding look like this, and are judged as decoding one by one would."""
+    model, ids = attach(model_of("llama"), seer.TopK(0.2)), ids_of(LENGTH)
+    expected = in_chunks(model, ids, [160, *range(161, LENGTH)])
+    with seer.record(model) as stats, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = in_chunks(model, ids, [160, 160 + BLOCK - 1])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert stats.sparse_calls == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("what", ["padded", "static", "positions", "selector", "table"])
+def test_chunks_that_are_dense_say_why(model_of, ids_of, what):
+    model, ids = model_of("llama"), ids_of(128, batch=2)
+    options, mask = {}, torch.ones_like(ids)
+    if what == "padded":
+        mask[0, :5], words = 0, "where nothing is padded"
+    elif what == "selector":
+        options["selector"], words = (
+            seer.baselines.Oracle(seer.TopK(0.5), block_size=BLOCK),
+            "chooses for whole prompts",
+        )
+    elif what == "static":
+        words = "StaticCache"
+    elif what == "positions":
+        words = "do not count the tokens of its cache"
+    else:
+        model.model.rotary_emb.rope_type, words = "dynamic", "rotary table changes"
+    plain = copy.deepcopy(model)
+    attach(model, None if options else seer.TopK(0.5), **options)
+
+    @torch.inference_mode()
+    def second_chunk(model, first):
+        made = StaticCache(config=model.config, max_cache_len=160) if what == "static" else DynamicCache()
+        inputs = {"past_key_values": made, "use_cache": True}
+        with seer.dense(model) if first else warnings.catch_warnings():
+            model(ids[:, :64], attention_mask=mask[:, :64], **inputs)
+        if what == "positions":
+            inputs["position_ids"] = torch.arange(74, 138)[None].expand(2, -1)
+        return model(ids[:, 64:], attention_mask=mask, **inputs).logits
+
+    expected = second_chunk(plain, False)
+    with pytest.warns(UserWarning, match=words):
+        logits = second_chunk(model, True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.3])
+def test_keys_are_turned_back(scaling):
+    """Partial tables, and tables that scale."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(2, 3, 40, 16, generator=generator)
+    angles = torch.arange(40)[:, None] / 100 ** (torch.arange(6) / 6)
+    table = torch.cat((angles, angles), -1)[None]
+    cos, sin = table.cos() * scaling, table.sin() * scaling
+    part = key[..., :12]
+    turned = part * cos[:, None] + torch.cat((-part[..., 6:], part[..., :6]), -1) * sin[:, None]
+    turned = torch.cat((turned, key[..., 12:]), -1)
+    back = keys_before_rope(turned, cos, sin, key[:, :, 30:])
+    torch.testing.assert_close(back, key, rtol=1e-5, atol=1e-5)
+    assert torch.equal(back[:, :, 30:], key[:, :, 30:])
