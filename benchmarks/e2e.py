@@ -2,9 +2,12 @@
 
     python -m benchmarks.e2e --model llama-3.1-8b --lengths 32768 131072 --densities 0.1 --layers 8
     python -m benchmarks.e2e --model llama-3.1-8b qwen3-4b --lengths 1024 2048 4096 8192
+    python -m benchmarks.e2e --model llama-3.1-8b --lengths 32768 131072 --chunk 2048 --layers 8
     python -m benchmarks.e2e --device cpu --tiny                                     # a rehearsal, in seconds
 
-One prompt in one forward, logits of the last token only, no cache kept. Weights are random, gates are fresh: times
+One prompt in one forward, logits of the last token only, no cache kept; with ``--chunk``, in forwards of so many tokens
+on a cache, and dense attention is then cuDNN's to the cached keys and to the chunk's own, merged by log-sum-exp:
+transformers' ``sdpa`` makes a mask in memory there and is slower. Weights are random, gates are fresh: times
 depend on shapes and densities, not on what a model has learned. Dense is transformers' own ``sdpa`` on cuDNN. With
 ``--layers N`` only so many are built, and times are scaled: what the model takes without layers, measured, plus the
 rest times all layers over N. Peak memory is that of the layers that were built.
@@ -37,7 +40,7 @@ from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_pr
 from seerattention.hf.attention import DEFAULT_MIN_CONTEXT
 
 from .command import ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup, tokens
-from .models import num_layers, random_tokens, without_layers
+from .models import lower_right, num_layers, random_tokens, without_layers
 from .results import own_arguments
 
 # Rounding to this size is no difference, whatever another dense kernel happens to give.
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare=lambda model: model,
         check=lambda model, name, length: _checked(check_model(model, random_tokens(name, length), dtype)),
         cases=lambda options, lengths: [(length,) for length in lengths],
-        measure=lambda name, model, case, options: measure(name, model, *case, options.densities, options.repeats),
+        measure=lambda name, model, case, options: measure(name, model, *case, options),
         table=_table,
     )
     return benchmark.run(given, options, dtype)
@@ -67,12 +70,15 @@ def _checked(check: dict[str, float]) -> tuple[dict[str, Any], str]:
     return {"check": check}, str(check)
 
 
-def measure(name: str, model: Any, length: int, densities: Sequence[float], repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, model: Any, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One result a density, and for short prompts one more a density, as shipped."""
+    densities, repeats, chunk = options.densities, options.repeats, options.chunk
+    if chunk is not None:
+        model.set_attn_implementation(lower_right())
     ids = random_tokens(name, length).to(model.device)
     layers, whole = model.config.num_hidden_layers, num_layers(name)
     with torch.inference_mode(), _dense_kernel(model.device), without_layers(model):
-        fixed = sorted(prefill_seconds(model, ids) for _ in range(repeats + 1))[repeats // 2]
+        fixed = sorted(prefill_seconds(model, ids, chunk) for _ in range(repeats + 1))[repeats // 2]
 
     def scaled(result: TimingResult) -> float:
         return result.median if layers == whole else fixed + max(0.0, result.median - fixed) * whole / layers
@@ -85,8 +91,9 @@ def measure(name: str, model: Any, length: int, densities: Sequence[float], repe
             Setting(f"sparse {density:g}", policy=seer.TopK(density), min_context=None) for density in densities
         ]
         try:
-            with _dense_kernel(model.device):
-                dense, *sparse = time_prefill(model, ids, [Setting.dense(), *settings], repeats=repeats)
+            with _dense_kernel(model.device if chunk is None else torch.device("cpu")):
+                settings = [Setting.dense(), *settings]
+                dense, *sparse = time_prefill(model, ids, settings, repeats=repeats, chunk=chunk)
         finally:
             seer.detach(model)
         for density, result in zip(densities, sparse, strict=True):
@@ -104,6 +111,7 @@ def measure(name: str, model: Any, length: int, densities: Sequence[float], repe
                 "min_context": "default" if min_context else "0",
                 "layers": layers,
                 "dtype": str(model.dtype).removeprefix("torch."),
+                **({} if chunk is None else {"chunk": chunk}),
             }
             timed = {"dense": dense.to_dict(), "sparse": result.to_dict(), "without_layers_s": fixed}
             results.append(
@@ -170,6 +178,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.e2e", __doc__, check_length=4096)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 1K to 128K")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--chunk", type=int, help="tokens a forward; default: the whole prompt in one")
     return parser.parse_args(arguments)
 
 

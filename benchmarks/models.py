@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from seerattention.evaluate.kernels import dense_kernels
 
 _MAX_TOKENS = 131072
 # Attention of random weights averages nearly everything away. Enlarged, it weighs as much as the MLP, so that checks of
@@ -85,6 +87,19 @@ def build_model(name: str, layers: int, device: torch.device, dtype: torch.dtype
     for layer in model.get_decoder().layers:
         layer.self_attn.o_proj.weight.mul_(_ATTENTION_GAIN)
     return model
+
+
+def lower_right() -> str:
+    """The name of an attention implementation for chunks on a cache, without a mask in memory: cuDNN's attention, to
+    the cached keys and to the chunk's own apart (of head_dim**-0.5, as the models here scale)."""
+
+    def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> tuple[Any, None]:
+        kernels = dense_kernels(query, key, value)
+        names = [name for name in kernels if name.startswith("cuDNN")] or list(kernels)
+        return kernels[names[0]]().transpose(1, 2), None
+
+    AttentionInterface.register("lower_right", attend)
+    return "lower_right"
 
 
 def num_layers(name: str) -> int:

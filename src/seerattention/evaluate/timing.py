@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..hf.prompts import evaluating
 from .forward import check_documents, prompt_device, prompt_options
@@ -111,6 +112,7 @@ def time_prefill(
     repeats: int = 3,
     warmup_length: int | None = None,
     advance: Callable[[int], None] | None = None,
+    chunk: int | None = None,
 ) -> list[TimingResult]:
     """Time prefill of ``input_ids [B, T]``: the whole model, logits of the last position only, as serving does.
 
@@ -121,12 +123,15 @@ def time_prefill(
         warmup_length: tokens of the untimed call, where a whole prompt would take too long; None: all. What is compiled
             serves every length from 2048 tokens on. Density is then measured in the last round.
         advance: called with the number of tokens of each call (for progress bars).
+        chunk: tokens of each forward, on a cache of those before; None: the whole prompt in one.
 
     Raises:
-        ValueError: fewer than one repeat.
+        ValueError: fewer than one repeat, or chunks of less than one token.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     check_documents(input_ids, "input_ids")
     device = prompt_device(model)
     input_ids = input_ids.to(device)
@@ -140,7 +145,7 @@ def time_prefill(
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             with setting.applied(model, measure=round_ == measured_round) as measurement:
-                seconds = prefill_seconds(model, prompt)
+                seconds = prefill_seconds(model, prompt, chunk)
             if round_ == measured_round:
                 result.density = measurement.density
             if round_ == 0:
@@ -154,13 +159,16 @@ def time_prefill(
     return results
 
 
-def prefill_seconds(model: nn.Module, input_ids: Tensor) -> float:
-    """Seconds of one prefill, through the whole model that was given."""
+def prefill_seconds(model: nn.Module, input_ids: Tensor, chunk: int | None = None) -> float:
+    """Seconds of one prefill, through the whole model that was given, in one forward or in chunks on a cache."""
     options = prompt_options(model)
+    if chunk is not None:
+        options |= {"use_cache": True, "past_key_values": DynamicCache()}
     with evaluating(model):
         synchronize(input_ids.device)
         start = time.perf_counter()
-        model(input_ids=input_ids, **options)
+        for part in input_ids.split(chunk or input_ids.shape[1], dim=1):
+            model(input_ids=part, **options)
         synchronize(input_ids.device)
         return time.perf_counter() - start
 
