@@ -59,7 +59,7 @@ def test_chunks_on_a_cache(family, dtype, size):
     assert (stats.total_density, stats.dense_calls > 0) == (
         1.0,
         size == 64,
-    )  # the last 40 tokens are fewer than a block
+    )
     error = (chunked - reference).norm() / reference.norm()
     assert error <= 2 * (dense - reference).norm() / reference.norm() + 1e-5
     if size % 64 == 0:
