@@ -285,6 +285,13 @@ def block_pooling(module, target):
         )
 
 
+def inverse_rope(module, target):
+    x = tensors(128, torch.bfloat16)[0]
+    for width in (128, 64):
+        table = torch.zeros(1, x.shape[2], width)
+        yield f"128 {width}", functools.partial(module.inverse_rope, x, table, table, torch.empty_like(x))
+
+
 def gate_scores(module, target):
     cases = [(128, torch.bfloat16)]
     if target == "sm_90":
@@ -351,6 +358,7 @@ JOBS = {
     "pooled_attention_wide": (pooled_attention_wide, "pooled_attention.triton", ["sm_86", "gfx942"]),
     "pooled_attention_hopper": (pooled_attention_hopper, "pooled_attention.hopper", ["sm_90"]),
     "block_pooling": (block_pooling, "block_pooling.triton", EVERYWHERE),
+    "inverse_rope": (inverse_rope, "inverse_rope.triton", EVERYWHERE),
     "gate_scores": (gate_scores, "gate_scores.triton", EVERYWHERE),
     "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),
 }

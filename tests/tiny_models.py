@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import (
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 import seerattention as seer
+from seerattention.selectors import GateSelector, Selector
 
 VOCABULARY = 97
 
@@ -89,3 +92,18 @@ def gradients_of(model, ids) -> dict[str, torch.Tensor]:
     found = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
     return found
+
+
+@dataclass(frozen=True)
+class Watched(Selector, registered=False):
+    """The gate's selector, which remembers what it saw and chose."""
+
+    inner: GateSelector
+    seen: list
+
+    kind, needs_gate, takes_chunks, rowwise = "watched", True, True, True
+
+    def select(self, inputs):
+        blocks = self.inner.select(inputs)
+        self.seen.append((inputs, blocks))
+        return blocks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ import seerattention as seer
 from seerattention.gates import PrefillGate
 from seerattention.hf.history import keys_before_rope
 from seerattention.ops.span import Span
-from seerattention.selectors import GateSelector, Selector
+from seerattention.selectors import GateSelector
+from tiny_models import Watched
 
 BLOCK = 32
 LENGTH = 192
@@ -69,21 +69,6 @@ def test_with_every_block_any_chunking_equals_dense(model_of, ids_of, name, size
     attach(model, seer.Threshold(0.0))
     logits = in_chunks(model, ids, range(size, LENGTH, size))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@dataclass(frozen=True)
-class Watched(Selector, registered=False):
-    """The gate's selector, which remembers what it saw and chose."""
-
-    inner: GateSelector
-    seen: list
-
-    kind, needs_gate, takes_chunks, rowwise = "watched", True, True, True
-
-    def select(self, inputs):
-        blocks = self.inner.select(inputs)
-        self.seen.append((inputs, blocks))
-        return blocks
 
 
 @torch.inference_mode()

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import inverse_rope
 from .forward import Call, Forward
 
 # Rotary tables that depend on how long the sequence is: keys in the cache were turned by another one.
 _CHANGING_TABLES = ("dynamic", "longrope")
-# Tokens that are turned back at a time, in float32.
-_PIECE = 1 << 14
 # Error of keys that were turned back, relative to the keys: that of a rounding or two, by bytes of an element.
 _TOLERANCE = {2: 3e-2, 4: 1e-4}
 
@@ -74,22 +73,10 @@ def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor) -> T
         recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE.
     """
     old = key.shape[2] - recent.shape[2]
-    out = torch.empty_like(key)
-    for start in range(0, old, _PIECE):
-        piece = slice(start, min(start + _PIECE, old))
-        out[:, :, piece] = _turn_back(key[:, :, piece], cos[:, None, piece], sin[:, None, piece])
+    out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    inverse_rope(key[:, :, :old], cos[:, :old], sin[:, :old], out=out[:, :, :old])
     out[:, :, old:] = recent
     return out
-
-
-def _turn_back(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x from ``x * cos + rotate_half(x) * sin``, in float32; channels behind the table's are not rotated."""
-    width = cos.shape[-1]
-    turned, rest = key[..., :width].float(), key[..., width:]
-    cos, sin = cos.float(), sin.float()
-    halves = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
-    back = ((turned * cos - halves * sin) / (cos * cos + sin * sin)).to(key.dtype)
-    return torch.cat((back, rest), -1) if rest.shape[-1] else back
 
 
 def _turns_back(call: Call, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -98,7 +85,7 @@ def _turns_back(call: Call, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     assert call.key is not None
     recent = call.layer.model.family.layout(call.query, call.key, call.layer.geometry)[1]
     new = recent.shape[2]
-    back = _turn_back(key[:, :, -new:], cos[:, None, -new:].to(key.device), sin[:, None, -new:].to(key.device))
+    back = inverse_rope(key[:, :, -new:], cos[:, -new:].to(key.device), sin[:, -new:].to(key.device))
     error = (back.float() - recent.float()).norm()
     return bool(error <= _TOLERANCE[key.element_size()] * recent.float().norm())
 

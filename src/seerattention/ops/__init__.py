@@ -5,6 +5,7 @@ from .block_selection import dense_indices, select_threshold, select_topk, selec
 from .block_sparse_attention import block_sparse_attention
 from .block_sparse_decode import block_sparse_decode
 from .indices import BlockIndices
+from .inverse_rope import inverse_rope
 from .pooled_attention import pooled_attention, pooled_attention_decode
 from .span import Pages, Span
 
@@ -16,6 +17,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_decode",
     "dense_indices",
+    "inverse_rope",
     "pooled_attention",
     "pooled_attention_decode",
     "select_threshold",

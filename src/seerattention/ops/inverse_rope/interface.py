@@ -1,0 +1,61 @@
+"""The public function: argument checks and the choice of an implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import reference
+
+OP = "inverse_rope"
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+@torch.no_grad()
+def inverse_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor | None = None, implementation: str | None = None
+) -> Tensor:
+    """Undo the rotary embedding: x from ``x * cos + rotate_half(x) * sin``, computed in float32.
+
+    What a gate needs of the keys in a cache: gates pool keys before RoPE (SeerAttention, arXiv 2410.13276, section
+    3.1). Tables that scale (YaRN) are taken back too; rounding of x after its rotation is not.
+
+    Args:
+        x: ``[B, H, T, D]`` after RoPE, floating point.
+        cos, sin: ``[B or 1, T, rotary_dim]``, halves repeated as Hugging Face lays the table out; channels from
+            rotary_dim on are not rotated.
+        out: ``[B, H, T, D]`` of the dtype of x, channels side by side in memory; None: new memory.
+        implementation: ``"reference"``, ``"triton"`` or None (automatic: the kernel on GPUs).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
+        TypeError: x is not floating point.
+    """
+    dispatch.check_floating(OP, x=x)
+    if x.dim() != 4:
+        raise ValueError(f"{OP}: x must be [B, H, T, D], got {tuple(x.shape)}")
+    batch, _, length, head_dim = x.shape
+    fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == length
+    if not fits or cos.shape[2] % 2 or not 0 < cos.shape[2] <= head_dim:
+        raise ValueError(
+            f"{OP}: cos and sin must be [{batch} or 1, {length}, rotary_dim] with an even rotary_dim up to {head_dim}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    elif out.shape != x.shape or out.dtype != x.dtype or (out.numel() and out.stride(-1) != 1):
+        raise ValueError(
+            f"{OP}: out must be {x.dtype} {tuple(x.shape)} with channels side by side, got {out.dtype} "
+            f"{tuple(out.shape)} with strides {out.stride()}"
+        )
+    function = reference.inverse_rope
+    if dispatch.choose_implementation(OP, implementation, x.device, names=IMPLEMENTATIONS) == "triton":
+        from . import triton  # imported late: triton is an optional dependency
+
+        function = triton.inverse_rope
+    function(x, cos, sin, out)
+    return out

@@ -1,0 +1,76 @@
+"""The inverse rotation: reference and kernel against the rotation that it undoes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seerattention.ops import inverse_rope
+
+DTYPES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def rotated(x, cos, sin):
+    """As transformers does it, in the precision of x."""
+    width = cos.shape[-1]
+    part = x[..., :width]
+    turned = torch.cat((-part[..., width // 2 :], part[..., : width // 2]), -1)
+    return torch.cat((part * cos[:, None] + turned * sin[:, None], x[..., width:]), -1)
+
+
+def table(batch, length, width, scaling=1.0, dtype=torch.float32):
+    positions = torch.arange(length) + 7 * torch.arange(batch)[:, None]
+    angles = positions[..., None] / 1000 ** (torch.arange(width // 2) / (width // 2))
+    angles = torch.cat((angles, angles), -1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def check(implementation, dtype, batch, length, head_dim, width, scaling, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, length, 3, head_dim, generator=generator).transpose(1, 2)
+    cos, sin = table(1 if batch == 2 else batch, length, width, scaling)
+    after = rotated(x, cos, sin).to(dtype).to(device)
+    cos, sin = cos.to(dtype).to(device), sin.to(dtype).to(device)
+    back = inverse_rope(after, cos, sin, implementation=implementation)
+    assert back.dtype == dtype
+    torch.testing.assert_close(back.float().cpu(), x, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+    memory = torch.full((batch, 3, length + 9, head_dim), float("nan"), dtype=dtype, device=device)
+    assert inverse_rope(after, cos, sin, out=memory[:, :, 4:-5], implementation=implementation) is not None
+    assert torch.equal(memory[:, :, 4:-5], back)
+    assert memory[:, :, :4].isnan().all()
+    assert memory[:, :, -5:].isnan().all()
+
+
+CASES = [(1, 33, 16, 16, 1.0), (2, 70, 24, 12, 1.3), (3, 1, 8, 2, 0.5), (1, 0, 8, 8, 1.0), (1, 64, 80, 20, 1.0)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_undoes_the_rotation(implementation, case):
+    if torch.cuda.is_available() and implementation == "triton":
+        pytest.skip("tests/gpu covers it")
+    for dtype in (torch.float32, torch.float16):
+        check(implementation, dtype, *case)
+    if implementation == "reference":
+        check(implementation, torch.bfloat16, *case)
+
+
+def test_long_inputs_in_pieces(monkeypatch):
+    import importlib
+
+    monkeypatch.setattr(importlib.import_module("seerattention.ops.inverse_rope.reference"), "PIECE", 16)
+    check("reference", torch.float32, 2, 70, 24, 12, 1.3)
+
+
+def test_what_does_not_fit_is_said():
+    x, (cos, sin) = torch.zeros(2, 1, 4, 8), table(1, 4, 8)
+    with pytest.raises(ValueError, match=r"even rotary_dim up to 8, got \(1, 5, 8\)"):
+        inverse_rope(x, *table(1, 5, 8))
+    with pytest.raises(ValueError, match="even rotary_dim"):
+        inverse_rope(x, cos[..., :3], sin[..., :3])
+    with pytest.raises(ValueError, match="x must be"):
+        inverse_rope(x[0], cos, sin)
+    with pytest.raises(ValueError, match=r"out must be torch.float32 \(2, 1, 4, 8\)"):
+        inverse_rope(x, cos, sin, out=x[:1])
+    with pytest.raises(TypeError):
+        inverse_rope(x.int(), cos, sin)
