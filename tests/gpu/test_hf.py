@@ -68,7 +68,7 @@ def test_chunks_on_a_cache(family, dtype, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_chunks_of_whole_blocks_read_what_one_shot_reads(family, dtype):
-    """In the first layer, which sees the same; keys that were rounded after their rotation decide near ties otherwise."""
+    """In the first layer, which sees the same; keys that were rounded after RoPE decide near ties otherwise."""
     ids, seen = make_ids(1024, batch=2).cuda(), []
     model = attached(family, dtype, None, selector=Watched(GateSelector(seer.TopK(0.4)), seen))
     whole_logits, (_, whole) = logits_of(model, ids).float(), seen[0]
