@@ -161,10 +161,9 @@ def _num_queries(arguments: dict[str, Any]) -> int:
 
 
 def _first_query(arguments: dict[str, Any]) -> int:
-    """Position of the first query; of older transformers, which give tensors, it is read from the device."""
-    if "cache_position" in arguments:
-        return int(arguments["cache_position"][0])
-    return int(arguments.get("q_offset", 0))
+    """Position of the first query; -1 where a trace cannot know it. Where transformers gives a tensor it is read."""
+    first = arguments["cache_position"][0] if "cache_position" in arguments else arguments.get("q_offset", 0)
+    return -1 if isinstance(first, Tensor) and torch.compiler.is_compiling() else int(first)
 
 
 @torch.compiler.disable(reason="a tensor without storage is made")
