@@ -140,12 +140,59 @@ def test_few_tokens_on_a_cache_are_dense(model_of, ids_of):
     assert stats.sparse_calls == model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("policy", [seer.TopK(0.5), seer.Threshold(0.0), seer.TopP(0.8)])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("min_context", [0, 100])
+def test_left_padded_rows_in_chunks_equal_the_row_alone(model_of, ids_of, name, policy, min_context):
+    """Content that begins with the batch, inside of a block, and with a block; and inside of the second chunk."""
+    pads, cuts = [0, 10, 64, 100], [96, 160]
+    model = model_of(name)
+    torch.manual_seed(0)
+    seer.attach(model, seer.GateConfig(block_size=BLOCK), prefill=policy, min_context=min_context)
+    ids, mask = ids_of(LENGTH, batch=4), torch.ones(4, LENGTH, dtype=torch.int64)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    @torch.inference_mode()
+    def run(rows, pad, keep):
+        cache, parts = DynamicCache(config=model.config), []
+        for start, end in zip([0, *cuts], [*cuts, LENGTH], strict=True):
+            start, end = max(start, pad), max(end, pad)
+            if start < end:
+                inputs = {"position_ids": positions[rows, start:end]} | (
+                    {"attention_mask": mask[rows, :end]} if keep else {}
+                )
+                parts.append(model(ids[rows, start:end], past_key_values=cache, use_cache=True, **inputs).logits)
+        return torch.cat(parts, 1)
+
+    with seer.record(model) as stats:
+        logits = run(slice(0, 3), 0, True)
+    assert stats.sparse_calls > 0
+    for row, pad in enumerate(pads[:3]):
+        expected = run(slice(row, row + 1), pad, False)
+        torch.testing.assert_close(logits[row : row + 1, pad:], expected, rtol=1e-4, atol=1e-4)
+    if min_context == 0 and isinstance(policy, seer.TopK):
+        assert stats.total_density < 0.75
+
+
+def test_generate_with_left_padding_in_chunks(model_of, ids_of):
+    model, ids = attach(model_of("llama"), seer.TopK(0.5)), ids_of(LENGTH, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :32] = 0  # whole blocks, so that the chunks end with blocks in both rows
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    expected = model.generate(ids, **options)
+    with seer.record(model) as stats:
+        assert torch.equal(model.generate(ids, prefill_chunk_size=64, **options), expected)
+    assert stats.sparse_calls == 3 * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("what", ["padded", "static", "positions", "selector", "table"])
 def test_chunks_that_are_dense_say_why(model_of, ids_of, what):
     model, ids = model_of("llama"), ids_of(128, batch=2)
     options, mask = {}, torch.ones_like(ids)
     if what == "padded":
-        mask[0, :5], words = 0, "where nothing is padded"
+        mask[0, 60:70], words = 0, "more than causal"
     elif what == "selector":
         options["selector"], words = (
             seer.baselines.Oracle(seer.TopK(0.5), block_size=BLOCK),

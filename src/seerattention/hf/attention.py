@@ -25,7 +25,7 @@ from ..ops.indices import ordered_lists, read_lists
 from ..selectors import LayerInputs, Selector
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Call, Forward, current_forward
-from .history import history_problem, history_table, keys_before_rope
+from .history import chunk_of, chunk_span, history_problem, history_table, keys_before_rope
 from .implementation import NAME, original_of
 from .layer import LayerState
 from .masks import read_mask, seer_mask
@@ -139,7 +139,8 @@ def _attend_whole_prompt(arguments: Arguments, call: Call, forward: Forward) -> 
     forward.sparse = True
     out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale))
     if padding is not None:
-        out = shift_right(out, starts).masked_fill(~padding[:, None, :, None], 0.0)
+        mine = padding[:, -out.shape[2] :]
+        out = shift_right(out, starts).masked_fill(~mine[:, None, :, None], 0.0)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -156,6 +157,7 @@ def _not_a_prompt(
     window = layer.geometry.window if window is None else window
     positions = call.position_ids if call.position_ids is not None else options.get("position_ids")
     chunk = length != key_length
+    mine = chunk_of(padding, length, forward) if chunk and padding is not None else padding
     reason = None
     if call.static_cache and chunk:
         reason = "StaticCache prefill is not sparse yet"
@@ -169,14 +171,12 @@ def _not_a_prompt(
         return _SLIDING
     elif not options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         reason = "attention is not causal"
-    elif not plain and chunk:
-        reason = "a chunk on top of a cache is sparse only where nothing is padded and its mask is causal"
     elif not plain:
         reason = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
-    elif not forward.positions_run_on(positions, padding):
+    elif not forward.positions_run_on(positions, mine):
         reason = "its position_ids restart or jump (packed sequences)"
-    elif chunk and not forward.positions_begin_at(positions, key_length - length):
-        reason = "the position_ids of a chunk do not count the tokens of its cache"
+    elif chunk and not forward.positions_end_at(positions, padding, key_length):
+        reason = "the position_ids of a chunk do not count the tokens of its cache, or its rows are padded on the right"
     if reason is not None:
         _warn_dense(layer, reason)
     return reason
@@ -252,11 +252,19 @@ def _layer_inputs(
     layer.place_gate(query.device)
     query_pre, key_pre = layer.take(call)
     cos, sin = call.cos.to(query.device), call.sin.to(query.device)
+    lengths = starts = span = None
     if query.shape[2] != key.shape[2]:
         cos, sin = (table.to(query.device) for table in history_table(call, forward, key.shape[2]))
-        key_pre = keys_before_rope(key, cos, sin, key_pre)
-    lengths = starts = None
-    if padding is not None:
+        if padding is None:
+            key_pre = keys_before_rope(key, cos, sin, key_pre)
+        else:
+            queries = query.shape[2]
+            lengths, span = padding.sum(-1), chunk_span(padding, queries)
+            key, value = (shift_left(x, key.shape[2] - lengths) for x in (key, value))
+            key_pre = keys_before_rope(key, cos, sin)
+            starts = (queries - lengths).clamp(min=0)
+            query, query_pre = shift_left(query, starts), shift_left(query_pre, starts)
+    elif padding is not None:
         lengths, starts = padding.sum(-1), padding.int().argmax(-1)
         query, key, value, query_pre, key_pre = (shift_left(x, starts) for x in (query, key, value, query_pre, key_pre))
         cos, sin = (shift_left(x.expand(query.shape[0], -1, -1), starts) for x in (cos, sin))
@@ -272,6 +280,7 @@ def _layer_inputs(
         lengths=lengths,
         scale=arguments.scale,
         gate=layer.gate,
+        span=span,
     )
     return inputs, starts  # type: ignore[return-value]
 
@@ -298,8 +307,9 @@ def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) ->
         rows,
         blocks.num_key_blocks,
         block_size=blocks.block_size,
-        lengths=lengths,
+        lengths=lengths if blocks.span is None else None,
         device=counts.device,
+        span=blocks.span,
     )
     full_indices, full_counts = read_lists(full)
     capacity = indices.shape[-1]
@@ -307,4 +317,4 @@ def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) ->
         indices, capacity = nn.functional.pad(indices, (0, longest - capacity)), longest
     indices = torch.where(short[..., None], full_indices[..., :capacity], indices)
     counts = torch.where(short, full_counts, counts)
-    return ordered_lists(indices, counts, blocks.num_key_blocks, blocks.block_size)
+    return ordered_lists(indices, counts, blocks.num_key_blocks, blocks.block_size, span=blocks.span)

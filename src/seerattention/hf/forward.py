@@ -180,16 +180,20 @@ class Forward:
         self._positions.append((tuple(None if x is None else weakref.ref(x) for x in asked), answer))
         return answer
 
-    def positions_begin_at(self, position_ids: Tensor | None, start: int) -> bool:
-        """Whether the first position is ``start`` in every row; the answer waits for the device once a forward."""
+    def positions_end_at(self, position_ids: Tensor | None, padding: Tensor | None, keys: int) -> bool:
+        """Whether the last slot of every row of a chunk holds its last token, and its position counts all tokens of the
+        row: ``keys``, or as many as ``padding [B, keys]`` says. The answer waits for the device once a forward."""
         if position_ids is None or position_ids.dim() != 2:
             return False
-        name = ("begins", id(position_ids), start)
+        name = ("ends", id(position_ids), id(padding), keys)
         if name not in self.facts:
-            self.facts[name] = (
-                bool((position_ids[:, 0] == start).all()),
-                position_ids,
-            )  # kept, so that its id is its own
+            if padding is None:
+                right = position_ids[:, -1] == keys - 1
+            else:
+                mask = padding.to(position_ids.device)
+                right = (position_ids[:, -1] == mask.sum(-1) - 1) & mask[:, -1]
+            # The tensors are kept, so that their ids are their own.
+            self.facts[name] = bool(right.all()), position_ids, padding
         return self.facts[name][0]
 
 

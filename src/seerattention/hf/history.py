@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import inverse_rope
+from ..ops import Span, inverse_rope
 from .forward import Call, Forward
 
 # Rotary tables that depend on how long the sequence is: keys in the cache were turned by another one.
@@ -41,14 +41,16 @@ def history_problem(call: Call, forward: Forward, key: Tensor) -> str | None:
     cos, sin = history_table(call, forward, key.shape[2])
     known = forward.facts.get(("same table", kind))
     if known is None:
-        length = call.cos.shape[1]
-        same = [torch.allclose(table[:, -length:], given) for table, given in ((cos, call.cos), (sin, call.sin))]
+        length, places = call.cos.shape[1], call.position_ids
+        places = torch.arange(key.shape[2] - length, key.shape[2])[None] if places is None else places
+        places = places.to(cos.device).clamp(0, key.shape[2] - 1)
+        same = [torch.allclose(table[0, places], given) for table, given in ((cos, call.cos), (sin, call.sin))]
         known = forward.facts[("same table", kind)] = all(same)
     if not known:
         return OTHER_TABLE
     state = call.layer.model
     if state.turns_back is None:
-        state.turns_back = _turns_back(call, key, cos, sin)
+        state.turns_back = _turns_back(call, key)
     return None if state.turns_back else OTHER_ROTATION
 
 
@@ -64,14 +66,31 @@ def history_table(call: Call, forward: Forward, length: int) -> tuple[Tensor, Te
     return forward.facts[name]
 
 
-def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor) -> Tensor:
+def chunk_of(padding: Tensor, queries: int, forward: Forward) -> Tensor:
+    """The padding ``[B, queries]`` of the last slots, one tensor a forward."""
+    name = ("padding of a chunk", id(padding), queries)
+    if name not in forward.facts:
+        forward.facts[name] = padding[:, -queries:], padding  # kept, so that its id is its own
+    return forward.facts[name][0]
+
+
+def chunk_span(padding: Tensor, queries: int) -> Span:
+    """Where the queries of left-padded rows lie, once the content of each comes first: int64 ``[B, Tk]`` -> a span."""
+    keys = padding.shape[1]
+    total = padding.sum(-1)
+    return Span.of_rows(queries, keys, start=(total - queries).clamp(min=0), length=total.clamp(max=queries))
+
+
+def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | None = None) -> Tensor:
     """``[B, Hkv, Tk, D]`` before RoPE.
 
     Args:
         key: ``[B, Hkv, Tk, D]`` after RoPE.
         cos, sin: ``[1, Tk, rotary_dim]``, halves repeated; what they multiply lengths by is taken back too.
-        recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE.
+        recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE; None: they are turned back too.
     """
+    if recent is None:
+        return inverse_rope(key, cos, sin)
     old = key.shape[2] - recent.shape[2]
     out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     inverse_rope(key[:, :, :old], cos[:, :old], sin[:, :old], out=out[:, :, :old])
@@ -79,13 +98,13 @@ def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor) -> T
     return out
 
 
-def _turns_back(call: Call, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _turns_back(call: Call, key: Tensor) -> bool:
     """Whether that gives what the hooks saw, for the tokens of this chunk."""
     assert call.query is not None
     assert call.key is not None
     recent = call.layer.model.family.layout(call.query, call.key, call.layer.geometry)[1]
     new = recent.shape[2]
-    back = inverse_rope(key[:, :, -new:], cos[:, -new:].to(key.device), sin[:, -new:].to(key.device))
+    back = inverse_rope(key[:, :, -new:], call.cos.to(key.device), call.sin.to(key.device))
     error = (back.float() - recent.float()).norm()
     return bool(error <= _TOLERANCE[key.element_size()] * recent.float().norm())
 

@@ -55,8 +55,8 @@ class _Recipe:
 
 
 class SeerMask(Tensor):
-    """``[B, 1, Tq, Tk]`` without storage: causality and padding of whole prompts, one run of valid tokens a row, or
-    causality of chunks without padding, whose queries are the last positions.
+    """``[B, 1, Tq, Tk]`` without storage: causality and padding of whole prompts, or of chunks whose queries are the
+    last slots; one run of valid tokens a row.
 
     Any op, and any function of torch that gets it, sees the mask that the untouched model would have made.
 
@@ -125,7 +125,7 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
 
     Returns:
         The mask of the untouched model; as a :class:`SeerMask` where that is causality and padding of whole prompts,
-        or causality of chunks whose queries are the last of the keys.
+        or of chunks whose queries are the last of the keys.
     """
     original = original_of(kwargs["config"])
     make: Any = None if original is None else AttentionMaskInterface._global_mapping.get(original)
@@ -145,7 +145,7 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
             padding = None
         else:
             padding = padding.bool()
-            plain = padding.shape[-1] == queries == keys and one_run_a_row(padding)
+            plain = padding.shape[-1] == keys and one_run_a_row(padding)
     if plain and make is sdpa_mask and padding is None and queries == keys:
         return None
     if plain and (make is sdpa_mask or make is eager_mask):

@@ -41,9 +41,12 @@ class Statistics:
         if blocks is not None:
             block_size = blocks.block_size
         batch, heads, query_length, _ = query.shape
+        span = None if blocks is None else blocks.span
         first = first_query_block(query_length, key_length, block_size)
         rows = torch.arange(first, -(-key_length // block_size), device=query.device)
-        if lengths is None:
+        if span is not None and not span.plain:
+            rows, valid = span.row_blocks(block_size), span.valid_rows(block_size)
+        elif lengths is None:
             valid = torch.ones(batch, len(rows), dtype=torch.bool, device=query.device)
         else:
             valid = rows[None, :] * block_size < lengths.to(query.device)[:, None]
