@@ -86,6 +86,36 @@ def test_chunks_of_whole_blocks_read_what_one_shot_reads(family, dtype):
     assert whole.density() < 0.6
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_left_padded_chunks_equal_the_row_alone(family, dtype):
+    """With every block, so that near ties decide nothing; in float32 with some, too."""
+    ids, pads, length = make_ids(1000, batch=3).cuda(), [0, 70, 300], 1000
+    mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).long().cuda()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model = attached(family, dtype, seer.Threshold(0.0))
+
+    def run(rows, pad, **inputs):
+        cache, parts = DynamicCache(config=model.config), []
+        for start, end in ((pad, 400), (400, 700), (700, length)):
+            given = {"position_ids": positions[rows, start:end]}
+            given |= {name: x[rows, :end] for name, x in inputs.items()}
+            parts.append(model(ids[rows, start:end], past_key_values=cache, use_cache=True, **given).logits.float())
+        return torch.cat(parts, 1)
+
+    for policy in (seer.Threshold(0.0), *((seer.TopK(0.4),) if dtype == torch.float32 else ())):
+        seer.set_policy(model, policy)
+        with seer.record(model) as stats:
+            logits = run(slice(0, 3), 0, attention_mask=mask)
+        assert stats.dense_calls == 0
+        assert stats.total_density < 0.7 or isinstance(policy, seer.Threshold)
+        for row, pad in enumerate(pads):
+            alone = run(slice(row, row + 1), pad)
+            error = (logits[row : row + 1, pad:] - alone).norm() / alone.norm()
+            assert error <= (1e-3 if dtype == torch.float32 else 2e-2)
+
+
 def test_gates_follow_the_model_to_the_gpu():
     model = make_model(dtype=torch.bfloat16)
     seer.attach(model, seer.GateConfig())
