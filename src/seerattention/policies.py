@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ __all__ = ["Dense", "Policy", "Threshold", "TokenBudget", "TopK", "TopP", "causa
 _MOST_TOKENS = (1 << 31) - 1
 # Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
 _CEIL_SLACK = 1e-9
+
+T = TypeVar("T")
 
 
 class Policy(ABC):
@@ -254,21 +256,33 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
     Raises:
         ValueError: an unknown or missing ``kind``, unknown or missing arguments, or values out of range.
     """
+    policy, arguments = read_kind(data, _POLICIES, "policy")
+    return policy(**arguments)
+
+
+def read_kind(data: Mapping[str, Any], kinds: Mapping[str, type[T]], what: str) -> tuple[type[T], dict[str, Any]]:
+    """The dataclass that a dict ``{"kind": ..., <arguments>}`` means, and its arguments: those it needs, and no other.
+
+    Raises:
+        ValueError: an unknown or missing ``kind``, unknown or missing arguments.
+    """
     if not isinstance(data, Mapping):
-        raise ValueError(f"a policy must be a mapping with a kind, got {type(data).__name__}")
+        raise ValueError(f"a {what} must be a mapping with a kind, got {type(data).__name__}")
     arguments = dict(data)
     kind = arguments.pop("kind", None)
-    if not isinstance(kind, str) or kind not in _POLICIES:
-        raise ValueError(f"policy kind must be one of {sorted(_POLICIES)}, got {kind!r}")
-    policy = _POLICIES[kind]
-    fields = dataclasses.fields(policy)  # type: ignore[arg-type]
-    unknown = sorted(set(arguments) - {field.name for field in fields})
-    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in arguments]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{what} kind must be one of {sorted(kinds)}, got {kind!r}")
+    fields = dataclasses.fields(kinds[kind])  # type: ignore[arg-type]
+    names = [field.name for field in fields]
+    needed = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    unknown, missing = sorted(set(arguments) - set(names)), [name for name in needed if name not in arguments]
     if unknown or missing:
-        raise ValueError(
-            f"policy {kind!r} takes {[field.name for field in fields]}; unknown: {unknown}, missing: {missing}"
-        )
-    return policy(**arguments)
+        raise ValueError(f"{what} {kind!r} takes {names}; unknown: {unknown}, missing: {missing}")
+    return kinds[kind], arguments
 
 
 # Of the latest shapes, by all that they follow from.

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .blocks import BlockIndices
 from .gates import BlockGate
-from .ops.span import START, Span
+from .ops.span import Span
 from .policies import Dense, Policy
 
 __all__ = ["SELECTORS", "FunctionSelector", "GateSelector", "LayerInputs", "Selector", "as_selector"]
@@ -26,8 +25,7 @@ __all__ = ["SELECTORS", "FunctionSelector", "GateSelector", "LayerInputs", "Sele
 class LayerInputs:
     """What one attention layer sees at prefill; rows are right-padded, whatever the padding of the batch.
 
-    Of a chunk on a cache, Tk counts the cached tokens too, and the queries are the last Tq of the Tk positions, or
-    where ``span`` says.
+    Of a chunk on a cache, Tk counts the cached tokens too, and the queries are where ``span`` says.
 
     Attributes:
         layer: index of the layer.
@@ -41,7 +39,7 @@ class LayerInputs:
         lse: float32 ``[B, Hq, T]``, log-sum-exp of the scaled causal logits of each query, where the layer was attended
             densely by a kernel that returns it; else None. What ``ops.pooled_attention`` need not compute again.
         phase: "prefill", or "decode" for single tokens on a cache.
-        span: of a chunk of rows with padding, which positions the queries of each row are; None: the last.
+        span: of a chunk, which positions the queries of each row are; None: of whole prompts.
     """
 
     layer: int
@@ -67,21 +65,16 @@ class LayerInputs:
         """
         if self.gate is None:
             raise ValueError(f"layer {self.layer} has no gate (sliding window, or attached without gates)")
-        batch, _, queries, _ = self.q_pre.shape
-        keys = self.k_pre.shape[2]
-        if queries == keys and self.span is None:
-            return self.gate(self.q_pre, self.k_pre, self.cos, self.sin, rows=rows, lengths=self.lengths, masked=masked)
-        encoded = self.gate.encode_keys(self.k_pre, self.cos, self.sin, lengths=self.lengths)
-        if self.span is None:
-            span = Span(batch, queries, keys)
-            own = self.cos[:, keys - queries :], self.sin[:, keys - queries :]
-        else:
-            span = self.span
-            positions = span.column(START)[:, None] + torch.arange(queries, device=self.cos.device)
-            positions = positions.clamp(max=keys - 1)
-            own = self.cos[0, positions], self.sin[0, positions]
-        asked = self.gate.encode_queries(self.q_pre, *own, rows=rows, span=span)
-        return self.gate.score(asked, encoded, rows=rows, span=span, masked=masked)
+        return self.gate(
+            self.q_pre,
+            self.k_pre,
+            self.cos,
+            self.sin,
+            rows=rows,
+            lengths=self.lengths,
+            masked=masked,
+            span=self.span,
+        )
 
 
 SELECTORS: dict[str, type[Selector]] = {}
@@ -158,10 +151,8 @@ class GateSelector(Selector):
     def select(self, inputs: LayerInputs) -> BlockIndices:
         logits = inputs.gate_logits(masked=False)
         assert inputs.gate is not None
-        block_size = inputs.gate.block_size
-        if inputs.span is not None:
-            return self.policy.select(logits, block_size=block_size, span=inputs.span)
-        return self.policy.select(logits, block_size=block_size, lengths=inputs.lengths)
+        lengths = inputs.lengths if inputs.span is None else None  # the span knows them
+        return self.policy.select(logits, block_size=inputs.gate.block_size, lengths=lengths, span=inputs.span)
 
     @property
     def rowwise(self) -> bool:

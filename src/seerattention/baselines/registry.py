@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..policies import Policy, policy_from_dict
+from ..policies import Policy, policy_from_dict, read_kind
 from ..selectors import SELECTORS, Selector
 
 _POLICY = re.compile(r"(?P<kind>\w+)\s*(?:\((?P<arguments>.*)\))?")
@@ -24,25 +24,7 @@ def selector_from_dict(data: Mapping[str, Any]) -> Selector:
     Raises:
         ValueError: an unknown or missing ``kind``, unknown or missing arguments, or values that the selector refuses.
     """
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a selector must be a mapping with a kind, got {type(data).__name__}")
-    arguments = dict(data)
-    kind = arguments.pop("kind", None)
-    if not isinstance(kind, str) or kind not in SELECTORS:
-        raise ValueError(f"selector kind must be one of {sorted(SELECTORS)}, got {kind!r}")
-    selector = SELECTORS[kind]
-    fields = dataclasses.fields(selector)  # type: ignore[arg-type]
-    needed = [
-        field.name
-        for field in fields
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    unknown = sorted(set(arguments) - {field.name for field in fields})
-    missing = sorted(set(needed) - set(arguments))
-    if unknown or missing:
-        raise ValueError(
-            f"selector {kind!r} takes {[field.name for field in fields]}; unknown: {unknown}, missing: {missing}"
-        )
+    selector, arguments = read_kind(data, SELECTORS, "selector")
     if isinstance(arguments.get("policy"), Mapping):
         arguments["policy"] = policy_from_dict(arguments["policy"])
     return selector(**arguments)

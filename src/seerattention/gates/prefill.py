@@ -21,7 +21,7 @@ class BlockGate(nn.Module, ABC):
     """What every form of gate offers: it scores blocks of ``block_size`` keys for blocks of ``block_size`` queries.
 
     In three parts, so that keys are encoded once and queries where they come from: :meth:`encode_keys`,
-    :meth:`encode_queries` and :meth:`score`; :meth:`forward` is all of them for whole prompts.
+    :meth:`encode_queries` and :meth:`score`; :meth:`forward` is all of them at once.
 
     Attributes:
         block_size: tokens a block of the *mask*.
@@ -122,8 +122,9 @@ class BlockGate(nn.Module, ABC):
         rows: Tensor | None = None,
         lengths: Tensor | None = None,
         masked: bool = True,
+        span: Span | None = None,
     ) -> Tensor:
-        """Score every key block for every query block of a whole prompt.
+        """Score every key block for every query block of a whole prompt, or of a chunk.
 
         Differentiable with respect to the parameters; q and k are constants. Pooling runs in the dtype of q, the linear
         layers in that of the parameters, RoPE and the product in float32. Where no gradient is recorded, gates in half
@@ -138,6 +139,8 @@ class BlockGate(nn.Module, ABC):
             lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all).
             masked: False: what lies above the block diagonal may be left undefined, for those who ignore it
                 (policies do).
+            span: of a chunk, which of the positions of k its queries are. Content comes first in every row; the table
+                is that of k, and one for all rows.
 
         Returns:
             float32 ``[B, Hq, R, N]``, scaled and not yet normalised, -inf above the block diagonal. Rows may be padded
@@ -148,12 +151,17 @@ class BlockGate(nn.Module, ABC):
                 is a multiple of it.
         """
         batch, _, length, _ = q.shape
-        if q.shape[2] != k.shape[2]:
+        if span is None and q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"the gate takes q and k of a whole prompt, got {tuple(q.shape)} and {tuple(k.shape)}; score chunks by "
-                "encode_keys, encode_queries and score"
+                "encode_keys, encode_queries and score, or pass their span"
             )
         keys = self.encode_keys(k, cos, sin, lengths=lengths)
+        if span is not None:
+            positions = span.column(START, q.device)[:, None] + torch.arange(length, device=q.device)
+            positions = positions[:1] if span.plain else positions.clamp(max=k.shape[2] - 1)
+            queries = self.encode_queries(q, cos[0, positions], sin[0, positions], rows=rows, span=span)
+            return self.score(queries, keys, rows=rows, span=span, masked=masked)
         queries = self.encode_queries(q, cos, sin, rows=rows, lengths=lengths)
         span = None
         if self.q_pitch != self.block_size or self.k_pitch != self.block_size:  # only sub-blocks can be without tokens

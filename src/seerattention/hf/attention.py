@@ -22,6 +22,7 @@ from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.dispatch import FLOATING_DTYPES
 from ..ops.indices import ordered_lists, read_lists
+from ..ops.span import Span
 from ..selectors import LayerInputs, Selector
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Call, Forward, current_forward
@@ -254,13 +255,15 @@ def _layer_inputs(
     cos, sin = call.cos.to(query.device), call.sin.to(query.device)
     lengths = starts = span = None
     if query.shape[2] != key.shape[2]:
-        cos, sin = (table.to(query.device) for table in history_table(call, forward, key.shape[2]))
+        queries, keys = query.shape[2], key.shape[2]
+        cos, sin = (table.to(query.device) for table in history_table(call, forward, keys))
         if padding is None:
+            span = Span(query.shape[0], queries, keys)
             key_pre = keys_before_rope(key, cos, sin, key_pre)
         else:
-            queries = query.shape[2]
-            lengths, span = padding.sum(-1), chunk_span(padding, queries)
-            key, value = (shift_left(x, key.shape[2] - lengths) for x in (key, value))
+            lengths = padding.sum(-1)
+            span = chunk_span(lengths, queries, keys)
+            key, value = (shift_left(x, keys - lengths) for x in (key, value))
             key_pre = keys_before_rope(key, cos, sin)
             starts = (queries - lengths).clamp(min=0)
             query, query_pre = shift_left(query, starts), shift_left(query_pre, starts)

@@ -8,7 +8,9 @@ queries reads anyway.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,11 +76,9 @@ def chunk_of(padding: Tensor, queries: int, forward: Forward) -> Tensor:
     return forward.facts[name][0]
 
 
-def chunk_span(padding: Tensor, queries: int) -> Span:
-    """Where the queries of left-padded rows lie, once the content of each comes first: int64 ``[B, Tk]`` -> a span."""
-    keys = padding.shape[1]
-    total = padding.sum(-1)
-    return Span.of_rows(queries, keys, start=(total - queries).clamp(min=0), length=total.clamp(max=queries))
+def chunk_span(lengths: Tensor, queries: int, keys: int) -> Span:
+    """Where the queries of left-padded rows of ``lengths [B]`` tokens lie, once the content of each comes first."""
+    return Span.of_rows(queries, keys, start=(lengths - queries).clamp(min=0), length=lengths.clamp(max=queries))
 
 
 def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | None = None) -> Tensor:
@@ -112,6 +112,11 @@ def _turns_back(call: Call, key: Tensor) -> bool:
 def _layer_type(call: Call) -> str | None:
     """The kind of a layer, where the decoder's rotary table is one of several by kind."""
     decoder: Any = call.layer.model.decoder
-    if "layer_type" not in inspect.signature(decoder.rotary_emb.forward).parameters:
-        return None
-    return decoder.config.layer_types[call.layer.index]
+    return (
+        decoder.config.layer_types[call.layer.index] if _asks_for_layer_type(type(decoder.rotary_emb).forward) else None
+    )
+
+
+@functools.cache
+def _asks_for_layer_type(forward: Callable[..., Any]) -> bool:
+    return "layer_type" in inspect.signature(forward).parameters
