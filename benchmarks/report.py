@@ -63,6 +63,7 @@ def build(root: Path, plots: Path) -> str:
         parts += _gpu(root / device, plots)
     if gpus and _STATED_FOR not in gpus:
         parts += [f"## {_STATED_FOR.upper()}", f"The GPU that the targets were stated for: {_NOT_MEASURED}."]
+        parts += _notes(root / _STATED_FOR)
     parts += _cpu(root / "cpu")
     return "\n\n".join(parts) + "\n"
 

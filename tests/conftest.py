@@ -1,6 +1,7 @@
 """Set up before any test module is imported: Triton's interpreter where there is no GPU, and shared fixtures."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 # Kernels look at this variable when they are decorated, so it must be set before the first import of one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Shells start jobs in the background with Ctrl-C ignored, and tests send that signal.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import helpers` from any test directory
 

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers import split_lists
@@ -47,6 +47,9 @@ def test_hopper_emulated(parts, layout, emulated_attention, nan_filled_empty, mo
 
 
 @settings(deadline=None, max_examples=25)
+@example(
+    sizes=[(1, 0), (1, 14), (1, 39)], layout="left", implementation="reference", block_size=32, shared=False, seed=0
+)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 80)), min_size=1, max_size=3),
     layout=st.sampled_from(LAYOUTS),
