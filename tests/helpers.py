@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from seerattention.ops import block_sparse_attention, dispatch
-from seerattention.ops.indices import BlockIndices, first_query_block, num_blocks
+from seerattention.ops.indices import BlockIndices, num_blocks
+from seerattention.ops.span import Span
 
 LIST_KINDS = ("random", "single", "all", "empty_rows", "shared")
 
@@ -45,7 +46,7 @@ def make_blocks(kind, q, k, block_size=64, seed=0):
     """Lists of one of LIST_KINDS for q and k; entries past the counts hold garbage that must not be read."""
     batch, heads, query_length, _ = q.shape
     key_length = k.shape[2]
-    first = first_query_block(query_length, key_length, block_size)
+    first = Span(batch, query_length, key_length).first_row(block_size)
     num_keys = num_blocks(key_length, block_size)
     if kind == "shared":
         heads = k.shape[1]

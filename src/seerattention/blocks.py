@@ -15,7 +15,6 @@ from .ops.indices import BlockIndices, causal_block_mask, first_query_block, num
 
 __all__ = [
     "BlockIndices",
-    "block_lengths",
     "causal_block_mask",
     "content_bounds",
     "dense_indices",
@@ -69,9 +68,3 @@ def _rotate(x: Tensor, offsets: Tensor, dim: int) -> Tensor:
     shape = [1] * x.dim()
     shape[0], shape[dim] = x.shape[0], length
     return x.gather(dim, index.view(shape).expand(x.shape))
-
-
-def block_lengths(lengths: Tensor, num_key_blocks: int, block_size: int) -> Tensor:
-    """Valid tokens in each block, int64 ``[B, Nk]``, of right-padded rows with ``lengths [B]`` valid tokens."""
-    starts = torch.arange(num_key_blocks, device=lengths.device) * block_size
-    return (lengths[:, None] - starts).clamp(0, block_size)

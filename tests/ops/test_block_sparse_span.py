@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from helpers import split_lists
 from layouts import LAYOUTS, check_attention_layout, draw_prompts, lay_out, lists_of
 from seerattention.ops import BlockIndices, Pages, Span, block_sparse_attention
+from seerattention.policies import Threshold, TopK
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers it")
 
@@ -113,6 +114,31 @@ def test_a_span_that_says_the_default_gives_the_default(implementation):
     expected = block_sparse_attention(q, k, v, BlockIndices.from_mask(mask, 32), implementation=implementation)
     plain = BlockIndices.from_mask(mask, 32, span=Span(1, 50, 90))
     assert torch.equal(block_sparse_attention(q, k, v, plain, implementation=implementation), expected)
+
+
+@pytest.mark.parametrize("policy", [TopK(0.4), TopK(0.4, uniform=True), Threshold(0.1)], ids=repr)
+def test_selection_and_attention_of_a_span_are_one_graph(policy):
+    """What a span says is not looked at in a trace, so another table runs in the same graph."""
+
+    def attend(q, k, v, logits, table):
+        span = Span(2, 40, 100, table)
+        return block_sparse_attention(q, k, v, policy.select(logits, block_size=32, span=span))
+
+    torch.compiler.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(attend, fullgraph=True, backend=count)
+    q, k, v, logits = (
+        torch.randn(2, h, *shape) for h, shape in ((2, (40, 16)), (1, (100, 16)), (1, (100, 16)), (2, (3, 4)))
+    )
+    for start, length in (([60, 5], [40, 7]), ([0, 33], [11, 40])):
+        table = Span.of_rows(40, 100, start=torch.tensor(start), length=torch.tensor(length)).table
+        assert torch.equal(compiled(q, k, v, logits, table), attend(q, k, v, logits, table))
+    assert len(graphs) == 1
 
 
 def test_what_does_not_fit_a_span_is_said():
