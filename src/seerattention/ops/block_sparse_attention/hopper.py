@@ -295,7 +295,7 @@ def block_sparse_attention_hopper_kernel(
         gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_rows, mask=m_out)
 
 
-def block_sparse_attention_hopper(
+def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; arguments as checked by the interface, and ``hopper_usable`` found no reason against it.
@@ -342,7 +342,7 @@ def block_sparse_attention_hopper(
             query_slots,
             span.keys,
             span.first_row(blocks.block_size) if span.plain else 0,
-            scale * LOG2E,
+            scale * LOG2E.value,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK=blocks.block_size,

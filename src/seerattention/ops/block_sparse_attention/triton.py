@@ -243,7 +243,7 @@ def block_sparse_attention_fwd_kernel(
         tl.store(p_lse + (i_batch * num_heads + i_h) * query_slots + o_slot, b_lse, mask=m_query)
 
 
-def block_sparse_attention_triton(
+def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; arguments as checked by the interface.
@@ -291,7 +291,7 @@ def block_sparse_attention_triton(
             query_slots,
             span.keys,
             span.first_row(blocks.block_size) if span.plain else 0,
-            scale * LOG2E,
+            scale * LOG2E.value,
             HEAD_DIM=head_dim,
             PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
             BLOCK=blocks.block_size,

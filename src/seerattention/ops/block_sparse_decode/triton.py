@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..span import Span
+from ..indices import BlockIndices, read_lists, span_of
 from ..triton_span import LN2, LOG2E, key_offset, page_of, span_row
 
 # Programs that share out the lists of a call, at most, for each multiprocessor.
@@ -224,16 +224,8 @@ def merge_decode_parts_kernel(
             tl.store(p_lse + (i_row * heads + i_h) * slots + query_slot + i_t, b_total)
 
 
-def block_sparse_decode_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_size: int,
-    span: Span,
-    scale: float,
-    return_lse: bool = True,
+def block_sparse_decode(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernels; arguments as checked by the interface.
 
@@ -241,6 +233,7 @@ def block_sparse_decode_triton(
         ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension, or None.
     """
     heads, slots, head_dim = q.shape[1:]
+    (indices, counts), block_size, span = read_lists(blocks), blocks.block_size, span_of(blocks, q, k)
     batch, kv_heads, queries, capacity = indices.shape
     group = heads // kv_heads
     out, lse = torch.empty_like(q), None
@@ -287,7 +280,7 @@ def block_sparse_decode_triton(
             queries,
             span.keys,
             slots,
-            scale * LOG2E,
+            scale * LOG2E.value,
             GROUP=group,
             PADDED_GROUP=max(16, triton.next_power_of_2(group)),
             HEAD_DIM=head_dim,
