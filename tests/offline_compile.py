@@ -123,8 +123,9 @@ def span_cases(head_dim, dtype):
 
 
 @contextlib.contextmanager
-def in_parts(module):
+def in_parts():
     """Launchers of attention cut lists in two, and leave out what puts the results together."""
+    module = importlib.import_module(f"{OPS}.block_sparse_attention.triton_parts")
     kept = module.num_parts, module.merge_parts
     module.num_parts, module.merge_parts = lambda *_: 2, lambda *_: None
     yield
@@ -142,7 +143,7 @@ def block_sparse_attention(module, target):
                 *tensors(d, t), lists(b), 0.1, lse
             ),
         )
-    with in_parts(module):
+    with in_parts():
         yield (
             "128 64 in parts",
             lambda: module.block_sparse_attention(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
@@ -196,7 +197,7 @@ def hopper(module, target):
                 *tensors(d, t), lists(b), 0.1, lse
             ),
         )
-    with in_parts(module):
+    with in_parts():
         for head_dim in (64, 96, 128):
             yield (
                 f"{head_dim} 64 in parts",
@@ -209,7 +210,7 @@ def hopper_span(module, target):
         for name, q, k, blocks in span_cases(head_dim, torch.bfloat16):
             call = functools.partial(module.block_sparse_attention, q, k, k, blocks, 0.1, True)
             yield f"{head_dim} {name}", call
-            with in_parts(module):
+            with in_parts():
                 yield f"{head_dim} {name} in parts", call
 
 

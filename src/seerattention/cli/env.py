@@ -69,9 +69,9 @@ def collect() -> dict[str, Any]:
 
     from ..evaluate.environment import environment
     from ..hf.architectures import FAMILIES
-    from ..policies import Dense, Threshold, TokenBudget, TopK, TopP
+    from ..policies import KINDS
 
-    policies = ", ".join(policy.__name__ for policy in (Threshold, TopK, TopP, TokenBudget, Dense))
+    policies = ", ".join(policy.__name__ for policy in KINDS.values())
     support = {name: text.format(families=", ".join(sorted(FAMILIES)), policies=policies) for name, text in SUPPORT}
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     facts = environment()

@@ -33,19 +33,10 @@ MAX_TRITON_BLOCKS = 1 << 15
 
 @torch.no_grad()
 def select_threshold(
-    probabilities: Tensor,
-    threshold: float,
-    *,
-    block_size: int = 64,
-    lengths: Tensor | None = None,
-    last_blocks_dense: int = 0,
-    softmax: bool = False,
-    implementation: str | None = None,
-    span: Span | None = None,
-    relative: bool = False,
-    min_blocks: int = 0,
-    first_blocks: int = 0,
-) -> BlockIndices:
+    probabilities: Tensor, threshold: float, *, block_size: int = 64, lengths: Tensor | None = None,
+    last_blocks_dense: int = 0, softmax: bool = False, implementation: str | None = None, span: Span | None = None,
+    relative: bool = False, min_blocks: int = 0, first_blocks: int = 0, dense_rows: int = 0,
+) -> BlockIndices:  # fmt: skip
     """Keep the blocks whose probability is strictly above ``threshold``, and the diagonal.
 
     The inference rule of the SeerAttention paper (arXiv 2410.13276, section 3.3).
@@ -64,6 +55,7 @@ def select_threshold(
             probability times n is above it.
         min_blocks: a row keeps at least so many blocks, the diagonal and its best others (all, where it has fewer).
         first_blocks: the first this many blocks are kept by every row that may see them: attention sinks.
+        dense_rows: rows that may see at most so many blocks read them all.
 
     Returns:
         BlockIndices with capacity Nk.
@@ -74,28 +66,24 @@ def select_threshold(
         TypeError: scores that are not floating point.
     """
     op = "select_threshold"
-    if min_blocks < 0 or first_blocks < 0:
-        raise ValueError(f"{op}: min_blocks and first_blocks must be 0 or more, got {min_blocks} and {first_blocks}")
+    if min(min_blocks, first_blocks, dense_rows) < 0:
+        raise ValueError(
+            f"{op}: min_blocks, first_blocks and dense_rows must be 0 or more, got {min_blocks}, {first_blocks} and "
+            f"{dense_rows}"
+        )
     table = _check(op, probabilities, block_size, lengths, span, last_blocks_dense)
     num_keys = probabilities.shape[-1]
     rule = Rule("threshold", num_keys, block_size, table, last_blocks_dense, float(threshold), softmax=softmax)
-    rule = rule._replace(relative=relative, min_blocks=min_blocks, first_blocks=first_blocks)
+    rule = rule._replace(relative=relative, min_blocks=min_blocks, first_blocks=first_blocks, dense_rows=dense_rows)
     return ordered_lists(*_block_selection(probabilities, rule, implementation), num_keys, block_size, span=span)
 
 
 @torch.no_grad()
 def select_topk(
-    scores: Tensor,
-    keep: Tensor | Sequence[int],
-    *,
-    block_size: int = 64,
-    lengths: Tensor | None = None,
-    last_blocks_dense: int = 0,
-    diagonal_extra: bool = False,
-    capacity: int | None = None,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> BlockIndices:
+    scores: Tensor, keep: Tensor | Sequence[int], *, block_size: int = 64, lengths: Tensor | None = None,
+    last_blocks_dense: int = 0, diagonal_extra: bool = False, capacity: int | None = None,
+    implementation: str | None = None, span: Span | None = None,
+) -> BlockIndices:  # fmt: skip
     """Keep the ``keep[r]`` best causal blocks of each row; equal scores go to the lower block index.
 
     Args:
@@ -141,16 +129,9 @@ def select_topk(
 
 @torch.no_grad()
 def select_topp(
-    probabilities: Tensor,
-    p: float,
-    *,
-    block_size: int = 64,
-    lengths: Tensor | None = None,
-    last_blocks_dense: int = 0,
-    softmax: bool = False,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> BlockIndices:
+    probabilities: Tensor, p: float, *, block_size: int = 64, lengths: Tensor | None = None, last_blocks_dense: int = 0,
+    softmax: bool = False, implementation: str | None = None, span: Span | None = None,
+) -> BlockIndices:  # fmt: skip
     """Keep the diagonal and the fewest best other blocks with which the probabilities sum to at least ``p``.
 
     Sums are exact: probabilities are cut to multiples of 2^-40 (and to [0, 1]) and added as integers. A row whose

@@ -44,6 +44,7 @@ class Rule(NamedTuple):
     diagonal_extra: bool = False
     min_blocks: int = 0
     first_blocks: int = 0
+    dense_rows: int = 0
 
 
 class Rows(NamedTuple):
@@ -107,7 +108,7 @@ def select(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     else:
         mask = _topp_mask(values, rule.bound, rows)
     keys, own, end = torch.arange(num_keys, device=mask.device), rows.own[:, None, :, None], rows.end[:, None, :, None]
-    mask = mask | (keys == own) | (keys < rule.first_blocks)
+    mask = mask | (keys == own) | (keys < rule.first_blocks) | (own < rule.dense_rows)
     if rule.last_blocks_dense:
         mask = mask | (own >= end - rule.last_blocks_dense)
     indices, counts = pack(mask & rows.up_to(num_keys) & (own < end), num_keys)

@@ -28,7 +28,7 @@ from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units
 # Not specialised, so that a prompt of another length does not compile the kernels again. Strides are, as vector loads
 # depend on their alignment: two variants at most.
 SIZES = ["bound", "heads", "num_rows", "num_keys", "s_keep_b", "capacity", "last", "block_size", "min_blocks"]
-SIZES += ["first_blocks"]
+SIZES += ["first_blocks", "dense_rows"]
 # Registers of a thread, by rule: as many as the search wants.
 KIND_REGISTERS = {"threshold": 128, "topk": 168, "topp": 216}
 # Blocks that one warp holds, and the least width of a row.
@@ -174,7 +174,7 @@ def _probability(b_x):
 @triton.jit
 def _place(
     p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
-    TABLE: tl.constexpr,
+    dense_rows, TABLE: tl.constexpr,
 ):  # fmt: skip
     """The program's query block, its scores, list and count, and how it is chosen: the scores decide (2), all causal
     blocks (1), none (0)."""
@@ -190,7 +190,7 @@ def _place(
     else:  # the last blocks, and all of them
         i_query = num_keys - num_rows + i_row
         end = num_keys
-    kind = tl.where(i_query >= end, 0, tl.where(i_query >= end - last, 1, 2))
+    kind = tl.where(i_query >= end, 0, tl.where((i_query >= end - last) | (i_query < dense_rows), 1, 2))
     return i_query, p_row, p_indices + o_row * capacity, p_counts + o_row, kind
 
 
@@ -216,7 +216,7 @@ def _fits(i_query, BLOCK: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexp
 @triton.jit(do_not_specialize=SIZES)
 def select_kernel(
     p_x, p_keep, p_table, p_indices, p_counts, bound, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, s_keep_b,
-    capacity, last, block_size, min_blocks, first_blocks,
+    capacity, last, block_size, min_blocks, first_blocks, dense_rows,
     RULE: tl.constexpr, SOFTMAX: tl.constexpr, RELATIVE: tl.constexpr, FLOOR: tl.constexpr, FIRST: tl.constexpr,
     DIAGONAL_EXTRA: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -225,7 +225,7 @@ def select_kernel(
     ``first_blocks`` are more than 0."""
     i_query, p_row, p_list, p_count, kind = _place(
         p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
-        TABLE,
+        dense_rows, TABLE,
     )  # fmt: skip
     if kind < 2:
         _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
@@ -299,6 +299,7 @@ def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
             rule.block_size,
             rule.min_blocks,
             rule.first_blocks,
+            rule.dense_rows,
             RULE=rule.kind,
             SOFTMAX=rule.softmax,
             RELATIVE=rule.relative,

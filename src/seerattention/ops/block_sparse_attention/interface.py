@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..custom_op import custom_op
-from ..indices import BlockIndices, in_order, read_lists, span_of
+from ..indices import BlockIndices, attend, read_lists, span_of
 from ..span import Span
 
 OP = "block_sparse_attention"
@@ -36,15 +34,9 @@ IMPLEMENTATIONS = {
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: BlockIndices,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float | None = None, return_lse: bool = False,
     implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention in which each query block reads only the key blocks on its list (arXiv 2410.13276, section 3.3).
 
     Query i (position ``Tk - Tq + i``, or as the span of the lists says) of head h attends to the keys of the listed
@@ -91,28 +83,16 @@ def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 @custom_op(_fake)
 def _block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: BlockIndices,
-    span: Span,
-    scale: float,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, span: Span, scale: float, return_lse: bool,
     implementation: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Choose an implementation and run it; without ``return_lse`` the second result is empty.
 
     Implementations get lists as ``ordered_lists`` makes them, with a span.
     """
     name = dispatch.choose_implementation(OP, implementation, q.device, IMPLEMENTATIONS, q, k, v, blocks)
-    blocks = in_order(blocks, span)
-    with torch.no_grad(), dispatch.without_autocast(q.device.type):
-        if 0 in q.shape or span.keys == 0:
-            shape = q.shape[:3] if return_lse else (0,)
-            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
-        function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)
-        out, lse = function(q, k, v, blocks, scale, return_lse)
-        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
+    function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)
+    return attend(function, (q, k, v), blocks, span, scale, return_lse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> Span:

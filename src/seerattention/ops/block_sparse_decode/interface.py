@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..custom_op import custom_op
-from ..indices import BlockIndices, in_order, read_lists
+from ..indices import BlockIndices, attend, read_lists
 from ..span import Span
 
 OP = "block_sparse_decode"
@@ -17,16 +15,9 @@ IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "c
 
 
 def block_sparse_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: BlockIndices,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-    span: Span | None = None,
-    implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float | None = None, return_lse: bool = False,
+    span: Span | None = None, implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of one query token a row, or a few, that reads only the key blocks on its list (arXiv 2506.08889).
 
     Each token has a list of its own for each KV head, which the query heads of the group share. Query t of a row
@@ -69,24 +60,13 @@ def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 @custom_op(_fake)
 def _block_sparse_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: BlockIndices,
-    span: Span,
-    scale: float,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, span: Span, scale: float, return_lse: bool,
     implementation: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``_block_sparse_attention``."""
     name = dispatch.choose_implementation(OP, implementation, q.device, IMPLEMENTATIONS)
-    with torch.no_grad(), dispatch.without_autocast(q.device.type):
-        if 0 in q.shape or span.keys == 0:
-            shape = q.shape[:3] if return_lse else (0,)
-            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
-        function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)
-        out, lse = function(q, k, v, in_order(blocks, span), scale, return_lse)
-        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
+    function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)
+    return attend(function, (q, k, v), blocks, span, scale, return_lse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None, span: Span | None) -> Span:

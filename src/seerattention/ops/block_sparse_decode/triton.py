@@ -40,52 +40,12 @@ _RUNTIME_SCALARS = [
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def block_sparse_decode_fwd_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_out,
-    p_lse,
-    p_indices,
-    p_counts,
-    p_table,
-    p_pages,
-    s_q_b,
-    s_q_h,
-    s_q_t,
-    s_k_b,
-    s_k_h,
-    s_k_t,
-    s_v_b,
-    s_v_h,
-    s_v_t,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    s_indices_b,
-    s_indices_h,
-    s_indices_t,
-    s_counts_b,
-    s_counts_h,
-    s_pages_b,
-    kv_heads,
-    queries,
-    keys,
-    slots,
-    scale_log2,
-    GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TABLE: tl.constexpr,
-    PACKED: tl.constexpr,
-    PAGE: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_q, p_k, p_v, p_out, p_lse, p_indices, p_counts, p_table, p_pages, s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t, s_v_b,
+    s_v_h, s_v_t, s_out_b, s_out_h, s_out_t, s_indices_b, s_indices_h, s_indices_t, s_counts_b, s_counts_h, s_pages_b,
+    kv_heads, queries, keys, slots, scale_log2, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TABLE: tl.constexpr, PACKED: tl.constexpr,
+    PAGE: tl.constexpr, IN_PARTS: tl.constexpr, RETURN_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program: a query token, the query heads of one KV head, one part of its list."""
     SPLIT: tl.constexpr = BLOCK // TILE
     i_part = tl.program_id(0)
@@ -173,25 +133,10 @@ def block_sparse_decode_fwd_kernel(
 
 @triton.jit(do_not_specialize=["heads", "queries", "slots", "parts"])
 def merge_decode_parts_kernel(
-    p_parts,
-    p_part_lse,
-    p_out,
-    p_lse,
-    p_table,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    heads,
-    queries,
-    slots,
-    parts,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
-    TABLE: tl.constexpr,
-    PACKED: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-):
+    p_parts, p_part_lse, p_out, p_lse, p_table, s_out_b, s_out_h, s_out_t, heads, queries, slots, parts,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_PARTS: tl.constexpr, TABLE: tl.constexpr,
+    PACKED: tl.constexpr, RETURN_LSE: tl.constexpr,
+):  # fmt: skip
     """One program: a query token of one head."""
     i_t = tl.program_id(0)
     i_b = (tl.program_id(1) // heads).to(tl.int64)

@@ -67,19 +67,10 @@ def encode_blocks(
 
 
 def gate_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int = 64,
-    q_pitch: int | None = None,
-    k_pitch: int | None = None,
-    scale: float = 1.0,
-    reduce: str = "max",
-    rows: Tensor | int | None = None,
-    span: Span | None = None,
-    masked: bool = True,
-    implementation: str | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, *, block_size: int = 64, q_pitch: int | None = None, k_pitch: int | None = None,
+    scale: float = 1.0, reduce: str = "max", rows: Tensor | int | None = None, span: Span | None = None,
+    masked: bool = True, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
     """Multiply encoded queries and keys, and reduce the products of each tile of ``block_size`` tokens to one score.
 
     Queries and keys may be cut into sub-blocks, shorter than a tile and not equally short. A pair of sub-blocks counts

@@ -72,27 +72,10 @@ def _tile_value(b_0, b_1, b_2, b_3, UNITS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_hopper_kernel(
-    d_q,
-    d_k,
-    p_lse,
-    p_rows,
-    p_table,
-    p_out,
-    num_heads,
-    kv_group,
-    query_slots,
-    key_length,
-    num_keys,
-    scale_log2,
-    PADDED_DIM: gl.constexpr,
-    TILE: gl.constexpr,
-    UNITS: gl.constexpr,
-    STAGES: gl.constexpr,
-    TABLE: gl.constexpr,
-    PACKED: gl.constexpr,
-    NORMALIZE: gl.constexpr,
-    BLOCK_OUT: gl.constexpr,
-):
+    d_q, d_k, p_lse, p_rows, p_table, p_out, num_heads, kv_group, query_slots, key_length, num_keys, scale_log2,
+    PADDED_DIM: gl.constexpr, TILE: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr, TABLE: gl.constexpr,
+    PACKED: gl.constexpr, NORMALIZE: gl.constexpr, BLOCK_OUT: gl.constexpr,
+):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
     DTYPE: gl.constexpr = d_q.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])

@@ -52,19 +52,10 @@ IMPLEMENTATIONS = {
 
 @torch.no_grad()
 def pooled_attention(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int = 64,
-    scale: float | None = None,
-    rows: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reduce: str = "max",
-    normalize: bool = True,
-    lse: Tensor | None = None,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, *, block_size: int = 64, scale: float | None = None, rows: Tensor | None = None,
+    lengths: Tensor | None = None, reduce: str = "max", normalize: bool = True, lse: Tensor | None = None,
+    implementation: str | None = None, span: Span | None = None,
+) -> Tensor:  # fmt: skip
     """The causal attention map, reduced to one value per (query block, key block) tile.
 
     ``reduce="max"`` with ``normalize=True`` is the distillation target of the SeerAttention paper (arXiv 2410.13276,

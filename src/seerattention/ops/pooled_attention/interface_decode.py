@@ -20,19 +20,10 @@ BLOCK_SIZES = (16, *dispatch.BLOCK_SIZES)
 
 @torch.no_grad()
 def pooled_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int = 64,
-    scale: float | None = None,
-    rows: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reduce: str = "max",
-    normalize: bool = True,
-    lse: Tensor | None = None,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, *, block_size: int = 64, scale: float | None = None, rows: Tensor | None = None,
+    lengths: Tensor | None = None, reduce: str = "max", normalize: bool = True, lse: Tensor | None = None,
+    implementation: str | None = None, span: Span | None = None,
+) -> Tensor:  # fmt: skip
     """The causal attention map, reduced to one value per (query token, key block) for each KV head.
 
     ``reduce="max"`` with ``normalize=True`` is the distillation target of decode gates (SeerAttention-R, arXiv
