@@ -9,5 +9,6 @@ from __future__ import annotations
 from ..selectors import Selector
 from .oracle import Oracle
 from .registry import parse_selectors, selector_from_dict
+from .streaming import Streaming
 
-__all__ = ["Oracle", "Selector", "parse_selectors", "selector_from_dict"]
+__all__ = ["Oracle", "Selector", "Streaming", "parse_selectors", "selector_from_dict"]
