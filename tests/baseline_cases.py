@@ -12,6 +12,7 @@ import json
 import torch
 
 from seerattention.baselines import parse_selectors, selector_from_dict
+from seerattention.baselines.prompt import Prompt
 from seerattention.ops.span import Span
 from seerattention.selectors import LayerInputs
 
@@ -135,3 +136,26 @@ def assert_rowwise(selector):
         short = LayerInputs(**dict(vars(whole), **cut))
         same.append(torch.equal(selector.select(short).to_mask(), mask[:, :, :rows, :rows]))
     assert selector.rowwise == all(same)
+
+
+def assert_scores(selector, brute, tolerance=1e-4, **options):
+    """The scores that a policy gets are those of the definition, wherever a block is visible."""
+    for seed, (length, start) in enumerate([(300, 0), (65, 0), (1, 0), *CHUNKS]):
+        inputs = make_inputs([length], start=start, seed=seed, **options)
+        for _, h, wanted in expected_of(inputs, selector.block_size, brute):
+            k = inputs.k[0]
+            prompt = Prompt(inputs.layer, inputs.q[0], k, SCALE, selector.block_size)
+            found = selector.score(prompt)[h].double()
+            visible = causal(*wanted.shape, wanted.shape[1] - wanted.shape[0])
+            torch.testing.assert_close(found[visible], wanted[visible], rtol=tolerance, atol=tolerance)
+
+
+def brute_policy(scores, policy):
+    """The mask that a policy makes of scores of a definition (the policies have tests of their own)."""
+
+    def mask(q, k, start):
+        logits = scores(q, k, start)
+        logits = logits.masked_fill(~causal(*logits.shape, logits.shape[1] - logits.shape[0]), float("-inf"))
+        return policy.select(logits.float()[None, None], block_size=64).to_mask()[0, 0]
+
+    return mask

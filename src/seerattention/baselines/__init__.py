@@ -7,8 +7,10 @@ Each is a :class:`~seerattention.selectors.Selector` in a file of its own and kn
 from __future__ import annotations
 
 from ..selectors import Selector
+from .mean_pool import MeanPool
 from .oracle import Oracle
+from .random import Random
 from .registry import parse_selectors, selector_from_dict
 from .streaming import Streaming
 
-__all__ = ["Oracle", "Selector", "Streaming", "parse_selectors", "selector_from_dict"]
+__all__ = ["MeanPool", "Oracle", "Random", "Selector", "Streaming", "parse_selectors", "selector_from_dict"]

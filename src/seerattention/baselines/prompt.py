@@ -78,11 +78,12 @@ class Prompt:
         """The key blocks, int64 ``[N]``."""
         return torch.arange(self.num_keys, device=self.q.device)
 
-    def chunks(self, scores_a_row: int) -> Iterator[range]:
-        """Query blocks to look at together, if each takes so many scores in all heads. The numbers are absolute."""
+    def chunks(self, scores_a_row: int) -> Iterator[tuple[range, slice]]:
+        """Query blocks to look at together if each takes so many scores in all heads: their numbers, their rows."""
         step = max(1, MOST_SCORES // max(1, scores_a_row))
         for first in range(self.first_row, self.num_keys, step):
-            yield range(first, min(first + step, self.num_keys))
+            end = min(first + step, self.num_keys)
+            yield range(first, end), slice(first - self.first_row, end - self.first_row)
 
     def queries(self, blocks: range) -> tuple[Tensor, Tensor]:
         """Scaled queries of whole query blocks, and which are there: float32 ``[Hq, M, D]``, bool ``[M]``.
