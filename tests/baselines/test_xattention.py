@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from baseline_cases import (
     assert_every_case,
     assert_goes_round,
@@ -13,7 +14,6 @@ from baseline_cases import (
     brute_policy,
     make_inputs,
 )
-
 from seerattention import TopK, TopP
 from seerattention.baselines import XAttention
 from seerattention.baselines.prompt import Prompt

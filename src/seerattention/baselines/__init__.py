@@ -12,5 +12,15 @@ from .oracle import Oracle
 from .random import Random
 from .registry import parse_selectors, selector_from_dict
 from .streaming import Streaming
+from .xattention import XAttention
 
-__all__ = ["MeanPool", "Oracle", "Random", "Selector", "Streaming", "parse_selectors", "selector_from_dict"]
+__all__ = [
+    "MeanPool",
+    "Oracle",
+    "Random",
+    "Selector",
+    "Streaming",
+    "XAttention",
+    "parse_selectors",
+    "selector_from_dict",
+]
