@@ -7,6 +7,7 @@ Each is a :class:`~seerattention.selectors.Selector` in a file of its own and kn
 from __future__ import annotations
 
 from ..selectors import Selector
+from .flexprefill import FlexPrefill
 from .mean_pool import MeanPool
 from .oracle import Oracle
 from .random import Random
@@ -15,6 +16,7 @@ from .streaming import Streaming
 from .xattention import XAttention
 
 __all__ = [
+    "FlexPrefill",
     "MeanPool",
     "Oracle",
     "Random",

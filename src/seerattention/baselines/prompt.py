@@ -138,6 +138,15 @@ def last_softmax(prompt: Prompt, most: int) -> Tensor:
     return scores.softmax(-1)
 
 
+def diagonal_sums(attention: Tensor) -> Tensor:
+    """Sums of the attention ``[H, m, L]`` of the last m queries by distance of key and query, ``[H, L]``."""
+    total = attention.new_zeros(attention.shape[0], attention.shape[2])
+    for back in range(attention.shape[1]):  # the query with so many behind it sees L - back keys
+        seen = attention.shape[2] - back
+        total[:, :seen] += attention[:, -1 - back, :seen].flip(-1)
+    return total
+
+
 @torch.no_grad()
 def masks_to_lists(inputs: LayerInputs, block_size: int, choose: Callable[[Prompt], Tensor]) -> BlockIndices:
     """Block lists of a selector with a rule of its own.
