@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..selectors import Selector
 from .flexprefill import FlexPrefill
 from .mean_pool import MeanPool
+from .minference import MInference
 from .oracle import Oracle
 from .random import Random
 from .registry import parse_selectors, selector_from_dict
@@ -17,6 +18,7 @@ from .xattention import XAttention
 
 __all__ = [
     "FlexPrefill",
+    "MInference",
     "MeanPool",
     "Oracle",
     "Random",
