@@ -24,16 +24,21 @@ CHUNKS = [(300, 128), (300, 77), (129, 128), (65, 64), (200, 199)]
 HEADS = [(2, 2), (4, 2), (4, 1), (6, 2)]
 
 
-def make_inputs(lengths, *, heads=4, kv_heads=2, dim=16, start=None, seed=0, sharp=1.0, layer=0, garbage=True):
-    """Inputs of right-padded rows; what is padding is NaN. ``start``: queries begin there (one length only)."""
+def make_inputs(lengths, *, heads=4, kv_heads=2, dim=16, start=None, seed=0, sharp=1.0, alike=0.0, layer=0):
+    """Inputs of right-padded rows; what is padding is NaN. ``start``: queries begin there (one length only).
+
+    ``sharp`` is the size of what is each query's own, ``alike`` that of what 32 neighbours have in common.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = max(lengths)
     q = torch.randn(len(lengths), heads, total, dim, generator=generator) * sharp
     k = torch.randn(len(lengths), kv_heads, total, dim, generator=generator)
     k = k + torch.randn(1, kv_heads, 1, dim, generator=generator)  # as real keys have, a mean that is not 0
-    if garbage:
-        for b, length in enumerate(lengths):
-            q[b, :, length:], k[b, :, length:] = float("nan"), float("nan")
+    if alike:
+        common = torch.randn(len(lengths), heads, -(-total // 32), dim, generator=generator) * alike
+        q += common.repeat_interleave(32, 2)[:, :, :total]
+    for b, length in enumerate(lengths):
+        q[b, :, length:], k[b, :, length:] = float("nan"), float("nan")
     span = None
     if start is not None:
         q, span = q[:, :, start:], Span(len(lengths), total - start, total)

@@ -74,7 +74,7 @@ def test_selectors_from_strings(text, expected):
         ("oracle,", "empty description"),
         ("oracle,oracle", "'oracle' twice"),
         ("orakel", r"'orakel': selector kind must be one of \[.*'gate', .*'oracle', .*\], got 'orakel'"),
-        ("oracle:stride=8", r"takes \['policy', 'block_size'\]; unknown: \['stride'\]"),
+        ("oracle:stride=8", r"takes \['policy', 'block_size', 'reduce'\]; unknown: \['stride'\]"),
         ("gate", r"missing: \['policy'\]"),
         ("oracle:block_size", "form name=value"),
         ("oracle:block_size=", "form name=value"),

@@ -12,6 +12,7 @@ from .flexprefill import FlexPrefill
 from .mean_pool import MeanPool
 from .minference import MInference
 from .oracle import Oracle
+from .oracle_cover import OracleCover
 from .random import Random
 from .registry import parse_selectors, selector_from_dict
 from .streaming import Streaming
@@ -24,6 +25,7 @@ __all__ = [
     "MInference",
     "MeanPool",
     "Oracle",
+    "OracleCover",
     "Random",
     "Selector",
     "Streaming",
