@@ -85,8 +85,7 @@ class FlexPrefill(Selector):
         if prompt.num_keys <= max(2, least):
             return torch.ones(shape, dtype=torch.bool, device=prompt.q.device)
         probe = self.probe(prompt)
-        keep = self._places(prompt, probe, least)
-        return keep | (self._pooled(prompt) & probe.query_aware[:, None, None])
+        return self._places(prompt, probe, least) | self._pooled(prompt, probe.query_aware)
 
     def probe(self, prompt: Prompt) -> Probe:
         """See :class:`Probe`."""
@@ -117,15 +116,19 @@ class FlexPrefill(Selector):
         blocks = ((enough + 1) // self.block_size + 1).clamp(min=least, max=most)
         return blocks.masked_fill(query_aware, least)
 
-    def _pooled(self, prompt: Prompt) -> Tensor:
-        """Best pooled scores of all rows together, bool ``[Hq, R, N]``."""
+    def _pooled(self, prompt: Prompt, query_aware: Tensor) -> Tensor:
+        """Best pooled scores of all rows together, bool ``[Hq, R, N]``; none for heads that look at places."""
         queries = means(prompt.q, self.block_size, prompt.start) * prompt.scale
-        logits = dot(queries, means(prompt.k, self.block_size))
-        shares = logits.masked_fill(prompt.columns() > prompt.rows(), -math.inf).softmax(-1)
-        ordered, order = shares.flatten(1).sort(dim=-1, descending=True, stable=True)
-        enough = ordered.double().cumsum(-1) <= self.gamma * prompt.num_rows
-        keep = torch.zeros_like(enough).scatter_(-1, order, enough)
-        return keep.view(shares.shape)
+        keys = means(prompt.k, self.block_size)
+        future = prompt.columns() > prompt.rows()
+        keep = torch.zeros(prompt.heads, *future.shape, dtype=torch.bool, device=future.device)
+        group = prompt.heads // len(keys)
+        for head in query_aware.nonzero().flatten().tolist():  # one at a time: orders take much memory
+            logits = queries[head] @ keys[head // group].T
+            shares = logits.masked_fill(future, -math.inf).softmax(-1).flatten()
+            ordered, order = shares.sort(descending=True, stable=True)
+            keep[head].view(-1)[order[ordered.double().cumsum(0) <= self.gamma * prompt.num_rows]] = True
+        return keep
 
 
 def block_sums(x: Tensor, block_size: int) -> Tensor:

@@ -89,12 +89,15 @@ class XAttention(Selector):
     def _keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
         mass = self.mass(prompt)
+        keep = torch.ones_like(mass, dtype=torch.bool)
+        if self.tau == 1:
+            return keep
         columns = prompt.columns()
         forced = (columns == 0) | (columns == prompt.rows())
-        if self.tau == 1:
-            return torch.ones_like(mass, dtype=torch.bool)
-        order = mass.masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
-        ordered = mass.gather(-1, order).double()
-        before = ordered.cumsum(-1) - ordered
-        wanted = before < self.tau * ordered.sum(-1, keepdim=True)
-        return torch.zeros_like(forced.expand_as(mass)).scatter_(-1, order, wanted) | forced
+        for head in range(prompt.heads):  # one at a time: orders and sums in 64 bits take much memory
+            order = mass[head].masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
+            ordered = mass[head].gather(-1, order).double()
+            before = ordered.cumsum(-1) - ordered
+            wanted = before < self.tau * ordered.sum(-1, keepdim=True)
+            keep[head] = torch.zeros_like(forced).scatter_(-1, order, wanted) | forced
+        return keep

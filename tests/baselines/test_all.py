@@ -1,0 +1,147 @@
+"""What is true of every training-free selector: names, precision, models, padding and chunks in models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import seerattention as seer
+from baseline_cases import make_inputs
+from seerattention import baselines
+from seerattention.baselines import Selector, parse_selectors, selector_from_dict
+from seerattention.ops.indices import BlockIndices
+from seerattention.selectors import SELECTORS
+from tiny_models import logits_of, make_ids, make_model
+
+BLOCK = 32
+TEXTS = [
+    "streaming:sink=32:window=64:block_size=32",
+    "random:density=0.5:block_size=32",
+    "mean_pool:policy=top_k(0.5):block_size=32",
+    "mean_pool:policy=top_k(0.5):pool_queries=false:block_size=32",
+    "xattention:stride=8:tau=0.6:block_size=32",
+    "xattention:stride=16:policy=top_k(0.5):block_size=32",
+    "flexprefill:gamma=0.6:min_budget=32:block_size=32",
+    "flexprefill:gamma=0.6:tau=10:min_budget=32:block_size=32",
+    "minference:multiplier=0:last_queries=16:block_size=32",
+    "flashprefill:alpha=0.5:sink_blocks=1:window_blocks=1:block_size=32",
+    "flashprefill:policy=top_k(0.5):block_size=32",
+    "sub_block:policy=top_k(0.5):block_size=32",
+    "sub_block:policy=top_k(0.5):reduce=max:block_size=32",
+    "oracle:policy=top_k(0.5):block_size=32",
+    "oracle:policy=top_k(0.5):reduce=mass:block_size=32",
+    "oracle_cover:p=0.3:block_size=32",
+]
+EVERYTHING = [
+    "streaming:window=4096:block_size=32",
+    "random:density=1:block_size=32",
+    "mean_pool:policy=dense:block_size=32",
+    "xattention:tau=1:block_size=32",
+    "flexprefill:block_size=32",
+    "minference:block_size=32",
+    "flashprefill:alpha=0:block_size=32",
+    "sub_block:policy=dense:block_size=32",
+    "oracle:reduce=mass:policy=dense:block_size=32",
+    "oracle_cover:p=1:block_size=32",
+]
+
+
+def selector_of(text: str) -> Selector:
+    return parse_selectors(text)[text]
+
+
+def attach(model, selector):
+    return seer.attach(model, selector=selector, min_context=0)
+
+
+def test_all_are_known():
+    """By name and as exports; each of them is in the lists above."""
+    exported = {name for name in baselines.__all__ if isinstance(getattr(baselines, name), type)} - {"Selector"}
+    known = {cls.__name__ for cls in SELECTORS.values() if cls.__module__.startswith("seerattention.baselines")}
+    assert exported == known
+    for texts in (TEXTS, EVERYTHING):
+        assert {type(selector_of(text)).__name__ for text in texts} == known
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_dicts(text):
+    selector = selector_of(text)
+    assert next(iter(parse_selectors(f"{text},gate:policy=dense").values())) == selector
+    assert selector_from_dict(json.loads(json.dumps(selector.to_dict()))) == selector
+    assert set(selector.to_dict()) == {"kind"} | {field.name for field in dataclasses.fields(selector)}
+    assert selector_from_dict({"kind": selector.kind}) == type(selector)()  # every argument has a default
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32(text, dtype):
+    inputs = make_inputs([300, 161], sharp=0.5, alike=1.0)
+    low = {name: getattr(inputs, name).to(dtype) for name in ("q", "k", "v", "q_pre", "k_pre")}
+    same = {name: x.float() for name, x in low.items()}
+    selector = selector_of(text)
+    lists = selector.select(dataclasses.replace(inputs, **low))
+    assert isinstance(lists, BlockIndices)
+    assert lists.block_size == BLOCK
+    expected = selector.select(dataclasses.replace(inputs, **same))
+    assert torch.equal(lists.to_mask(), expected.to_mask())
+    assert 0.1 < expected.density() < 1
+
+
+@pytest.mark.parametrize("text", EVERYTHING)
+def test_everything_is_dense(text):
+    model, ids = make_model(), make_ids(200)
+    expected = logits_of(model, ids)
+    attach(model, selector_of(text))
+    with seer.record(model) as stats:
+        torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
+    assert stats.density == 1.0
+    assert stats.sparse_calls or "dense" in text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_padded_rows_in_models(text):
+    """On the left, too: a row of a batch has the logits that it has alone."""
+    model, ids = attach(make_model(), selector_of(text)), make_ids(200, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :63], mask[2, 170:] = 0, 0
+    with seer.record(model) as stats:
+        logits = logits_of(model, ids, attention_mask=mask)
+    assert stats.dense_calls == 0
+    assert 0 < stats.total_density < 1
+    torch.testing.assert_close(logits[:1], logits_of(model, ids[:1]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[1:2, 63:], logits_of(model, ids[1:2, 63:]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[2:, :170], logits_of(model, ids[2:, :170]), rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def in_chunks(model, ids, cuts):
+    cache, start, parts = DynamicCache(config=model.config), 0, []
+    for end in (*cuts, ids.shape[1]):
+        parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+        start = end
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_chunks_in_models(text):
+    """Chunks that end with blocks equal the whole prompt, if each query block is on its own."""
+    selector = selector_of(text)
+    model, ids = attach(make_model(), selector), make_ids(200)
+    whole = logits_of(model, ids)
+    if not selector.takes_chunks:
+        with pytest.warns(UserWarning, match="chooses for whole prompts"):
+            in_chunks(model, ids, [64, 128])
+        return
+    with seer.record(model) as stats, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = in_chunks(model, ids, [64, 128])
+        in_chunks(model, ids, [70, 135])
+    assert stats.dense_calls == 0
+    assert 0 < stats.total_density < 1
+    if selector.rowwise:
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
