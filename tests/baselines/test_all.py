@@ -14,6 +14,8 @@ import seerattention as seer
 from baseline_cases import make_inputs
 from seerattention import baselines
 from seerattention.baselines import Selector, parse_selectors, selector_from_dict
+from seerattention.baselines.oracle_cover import block_masses
+from seerattention.baselines.prompt import Prompt
 from seerattention.ops.indices import BlockIndices
 from seerattention.selectors import SELECTORS
 from tiny_models import logits_of, make_ids, make_model
@@ -90,6 +92,27 @@ def test_low_precision_is_computed_in_float32(text, dtype):
     expected = selector.select(dataclasses.replace(inputs, **same))
     assert torch.equal(lists.to_mask(), expected.to_mask())
     assert 0.1 < expected.density() < 1
+
+
+@pytest.mark.parametrize("start", [0, 77])
+@pytest.mark.parametrize("text", TEXTS)
+def test_scores_are_made_where_the_tensors_are(text, start):
+    """On the device "meta", which refuses tensors of another one."""
+    selector = selector_of(text)
+    q, k = torch.empty(4, 300 - start, 16, device="meta"), torch.empty(2, 300, 16, device="meta")
+    prompt = Prompt(0, q, k, 0.3, BLOCK)
+    if isinstance(selector, baselines.FlexPrefill):  # which looks at values for the rest
+        found = selector._places(prompt, selector.probe(prompt), 1)
+    elif isinstance(selector, baselines.OracleCover):
+        assert block_masses(prompt, 9).is_meta
+        return
+    elif isinstance(selector, baselines.Oracle):
+        return  # an op with tests of its own
+    else:
+        find = getattr(selector, "_keep", None) or getattr(selector, "score", None) or selector._score
+        found = find(prompt)
+    assert found.is_meta
+    assert found.shape[1:] == (10 - start // BLOCK, 10)
 
 
 @pytest.mark.parametrize("text", EVERYTHING)
