@@ -17,6 +17,7 @@ from seerattention.baselines import Selector, parse_selectors, selector_from_dic
 from seerattention.baselines.oracle_cover import block_masses
 from seerattention.baselines.prompt import Prompt
 from seerattention.ops.indices import BlockIndices
+from seerattention.ops.span import Pages, Span, cumulative
 from seerattention.selectors import SELECTORS
 from tiny_models import logits_of, make_ids, make_model
 
@@ -92,6 +93,32 @@ def test_low_precision_is_computed_in_float32(text, dtype):
     expected = selector.select(dataclasses.replace(inputs, **same))
     assert torch.equal(lists.to_mask(), expected.to_mask())
     assert 0.1 < expected.density() < 1
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith("oracle:")])
+def test_packed_rows_and_pages_choose_what_each_chooses_alone(text):
+    selector, lengths = selector_of(text), [150, 33, 96]
+    alone = [make_inputs([length], seed=seed) for seed, length in enumerate(lengths)]
+    q, k = (torch.cat([getattr(inputs, name) for inputs in alone], 2) for name in ("q", "k"))
+    packed = dataclasses.replace(alone[0], q=q, k=k, span=Span.of_packed(cumulative(lengths)))
+    # Pages of 64 tokens in a mixed order, queries in rows of their own.
+    table = torch.tensor([[5, 0, 3], [1, 1, 1], [4, 2, 2]], dtype=torch.int32)
+    pages, rows = torch.full((6, 2, 64, 16), float("nan")), torch.full((3, 4, 150, 16), float("nan"))
+    for b, (inputs, length) in enumerate(zip(alone, lengths, strict=True)):
+        rows[b, :, :length] = inputs.q[0]
+        for page, tokens in zip(table[b].tolist(), inputs.k[0].split(64, 1), strict=False):
+            pages[page, :, : tokens.shape[1]] = tokens
+    of_rows = Span.of_rows(
+        150, 150, start=torch.zeros(3, dtype=torch.int64), length=torch.tensor(lengths), pages=Pages(table, 64)
+    )
+    paged = dataclasses.replace(alone[0], q=rows, k=pages, span=of_rows)
+    for inputs in (packed, paged):
+        mask = selector.select(inputs).to_mask()
+        for b, single in enumerate(alone):
+            wanted = selector.select(single).to_mask()[0]
+            size = wanted.shape[1]
+            assert torch.equal(mask[b, :, :size, :size], wanted)
+            assert not mask[b, :, size:].any()
 
 
 @pytest.mark.parametrize("start", [0, 77])
