@@ -59,15 +59,9 @@ class BlockGate(nn.Module, ABC):
 
     @abstractmethod
     def encode_queries(
-        self,
-        q: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        rows: Tensor | None = None,
-        lengths: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+        self, q: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encoded queries, ``block_size // q_pitch`` vectors for each row of scores.
 
         Args:
@@ -241,15 +235,9 @@ class PrefillGate(BlockGate):
         return self._encode(pooled, self.k_linear, cos, sin, pitch)
 
     def encode_queries(
-        self,
-        q: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        rows: Tensor | None = None,
-        lengths: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+        self, q: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :meth:`BlockGate.encode_queries`."""
         self._check("q", q, self.num_heads, cos)
         pitch, per_row = self.q_pitch, self.block_size // self.q_pitch
