@@ -13,6 +13,7 @@ from seerattention.gates import select_by_token
 from seerattention.ops import block_selection, block_sparse_decode
 from seerattention.ops.span import LENGTH, START, Span
 from seerattention.policies import PublishedDecode, policy_from_dict
+from token_policies import naive
 
 BLOCK, HEADS = 16, 2
 POLICIES = {
@@ -48,41 +49,6 @@ def make_scores(span):
     return scores.masked_fill((torch.arange(columns) >= complete[..., None])[:, None], -math.inf)
 
 
-def probabilities(scores):
-    """By block; of no block at all where none has a score."""
-    finite = [x for x in scores if x > -math.inf]
-    total = sum(math.exp(x - max(finite)) for x in finite)
-    return [math.exp(x - max(finite)) / total if x > -math.inf else 0.0 for x in scores]
-
-
-def naive(policy, scores, own):
-    """Blocks that a token in block ``own`` reads, from its scores of the blocks up to there."""
-    best = sorted(range(own), key=lambda block: -scores[block])
-    if isinstance(policy, PublishedDecode):
-        scores = [x if x > -math.inf else 0.0 for x in scores]
-        first = {0} if policy.first_block else set()
-        if policy.tokens is not None:
-            ranked = sorted(range(own + 1), key=lambda block: -scores[block])
-            return {own, *ranked[: policy.tokens // BLOCK]} | first
-        return {own, *(b for b, x in enumerate(probabilities(scores)) if x > policy.threshold)} | first
-    if isinstance(policy, seer.TokenBudget):
-        return {own, *best[: -(-policy.tokens // BLOCK) - 1]}
-    if isinstance(policy, seer.TopK):
-        return {own, *best[: max(1, math.ceil(policy.density * (own + 1) - 1e-9)) - 1]}
-    if isinstance(policy, seer.Dense) or policy == seer.TopP(1.0):
-        return set(range(own + 1))
-    shares = probabilities(scores)
-    if isinstance(policy, seer.Threshold):
-        return {own, *(block for block in range(own) if shares[block] > policy.threshold)}
-    chosen, mass = {own}, shares[own]
-    for block in best:
-        if mass >= policy.p:
-            break
-        chosen.add(block)
-        mass += shares[block]
-    return chosen
-
-
 @pytest.mark.parametrize("kind", SPANS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_each_token_reads_what_it_would_alone(name, kind):
@@ -101,7 +67,7 @@ def test_each_token_reads_what_it_would_alone(name, kind):
             for head in range(HEADS):
                 found = set(mask[row, head, token].nonzero().flatten().tolist())
                 alone = scores[row, head, token, : own + 1].double().tolist()
-                assert found == (naive(policy, alone, own) if token < length[row] else set())
+                assert found == (naive(policy, alone, BLOCK) if token < length[row] else set())
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -1,6 +1,6 @@
 """Published checkpoints of decode gates (SeerAttention-R, arXiv 2506.08889): their entries and what they mean here.
 
-The files are named as those of prefill gates, config.json with ``seerattn_*`` entries and ``attn_gate_weights.pth``; the
+The files are named as those of prefill gates, config.json with ``seerattn_*`` entries and ``attn_gate_weights.pth``;
 entries and weights in them have other names. ``seerattn_loss_slice_ratio`` is of training and not read.
 """
 
