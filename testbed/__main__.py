@@ -215,10 +215,10 @@ def gates(
     device: str = "cuda",
 ) -> None:
     """Distil the gates of a trained testbed model."""
-    from .gates import distil
+    from .gates import GateRun, distil
 
-    options: dict[str, Any] = {"steps": steps, "length": length, "batch_size": batch_size, "rate": rate, "rows": rows}
-    summary = distil(model, books, held_out, out, **options, seed=seed, device=device, templates=_read(templates))
+    run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates))
+    summary = distil(model, books, held_out, out, run)
     typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1]}))
 
 
@@ -259,43 +259,33 @@ def smollm2(
     write(output)
 
 
-@app.command(name="all")
+@app.command(name="all", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def everything(
+    context: typer.Context,
     data: Data,
     out: Out,
     held_out: HeldOut,
-    minutes: Annotated[float, typer.Option(help="Of training; the rest takes about 4 more.")] = 11.0,
     vocab_size: int = 8192,
     seed: Seed = 11,
-    width: Width = 384,
-    layers: int = 8,
-    heads: int = 8,
-    kv_heads: int = 2,
-    head_dim: int = 64,
-    mlp_width: MlpWidth = 0,
-    optimizer: Optimizer = "adamw",
-    rate_scale: RateScale = 1.0,
-    phases: Phases = "",
-    task_mix: Mix = "",
-    drill_mix: Mix = "",
-    key_mix: Mix = "",
     templates: Templates = None,
-    retries: Retries = 1,
     start: Start = None,
     lengths: Annotated[list[int] | None, typer.Option(help="Of the evaluation; default 16384 and 32768.")] = None,
     samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 512,
     gate_steps: int = 150,
     gate_length: int = 16_384,
     text_field: str = "text",
-    report_every: ReportEvery = 50,
-    workers: int = 14,
     device: str = "cuda",
     embed: Annotated[bool, typer.Option(help="Replace the model that the package embeds.")] = False,
 ) -> None:
     """Tokenizer, tokens, training, evaluation, gates and packaging (into OUT/package) in one go.
 
-    What an earlier call finished is kept, so a stopped run goes on where it was.
+    Takes the options of `train`, too, and passes them on. What an earlier call finished is kept, so a stopped run goes
+    on where it was.
     """
+    shared = {"--out": out, "--seed": seed, "--templates": templates, "--start": start, "--device": device}
+    given = [str(part) for option, value in shared.items() if value is not None for part in (option, value)]
+    # Parsed at once: a wrong option is told before an hour of work.
+    training = typer.main.get_command(app).commands["train"].make_context("train", [*given, *context.args])  # type: ignore[attr-defined]
     if start is not None and not (out / "tokenizer.json").exists():
         from transformers import AutoTokenizer
 
@@ -306,29 +296,7 @@ def everything(
         if not (out / f"{name}.u16").exists():
             tokens(sources, out, name=name, text_field=text_field)
     if not (out / "summary.json").exists():
-        train(
-            out,
-            minutes=minutes,
-            seed=seed,
-            width=width,
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            mlp_width=mlp_width,
-            optimizer=optimizer,
-            rate_scale=rate_scale,
-            phases=phases,
-            task_mix=task_mix,
-            drill_mix=drill_mix,
-            key_mix=key_mix,
-            templates=templates,
-            retries=retries,
-            start=start,
-            report_every=report_every,
-            device=device,
-            workers=workers,
-        )
+        training.command.invoke(training)
     model, test = out / "model", [out / "test.u16"]
     curves(out, out / "curves.png")
     evaluate(model, test, out / "dense.json", lengths=lengths, samples=samples, templates=templates, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,30 @@ class TaskBatches:
         return generator.sample(task, self.length, int(rng.integers(1, most + 1))).input_ids
 
 
-def distil(
-    model_folder: Path,
-    books: list[Path],
-    held_out: list[Path],
-    out: Path,
-    *,
-    steps: int,
-    length: int,
-    batch_size: int,
-    rate: float,
-    rows: float,
-    seed: int,
-    device: str,
-    templates: list | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GateRun:
+    """How gates are trained.
+
+    Attributes:
+        steps, length, batch_size: of the run, in tokens a sequence and sequences a step.
+        rate: most learning rate.
+        rows: share of the query blocks whose targets are computed.
+        seed: of the gates and batches.
+        device: where.
+        templates: other needle sentences, [statement, question].
+    """
+
+    steps: int
+    length: int
+    batch_size: int
+    rate: float
+    rows: float
+    seed: int
+    device: str
+    templates: list | None = None
+
+
+def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Path, run: GateRun) -> dict[str, Any]:
     """Train fresh gates of the paper's form, save them in ``out`` with their history; returns a summary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,22 +88,24 @@ def distil(
     from seerattention.cli.common import Terminal
     from seerattention.distillation import distill
 
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    dtype = torch.bfloat16 if run.device.startswith("cuda") else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    model.to(device).eval()
+    model.to(run.device).eval()
     bos = tokenizer.bos_token_id
     # Gates remember the model that they were trained for by name, and that of a folder would say nothing.
     model.config._name_or_path = seer.testbed.NAME
-    shared: dict[str, Any] = {"seed": seed, "templates": templates}
-    train = TaskBatches(tokenizer, load_books(books, length, bos), length, batch_size, steps, split="train", **shared)
-    test = list(
-        TaskBatches(tokenizer, load_books(held_out, length, bos), length, batch_size, 1, split="test", **shared)
-    )
+    shared: dict[str, Any] = {"seed": run.seed, "templates": run.templates}
+
+    def batches(texts: list[Path], steps: int, split: str) -> TaskBatches:
+        tokens = load_books(texts, run.length, bos)
+        return TaskBatches(tokenizer, tokens, run.length, run.batch_size, steps, split=split, **shared)
+
+    train, test = batches(books, run.steps, "train"), list(batches(held_out, 1, "test"))
     seer.attach(model, seer.testbed.GATE_CONFIG, prefill=seer.TopK(0.1))
-    config = seer.DistillConfig(learning_rate=rate, steps=steps, rows=rows, seed=seed, skip_rows=0.0)
-    with Terminal(False).progress("distilling", steps) as advance:
+    config = seer.DistillConfig(learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0)
+    with Terminal(False).progress("distilling", run.steps) as advance:
         history = distill(
             model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0)
         )

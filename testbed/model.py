@@ -38,9 +38,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def _qkv(x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, eps: float, head_dim: int):
+def _qkv(x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, eps: float):
     h = _norm(x, norm, eps)
-    n = x.shape[0]
+    n, head_dim = x.shape[0], cos.shape[-1]
     queries, keys, values = (F.linear(h, w.to(x.dtype)).view(n, -1, head_dim) for w in (q, k, v))
     cos, sin = cos[:, None], sin[:, None]
     return _rotate(queries, cos, sin).to(x.dtype), _rotate(keys, cos, sin).to(x.dtype), values
@@ -115,7 +115,7 @@ class FastLlama(nn.Module):
         for layer in self.layers:
             q, k, v = (
                 t.view(batch, length, -1, c.head_dim).transpose(1, 2)
-                for t in qkv(x, layer.norm1, layer.q, layer.k, layer.v, cos, sin, c.norm_eps, c.head_dim)
+                for t in qkv(x, layer.norm1, layer.q, layer.k, layer.v, cos, sin, c.norm_eps)
             )
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             attended = attended.transpose(1, 2).reshape(batch * length, -1)
@@ -139,22 +139,28 @@ def spread(batch: int, length: int, reach: int, device: str, *, most_jumps: int 
     return torch.arange(length, device=device) + jumps.cumsum(1).long()
 
 
+# Fields of ModelConfig, and what LlamaConfig calls them.
+_HF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+
+
 def export(model: FastLlama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write ``config.json`` and ``model.safetensors`` that ``AutoModelForCausalLM`` loads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
     config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        intermediate_size=c.mlp_width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.max_context,
+        **{theirs: getattr(c, ours) for ours, theirs in _HF_FIELDS.items()},
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        rms_norm_eps=c.norm_eps,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -172,18 +178,8 @@ def read(folder: Path, dtype: torch.dtype = torch.bfloat16) -> FastLlama:
 
     source: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     c = source.config
-    config = ModelConfig(
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        layers=c.num_hidden_layers,
-        heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        mlp_width=c.intermediate_size,
-        rope_theta=c.rope_parameters["rope_theta"],
-        norm_eps=c.rms_norm_eps,
-        max_context=c.max_position_embeddings,
-    )
+    fields = {ours: getattr(c, theirs) for ours, theirs in _HF_FIELDS.items()}
+    config = ModelConfig(**fields, rope_theta=c.rope_parameters["rope_theta"])
     model, weights = FastLlama(config, dtype), source.state_dict()
     with torch.no_grad():
         for name, parameter in _hf_names(model).items():

@@ -140,3 +140,36 @@ def check_attention_layout(implementation, layout, sizes, *, device="cpu", block
         # What is allowed is the error over the whole prompt: that of a single query is a matter of luck.
         whole = torch.cat((baseline[0, :, :first], mine), 1)
         assert_as_accurate_as(whole, baseline[0], exact[0])
+
+
+def check_pooled_layout(op, implementation, layout, sizes, *, device="cpu", block_size=32, page_size=128, **how):
+    """Pooled attention, 2-D or 1-D, of rows that are the last queries of prompts: each equals the row alone, and rows
+    without a query are 0. With and without the log-sum-exp, maxima and sums."""
+    reduce, given = how.pop("reduce", "max"), how.pop("given", False)
+    prompts = [prompt[:2] for prompt in draw_prompts(sizes, block_size=block_size, **how)]
+    rows = [(q[:, keys - queries :], k, k) for (q, k), (queries, keys) in zip(prompts, sizes, strict=True)]
+    call = lay_out(rows, layout, page_size)
+    lse = None
+    if given:
+        lse = [(_lse(q, k)[..., None], k.float(), k.float()) for q, k, _ in rows]
+        lse = lay_out(lse, layout, page_size).q[..., 0].to(device)
+    common = {"block_size": block_size, "reduce": reduce}
+    span = call.span.to(device)
+    q, k = call.q.to(device), call.k.to(device)
+    found = op(q, k, span=span, lse=lse, implementation=implementation, **common)
+    assert not found.isnan().any()
+    for row, (queries, keys, _) in zip(found, rows, strict=True):
+        alone = op(queries[None].to(device), keys[None].to(device), implementation="reference", **common)[0]
+        torch.testing.assert_close(row[:, : alone.shape[1], : alone.shape[2]], alone, atol=1e-5, rtol=1e-4)
+        assert (row[:, alone.shape[1] :] == 0).all()
+        assert (row[:, :, alone.shape[2] :] == 0).all()
+    some = torch.tensor([1, 0], device=device)
+    again = op(q, k, span=span, lse=lse, rows=some, implementation=implementation, **common)
+    torch.testing.assert_close(again, found[:, :, some], atol=1e-6, rtol=1e-5)
+
+
+def _lse(q: Tensor, k: Tensor) -> Tensor:
+    """float32 ``[Hq, Tq]``, natural logarithm, of the scaled causal logits of the last queries of the keys."""
+    scores = q.double() @ k.double().repeat_interleave(q.shape[0] // k.shape[0], 0).mT * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
+    return scores.masked_fill(hidden, float("-inf")).logsumexp(-1).float()

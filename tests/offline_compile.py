@@ -28,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from seerattention.ops import dispatch
+from seerattention.ops.block_pooling.reference import Grid
+from seerattention.ops.block_selection.reference import Rule
 from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.pooled_attention.arguments import Wanted
@@ -121,8 +123,9 @@ def span_cases(head_dim, dtype):
 
 
 @contextlib.contextmanager
-def in_parts(module):
+def in_parts():
     """Launchers of attention cut lists in two, and leave out what puts the results together."""
+    module = importlib.import_module(f"{OPS}.block_sparse_attention.triton_parts")
     kept = module.num_parts, module.merge_parts
     module.num_parts, module.merge_parts = lambda *_: 2, lambda *_: None
     yield
@@ -136,17 +139,17 @@ def block_sparse_attention(module, target):
     for head_dim, block_size, dtype, lse in cases:
         yield (
             f"{head_dim} {block_size} {dtype} lse={lse}",
-            lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention_triton(
+            lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention(
                 *tensors(d, t), lists(b), 0.1, lse
             ),
         )
-    with in_parts(module):
+    with in_parts():
         yield (
             "128 64 in parts",
-            lambda: module.block_sparse_attention_triton(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
+            lambda: module.block_sparse_attention(*tensors(128, torch.bfloat16), lists(64), 0.1, False),
         )
     for name, q, k, blocks in span_cases(128, torch.bfloat16):
-        call = functools.partial(module.block_sparse_attention_triton, q, k, k, blocks, 0.1, True)
+        call = functools.partial(module.block_sparse_attention, q, k, k, blocks, 0.1, True)
         yield f"128 64 {name}", call
 
 
@@ -163,11 +166,11 @@ def block_sparse_decode(module, target):
         k = torch.zeros(1, 2, page or 128, head_dim, dtype=dtype)
         pages = Pages(torch.zeros(1, 4, dtype=torch.int32), page) if page else None
         span = Span.of_rows(1, 128, start=ones, length=ones, pages=pages) if page else Span(1, 1, 128)
-        indices, counts = torch.zeros(1, 2, 1, 2, dtype=torch.int32), torch.zeros(1, 2, 1, dtype=torch.int32)
+        lists = BlockIndices.from_mask(torch.ones(1, 2, 1, 2, dtype=torch.bool), 64, by_token=True, span=span)
         module.num_parts = lambda *_, parts=parts: parts
         yield (
             f"{head_dim} {group} {dtype} parts={parts} page={page}",
-            functools.partial(module.block_sparse_decode_triton, q, k, k, indices, counts, 64, span, 0.1),
+            functools.partial(module.block_sparse_decode, q, k, k, lists, 0.1, True),
         )
     module.num_parts, module.merge_decode_parts_kernel = kept
 
@@ -190,26 +193,24 @@ def hopper(module, target):
     ]:
         yield (
             f"{head_dim} {block_size} {dtype} lse={lse}",
-            lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention_hopper(
+            lambda d=head_dim, b=block_size, t=dtype, lse=lse: module.block_sparse_attention(
                 *tensors(d, t), lists(b), 0.1, lse
             ),
         )
-    with in_parts(module):
+    with in_parts():
         for head_dim in (64, 96, 128):
             yield (
                 f"{head_dim} 64 in parts",
-                lambda d=head_dim: module.block_sparse_attention_hopper(
-                    *tensors(d, torch.bfloat16), lists(64), 0.1, False
-                ),
+                lambda d=head_dim: module.block_sparse_attention(*tensors(d, torch.bfloat16), lists(64), 0.1, False),
             )
 
 
 def hopper_span(module, target):
     for head_dim in (64, 128):
         for name, q, k, blocks in span_cases(head_dim, torch.bfloat16):
-            call = functools.partial(module.block_sparse_attention_hopper, q, k, k, blocks, 0.1, True)
+            call = functools.partial(module.block_sparse_attention, q, k, k, blocks, 0.1, True)
             yield f"{head_dim} {name}", call
-            with in_parts(module):
+            with in_parts():
                 yield f"{head_dim} {name} in parts", call
 
 
@@ -218,21 +219,24 @@ def pooled_attention(module, target):
     if target == "sm_90":
         cases += [(64, 64, torch.float16), (80, 32, torch.bfloat16), (128, 128, torch.bfloat16)]
         cases += [(256, 64, torch.bfloat16), (64, 64, torch.float32)]
-    rows, common = torch.arange(1), {"scale": 0.1, "lengths": None}
+    rows = torch.arange(1)
     for head_dim, block_size, dtype in cases:
         q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
         k, lse = q[:, :1], torch.zeros(1, 4, 128)
         shape = f"{head_dim} {block_size} {dtype}"
-        yield f"lse {shape}", functools.partial(module.query_lse, q, k, rows, block_size=block_size, **common)
+        wanted = Wanted(block_size, 0.1, "max", True, lse, Span(1, 128, 128))
+        yield f"lse {shape}", functools.partial(module.query_lse, q, k, rows, wanted)
         for reduce in ("max", "sum"):
-            wanted = Wanted(block_size, 0.1, None, reduce, True, lse)
-            yield f"{reduce} {shape}", functools.partial(module.pooled_attention, q, k, rows, wanted)
+            given = wanted._replace(reduce=reduce)
+            yield f"{reduce} {shape}", functools.partial(module.pooled_attention, q, k, rows, given)
+    padded = wanted._replace(span=Span.of_padded(1, 128, 128, torch.tensor([100])))
+    yield "max padded", functools.partial(module.pooled_attention, q, k, rows, padded)
 
 
 def pooled_attention_wide(module, target):
     q = torch.zeros(1, 128, 4, 256, dtype=torch.float16).transpose(1, 2)
     for block_size in (64, 128):
-        wanted = Wanted(block_size, 0.1, None, "max", True, torch.zeros(1, 4, 128))
+        wanted = Wanted(block_size, 0.1, "max", True, torch.zeros(1, 4, 128), Span(1, 128, 128))
         yield (
             f"256 {block_size}",
             functools.partial(module.pooled_attention, q, q[:, :1], torch.arange(1), wanted),
@@ -252,7 +256,8 @@ def pooled_attention_decode(module, target):
             cases += [(*shape, "max", False), (*shape, "sum", True)]
     for head_dim, group, block_size, dtype, reduce, given in cases:
         q = torch.zeros(1, 128, group, head_dim, dtype=dtype).transpose(1, 2)
-        wanted = Wanted(block_size, 0.1, None, reduce, True, torch.zeros(1, group, 128) if given else None)
+        lse = torch.zeros(1, group, 128) if given else None
+        wanted = Wanted(block_size, 0.1, reduce, True, lse, Span(1, 128, 128))
         yield (
             f"{reduce} {head_dim} {group} {block_size} {dtype} lse={given}",
             functools.partial(module.pooled_attention_decode, q, q[:, :1], torch.arange(128), wanted),
@@ -267,7 +272,8 @@ def pooled_attention_hopper(module, target):
         (96, torch.bfloat16, False),
     ]:
         q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
-        wanted = Wanted(64, 0.1, None if normalize else torch.tensor([100]), "max", normalize, torch.zeros(1, 4, 128))
+        span = Span.of_padded(1, 128, 128, None if normalize else torch.tensor([100]))
+        wanted = Wanted(64, 0.1, "max", normalize, torch.zeros(1, 4, 128), span)
         yield (
             f"{head_dim} {dtype} normalize={normalize}",
             functools.partial(module.pooled_attention, q, q[:, :1], rows, wanted),
@@ -277,12 +283,10 @@ def pooled_attention_hopper(module, target):
 def block_pooling(module, target):
     x = tensors(128, torch.bfloat16)[0]
     for block_size in (64, 8, 4):
-        yield (
-            f"max min avg {block_size}",
-            functools.partial(
-                module.block_pooling, x, ("max", "min", "avg"), block_size=block_size, lengths=torch.tensor([100])
-            ),
-        )
+        table, kinds = Span.of_padded(1, 128, 128, torch.tensor([100])).table, ("max", "min", "avg")
+        for name, align in (("padded", 0), ("chunk", block_size)):
+            grid = Grid(128 // block_size, 0, align, table)
+            yield f"{name} {block_size}", functools.partial(module.block_pooling, x, kinds, block_size, grid)
 
 
 def inverse_rope(module, target):
@@ -330,19 +334,18 @@ def block_selection(module, target):
     module._limit = (lambda registers: {}) if target == "gfx942" else (lambda registers: {"maxnreg": registers})
     for num in (512, 2048) if target == "sm_90" else (512,):
         scores, keep = torch.zeros(1, 2, num, num), torch.ones(1, num, dtype=torch.int64)
-        common = {"block_size": 64, "table": None, "last_blocks_dense": 1}
-        for softmax in (False, True):
-            given = {**common, "softmax": softmax}
-            yield f"threshold {num} {softmax}", functools.partial(module.select_threshold, scores, 0.1, **given)
-            yield f"topp {num} {softmax}", functools.partial(module.select_topp, scores, 0.5, **given)
-        given = {**common, "diagonal_extra": False, "capacity": num}
-        yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
+        rules = [Rule(kind, num, 64, None, 1, 0.1, softmax=s) for kind in ("threshold", "topp") for s in (False, True)]
+        rules += [Rule("topk", num, 64, None, 1, keep=keep)]
+        rules += [rules[1]._replace(relative=True, min_blocks=4, first_blocks=1)]
+        for rule in rules:
+            name = f"{rule.kind} {num} {rule.softmax} {rule.relative}"
+            yield name, functools.partial(module.select, scores, rule)
     for num in (16384, 32768) if target == "sm_90" else ():  # 8 and 16 warps share the registers
         scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
-        common = {"block_size": 64, "table": None, "last_blocks_dense": 0}
-        yield f"topp {num} True", functools.partial(module.select_topp, scores, 0.5, softmax=True, **common)
-        given = {**common, "diagonal_extra": True, "capacity": num}
-        yield f"topk {num}", functools.partial(module.select_topk, scores, keep, **given)
+        rule = Rule("topp", num, 64, None, 0, 0.5, softmax=True)
+        yield f"topp {num} True", functools.partial(module.select, scores, rule)
+        rule = Rule("topk", num, 64, None, 0, keep=keep, diagonal_extra=True)
+        yield f"topk {num}", functools.partial(module.select, scores, rule)
 
 
 # Calls, module, targets; consumers' GPUs (sm_86) differ from sm_80 in their shared memory only, which wide heads fill.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from fractions import Fraction
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 
 from seerattention.baselines import Oracle, Selector
 from seerattention.ops import BlockIndices, pooled_attention
-from seerattention.policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP, causal_softmax, policy_from_dict
+from seerattention.policies import (
+    Dense,
+    Policy,
+    RelativeThreshold,
+    Threshold,
+    TokenBudget,
+    TopK,
+    TopP,
+    causal_softmax,
+    policy_from_dict,
+)
 
 last = st.integers(0, 3)
 policies = st.one_of(
@@ -21,6 +32,7 @@ policies = st.one_of(
     st.builds(TopK, st.floats(0.01, 1), last, st.booleans()),
     st.builds(TopP, st.floats(0.01, 1), last),
     st.builds(TokenBudget, st.integers(1, 2000), last),
+    st.builds(RelativeThreshold, st.floats(0, 8), *[st.integers(0, 6)] * 3, last),
     st.just(Dense()),
 )
 
@@ -74,7 +86,8 @@ def test_json_round_trip(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [Threshold(0.01), TopK(0.3), TopK(0.3, uniform=True), TopP(0.9), TokenBudget(128), Dense()]
+    "policy",
+    [Threshold(0.01), TopK(0.3), TopK(0.3, uniform=True), TopP(0.9), TokenBudget(128), RelativeThreshold(2.0), Dense()],
 )
 def test_nan_and_empty_rows(policy):
     logits = make_logits(6, 6)
@@ -83,6 +96,55 @@ def test_nan_and_empty_rows(policy):
     blocks = policy.select(logits, block_size=64)
     assert (blocks.counts >= 1).all()
     assert blocks.to_mask().diagonal(dim1=-2, dim2=-1).all()
+
+
+@given(
+    factor=st.floats(0, 6),
+    floors=st.tuples(*[st.integers(0, 7)] * 3),
+    num_keys=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_relative_threshold_by_hand(factor, floors, num_keys, seed):
+    min_blocks, first_blocks, dense_rows = floors
+    logits = make_logits(num_keys, num_keys, 1, 1, seed)
+    found = RelativeThreshold(factor, min_blocks, first_blocks, dense_rows).select(logits, block_size=64).to_mask()
+    for row in range(num_keys):
+        probabilities = logits[0, 0, row, : row + 1].softmax(-1)
+        wanted = {row} | {i for i in range(row) if probabilities[i] * (row + 1) > factor}
+        if len(wanted) < min_blocks:
+            best = sorted(range(row), key=lambda i: (-float(probabilities[i]), i))
+            wanted |= set(best[: min_blocks - 1])
+        wanted |= set(range(min(first_blocks, row + 1)))
+        if row < dense_rows:
+            wanted = set(range(row + 1))
+        assert set(found[0, 0, row].nonzero().flatten().tolist()) == wanted
+
+
+def test_a_toy_policy_is_known_by_its_kind(monkeypatch):
+    """Being defined is enough for JSON."""
+    from seerattention import policies as module
+
+    monkeypatch.setattr(module, "KINDS", dict(module.KINDS))
+
+    @dataclasses.dataclass(frozen=True)
+    class Every(Policy):
+        step: int
+        kind = "toy_every"
+
+        def select(self, logits, *, block_size, lengths=None, span=None):
+            num_rows, num_keys = logits.shape[-2:]
+            mask = (torch.arange(num_keys) % self.step == 0) | torch.ones(num_rows, num_keys).tril().triu().bool()
+            return BlockIndices.from_mask(mask.expand(logits.shape), block_size)
+
+    policy = policy_from_dict({"kind": "toy_every", "step": 3})
+    assert policy == Every(3)
+    assert policy_from_dict(policy.to_dict()) == policy
+    assert policy.select(make_logits(7, 7), block_size=64).to_mask()[0, 0, 6].tolist() == [1, 0, 0, 1, 0, 0, 1]
+    with pytest.raises(ValueError, match="two policies of kind 'toy_every'"):
+
+        class Another(Policy):
+            kind = "toy_every"
 
 
 @pytest.mark.parametrize("density", ["0.1", "0.3", "0.05", "0.7", "0.001", "0.12"])

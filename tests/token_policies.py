@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import seerattention as seer
-from seerattention.policies import PublishedDecode
+from seerattention.policies import PublishedDecode, RelativeThreshold
 
 
 def probabilities(scores: list[float]) -> list[float]:
@@ -33,6 +33,11 @@ def naive(policy: seer.Policy, scores: list[float], block_size: int) -> set[int]
     if isinstance(policy, seer.Dense) or policy == seer.TopP(1.0):
         return set(range(own + 1))
     shares = probabilities(scores)
+    if isinstance(policy, RelativeThreshold):
+        if own < policy.dense_rows:
+            return set(range(own + 1))
+        above = {block for block in range(own) if shares[block] * (own + 1) > policy.factor}
+        return {own} | above | set(range(policy.first_blocks)) | set(best[: max(0, policy.min_blocks - 1)])
     if isinstance(policy, seer.Threshold):
         return {own, *(block for block in range(own) if shares[block] > policy.threshold)}
     chosen, mass = {own}, shares[own]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .hf.contexts import dense, observe
     from .measure.calibrate import calibrate
     from .measure.stats import record
-    from .policies import Dense, Policy, Threshold, TokenBudget, TopK, TopP
+    from .policies import Dense, Policy, RelativeThreshold, Threshold, TokenBudget, TopK, TopP
     from .selectors import LayerInputs
 
 _NAMES = {
@@ -54,6 +54,7 @@ _NAMES = {
     "Policy": "policies",
     "PrefillGateConfig": "config",
     "Threshold": "policies",
+    "RelativeThreshold": "policies",
     "TokenBudget": "policies",
     "TopK": "policies",
     "TopP": "policies",
@@ -94,6 +95,7 @@ __all__ = [
     "LayerInputs",
     "Policy",
     "PrefillGateConfig",
+    "RelativeThreshold",
     "Threshold",
     "TokenBudget",
     "TopK",

@@ -1,8 +1,8 @@
 """Policies: which blocks a query block reads, given the block logits of a gate or of another scorer.
 
 A policy is a small frozen dataclass. ``policy.select(logits, block_size=...)`` gives :class:`BlockIndices`;
-``policy.to_dict()`` and :func:`policy_from_dict` take it through JSON. To add one, subclass :class:`Policy` in
-this file, give it a ``kind``, and list it in ``_POLICIES``.
+``policy.to_dict()`` and :func:`policy_from_dict` take it through JSON. To add one, subclass :class:`Policy` and give
+it a ``kind``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
     "Dense",
     "Policy",
     "PublishedDecode",
+    "RelativeThreshold",
     "Threshold",
     "TokenBudget",
     "TopK",
@@ -40,11 +41,25 @@ _CEIL_SLACK = 1e-9
 
 T = TypeVar("T")
 
+# By the kind in their dicts.
+KINDS: dict[str, type[Policy]] = {}
+
 
 class Policy(ABC):
-    """Turns block logits into block indices. The diagonal block is always kept, so no row of valid tokens is empty."""
+    """Turns block logits into block indices. The diagonal block is always kept, so no row of valid tokens is empty.
+
+    Every subclass that has a ``kind`` is known by it to :func:`policy_from_dict`.
+    """
 
     kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in vars(cls):
+            known = KINDS.setdefault(cls.kind, cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"two policies of kind {cls.kind!r}: {known.__qualname__} and {cls.__qualname__}")
+            KINDS[cls.kind] = cls  # the same one, defined anew
 
     @abstractmethod
     def select(
@@ -75,8 +90,27 @@ class Policy(ABC):
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
+_How = dict[str, Any]
+"""What all selections take: block_size, lengths, span, last_blocks_dense."""
+
+
+class _ScorePolicy(Policy):
+    """A policy that looks at the scores, and may leave the last query blocks dense."""
+
+    last_blocks_dense: int
+
+    @abstractmethod
+    def _select(self, logits: Tensor, how: _How) -> BlockIndices: ...
+
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
+        how = {"block_size": block_size, "lengths": lengths, "span": span, "last_blocks_dense": self.last_blocks_dense}
+        return self._select(logits, how)
+
+
 @dataclass(frozen=True)
-class Threshold(Policy):
+class Threshold(_ScorePolicy):
     """Keep the blocks whose softmax probability is strictly above ``threshold`` (SeerAttention paper, section 3.3).
 
     The density follows from the scores and falls with the length of the prompt: probabilities of a row sum to 1.
@@ -94,24 +128,49 @@ class Threshold(Policy):
         _check_number("Threshold", "threshold", self.threshold)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold is a probability and must lie in [0, 1), got {self.threshold}")
-        _check_last_blocks(self.last_blocks_dense)
+        _check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def select(
-        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
-    ) -> BlockIndices:
-        return select_threshold(
-            logits,
-            self.threshold,
-            block_size=block_size,
-            lengths=lengths,
-            span=span,
-            last_blocks_dense=self.last_blocks_dense,
-            softmax=True,
-        )
+    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+        return select_threshold(logits, self.threshold, softmax=True, **how)
 
 
 @dataclass(frozen=True)
-class TopK(Policy):
+class RelativeThreshold(_ScorePolicy):
+    """Keep the blocks that get more than ``factor`` times what uniform attention would give them.
+
+    A row that may see n blocks keeps those of softmax probability above ``factor / n``, so one factor means the same at
+    every length, and rows and heads whose attention is spread out get more blocks than others. Short rows, which cost
+    little, read everything; the sink is always kept.
+
+    Attributes:
+        factor: at least 0; 2 keeps about a tenth of the blocks, 1 a sixth (docs/experiments.md).
+        min_blocks: a row keeps at least so many blocks, its best ones.
+        first_blocks: the first this many blocks, the attention sink, are kept by every row.
+        dense_rows: rows that may see at most so many blocks read them all.
+        last_blocks_dense: the last this many query blocks of each sequence read everything.
+    """
+
+    factor: float
+    min_blocks: int = 4
+    first_blocks: int = 1
+    dense_rows: int = 16
+    last_blocks_dense: int = 0
+    kind: ClassVar[str] = "relative_threshold"
+
+    def __post_init__(self) -> None:
+        _check_number("RelativeThreshold", "factor", self.factor)
+        if self.factor < 0:
+            raise ValueError(f"factor must be 0 or more, got {self.factor}")
+        for name in ("min_blocks", "first_blocks", "dense_rows", "last_blocks_dense"):
+            _check_count(name, getattr(self, name))
+
+    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+        floors = {name: getattr(self, name) for name in ("min_blocks", "first_blocks", "dense_rows")}
+        return select_threshold(logits, self.factor, softmax=True, relative=True, **floors, **how)
+
+
+@dataclass(frozen=True)
+class TopK(_ScorePolicy):
     """Keep a fixed share of the causal blocks of each row.
 
     Row i, counted from 0, keeps ``max(1, ceil(density * (i + 1)))`` blocks, the diagonal among them.
@@ -135,7 +194,7 @@ class TopK(Policy):
             raise ValueError(
                 f"density is the share of causal blocks to keep and must lie in (0, 1], got {self.density}"
             )
-        _check_last_blocks(self.last_blocks_dense)
+        _check_count("last_blocks_dense", self.last_blocks_dense)
         if not isinstance(self.uniform, bool):
             raise TypeError(f"uniform must be True or False, got {self.uniform!r}")
 
@@ -143,12 +202,11 @@ class TopK(Policy):
     def rowwise(self) -> bool:
         return super().rowwise and not self.uniform  # which counts all blocks of the sequence
 
-    def select(
-        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
-    ) -> BlockIndices:
+    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
         if self.density == 1:
-            return Dense().select(logits, block_size=block_size, lengths=lengths, span=span)
+            return Dense().select(logits, block_size=how["block_size"], lengths=how["lengths"], span=how["span"])
         num_rows, num_keys = logits.shape[-2:]
+        block_size, lengths, span = how["block_size"], how["lengths"], how["span"]
         differ = span is not None and not span.plain
         if self.uniform:
             # n counts the blocks of each sequence's own content, so padding does not change what it keeps.
@@ -167,20 +225,11 @@ class TopK(Policy):
             else:
                 keep = _share_of_causal(self.density, num_rows, num_keys, logits.device)
             capacity = max(1, math.ceil(num_keys * self.density - _CEIL_SLACK))  # what the last row keeps
-        return select_topk(
-            logits,
-            keep,
-            block_size=block_size,
-            lengths=lengths,
-            span=span,
-            last_blocks_dense=self.last_blocks_dense,
-            diagonal_extra=self.uniform,
-            capacity=capacity,
-        )
+        return select_topk(logits, keep, diagonal_extra=self.uniform, capacity=capacity, **how)
 
 
 @dataclass(frozen=True)
-class TopP(Policy):
+class TopP(_ScorePolicy):
     """Keep the diagonal and the fewest best other blocks with which the softmax probabilities sum to at least ``p``.
 
     Attributes:
@@ -196,24 +245,14 @@ class TopP(Policy):
         _check_number("TopP", "p", self.p)
         if not 0 < self.p <= 1:
             raise ValueError(f"p is a probability mass and must lie in (0, 1], got {self.p}")
-        _check_last_blocks(self.last_blocks_dense)
+        _check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def select(
-        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
-    ) -> BlockIndices:
-        return select_topp(
-            logits,
-            self.p,
-            block_size=block_size,
-            lengths=lengths,
-            span=span,
-            last_blocks_dense=self.last_blocks_dense,
-            softmax=True,
-        )
+    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+        return select_topp(logits, self.p, softmax=True, **how)
 
 
 @dataclass(frozen=True)
-class TokenBudget(Policy):
+class TokenBudget(_ScorePolicy):
     """Keep the best ``ceil(tokens / block_size)`` blocks of each row, the diagonal among them.
 
     Attributes:
@@ -228,21 +267,12 @@ class TokenBudget(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or not 1 <= self.tokens <= _MOST_TOKENS:
             raise ValueError(f"tokens must be an integer from 1 to {_MOST_TOKENS}, got {self.tokens!r}")
-        _check_last_blocks(self.last_blocks_dense)
+        _check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def select(
-        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
-    ) -> BlockIndices:
-        blocks = -(-self.tokens // block_size)
-        return select_topk(
-            logits,
-            torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device),
-            block_size=block_size,
-            lengths=lengths,
-            span=span,
-            last_blocks_dense=self.last_blocks_dense,
-            capacity=blocks,
-        )
+    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+        blocks = -(-self.tokens // how["block_size"])
+        keep = torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device)
+        return select_topk(logits, keep, capacity=blocks, **how)
 
 
 @dataclass(frozen=True)
@@ -291,30 +321,18 @@ class PublishedDecode(Policy):
         self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
     ) -> BlockIndices:
         logits = logits.masked_fill(logits == -math.inf, 0.0)  # what lies above the diagonal is ignored anyway
+        how: _How = {"block_size": block_size, "lengths": lengths, "span": span}
         if self.tokens is None:
             assert self.threshold is not None
-            chosen = Threshold(self.threshold).select(logits, block_size=block_size, lengths=lengths, span=span)
-        else:
-            keep = max(1, self.tokens // block_size)
-            chosen = select_topk(
-                logits,
-                torch.full((logits.shape[-2],), keep, dtype=torch.int64, device=logits.device),
-                block_size=block_size,
-                lengths=lengths,
-                span=span,
-                diagonal_extra=True,
-                capacity=keep + 1,
-            )
+            return select_threshold(logits, self.threshold, softmax=True, first_blocks=int(self.first_block), **how)
+        best = max(1, self.tokens // block_size)
+        keep = torch.full((logits.shape[-2],), best, dtype=torch.int64, device=logits.device)
+        chosen = select_topk(logits, keep, diagonal_extra=True, capacity=best + 1, **how)
         if not self.first_block:
             return chosen
         mask = chosen.to_mask()
         mask[..., :1] |= mask.any(-1, keepdim=True)  # rows without a query stay empty
         return BlockIndices.from_mask(mask, block_size, span=chosen.span)
-
-
-_POLICIES: dict[str, type[Policy]] = {
-    policy.kind: policy for policy in (Threshold, TopK, TopP, TokenBudget, Dense, PublishedDecode)
-}
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> Policy:
@@ -323,7 +341,7 @@ def policy_from_dict(data: Mapping[str, Any]) -> Policy:
     Raises:
         ValueError: an unknown or missing ``kind``, unknown or missing arguments, or values out of range.
     """
-    policy, arguments = read_kind(data, _POLICIES, "policy")
+    policy, arguments = read_kind(data, KINDS, "policy")
     return policy(**arguments)
 
 
@@ -389,6 +407,6 @@ def _check_number(policy: str, name: str, value: Any) -> None:
         raise ValueError(f"{policy}: {name} must be a finite number, got {value!r}")
 
 
-def _check_last_blocks(value: Any) -> None:
+def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKENS:
-        raise ValueError(f"last_blocks_dense must be an integer from 0 to {_MOST_TOKENS}, got {value!r}")
+        raise ValueError(f"{name} must be an integer from 0 to {_MOST_TOKENS}, got {value!r}")

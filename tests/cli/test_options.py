@@ -27,6 +27,15 @@ MODELS = ["./nothing", "a/b/c", "{file}", "{folder}", ""]
 GATES = ["./nothing", "a/b/c", "{file}", ""]
 DATA = ["./nothing", "nothing.jsonl", "{folder}", "{file}", "{damaged}", ""]
 
+COMMON = {
+    "--model": MODELS,
+    "--data": DATA,
+    "--gates": GATES,
+    "--output": PLACES,
+    "--dtype": DTYPES,
+    "--device": DEVICES,
+    "--seed": SEEDS,
+}
 # Command -> option -> values that make no sense. A value in braces is one of the places of the fixture.
 WRONG = {
     "demo": {
@@ -37,13 +46,7 @@ WRONG = {
         "--device": DEVICES,
     },
     "distill": {
-        "--model": MODELS,
-        "--data": DATA,
-        "--gates": GATES,
-        "--output": PLACES,
-        "--dtype": DTYPES,
-        "--device": DEVICES,
-        "--seed": SEEDS,
+        **COMMON,
         "--length": [*LENGTHS, "64"],
         "--batch-size": NOT_COUNTS,
         "--accumulation": NOT_COUNTS,
@@ -66,13 +69,7 @@ WRONG = {
         "--save-seconds": ["-1", "nan", "inf"],
     },
     "eval": {
-        "--model": MODELS,
-        "--data": DATA,
-        "--gates": GATES,
-        "--output": PLACES,
-        "--dtype": DTYPES,
-        "--device": DEVICES,
-        "--seed": SEEDS,
+        **COMMON,
         "--measure": ["speed", ","],
         "--tasks": ["haystack", ","],
         "--method": ["guess", ""],

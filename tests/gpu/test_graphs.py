@@ -59,19 +59,23 @@ def test_cuda_graph(policy, implementation):
             assert torch.equal(out, layer(*fresh))
 
 
-def test_cuda_graph_of_the_target():
-    static = inputs(700, 0)[:2]
+def check_replay(step, static, fresh):
+    """A recorded ``step`` gives, for other inputs, what the step itself gives."""
     with torch.inference_mode():
-        pooled_attention(*static)
+        step(*static)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = pooled_attention(*static)
-        fresh = inputs(700, 1)[:2]
+            found = step(*static)
         for old, new in zip(static, fresh, strict=True):
             old.copy_(new)
         graph.replay()
-        torch.testing.assert_close(out, pooled_attention(*fresh))
+        for a, b in zip(found, step(*fresh), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_cuda_graph_of_the_target():
+    check_replay(lambda q, k: (pooled_attention(q, k),), inputs(700, 0)[:2], inputs(700, 1)[:2])
 
 
 def test_cuda_graph_of_the_target_given_the_lse():
@@ -81,19 +85,7 @@ def test_cuda_graph_of_the_target_given_the_lse():
         out, lse = dense_attention_with_lse(q, k, v)
         return out, pooled_attention(q, k, lse=lse)
 
-    static = inputs(700, 0)
-    with torch.inference_mode():
-        step(*static)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = step(*static)
-        fresh = inputs(700, 1)
-        for old, new in zip(static, fresh, strict=True):
-            old.copy_(new)
-        graph.replay()
-        for a, b in zip(found, step(*fresh), strict=True):
-            torch.testing.assert_close(a, b)
+    check_replay(step, inputs(700, 0), inputs(700, 1))
 
 
 def test_compiled_layer(implementation):

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seerattention.ops import pooled_attention
 from seerattention.ops.dense import dense_attention_with_lse
+from seerattention.ops.pooled_attention.arguments import Wanted
 from seerattention.ops.pooled_attention.interface import hopper_usable
 
 
@@ -33,7 +34,7 @@ def check(q, k, **arguments):
 
 def implementations(q, k, block_size=64, reduce="max", **_):
     """The kernels that can run here on these inputs."""
-    return ["triton"] + ["hopper"] * (hopper_usable(q, k, block_size, reduce) is None)
+    return ["triton"] + ["hopper"] * (hopper_usable(q, k, Wanted(block_size, 1.0, reduce, True, None)) is None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers import split_lists
-from layouts import LAYOUTS, check_attention_layout
-from seerattention.ops import Span, dispatch
+from layouts import LAYOUTS, check_attention_layout, check_pooled_layout
+from seerattention.ops import Span, dispatch, pooled_attention, pooled_attention_decode
 from seerattention.policies import Dense, Threshold, TokenBudget, TopK, TopP
 
 SIZES = [(300, 1000), (1, 65), (130, 130), (63, 640), (64, 128)]
@@ -44,3 +44,21 @@ def test_policies_equal_the_cpu(policy, nan_filled_empty):
     differ = (blocks.to_mask().cpu() != expected.to_mask()).sum()
     assert int(differ) <= (2 if isinstance(policy, Threshold | TopP) else 0)  # softmax differs in its last bits
     assert int(expected.to_mask().sum()) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("op", "implementation"),
+    [(pooled_attention, "triton"), (pooled_attention, "hopper"), (pooled_attention_decode, "triton")],
+)
+def test_pooled_attention_of_any_layout(op, implementation, dtype, reduce, layout, nan_filled_empty):
+    if implementation == "hopper":
+        if reason := dispatch.hopper_unusable(torch.device("cuda", 0)):
+            pytest.skip(reason)
+        if dtype == torch.float32 or reduce == "sum":
+            pytest.skip("16-bit dtypes and maxima only")
+    options = {"device": "cuda", "block_size": 64, "dtype": dtype, "head_dim": 128, "heads": 4, "kv_heads": 1}
+    for given in (False, True):
+        check_pooled_layout(op, implementation, layout, SIZES, reduce=reduce, given=given, **options)

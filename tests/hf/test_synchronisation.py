@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import seerattention as seer
 from seerattention.ops import dispatch
+from seerattention.ops.block_pooling.reference import Grid
+from seerattention.ops.block_selection.reference import Rule
 from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import ordered_lists
 from seerattention.ops.pooled_attention.arguments import Wanted
@@ -162,21 +164,20 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
     k = q[:, :2]
     scores = torch.ones(1, 4, 6, 6, device="meta")
     lengths = torch.full((1,), 300, device="meta") if with_lengths else None
-    common = {"block_size": 64, "lengths": lengths}
     with Waits() as waits:
-        pooling.block_pooling(q, ("max", "avg"), **common)
+        table = Span.of_padded(1, 333, 333, lengths).table
+        pooling.block_pooling(q, ("max", "avg"), 64, Grid(6, 0, 64, table))
         keep = torch.full((1, 6), 2, device="meta")
         span = Span.of_padded(1, 333, 333, lengths)
-        rest = {"block_size": 64, "table": span.table, "last_blocks_dense": 1}
-        selection.select_threshold(scores, 0.1, **rest)
-        selection.select_topp(scores, 0.5, **rest)
-        lists = selection.select_topk(scores, keep, diagonal_extra=False, capacity=6, **rest)
+        for kind in ("threshold", "topp"):
+            selection.select(scores, Rule(kind, 6, 64, span.table, 1, 0.5))
+        lists = selection.select(scores, Rule("topk", 6, 64, span.table, 1, keep=keep))
         blocks = ordered_lists(*lists, 6, 64, span=span)
-        attention.block_sparse_attention_triton(q, k, k, blocks, 0.1, True)
+        attention.block_sparse_attention(q, k, k, blocks, 0.1, True)
         rows = torch.arange(6, device="meta")
         for reduce in ("max", "sum"):
             for lse in (None, torch.zeros(1, 4, 333, device="meta")):
-                wanted = Wanted(64, 0.1, lengths, reduce, True, lse)
+                wanted = Wanted(64, 0.1, reduce, True, lse, span)
                 target.pooled_attention(q, k, rows, wanted)
                 decode_target.pooled_attention_decode(q, k, rows, wanted)
     assert kernel.launches == 15  # two for a target of prefill gates without lse

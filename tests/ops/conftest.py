@@ -12,27 +12,33 @@ import gluon_emulator
 from seerattention.ops import dispatch
 
 
-@pytest.fixture
-def emulated_attention(monkeypatch):
-    """implementation="hopper" of block-sparse attention runs on CPU tensors, in the emulator. Returns the launches."""
+def emulate(monkeypatch, op):
+    """implementation="hopper" of an op runs on CPU tensors, in the emulator. Returns the launches."""
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-    hopper = importlib.import_module("seerattention.ops.block_sparse_attention.hopper")
-    launches = []
+    hopper = importlib.import_module(f"seerattention.ops.{op}.hopper")
+    kernel, launches = getattr(hopper, f"{op}_hopper_kernel"), []
 
     class Kernel:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
         def __getitem__(self, grid):
             def launch(*args, num_warps, maxnreg, **constants):
                 launches.append((num_warps, maxnreg, constants))
-                gluon_emulator.run(self.kernel, grid, args, constants)
+                gluon_emulator.run(kernel, grid, args, constants)
 
             return launch
 
-    monkeypatch.setattr(
-        hopper, "block_sparse_attention_hopper_kernel", Kernel(hopper.block_sparse_attention_hopper_kernel)
-    )
+    monkeypatch.setattr(hopper, f"{op}_hopper_kernel", Kernel())
     monkeypatch.setattr(dispatch, "hopper_unusable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return launches
+
+
+@pytest.fixture
+def emulated_attention(monkeypatch):
+    """Of block-sparse attention."""
+    return emulate(monkeypatch, "block_sparse_attention")
+
+
+@pytest.fixture
+def emulated_pooled_attention(monkeypatch, nan_filled_empty):
+    """Of pooled attention."""
+    return emulate(monkeypatch, "pooled_attention")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from seerattention.ops import dense_indices, select_threshold, select_topk, select_topp
 from seerattention.ops.block_selection import causal_softmax
-from seerattention.ops.block_selection.reference import PROBABILITY_UNITS
+from seerattention.ops.block_selection.reference import PROBABILITY_UNITS, Rule
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 
 needs_interpreter = pytest.mark.skipif(
@@ -405,8 +405,8 @@ def test_rows_wider_than_one_warp_group_has_registers_for():
 def test_longer_rows_are_refused_and_never_computed_another_way(monkeypatch):
     """The automatic choice, pretending that the CPU is a GPU: the reference would take tens of gigabytes."""
     interface = importlib.import_module("seerattention.ops.block_selection.interface")
-    monkeypatch.setattr(interface.dispatch, "choose_implementation", lambda op, implementation, *_, **__: "triton")
-    monkeypatch.setattr(interface.reference, "select_topk", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(interface.dispatch, "choose_implementation", lambda *_: "triton")
+    monkeypatch.setattr(interface.dispatch, "load", lambda *_: pytest.fail("computed"))
     scores = torch.zeros(1, 1, 2, interface.MAX_TRITON_BLOCKS + 1)
     for implementation in (None, "triton"):
         with pytest.raises(ValueError, match="takes up to 32768 key blocks, got 32769; use larger blocks, or pass"):
@@ -426,19 +426,36 @@ def test_launches_fit_the_registers_of_a_multiprocessor(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launches.append(options)
 
-    for name in ("select_topk_kernel", "select_topp_kernel", "select_threshold_kernel"):
-        monkeypatch.setattr(triton, name, Kernel())
+    monkeypatch.setattr(triton, "select_kernel", Kernel())
     monkeypatch.setattr(triton, "_limit", lambda registers: {"maxnreg": registers})
-    common = {"block_size": 64, "table": None, "last_blocks_dense": 0}
     for num_keys in (100, 4096, 8192, 8193, 16384, 32768):
         scores = torch.zeros(1, 1, 2, num_keys)
         launches.clear()
-        triton.select_topk(
-            scores, torch.ones(1, 2, dtype=torch.int64), diagonal_extra=False, capacity=1, **common
-        )  # fmt: skip
-        triton.select_topp(scores, 0.5, **common)
-        triton.select_threshold(scores, 0.5, **common)
+        keep = torch.ones(1, 2, dtype=torch.int64)
+        for kind in ("threshold", "topk", "topp"):
+            triton.select(scores, Rule(kind, num_keys, 64, None, 0, 0.5, keep))
         for options in launches:
             assert options["BLOCK"] >= num_keys
             assert options["maxnreg"] * 32 * options["num_warps"] <= 1 << 16
         assert {options["maxnreg"] for options in launches} == ({128} if num_keys > 16384 else {168, 216, 128})
+
+
+@needs_interpreter
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(("min_blocks", "first_blocks", "dense_rows"), [(0, 0, 0), (4, 1, 3), (9, 0, 0), (2, 5, 8)])
+def test_relative_thresholds_interpreted(min_blocks, first_blocks, dense_rows, softmax):
+    floors = {"min_blocks": min_blocks, "first_blocks": first_blocks, "dense_rows": dense_rows}
+    for num_rows, num_keys in ((1, 1), (5, 5), (40, 40), (3, 150)):
+        # Steps of 1/8: equal scores, and no product that rounds.
+        scores = (torch.randn(2, 2, num_rows, num_keys, generator=torch.Generator().manual_seed(0)) * 8).round() / 8
+        scores[0, 0, 0] = float("nan")
+        for factor in (0.0, 1.0, 2.0):
+            common = {"relative": True, "softmax": softmax, "last_blocks_dense": 1, **floors}
+            actual, expected = (
+                select_threshold(scores, factor, implementation=name, **common).to_mask()
+                for name in ("triton", "reference")
+            )
+            if softmax:  # whose last bits differ
+                assert (actual != expected).sum() <= 1
+            else:
+                assert torch.equal(actual, expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import subprocess
 import sys
 
@@ -127,103 +126,6 @@ def test_gathered_pads_lists_of_similar_lengths(diagonal, nan_filled_empty):
     out = block_sparse_attention(q, spoilt, v, blocks, implementation="cpu_gathered")
     exact, _ = exact_attention(q, k, v, blocks)
     torch.testing.assert_close(out[:, :, :1099].double(), exact[:, :, :1099].double(), rtol=1e-5, atol=2e-6)
-
-
-# -- FlexAttention -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_flex_compiles_once_for_all_lengths_lists_and_dtypes(nan_filled_empty):
-    q, k, v = make_qkv(100, 100)
-    block_sparse_attention(q, k, v, make_blocks("all", q, k), implementation="cpu_flex")
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for lengths in LENGTHS:
-            for kind in LIST_KINDS if dtype == torch.float32 else ("random", "shared"):
-                q, k, v = make_qkv(*lengths, batch=2, dtype=dtype)
-                run_and_check("cpu_flex", q, k, v, make_blocks(kind, q, k), with_lse=False)
-    contiguous = [x.contiguous() for x in make_qkv(256, 256)]
-    run_and_check("cpu_flex", *contiguous, make_blocks("random", *contiguous[:2]), with_lse=False)
-    narrow = make_blocks("single", *contiguous[:2])
-    narrow = BlockIndices(narrow.indices[..., :1], narrow.counts, narrow.num_key_blocks, narrow.block_size)
-    run_and_check("cpu_flex", *contiguous, narrow, with_lse=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(7, 1, 80, 32), (2, 2, 128, 128)])
-def test_flex_head_configurations(heads, kv_heads, head_dim, block_size, nan_filled_empty):
-    for kind in LIST_KINDS:
-        q, k, v = make_qkv(250, 333, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        run_and_check("cpu_flex", q, k, v, make_blocks(kind, q, k, block_size), with_lse=False)
-
-
-@pytest.mark.slow
-def test_flex_with_another_number_of_threads():
-    """The number of threads is compiled into FlexAttention's buffers: changing it must not reuse the binary."""
-    threads = torch.get_num_threads()
-    q, k, v = make_qkv(500, 500)
-    blocks = make_blocks("random", q, k)
-    try:
-        for count in (1, 2, 1):
-            torch.set_num_threads(count)
-            run_and_check("cpu_flex", q, k, v, blocks, with_lse=False)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_only_long_prompts_compile_and_only_if_told_to(monkeypatch):
-    def fail(*args):
-        raise AssertionError("compiled")
-
-    flex = importlib.import_module(f"{MODULE}.cpu_flex")
-    monkeypatch.setattr(flex, "_compiled", fail)
-    q, k, v = make_qkv(2048, 2048, heads=1, kv_heads=1, head_dim=16)
-    blocks = make_blocks("random", q, k)
-    block_sparse_attention(q, k, v, blocks)
-    monkeypatch.setattr(flex, "AUTOMATIC", True)
-    block_sparse_attention(*(x[:, :, :2047] for x in (q, k, v)), blocks)
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        with pytest.raises(AssertionError, match="compiled"):
-            block_sparse_attention(q, k, v, blocks)
-    block_sparse_attention(q, k, v, blocks, return_lse=True)
-
-
-WITHOUT_COMPILER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import importlib
-import logging
-logging.basicConfig(level=logging.WARNING, format="LOG %(name)s %(message)s")
-import torch
-from helpers import make_blocks, make_qkv
-from seerattention.ops import block_sparse_attention
-importlib.import_module("seerattention.ops.block_sparse_attention.cpu_flex").AUTOMATIC = True
-q, k, v = make_qkv(2100, 2100, heads=2, kv_heads=1, head_dim=32)
-blocks = make_blocks("random", q, k)
-reference = block_sparse_attention(q, k, v, blocks, implementation="reference")
-for _ in range(2):
-    torch.testing.assert_close(block_sparse_attention(q, k, v, blocks), reference, rtol=1e-5, atol=2e-6)
-print("same")
-"""
-
-
-@pytest.mark.parametrize("case", ["CXX points to nothing", "CXX unset, no compiler on PATH"])
-def test_without_a_compiler_the_gathered_path_runs_with_one_warning(case, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # no binary of an earlier run
-    if case.startswith("CXX points"):
-        environment["CXX"] = "/nonexistent/g++"
-    else:
-        environment["PATH"] = str(tmp_path)
-    here = os.path.dirname(os.path.dirname(__file__))
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER, here], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert "same" in result.stdout
-    warnings = [line for line in result.stderr.splitlines() if line.startswith("LOG seerattention")]
-    assert len(warnings) == (1 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 0), result.stderr
 
 
 # -- Triton, interpreted: a fixed subset in which values of the columns meet pairwise ---------------------------------
@@ -364,7 +266,6 @@ def _arguments():
         (lambda a: a | {"blocks": a["blocks"].indices}, TypeError, "BlockIndices"),
         (lambda a: a | {"scale": -1.0}, ValueError, "scale"),
         (lambda a: a | {"implementation": "fast"}, ValueError, "fast"),
-        (lambda a: a | {"implementation": "cpu_flex", "return_lse": True}, NotImplementedError, "lse"),
         (lambda a: a | {"q": a["q"].requires_grad_()}, NotImplementedError, "no_grad"),
     ],
 )
@@ -395,14 +296,14 @@ def test_a_gpu_without_triton_warns_once_and_takes_the_reference(monkeypatch, ca
     dispatch = importlib.import_module("seerattention.ops.dispatch")
     monkeypatch.setattr(dispatch, "triton_importable", lambda: False)
     dispatch.warn_once.cache_clear()
-    device = torch.device("cuda")
+    device, table = torch.device("cuda"), {name: dispatch.Implementation(name) for name in ("triton", "reference")}
     with caplog.at_level(logging.WARNING, logger="seerattention"):
         for _ in range(2):
-            name = dispatch.choose_implementation("op", None, device, names=("reference", "triton"))
+            name = dispatch.choose_implementation("op", None, device, table)
             assert name == "reference"
     assert len(caplog.records) == 1
     with pytest.raises(ValueError, match="needs triton"):
-        dispatch.choose_implementation("op", "triton", device, names=("reference", "triton"))
+        dispatch.choose_implementation("op", "triton", device, table)
 
 
 def test_importing_the_package_imports_neither_triton_nor_the_compiler():

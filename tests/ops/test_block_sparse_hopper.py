@@ -152,11 +152,11 @@ def test_asked_for_where_it_cannot_run():
 
 def test_who_chooses_it(emulated, monkeypatch):
     """Automatic choice, pretending that the CPU is a GPU: only with the environment variable, and never for float32."""
-    monkeypatch.setattr(dispatch, "choose_implementation", lambda *args, **kwargs: args[1] or "triton")
+    monkeypatch.setattr(dispatch, "device_type", lambda device: "cuda")
     triton = importlib.import_module("seerattention.ops.block_sparse_attention.triton")
     portable = []
     monkeypatch.setattr(
-        triton, "block_sparse_attention_triton", lambda q, *args: (portable.append(1), (torch.zeros_like(q), None))[1]
+        triton, "block_sparse_attention", lambda q, *args: (portable.append(1), (torch.zeros_like(q), None))[1]
     )
     monkeypatch.delenv(dispatch.HOPPER_VARIABLE, raising=False)
     for value, automatic, dtype, chosen in [

@@ -73,12 +73,6 @@ def test_hopper_emulated(parts, emulated_attention, monkeypatch, case):
     check_lists("hopper", case, head_dim=64, dtype=torch.float16)
 
 
-@pytest.mark.slow
-def test_flex():
-    """One case: every other shape would be compiled again."""
-    check_lists("cpu_flex", MIXED, with_lse=False)
-
-
 # -- the same, of lists that were the package's own --------------------------------------------------------------------
 
 

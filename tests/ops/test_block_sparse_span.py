@@ -149,8 +149,6 @@ def test_what_does_not_fit_a_span_is_said():
     blocks = lists_of(prompts, span, 32)
     with pytest.raises(ValueError, match="1 rows of 10 slots, but q is"):
         block_sparse_attention(q[:, :, :9], k, v, blocks)
-    with pytest.raises(NotImplementedError, match="FlexAttention takes no span whose rows differ"):
-        block_sparse_attention(q, k, v, blocks, implementation="cpu_flex")
     with pytest.raises(ValueError, match="begin at different blocks"):
         blocks.first_row  # noqa: B018
     with pytest.raises(ValueError, match="1 batch rows with 2 rows of lists over 2 key blocks of 32"):

@@ -16,6 +16,8 @@ from seerattention.ops import (
     select_topk,
     select_topp,
 )
+from seerattention.ops.block_pooling.reference import Grid
+from seerattention.ops.block_selection.reference import Rule
 from seerattention.ops.span import Span
 
 OPS = torch.ops.seerattention
@@ -47,7 +49,8 @@ def assert_same_lists(a, b):
 @pytest.mark.parametrize("kinds", ["avg", "max,min,avg"])
 def test_block_pooling_is_a_proper_op(kinds, lengths, implementation):
     q = make_qkv(130, 130, batch=2, head_dim=16)[0]
-    torch.library.opcheck(OPS.block_pooling, (q, kinds, 64, lengths, implementation))
+    grid = Grid(3, 0, 0, Span.of_padded(2, 130, 130, lengths).table)
+    torch.library.opcheck(OPS.block_pooling, (q, kinds, 64, *grid, implementation))
 
 
 @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
@@ -55,9 +58,9 @@ def test_block_pooling_is_a_proper_op(kinds, lengths, implementation):
 @pytest.mark.parametrize(("reduce", "normalize"), [("max", True), ("sum", False)])
 def test_pooled_attention_is_a_proper_op(reduce, normalize, lengths, implementation):
     q, k, _ = make_qkv(130, 130, batch=2, head_dim=16)
-    rows = torch.tensor([2, 0])
+    rows, span = torch.tensor([2, 0]), Span.of_padded(2, 130, 130, lengths)
     for lse in (None, torch.zeros(q.shape[:3])):
-        arguments = (q, k, rows, 64, 0.25, lengths, reduce, normalize, lse, implementation)
+        arguments = (q, k, rows, 64, 0.25, reduce, normalize, lse, *span.arguments(), 0, implementation)
         torch.library.opcheck(OPS.pooled_attention, arguments)
 
 
@@ -72,13 +75,15 @@ def test_selections_are_proper_ops(lengths, implementation):
         checks += ("test_aot_dispatch_dynamic",)
     keep = torch.tensor([[1, 2, 2, 3]])
     table = None if lengths is None else Span.of_padded(2, 240, 320, lengths).table
-    for op, arguments in (
-        (OPS.select_threshold, (probabilities, 0.1, 64, table, 1)),
-        (OPS.select_topp, (probabilities, 0.7, 64, table, 0)),
-        (OPS.select_topk, (scores, keep, 64, table, 0, False, 3)),
-        (OPS.select_topk, (scores, keep, 64, table, 0, False, 5)),
+    common = (5, 64, table, 1)
+    for values, rule in (
+        (probabilities, Rule("threshold", *common, 0.1)),
+        (probabilities, Rule("threshold", *common, 1.0, relative=True, min_blocks=2, first_blocks=1)),
+        (probabilities, Rule("topp", 5, 64, table, 0, 0.7)),
+        (scores, Rule("topk", 3, 64, table, 0, keep=keep)),
+        (scores, Rule("topk", 5, 64, table, 0, keep=keep)),
     ):
-        torch.library.opcheck(op, (*arguments, implementation), test_utils=checks)
+        torch.library.opcheck(OPS.block_selection, (values, *rule, implementation), test_utils=checks)
 
 
 @pytest.mark.parametrize("implementation", [None, "reference", "cpu_gathered", "triton"])
@@ -90,8 +95,10 @@ def test_block_sparse_attention_is_a_proper_op(lengths, return_lse, implementati
     plain, ragged = Span(1, *lengths), Span.of_padded(1, *lengths, torch.tensor([lengths[1] - 5]))
     mask = torch.ones(1, q.shape[1], ragged.num_rows(64), ragged.num_key_blocks(64), dtype=torch.bool)
     for lists, span in ((blocks, plain), (seer.BlockIndices.from_mask(mask, 64, span=ragged), ragged)):
-        given = (lists.indices, lists.counts, lists.num_key_blocks, lists.block_size, True, *span.arguments())
-        torch.library.opcheck(OPS.block_sparse_attention, (q, k, v, *given, 0.25, return_lse, implementation))
+        given = (lists.indices, lists.counts, lists.num_key_blocks, lists.block_size, False, True)
+        torch.library.opcheck(
+            OPS.block_sparse_attention, (q, k, v, *given, *span.arguments(), 0.25, return_lse, implementation)
+        )
 
 
 # -- the public functions in one graph ---------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ def test_a_whole_sparse_layer_is_one_graph_that_compiles_twice_at_most():
     assert [name.split(".")[1] for name in called] == [
         "block_pooling",
         "block_pooling",
-        "select_topk",
+        "block_selection",
         "block_sparse_attention",
     ]
 
@@ -221,14 +228,3 @@ def test_triton_in_a_graph():
 
     for a, b in zip(compiled(call)(q, k, v), call(q, k, v), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.slow
-def test_flex_compiles_itself_inside_a_compiled_region():
-    """The first call runs in the outer graph, where the op compiles its own FlexAttention."""
-    call = compiled(lambda q, k, v, blocks: block_sparse_attention(q, k, v, blocks, implementation="cpu_flex"))
-    for length in (200, 300):
-        q, k, v = make_qkv(length, length, head_dim=24)
-        blocks = make_blocks("random", q, k)
-        expected = block_sparse_attention(q, k, v, blocks, implementation="reference")
-        torch.testing.assert_close(call(q, k, v, blocks), expected, rtol=1e-5, atol=2e-6)

@@ -12,7 +12,8 @@ import torch
 import seerattention as seer
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.gate_scores import encode_blocks, gate_scores, reference
-from seerattention.ops.gate_scores.interface import NO_END, empty_scores
+from seerattention.ops.gate_scores.interface import empty_scores
+from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.span import Span, num_blocks
 
 needs_interpreter = pytest.mark.skipif(
@@ -137,7 +138,8 @@ def test_are_proper_ops(implementation):
     table = torch.tensor([[0, 3, 60, 0]], dtype=torch.int32)
     for rows, spans, pitch, reduce in ((None, None, 32, "max"), (torch.arange(2)[None], table, 16, "logsumexp")):
         q, k = torch.randn(1, 2, 2 * BLOCK_SIZE // pitch, 8), torch.randn(1, 1, 4, 8)
-        arguments = (q, k, rows, spans, BLOCK_SIZE, pitch, 16, 0.25, reduce, 0, 0, NO_END, True, implementation)
+        tiles = Tiles(BLOCK_SIZE, pitch, 16, 0.25, reduce, True, rows, table=spans)
+        arguments = (q, k, *tiles, implementation)
         torch.library.opcheck(torch.ops.seerattention.gate_scores, arguments)
 
 
@@ -182,8 +184,8 @@ def cases(length, size, q_pitch):
     """Name, arguments, sub-blocks of q, and what the definition takes: rows, start and end."""
     tiles = num_blocks(length, size)
     everything = [list(range(tiles))] * 2
-    yield "whole", {}, num_blocks(length, q_pitch), everything, [0, 0], [NO_END] * 2
-    yield "first rows", {"rows": 0}, size // q_pitch, [[0], [0]], [0, 0], [NO_END] * 2
+    yield "whole", {}, num_blocks(length, q_pitch), everything, [0, 0], [1 << 30] * 2
+    yield "first rows", {"rows": 0}, size // q_pitch, [[0], [0]], [0, 0], [1 << 30] * 2
     span = Span(2, length, length)
     yield "prompt", {"span": span}, num_blocks(length, q_pitch), everything, [0, 0], [length] * 2
     rows = torch.tensor([tiles - 1, 0])

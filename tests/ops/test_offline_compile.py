@@ -28,6 +28,7 @@ KNOWN_SPILLS = {
     ("block_sparse_attention", "sm_80", "128 64 padded"): 64,
     ("block_sparse_attention", "sm_80", "128 64 packed"): 64,
     ("block_sparse_attention", "sm_80", "128 64 pages"): 928,
+    ("block_pooling", "sm_90", "chunk 64"): 32,
     # 16 warps hold a row, with 128 registers a thread.
     ("block_selection", "sm_90", "topp 32768 True"): 880,
 }

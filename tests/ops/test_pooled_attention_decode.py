@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from seerattention.ops import pooled_attention, pooled_attention_decode
+from seerattention.ops import Span, pooled_attention, pooled_attention_decode
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.indices import num_blocks
@@ -292,7 +292,8 @@ def test_no_gradient():
 def test_is_a_proper_op(reduce, implementation):
     q, k = make(20, 40, 2, 1, 16)
     for lengths, lse in ((None, torch.zeros(q.shape[:3])), (torch.tensor([30, 40]), None)):
-        arguments = (q, k, torch.tensor([39, 20, 21]), 32, 0.25, lengths, reduce, True, lse, implementation)
+        span = Span.of_padded(2, 20, 40, lengths).arguments()
+        arguments = (q, k, torch.tensor([19, 0, 1]), 32, 0.25, reduce, True, lse, *span, 20, implementation)
         torch.library.opcheck(torch.ops.seerattention.pooled_attention_decode, arguments)
 
 

@@ -8,32 +8,16 @@ import importlib
 import pytest
 import torch
 
-import gluon_emulator
 from helpers import make_qkv
 from seerattention.ops import dispatch, pooled_attention
+from seerattention.ops.pooled_attention.arguments import Wanted
 
 interface = importlib.import_module("seerattention.ops.pooled_attention.interface")
 
 
 @pytest.fixture
-def emulated(monkeypatch, nan_filled_empty):
-    """implementation="hopper" runs on CPU tensors, in the emulator. Returns the launches."""
-    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-    hopper = importlib.import_module("seerattention.ops.pooled_attention.hopper")
-    kernel, launches = hopper.pooled_attention_hopper_kernel, []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            def launch(*args, num_warps, maxnreg, **constants):
-                launches.append((grid, num_warps, maxnreg))
-                gluon_emulator.run(kernel, grid, args, constants)
-
-            return launch
-
-    monkeypatch.setattr(hopper, "pooled_attention_hopper_kernel", Kernel())
-    monkeypatch.setattr(dispatch, "hopper_unusable", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return launches
+def emulated(emulated_pooled_attention):
+    return emulated_pooled_attention
 
 
 def inputs(tokens, heads, kv_heads, head_dim, dtype=torch.bfloat16):
@@ -56,7 +40,7 @@ def test_equals_reference(emulated, tokens, heads, kv_heads):
     q, k, lse = inputs(tokens, heads, kv_heads, 64)
     check(q, k, lse)
     check(q, k, lse, normalize=False, lengths=torch.tensor([tokens[1], tokens[1] - tokens[0] // 2]))
-    assert all(launch[1:] == (4, 248) for launch in emulated)
+    assert all(launch[:2] == (4, 248) for launch in emulated)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (80, torch.bfloat16), (128, torch.float16)])
@@ -87,22 +71,19 @@ def test_without_lse_it_is_computed_first(emulated):
 
 def test_where_it_is_usable(emulated):
     q, k, _ = inputs((70, 70), 4, 1, 64)
-    assert interface.hopper_usable(q, k, 64, "max") is None
-    assert "float16 or bfloat16" in interface.hopper_usable(q.float(), k.float(), 64, "max")
-    assert "reduce='max'" in interface.hopper_usable(q, k, 64, "sum")
-    assert "blocks of 64" in interface.hopper_usable(q, k, 32, "max")
-    assert "head_dim" in interface.hopper_usable(q[..., :32], k[..., :32], 64, "max")
-    assert "four query heads" in interface.hopper_usable(q[:, :2], k, 64, "max")
-    assert "aligned k" in interface.hopper_usable(
-        q, torch.zeros(k.numel() + 1, dtype=k.dtype)[1:].view_as(k), 64, "max"
-    )
+    wanted = Wanted(64, 0.1, "max", True, None)
+    assert interface.hopper_usable(q, k, wanted) is None
+    assert "float16 or bfloat16" in interface.hopper_usable(q.float(), k.float(), wanted)
+    assert "reduce='max'" in interface.hopper_usable(q, k, wanted._replace(reduce="sum"))
+    assert "blocks of 64" in interface.hopper_usable(q, k, wanted._replace(block_size=32))
+    assert "head_dim" in interface.hopper_usable(q[..., :32], k[..., :32], wanted)
+    assert "four query heads" in interface.hopper_usable(q[:, :2], k, wanted)
+    assert "aligned k" in interface.hopper_usable(q, torch.zeros(k.numel() + 1, dtype=k.dtype)[1:].view_as(k), wanted)
 
 
 def test_automatic_choice(emulated, monkeypatch):
     q, k, lse = inputs((70, 70), 4, 1, 64)
-    monkeypatch.setattr(
-        dispatch, "choose_implementation", lambda *args, **kwargs: "triton" if args[1] is None else args[1]
-    )
+    monkeypatch.setattr(dispatch, "device_type", lambda device: "cuda")
     monkeypatch.setattr(dispatch, "HOPPER_AUTOMATIC", True)
     pooled_attention(q, k, lse=lse)
     assert len(emulated) == 1

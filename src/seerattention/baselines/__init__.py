@@ -7,7 +7,30 @@ Each is a :class:`~seerattention.selectors.Selector` in a file of its own and kn
 from __future__ import annotations
 
 from ..selectors import Selector
+from .flashprefill import FlashPrefill
+from .flexprefill import FlexPrefill
+from .mean_pool import MeanPool
+from .minference import MInference
 from .oracle import Oracle
+from .oracle_cover import OracleCover
+from .random import Random
 from .registry import parse_selectors, selector_from_dict
+from .streaming import Streaming
+from .sub_block import SubBlock
+from .xattention import XAttention
 
-__all__ = ["Oracle", "Selector", "parse_selectors", "selector_from_dict"]
+__all__ = [
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "MeanPool",
+    "Oracle",
+    "OracleCover",
+    "Random",
+    "Selector",
+    "Streaming",
+    "SubBlock",
+    "XAttention",
+    "parse_selectors",
+    "selector_from_dict",
+]

@@ -1,4 +1,4 @@
-"""Oracle: selects from the true block maxima. No method that scores blocks can do better at predicting the target.
+"""Oracle: selects from the true attention map. No method that scores blocks can do better at predicting it.
 
 It computes the whole attention map, so it saves nothing; it is the yardstick that gates are held against.
 """
@@ -13,23 +13,48 @@ from ..ops.indices import BlockIndices
 from ..ops.pooled_attention import pooled_attention
 from ..policies import Policy, Threshold
 from ..selectors import LayerInputs, Selector
+from .checks import check_choice
+
+_REDUCTIONS = {"max": "max", "mass": "sum"}
 
 
 @dataclass(frozen=True)
 class Oracle(Selector):
-    """A selector that feeds the true pooled attention map (the distillation target) to a policy.
+    """A selector that feeds the true pooled attention map to a policy.
 
     Attributes:
         policy: turns the logarithm of the map, whose softmax is the map itself, into block indices.
         block_size: tokens a block.
+        reduce: what the map holds of a tile. "max": the largest probability, the distillation target of gates
+            (SeerAttention, arXiv 2410.13276, section 3.2), of which no method that scores blocks can predict more.
+            "mass": the sum of all probabilities over the number of queries, so that ``TopP(p)`` keeps p of the
+            attention of the queries of a block on average. The logarithm of the mass without the normalisation of each
+            query is ``SubBlock`` with as many parts as tokens.
+
+    Raises:
+        ValueError: another reduction.
     """
 
     policy: Policy = field(default_factory=lambda: Threshold(2e-3))
     block_size: int = 64
+    reduce: str = "max"
 
     kind = "oracle"
 
+    def __post_init__(self) -> None:
+        check_choice("Oracle", "reduce", self.reduce, tuple(_REDUCTIONS))
+
     def select(self, inputs: LayerInputs) -> BlockIndices:
+        """See :class:`~seerattention.selectors.Selector`.
+
+        Raises:
+            NotImplementedError: a chunk of a prompt.
+        """
+        if inputs.span is not None:
+            raise NotImplementedError(
+                "Oracle: the pooled attention map is that of whole prompts, and this is a chunk on a cache; "
+                "OracleCover takes chunks"
+            )
         return self(inputs.q, inputs.k, layer=inputs.layer, scale=inputs.scale, lengths=inputs.lengths)
 
     @property
@@ -41,5 +66,6 @@ class Oracle(Selector):
     ) -> BlockIndices:
         """The same from plain tensors: q ``[B, Hq, T, D]`` and k ``[B, Hkv, T, D]`` after RoPE, int64 lengths ``[B]``;
         ``layer`` makes no difference."""
-        target = pooled_attention(q, k, block_size=self.block_size, scale=scale, lengths=lengths)
+        reduce = _REDUCTIONS[self.reduce]
+        target = pooled_attention(q, k, block_size=self.block_size, scale=scale, lengths=lengths, reduce=reduce)
         return self.policy.select(target.log_(), block_size=self.block_size, lengths=lengths)

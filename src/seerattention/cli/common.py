@@ -73,22 +73,10 @@ class Terminal:
         if not self.err.is_terminal:
             yield self._plain_progress(what, total)
             return
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import Progress, TimeElapsedColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = list(Progress.get_default_columns())  # what, bar, share, time left
+        columns.insert(-1, TimeElapsedColumn())
         with Progress(*columns, console=self.err) as bar:
             task = bar.add_task(what, total=total)
             yield lambda amount: bar.advance(task, amount)

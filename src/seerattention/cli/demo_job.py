@@ -89,18 +89,9 @@ class DemoPlan:
         if model == "smollm2":
             return cls._of_smollm2(device, fast, seconds)
         if fast:
-            return cls(
-                length=1024,
-                task_length=1024,
-                train_length=512,
-                max_steps=4,
-                max_rounds=1,
-                questions=2,
-                repeats=1,
-                seconds=seconds,
-                committed=(0.5, 0.2),
-                fresh=(0.2,),
-            )
+            tokens: dict[str, Any] = {"length": 1024, "task_length": 1024, "train_length": 512}
+            work: dict[str, Any] = {"max_steps": 4, "max_rounds": 1, "questions": 2, "repeats": 1, "seconds": seconds}
+            return cls(**tokens, **work, committed=(0.5, 0.2), fresh=(0.2,))
         if device.startswith("cuda"):
             return cls(
                 length=16384,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -50,7 +50,7 @@ def command(
                 for gpu in facts["devices"]
             ),
             ["CUDA of torch", facts["cuda"] or "none (CPU build)"],
-            ["C++ compiler", facts["compiler"] or "none found (CPU attention falls back to gathered plain torch)"],
+            ["C++ compiler", facts["compiler"] or "none found (torch.compile needs one)"],
             ["git commit", facts["git_commit"] or "not a source checkout"],
         ]
         terminal.table(Table(["what", "found"], rows), numbers=False)
@@ -69,20 +69,19 @@ def collect() -> dict[str, Any]:
 
     from ..evaluate.environment import environment
     from ..hf.architectures import FAMILIES
-    from ..policies import Dense, Threshold, TokenBudget, TopK, TopP
+    from ..policies import KINDS
 
-    policies = ", ".join(policy.__name__ for policy in (Threshold, TopK, TopP, TokenBudget, Dense))
+    policies = ", ".join(policy.__name__ for policy in KINDS.values())
     support = {name: text.format(families=", ".join(sorted(FAMILIES)), policies=policies) for name, text in SUPPORT}
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     facts = environment()
     implementations = {
-        device: {op: _implementation(names, device, facts["compiler"]) for op, names in ops().items()}
-        for device in devices
+        device: {op: _implementation(names, device) for op, names in ops().items()} for device in devices
     }
     return {"environment": facts, "implementations": implementations, "support": support}
 
 
-def ops() -> dict[str, Sequence[str]]:
+def ops() -> dict[str, Iterable[str]]:
     """Every op of the package and the names of its implementations.
 
     Looked up, so that no new op is missing here: each has a folder in ``ops/`` with an ``interface.py``, and variants
@@ -105,7 +104,7 @@ def ops() -> dict[str, Sequence[str]]:
     return found
 
 
-def _implementation(names: Sequence[str], device: str, compiler: str | None) -> str:
+def _implementation(names: Iterable[str], device: str) -> str:
     """What an op with these implementations would choose on a device; see ``ops/dispatch.py``."""
     import torch
 
@@ -117,13 +116,4 @@ def _implementation(names: Sequence[str], device: str, compiler: str | None) -> 
         if "hopper" in names and dispatch.hopper_automatic() and not dispatch.hopper_unusable(torch.device(device)):
             return "hopper where shapes and strides allow, else triton"
         return "triton"
-    if "cpu_flex" in names:
-        from ..ops.block_sparse_attention.cpu_flex import MIN_QUERIES, flex_usable
-        from ..ops.indices import BlockIndices
-
-        if compiler is None:
-            return "cpu_gathered (no C++ compiler)"
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-        usable = flex_usable(torch.empty(1, 1, MIN_QUERIES, 1), BlockIndices.from_mask(mask))
-        return f"cpu_flex from {MIN_QUERIES} tokens, else cpu_gathered" if usable else "cpu_gathered"
     return next((name for name in names if name.startswith("cpu")), "reference")

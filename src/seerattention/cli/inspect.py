@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    Terminal,
-    book_tokens,
-    default_gates,
-    errors,
-    load_model,
-    open_data,
-    parse_list,
-    resolve_device,
-    token_count,
-)
+from . import common
 from .options import check_dtype, check_gates, check_model, check_output, named, parse_index, say_unused
 
 if TYPE_CHECKING:
@@ -59,17 +49,17 @@ def command(
     Also shows the block recall of every head: the share of the true attention mass inside the blocks that are read.
     Each layer is judged on what the sparse layers before it produced.
     """
-    with errors():
-        terminal = Terminal(as_json)
-        wanted_layers = None if layers == "all" else parse_list(layers, parse_index, "layers")
-        wanted_heads = None if heads == "all" else parse_list(heads, parse_index, "heads")
-        tokens = token_count(length, "--length")
+    with common.errors():
+        terminal = common.Terminal(as_json)
+        wanted_layers = None if layers == "all" else common.parse_list(layers, parse_index, "layers")
+        wanted_heads = None if heads == "all" else common.parse_list(heads, parse_index, "heads")
+        tokens = common.token_count(length, "--length")
 
         from ..policies import TopK
 
         with named("--density"):
             policy = None if density is None else TopK(density)
-        folder = gates or default_gates(model)
+        folder = gates or common.default_gates(model)
         if folder is None:
             raise ValueError("--gates is needed for this model: a folder of trained gates or a hub id")
         if text is not None and not text.is_file():
@@ -80,10 +70,10 @@ def command(
         check_model(model)
         check_dtype(dtype)
         check_output(output)
-        documents = None if text is not None else open_data(data, model)
-        chosen = resolve_device(device)
+        documents = None if text is not None else common.open_data(data, model)
+        chosen = common.resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
-        loaded, tokenizer = load_model(model, chosen, dtype)
+        loaded, tokenizer = common.load_model(model, chosen, dtype)
         prompt = _prompt(text, documents, model, tokenizer, tokens)
 
         from .. import hf
@@ -117,7 +107,7 @@ def _prompt(text: Path | None, documents: Documents | None, model: str, tokenize
         if len(ids) < 2:
             raise ValueError(f"--text: {text} holds less than two tokens")
         return torch.tensor([ids[:tokens]])
-    books = book_tokens(documents, model, tokenizer, limit=tokens)
+    books = common.book_tokens(documents, model, tokenizer, limit=tokens)
     longest = max(books, key=len)
     if len(longest) < 2:
         raise ValueError("--data: no text in it has two tokens or more")

@@ -23,12 +23,15 @@ _CHUNK = 1 << 16  # compressed bytes that are decompressed at a time
 _ZSTD_WINDOW = 1 << 31  # as `zstd --long=31` writes; taken only by frames that ask for it
 _START = 16  # bytes that tell what a file is
 
+_COMPRESSED = (
+    (b"\x28\xb5\x2f\xfd", "zstandard", ".zst"),
+    (b"\x1f\x8b", "gzip", ".gz"),
+    (b"\xfd7zXZ\x00", "xz", ".xz"),
+    *((b"BZh%d1AY&SY" % level, "bzip2", ".bz2") for level in range(1, 10)),
+)
 # First bytes -> what the file is, how to get at the text. Longer ones first where one begins with another.
 _SIGNATURES = (
-    (b"\x28\xb5\x2f\xfd", "zstandard data", "end its name in .zst"),
-    (b"\x1f\x8b", "gzip data", "end its name in .gz"),
-    (b"\xfd7zXZ\x00", "xz data", "end its name in .xz"),
-    *((b"BZh%d1AY&SY" % level, "bzip2 data", "end its name in .bz2") for level in range(1, 10)),
+    *((start, f"{name} data", f"end its name in {suffix}") for start, name, suffix in _COMPRESSED),
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"PAR1", "a Parquet table", "write its texts as JSON lines"),

@@ -102,10 +102,12 @@ class Measure(Protocol):
     together: ClassVar[bool]
 
     def lengths(self, asked: Sequence[int]) -> Sequence[int]:
-        """Which of the lengths that were asked for, ascending, to measure."""
+        """Which of the lengths that were asked for, ascending, to measure: all."""
+        return asked
 
     def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
-        """Which of the settings that were asked for to measure."""
+        """Which of the settings that were asked for to measure: all."""
+        return asked
 
     def prepare(self, subject: Subject, length: int) -> Prompts:
         """Prompts of ``length`` tokens: a function of the arguments and the options."""
@@ -123,3 +125,4 @@ class Measure(Protocol):
 
     def picture(self, results: Sequence[Any]) -> Picture | None:
         """The same as a picture, where it says more than the table."""
+        return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import check_batch_size, check_documents, iterate_token_losses, prompt_device
-from .measure import Advance, Picture, Prompts, Subject
+from .measure import Advance, Measure, Picture, Prompts, Subject
 from .settings import Setting
 from .tables import Table, finite, format_density, format_length, with_error
 
@@ -232,7 +232,7 @@ def perplexity_table(results: Sequence[PerplexityResult], lengths: Sequence[int]
 
 
 @dataclass(frozen=True)
-class PerplexityMeasure:
+class PerplexityMeasure(Measure):
     """Perplexity as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
 
     name: ClassVar[str] = "perplexity"
@@ -244,10 +244,6 @@ class PerplexityMeasure:
     def lengths(self, asked: Sequence[int]) -> Sequence[int]:
         """The longest, which gives the others too."""
         return asked[-1:]
-
-    def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
-        """All."""
-        return asked
 
     def prepare(self, subject: Subject, length: int) -> Prompts:
         """Documents of the books, each with the tokenizer's first token."""

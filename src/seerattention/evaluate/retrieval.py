@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from ..hf.prompts import evaluating
 from ..tasks import TASKS, TaskGenerator
 from .forward import check_batch_size, decoder_states, prompt_device, token_logits
-from .measure import Advance, Picture, Prompts, Subject
+from .measure import Advance, Measure, Picture, Prompts, Subject
 from .settings import Setting
 from .tables import Table, finite, format_density, format_length, format_percent
 
@@ -307,7 +307,7 @@ def retrieval_table(results: Sequence[RetrievalResult]) -> Table:
 
 
 @dataclass(frozen=True)
-class RetrievalMeasure:
+class RetrievalMeasure(Measure):
     """Retrieval as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
 
     name: ClassVar[str] = "retrieval"
@@ -318,14 +318,6 @@ class RetrievalMeasure:
     samples: int = 8
     questions: int = 4
     method: str = "generate"
-
-    def lengths(self, asked: Sequence[int]) -> Sequence[int]:
-        """All."""
-        return asked
-
-    def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
-        """All."""
-        return asked
 
     def prepare(self, subject: Subject, length: int) -> Prompts:
         """Samples of every task."""

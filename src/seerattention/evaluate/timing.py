@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from ..hf.prompts import evaluating
 from .forward import check_documents, prompt_device, prompt_options
-from .measure import Advance, Prompts, Subject
+from .measure import Advance, Measure, Prompts, Subject
 from .perplexity import cut_documents
 from .settings import Setting
 from .tables import Table, format_density, format_length, format_seconds
@@ -196,7 +196,7 @@ def timing_table(results: Sequence[TimingResult]) -> Table:
 
 
 @dataclass(frozen=True)
-class TimingMeasure:
+class TimingMeasure(Measure):
     """Prefill time as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
 
     name: ClassVar[str] = "timing"
@@ -204,10 +204,6 @@ class TimingMeasure:
     together: ClassVar[bool] = True
 
     repeats: int = 5
-
-    def lengths(self, asked: Sequence[int]) -> Sequence[int]:
-        """All."""
-        return asked
 
     def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:
         """No selectors: the oracle computes the whole map to select from it, so its time says nothing."""
@@ -231,9 +227,6 @@ class TimingMeasure:
     def table(self, results: Sequence[TimingResult]) -> Table:
         """See :func:`timing_table`."""
         return timing_table(results)
-
-    def picture(self, results: Sequence[TimingResult]) -> None:
-        """None: the table says it all."""
 
 
 def time_functions(

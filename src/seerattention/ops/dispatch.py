@@ -1,32 +1,25 @@
-"""What the interfaces of all ops share: choosing an implementation, being one op to torch.compile, checking shapes."""
+"""What the interfaces of all ops share: choosing an implementation, checking shapes."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
-import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 MAX_HEAD_DIM = 256
 # What every op takes for floating-point inputs, whatever torch's default dtype is; so does everything above the ops.
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (32, 64, 128)
-
-# Of the names under which torch knows the ops: that of the package which they are part of.
-NAMESPACE = __name__.split(".")[0]
 
 # Whether kernels written in Gluon for Hopper GPUs run wherever they can, or only where they are asked for by name.
 HOPPER_AUTOMATIC = True
@@ -138,38 +131,47 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def choose_implementation(
-    op: str, implementation: str | None, device: torch.device, *, names: Sequence[str], cpu: str = "reference"
-) -> str:
-    """Name of the implementation to run: the one asked for, or the best for the device.
+def device_type(device: torch.device) -> str:
+    """What implementations are chosen by; ROCm devices call themselves cuda too."""
+    return device.type
 
-    Automatic choice: ``"triton"`` on CUDA and ROCm devices (the reference with one warning where triton is not
-    installed), ``cpu`` on the CPU, ``"reference"`` elsewhere.
+
+class Implementation(NamedTuple):
+    """One line of an op's table of implementations, which stand in the order of preference.
+
+    Attributes:
+        module: where its function, which has the op's name, is; imported when it is first needed.
+        refuses: why it cannot run on the arguments that the op chooses by, or None where it can.
+    """
+
+    module: str
+    refuses: Callable[..., str | None] = lambda *arguments: None
+
+
+def choose_implementation(
+    op: str, implementation: str | None, device: torch.device, table: Mapping[str, Implementation], *arguments: Any
+) -> str:
+    """Name of the implementation to run: the one asked for, or the first of the table that can run.
+
+    By itself ``"triton"`` runs on CUDA and ROCm devices (where triton is not installed, or the kernel refuses, the
+    reference runs, with one warning), ``"hopper"`` where :func:`hopper_automatic`, what begins with ``"cpu"`` on the
+    CPU.
 
     Args:
         op: name of the op, for messages.
         implementation: what the caller asked for; None chooses.
         device: device of the inputs.
-        names: implementations that the op has.
-        cpu: the automatic choice on the CPU.
+        table: implementations that the op has.
+        arguments: for ``refuses``.
 
     Raises:
-        ValueError: no such implementation, or ``"triton"`` asked for with tensors that it cannot run on.
+        ValueError: no such implementation, or one asked for that cannot run on the inputs.
     """
     if implementation is None:
-        if device.type == "cpu":
-            return cpu
-        if device.type == "cuda" and "triton" in names:  # ROCm devices call themselves cuda too
-            if triton_importable():
-                return "triton"
-            warn_once(
-                f"{op}: triton cannot be imported, so the slow reference implementation runs on {device.type}; "
-                "install it with `pip install 'seerattention[triton]'`"
-            )
-        return "reference"
-    if implementation not in names:
+        return next(name for name in table if _runs_by_itself(op, name, device, table[name].refuses, arguments))
+    if implementation not in table:
         raise ValueError(
-            f"{op} has no implementation {implementation!r}; choose one of {tuple(names)} or None (automatic)"
+            f"{op} has no implementation {implementation!r}; choose one of {tuple(table)} or None (automatic)"
         )
     if implementation == "triton":
         if not triton_importable():
@@ -179,7 +181,42 @@ def choose_implementation(
                 f"{op}: implementation='triton' needs CUDA tensors, got {device.type}; set TRITON_INTERPRET=1 before "
                 "the first call to run it in Triton's interpreter, or pass implementation=None"
             )
+    if implementation.startswith("cpu") and device.type != "cpu":
+        raise ValueError(f"{op}: implementation={implementation!r} needs CPU tensors, got {device.type}")
+    if reason := table[implementation].refuses(*arguments):
+        raise ValueError(f"{op}: implementation={implementation!r} cannot run here: {reason}; pass implementation=None")
     return implementation
+
+
+def _runs_by_itself(
+    op: str, name: str, device: torch.device, refuses: Callable[..., str | None], arguments: Sequence[Any]
+) -> bool:
+    if name == "reference":
+        return True
+    if name.startswith("cpu"):
+        return device_type(device) == "cpu" and refuses(*arguments) is None
+    if device_type(device) != "cuda":
+        return False
+    if name == "hopper":
+        return hopper_automatic() and refuses(*arguments) is None
+    if not triton_importable():
+        warn_once(
+            f"{op}: triton cannot be imported, so the slow reference implementation runs on {device.type}; "
+            "install it with `pip install 'seerattention[triton]'`"
+        )
+        return False
+    if reason := refuses(*arguments):
+        warn_once(f"{op}: the slow reference implementation runs, since of the Triton kernel {reason}")
+        return False
+    return True
+
+
+def load(package: str | None, module: str, function: str) -> Callable[..., Any]:
+    """A function of a module of an op's package. Kernels are imported late: triton is an optional dependency."""
+    return getattr(_module(f"{package}.{module}"), function)
+
+
+_module = functools.cache(importlib.import_module)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -187,49 +224,6 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
-
-
-def tracing() -> bool:
-    """Whether ``torch.compile`` or ``torch.export`` is tracing: only then do ops go through torch's dispatcher."""
-    return torch.compiler.is_compiling()
-
-
-def custom_op(fake: Callable[..., T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator that makes a function one opaque op to tracers: ``torch.ops.<package>.<name of the function>``.
-
-    ``torch.compile`` traces the public function, its checks included, down to this op and no further. Outside of a
-    trace the function is called as it is: going through torch's dispatcher takes about 30 us a call.
-
-    Args:
-        fake: takes those of the function's arguments that it needs, by their names; gives empty tensors of the shapes,
-            dtypes and strides of the results.
-
-    The function takes tensors, numbers, strings and None, which its annotations name, writes into no argument and
-    returns fresh tensors. What depends on values, addresses or the environment belongs into it.
-    """
-
-    needed = list(inspect.signature(fake).parameters)
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        op = torch.library.custom_op(f"{NAMESPACE}::{function.__name__.lstrip('_')}", function, mutates_args=())
-        signature = inspect.signature(function)
-
-        def empty_results(*args: P.args, **kwargs: P.kwargs) -> T:
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            return fake(**{name: given.arguments[name] for name in needed})
-
-        op.register_fake(empty_results)
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            if tracing():
-                return op(*args, **kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate
 
 
 def check_query_key(op: str, q: Tensor, k: Tensor, with_span: bool = False) -> None:

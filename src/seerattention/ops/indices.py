@@ -14,13 +14,15 @@ outside are brought into this form by :func:`clean_lists` before anything is com
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import lists
+from . import dispatch, lists
 from .span import Span, num_blocks
 
 __all__ = [
@@ -92,6 +94,16 @@ class BlockIndices:
     # nobody outside has seen their tensors. Two numbers: they were, when the tensors had these versions.
     _order: ClassVar[Any] = None
 
+    # What an op is given that ``torch.compile`` sees as one, see ``custom_op.py``; the span goes by itself.
+    OP_FIELDS: ClassVar[dict[str, Any]] = {
+        "indices": Tensor,
+        "counts": Tensor,
+        "num_key_blocks": int,
+        "block_size": int,
+        "by_token": bool,
+        "ordered": bool,
+    }
+
     def __post_init__(self) -> None:
         indices, counts = read_lists(self)
         if indices.dim() != 4 or counts.shape != indices.shape[:3]:
@@ -110,6 +122,20 @@ class BlockIndices:
         """A copy shares the tensors, or has others: what was known of their order stays behind."""
         _lend(self)
         return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    @staticmethod
+    def from_arguments(
+        indices: Tensor, counts: Tensor, num_key_blocks: int, block_size: int, by_token: bool, ordered: bool
+    ) -> BlockIndices:
+        """Undo :meth:`arguments`."""
+        blocks = ordered_lists(indices, counts, num_key_blocks, block_size, by_token)
+        if not ordered:
+            object.__setattr__(blocks, "_order", None)
+        return blocks
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The lists as tensors and numbers, by ``OP_FIELDS``."""
+        return *read_lists(self), self.num_key_blocks, self.block_size, self.by_token, is_ordered(self)
 
     @property
     def num_rows(self) -> int:
@@ -296,6 +322,37 @@ def ordered_lists(
 def read_lists(blocks: BlockIndices) -> tuple[Tensor, Tensor]:
     """``indices`` and ``counts`` for code of this package that only reads them: what is known of their order stays."""
     return blocks._indices, blocks._counts  # type: ignore[attr-defined]
+
+
+def in_order(blocks: BlockIndices, span: Span) -> BlockIndices:
+    """The lists as an implementation of an op gets them: in order, and with a span, the default one too.
+
+    Raises:
+        ValueError: as :meth:`BlockIndices.checked`.
+    """
+    ordered = is_ordered(blocks)
+    if not ordered or blocks.span is not span:
+        lists = read_lists(blocks)
+        blocks = ordered_lists(*lists, blocks.num_key_blocks, blocks.block_size, blocks.by_token, span)
+    return blocks if ordered else clean_lists(blocks)
+
+
+def attend(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    blocks: BlockIndices,
+    span: Span,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run an implementation of attention on q, k and v as an op gives its results: the second is empty without lse."""
+    q = tensors[0]
+    with torch.no_grad(), dispatch.without_autocast(q.device.type):
+        if 0 in q.shape or span.keys == 0:
+            shape = q.shape[:3] if return_lse else (0,)
+            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
+        out, lse = function(*tensors, in_order(blocks, span), scale, return_lse)
+        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
 
 
 def span_of(blocks: BlockIndices, q: Tensor, k: Tensor) -> Span:

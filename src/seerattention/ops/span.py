@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -140,22 +140,26 @@ class Span:
         table = torch.stack([column.to(torch.int32) for column in columns], dim=1)
         return cls(len(length), queries, keys, table, packed=True)
 
+    # What an op is given that ``torch.compile`` sees as one, see ``custom_op.py``.
+    OP_FIELDS: ClassVar[dict[str, Any]] = {
+        "batch": int,
+        "queries": int,
+        "keys": int,
+        "table": Tensor | None,
+        "packed": bool,
+        "page_table": Tensor | None,
+        "page_size": int,
+    }
+
     @classmethod
-    def from_arguments(
-        cls,
-        batch: int,
-        queries: int,
-        keys: int,
-        table: Tensor | None,
-        packed: bool,
-        page_table: Tensor | None,
-        page_size: int,
-    ) -> Span:
+    def from_arguments(cls, *arguments: Any) -> Span:
         """Undo :meth:`arguments`."""
-        return cls(batch, queries, keys, table, packed, None if page_table is None else Pages(page_table, page_size))
+        batch, queries, keys, table, packed, page_table, page_size = arguments
+        pages = None if page_table is None else Pages(page_table, page_size)
+        return cls(batch, queries, keys, table, packed, pages)
 
     def arguments(self) -> tuple[Any, ...]:
-        """The span as tensors and numbers, which is what an op takes that ``torch.compile`` sees as one."""
+        """The span as tensors and numbers, by ``OP_FIELDS``."""
         pages = (None, 0) if self.pages is None else (self.pages.table, self.pages.page_size)
         return self.batch, self.queries, self.keys, self.table, self.packed, *pages
 

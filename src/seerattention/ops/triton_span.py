@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .span import Span
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 

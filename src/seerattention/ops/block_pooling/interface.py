@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import num_blocks
-from ..span import Span
-from . import reference
+from ..custom_op import custom_op
+from ..span import Span, num_blocks
+from .reference import Grid
 
 __all__ = ["BLOCK_SIZES", "block_pooling"]
 
 OP = "block_pooling"
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 KINDS = ("max", "min", "avg")
 # A gate may pool more finely than its mask.
 BLOCK_SIZES = range(4, 129, 4)
@@ -72,45 +72,32 @@ def block_pooling(
                 f"{OP}: lengths must be integers [{x.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
             )
         lengths = lengths.to(x.device, torch.int64)
-    joined = ",".join(kinds)
     if span is None:
         if align is not None:
             raise ValueError(f"{OP}: align={align} needs a span; blocks of whole prompts begin at their first token")
-        return _block_pooling(x, joined, block_size, lengths, implementation)
-    align = block_size if align is None else align
+        batch, tokens = x.shape[0], x.shape[2]
+        span = Span.of_padded(batch, tokens, tokens, None if lengths is None else lengths.clamp(max=tokens))
+        grid = Grid(num_blocks(tokens, block_size), 0, 0, span.table)
+        return _block_pooling(x, ",".join(kinds), block_size, grid, implementation)
     if lengths is not None:
         raise ValueError(f"{OP}: pass lengths or a span, not both; a span holds the lengths of its rows")
+    align = block_size if align is None else align
     if align <= 0 or align % block_size:
         raise ValueError(f"{OP}: align must be a multiple of block_size ({block_size}), got {align}")
     span.check(OP, q=x)
     num = span.num_rows(align) * (align // block_size)
     offset = (span.keys - span.queries) % align if span.plain else 0
-    return _block_pooling(x, joined, block_size, None, implementation, num, offset, align, span.table)
+    return _block_pooling(x, ",".join(kinds), block_size, Grid(num, offset, align, span.table), implementation)
 
 
-def _fake(x: Tensor, kinds: str, block_size: int, num: int, table: Tensor | None) -> Tensor:
-    batch, heads, length, head_dim = x.shape
-    rows = num_blocks(length, block_size) if num < 0 else num
-    return x.new_empty(batch if table is None else table.shape[0], heads, rows, len(kinds.split(",")) * head_dim)
+def _fake(x: Tensor, kinds: str, grid: Grid) -> Tensor:
+    batch, heads, _, head_dim = x.shape
+    batch = batch if grid.table is None else grid.table.shape[0]
+    return x.new_empty(batch, heads, grid.num, len(kinds.split(",")) * head_dim)
 
 
-@dispatch.custom_op(_fake)
-def _block_pooling(
-    x: Tensor,
-    kinds: str,
-    block_size: int,
-    lengths: Tensor | None,
-    implementation: str | None,
-    num: int = -1,
-    offset: int = 0,
-    align: int = 1,
-    table: Tensor | None = None,
-) -> Tensor:
-    """``kinds`` is joined by commas; the rest as in :class:`~.reference.Grid`, -1 blocks: those of whole prompts."""
-    function = reference.block_pooling
-    if dispatch.choose_implementation(OP, implementation, x.device, names=IMPLEMENTATIONS) == "triton":
-        from . import triton  # imported late: triton is an optional dependency
-
-        function = triton.block_pooling
-    grid = None if num < 0 else reference.Grid(num, offset, align, table)
-    return function(x, kinds.split(","), block_size=block_size, lengths=lengths, grid=grid)
+@custom_op(_fake)
+def _block_pooling(x: Tensor, kinds: str, block_size: int, grid: Grid, implementation: str | None) -> Tensor:
+    """``kinds`` is joined by commas."""
+    name = dispatch.choose_implementation(OP, implementation, x.device, IMPLEMENTATIONS)
+    return dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)(x, kinds.split(","), block_size, grid)

@@ -13,12 +13,13 @@ from ..span import LENGTH, QUERY_SLOT, START
 
 
 class Grid(NamedTuple):
-    """Which blocks are pooled, where they are not simply those of whole prompts.
+    """Which blocks are pooled.
 
     Attributes:
         num: blocks of each row.
         offset: tokens of block 0 that come before the first token of x, which are not there.
-        align: with a table, block 0 begins at the last multiple of so many tokens up to a row's first one.
+        align: with a table, block 0 begins at the last multiple of so many tokens up to a row's first one; 0: at the
+            first token of x, rows being whole prompts.
         table: that of a span, int32 ``[B, 4]``, where rows differ.
     """
 
@@ -28,17 +29,10 @@ class Grid(NamedTuple):
     table: Tensor | None
 
 
-def block_pooling(
-    x: Tensor, kinds: Sequence[str], *, block_size: int, lengths: Tensor | None, grid: Grid | None = None
-) -> Tensor:
+def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:
+    if grid.table is not None or grid.offset or grid.num != num_blocks(x.shape[2], block_size):
+        return _pool_some(x, kinds, block_size, grid)
     length = x.shape[2]
-    if grid is not None:
-        return _pool_grid(x, kinds, block_size, grid)
-    if lengths is not None:
-        num = num_blocks(length, block_size)
-        blocks = torch.nn.functional.pad(x, (0, 0, 0, num * block_size - length)).unflatten(2, (num, block_size))
-        positions = torch.arange(num * block_size, device=x.device).view(num, block_size)
-        return _pool_masked(blocks, kinds, (positions < lengths[:, None, None]) & (positions < length))
     whole = length // block_size * block_size
     parts = [_pool(x[:, :, :whole].unflatten(2, (-1, block_size)), kinds)] if whole else []
     if whole < length:
@@ -74,17 +68,16 @@ def _pool_masked(blocks: Tensor, kinds: Sequence[str], valid: Tensor) -> Tensor:
     return torch.cat(pooled, dim=-1)
 
 
-def _pool_grid(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:
-    """Blocks of a chunk: tokens before the first and behind the last of a row are not valid."""
+def _pool_some(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:
+    """Blocks of chunks and padded rows: tokens before the first and behind the last of a row are not valid."""
     places = torch.arange(grid.num * block_size, device=x.device)
     if grid.table is None:
-        if grid.offset == 0 and grid.num == num_blocks(x.shape[2], block_size):
-            return block_pooling(x, kinds, block_size=block_size, lengths=None)
         tokens = (places - grid.offset)[None]  # [1, N * block_size], of the chunk
         valid, slots = (tokens >= 0) & (tokens < x.shape[2]), tokens
     else:
         table = grid.table.long()
-        tokens = places - (table[:, START] % grid.align)[:, None]
+        first = table[:, START] % grid.align if grid.align else torch.zeros_like(table[:, START])
+        tokens = places - first[:, None]
         valid, slots = (tokens >= 0) & (tokens < table[:, LENGTH, None]), tokens + table[:, QUERY_SLOT, None]
     slots = slots.clamp(0, x.shape[2] - 1)
     rows = torch.arange(x.shape[0], device=x.device)[:, None]  # one row for all where rows are packed

@@ -51,8 +51,8 @@ def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS: tl.constexpr, S
 
 @triton.jit(do_not_specialize=["heads", "length", "num", "offset"])  # another length must not compile it again
 def block_pooling_fwd_kernel(
-    x, lengths, table, out, heads, length, num, offset, s_xb, s_xh, s_xt,
-    HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
+    x, table, out, heads, length, num, offset, s_xb, s_xh, s_xt,
+    HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
     MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -64,11 +64,10 @@ def block_pooling_fwd_kernel(
     i_n = tl.program_id(0) // parts % tiles * BLOCKS
     i_b = (tl.program_id(0) // parts // tiles).to(tl.int64)
     end = length
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + i_b), length).to(tl.int32)
     if HAS_TABLE:
         x += tl.load(table + i_b * 4).to(tl.int64) * s_xt
-        offset = tl.load(table + i_b * 4 + 1) % ALIGN
+        if CHUNK:
+            offset = tl.load(table + i_b * 4 + 1) % ALIGN
         end = tl.load(table + i_b * 4 + 2)
     # The token of x with which the first block begins (there is none before token 0), and the number from there on.
     begin = i_n * BLOCK
@@ -126,12 +125,8 @@ def block_pooling_fwd_kernel(
         tl.store(p_out + AVG_SLOT * HEAD_DIM, b_avg.to(out.dtype.element_ty), mask=m_out)
 
 
-def block_pooling(
-    x: Tensor, kinds: Sequence[str], *, block_size: int, lengths: Tensor | None, grid: Grid | None = None
-) -> Tensor:
+def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:
     batch, heads, length, head_dim = x.shape
-    if grid is None:
-        grid = Grid(num_blocks(length, block_size), 0, 1, None)
     if grid.table is not None:
         batch = grid.table.shape[0]
     out = torch.empty(batch, heads, grid.num, len(kinds) * head_dim, dtype=x.dtype, device=x.device)
@@ -147,7 +142,6 @@ def block_pooling(
     with torch.cuda.device_of(x):
         block_pooling_fwd_kernel[(batch * num_blocks(grid.num, blocks) * num_blocks(heads, heads_at_once),)](
             x,
-            lengths,
             grid.table,
             out,
             heads,
@@ -156,9 +150,8 @@ def block_pooling(
             grid.offset,
             x.stride(0) if x.shape[0] > 1 else 0,  # packed rows share the one of x
             *x.stride()[1:3],
-            HAS_LENGTHS=lengths is not None,
             HAS_TABLE=grid.table is not None,
-            CHUNK=grid.offset > 0 or grid.table is not None,
+            CHUNK=grid.offset > 0 or (grid.table is not None and grid.align > 0),
             MAX_SLOT=slots.get("max", -1),
             MIN_SLOT=slots.get("min", -1),
             AVG_SLOT=slots.get("avg", -1),

@@ -13,36 +13,30 @@ the table of a span.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..custom_op import custom_op
 from ..indices import BlockIndices, ordered_lists
 from ..span import Span
 from . import reference
-from .reference import causal_softmax, dense_indices
+from .reference import Rule, causal_softmax, dense_indices
 
 __all__ = ["causal_softmax", "dense_indices", "select_threshold", "select_topk", "select_topp"]
 
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 # A Triton program holds a whole row in registers, of at most 1024 threads: 2M tokens in blocks of 64.
 MAX_TRITON_BLOCKS = 1 << 15
 
 
 @torch.no_grad()
 def select_threshold(
-    probabilities: Tensor,
-    threshold: float,
-    *,
-    block_size: int = 64,
-    lengths: Tensor | None = None,
-    last_blocks_dense: int = 0,
-    softmax: bool = False,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> BlockIndices:
+    probabilities: Tensor, threshold: float, *, block_size: int = 64, lengths: Tensor | None = None,
+    last_blocks_dense: int = 0, softmax: bool = False, implementation: str | None = None, span: Span | None = None,
+    relative: bool = False, min_blocks: int = 0, first_blocks: int = 0, dense_rows: int = 0,
+) -> BlockIndices:  # fmt: skip
     """Keep the blocks whose probability is strictly above ``threshold``, and the diagonal.
 
     The inference rule of the SeerAttention paper (arXiv 2410.13276, section 3.3).
@@ -57,34 +51,39 @@ def select_threshold(
             way, so that probabilities need no memory; theirs may differ from torch's in the last bits.
         implementation: ``"reference"``, ``"triton"`` (up to 32,768 key blocks) or None (automatic: the kernel on GPUs).
         span: which query blocks the rows are, instead of ``lengths``; the lists carry it.
+        relative: the threshold is a multiple of uniform attention: a row that may see n blocks keeps those whose
+            probability times n is above it.
+        min_blocks: a row keeps at least so many blocks, the diagonal and its best others (all, where it has fewer).
+        first_blocks: the first this many blocks are kept by every row that may see them: attention sinks.
+        dense_rows: rows that may see at most so many blocks read them all.
 
     Returns:
         BlockIndices with capacity Nk.
 
     Raises:
-        ValueError: wrong shapes, more query blocks than key blocks, both lengths and a span, a negative
-            ``last_blocks_dense``, more key blocks than the kernel takes.
+        ValueError: wrong shapes, more query blocks than key blocks, both lengths and a span, a negative number of
+            blocks, more key blocks than the kernel takes.
         TypeError: scores that are not floating point.
     """
     op = "select_threshold"
+    if min(min_blocks, first_blocks, dense_rows) < 0:
+        raise ValueError(
+            f"{op}: min_blocks, first_blocks and dense_rows must be 0 or more, got {min_blocks}, {first_blocks} and "
+            f"{dense_rows}"
+        )
     table = _check(op, probabilities, block_size, lengths, span, last_blocks_dense)
-    lists = _select_threshold(probabilities, threshold, block_size, table, last_blocks_dense, implementation, softmax)
-    return ordered_lists(*lists, probabilities.shape[-1], block_size, span=span)
+    num_keys = probabilities.shape[-1]
+    rule = Rule("threshold", num_keys, block_size, table, last_blocks_dense, float(threshold), softmax=softmax)
+    rule = rule._replace(relative=relative, min_blocks=min_blocks, first_blocks=first_blocks, dense_rows=dense_rows)
+    return ordered_lists(*_block_selection(probabilities, rule, implementation), num_keys, block_size, span=span)
 
 
 @torch.no_grad()
 def select_topk(
-    scores: Tensor,
-    keep: Tensor | Sequence[int],
-    *,
-    block_size: int = 64,
-    lengths: Tensor | None = None,
-    last_blocks_dense: int = 0,
-    diagonal_extra: bool = False,
-    capacity: int | None = None,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> BlockIndices:
+    scores: Tensor, keep: Tensor | Sequence[int], *, block_size: int = 64, lengths: Tensor | None = None,
+    last_blocks_dense: int = 0, diagonal_extra: bool = False, capacity: int | None = None,
+    implementation: str | None = None, span: Span | None = None,
+) -> BlockIndices:  # fmt: skip
     """Keep the ``keep[r]`` best causal blocks of each row; equal scores go to the lower block index.
 
     Args:
@@ -124,22 +123,15 @@ def select_topk(
     keep = keep.to(scores.device, torch.int64, non_blocking=on_cpu).clamp(1, most).view(-1, num_rows)
     if last_blocks_dense:
         longest = num_keys
-    lists = _select_topk(scores, keep, block_size, table, last_blocks_dense, diagonal_extra, longest, implementation)
-    return ordered_lists(*lists, num_keys, block_size, span=span)
+    rule = Rule("topk", longest, block_size, table, last_blocks_dense, keep=keep, diagonal_extra=diagonal_extra)
+    return ordered_lists(*_block_selection(scores, rule, implementation), num_keys, block_size, span=span)
 
 
 @torch.no_grad()
 def select_topp(
-    probabilities: Tensor,
-    p: float,
-    *,
-    block_size: int = 64,
-    lengths: Tensor | None = None,
-    last_blocks_dense: int = 0,
-    softmax: bool = False,
-    implementation: str | None = None,
-    span: Span | None = None,
-) -> BlockIndices:
+    probabilities: Tensor, p: float, *, block_size: int = 64, lengths: Tensor | None = None, last_blocks_dense: int = 0,
+    softmax: bool = False, implementation: str | None = None, span: Span | None = None,
+) -> BlockIndices:  # fmt: skip
     """Keep the diagonal and the fewest best other blocks with which the probabilities sum to at least ``p``.
 
     Sums are exact: probabilities are cut to multiples of 2^-40 (and to [0, 1]) and added as integers. A row whose
@@ -162,93 +154,30 @@ def select_topp(
     table = _check(op, probabilities, block_size, lengths, span, last_blocks_dense)
     if not p > 0:
         raise ValueError(f"{op}: p must be positive, got {p}")
-    lists = _select_topp(probabilities, p, block_size, table, last_blocks_dense, implementation, softmax)
-    return ordered_lists(*lists, probabilities.shape[-1], block_size, span=span)
+    num_keys = probabilities.shape[-1]
+    rule = Rule("topp", num_keys, block_size, table, last_blocks_dense, float(p), softmax=softmax)
+    return ordered_lists(*_block_selection(probabilities, rule, implementation), num_keys, block_size, span=span)
 
 
-# -- the same as ops of plain tensors: what torch.compile sees --------------------------------------------------------
-
-
-def _module(op: str, implementation: str | None, scores: Tensor) -> ModuleType:
-    """The module of the implementation that runs."""
-    if _choose(op, implementation, scores) == "triton":
-        from . import triton  # imported late: triton is an optional dependency
-
-        return triton
-    return reference
-
-
-def _fake_full(scores: Tensor, implementation: str | None) -> tuple[Tensor, Tensor]:
-    num_keys = scores.shape[-1]
+def _fake(scores: Tensor, rule: Rule, implementation: str | None) -> tuple[Tensor, Tensor]:
     # The reference cuts a spare slot off rows of this memory.
-    spare = int(_choose("block_selection", implementation, scores) == "reference")
-    indices = scores.new_empty(*scores.shape[:3], num_keys + spare, dtype=torch.int32)
-    return indices[..., :num_keys], scores.new_empty(scores.shape[:3], dtype=torch.int32)
+    spare = int(rule.capacity == scores.shape[-1] and _choose(implementation, scores) == "reference")
+    indices = scores.new_empty(*scores.shape[:3], rule.capacity + spare, dtype=torch.int32)
+    return indices[..., : rule.capacity], scores.new_empty(scores.shape[:3], dtype=torch.int32)
 
 
-@dispatch.custom_op(_fake_full)
-def _select_threshold(
-    scores: Tensor,
-    bound: float,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    implementation: str | None,
-    softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return _module("select_threshold", implementation, scores).select_threshold(
-        scores, bound, block_size=block_size, table=table, last_blocks_dense=last_blocks_dense, softmax=softmax
-    )
+@custom_op(_fake)
+def _block_selection(scores: Tensor, rule: Rule, implementation: str | None) -> tuple[Tensor, Tensor]:
+    name = _choose(implementation, scores)
+    return dispatch.load(__package__, IMPLEMENTATIONS[name].module, "select")(scores, rule)
 
 
-def _fake_topk(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    indices = scores.new_empty(*scores.shape[:3], capacity, dtype=torch.int32)
-    return indices, scores.new_empty(scores.shape[:3], dtype=torch.int32)
-
-
-@dispatch.custom_op(_fake_topk)
-def _select_topk(
-    scores: Tensor,
-    keep: Tensor,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    diagonal_extra: bool,
-    capacity: int,
-    implementation: str | None,
-) -> tuple[Tensor, Tensor]:
-    return _module("select_topk", implementation, scores).select_topk(
-        scores,
-        keep,
-        block_size=block_size,
-        table=table,
-        last_blocks_dense=last_blocks_dense,
-        diagonal_extra=diagonal_extra,
-        capacity=capacity,
-    )
-
-
-@dispatch.custom_op(_fake_full)
-def _select_topp(
-    scores: Tensor,
-    bound: float,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    implementation: str | None,
-    softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return _module("select_topp", implementation, scores).select_topp(
-        scores, bound, block_size=block_size, table=table, last_blocks_dense=last_blocks_dense, softmax=softmax
-    )
-
-
-def _choose(op: str, implementation: str | None, scores: Tensor) -> str:
-    name = dispatch.choose_implementation(op, implementation, scores.device, names=IMPLEMENTATIONS)
+def _choose(implementation: str | None, scores: Tensor) -> str:
+    name = dispatch.choose_implementation("block_selection", implementation, scores.device, IMPLEMENTATIONS)
     if name == "triton" and scores.shape[-1] > MAX_TRITON_BLOCKS:
         raise ValueError(
-            f"{op}: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; use larger "
-            "blocks, or pass implementation='reference' if there is memory for some 30 bytes a score"
+            f"block_selection: the Triton kernel takes up to {MAX_TRITON_BLOCKS} key blocks, got {scores.shape[-1]}; "
+            "use larger blocks, or pass implementation='reference' if there is memory for some 30 bytes a score"
         )
     return name
 

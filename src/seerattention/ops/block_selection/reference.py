@@ -1,10 +1,8 @@
 """Block selection in plain torch: the definition that the Triton kernels must equal bit for bit.
 
-Every function makes a bool mask of wanted blocks and packs it. All comparisons are on float32 values, ties go to the
-lower block index, and the sums of :func:`select_topp` are taken over integers, so no result depends on the order of
+A rule makes a bool mask of wanted blocks, which is packed. All comparisons are on float32 values, ties go to the
+lower block index, and the sums of top-p are taken over integers, so no result depends on the order of
 summation.
-
-``table`` is that of a span, int32 ``[B, 4]``; None: the rows are the last of the key blocks, and all are valid.
 """
 
 from __future__ import annotations
@@ -21,6 +19,32 @@ from ..span import LENGTH, START, Span
 # Probabilities are counted in units of 2^-40: float32 probabilities above 2^-16 are exact in it, and sums of 2^22
 # blocks still fit int64.
 PROBABILITY_UNITS = 1 << 40
+
+
+class Rule(NamedTuple):
+    """What is asked of :func:`select`, checked. The public functions say what each field means.
+
+    Attributes:
+        kind: ``"threshold"``, ``"topk"`` or ``"topp"``.
+        capacity: entries a list, at least as many as the rule may keep.
+        bound: the threshold, or the mass to reach.
+        keep: int64 ``[1 or B, Nq]`` on the device of the scores, at least 1; of ``"topk"``.
+        table: that of a span, int32 ``[B, 4]``; None: the rows are the last of the key blocks, and all are valid.
+    """
+
+    kind: str
+    capacity: int
+    block_size: int
+    table: Tensor | None
+    last_blocks_dense: int
+    bound: float = 0.0
+    keep: Tensor | None = None
+    softmax: bool = False
+    relative: bool = False
+    diagonal_extra: bool = False
+    min_blocks: int = 0
+    first_blocks: int = 0
+    dense_rows: int = 0
 
 
 class Rows(NamedTuple):
@@ -67,60 +91,46 @@ def _causal_softmax(logits: Tensor, rows: Rows) -> Tensor:
     return logits.float().masked_fill(~rows.up_to(logits.shape[-1]), float("-inf")).softmax(-1)
 
 
-def select_threshold(
-    scores: Tensor,
-    threshold: float,
-    *,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``indices`` and ``counts`` of the lists, as of all of these functions."""
-    rows = rows_of(scores, table, block_size)
-    probabilities = _causal_softmax(scores, rows) if softmax else scores
-    return _finish(probabilities.float() > threshold, rows, last_blocks_dense)
+def select(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """``indices [B, H, Nq, capacity]`` and ``counts [B, H, Nq]`` of the lists, int32."""
+    rows, num_keys = rows_of(scores, rule.table, rule.block_size), scores.shape[-1]
+    values = (_causal_softmax(scores, rows) if rule.softmax else scores).float()
+    if rule.relative:  # to uniform attention
+        values = values * (rows.own + 1).float()[:, None, :, None]
+    if rule.kind == "threshold":
+        mask = values > rule.bound
+        if rule.min_blocks:
+            floor = torch.full_like(rows.own, rule.min_blocks)
+            mask |= _topk_mask(values, floor, rows, diagonal_extra=False)
+    elif rule.kind == "topk":
+        assert rule.keep is not None
+        mask = _topk_mask(values, rule.keep, rows, rule.diagonal_extra)
+    else:
+        mask = _topp_mask(values, rule.bound, rows)
+    keys, own, end = torch.arange(num_keys, device=mask.device), rows.own[:, None, :, None], rows.end[:, None, :, None]
+    mask = mask | (keys == own) | (keys < rule.first_blocks) | (own < rule.dense_rows)
+    if rule.last_blocks_dense:
+        mask = mask | (own >= end - rule.last_blocks_dense)
+    indices, counts = pack(mask & rows.up_to(num_keys) & (own < end), num_keys)
+    return (indices if rule.capacity == num_keys else indices[..., : rule.capacity].contiguous()), counts
 
 
-def select_topk(
-    scores: Tensor,
-    keep: Tensor,
-    *,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    diagonal_extra: bool,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:
-    """``keep`` is int64 ``[1 or B, Nq]`` on the device of the scores, at least 1."""
-    num_keys = scores.shape[-1]
-    rows = rows_of(scores, table, block_size)
+def _topk_mask(values: Tensor, keep: Tensor, rows: Rows, diagonal_extra: bool) -> Tensor:
+    """Bool ``[B, H, Nq, Nk]``; ``keep [1 or B, Nq]``, at least 1."""
+    num_keys = values.shape[-1]
     # Without diagonal_extra the diagonal is one of the k, and the other k - 1 compete below it. Cutting k to the
     # number of candidates keeps masked blocks, which sort last, off the list.
     candidates = rows.up_to(num_keys, 0 if diagonal_extra else 1)
     wanted = torch.minimum(keep, rows.own + 1) if diagonal_extra else torch.minimum(keep - 1, rows.own)
-    values = scores.float()
     values = torch.where(candidates & ~values.isnan(), values, float("-inf"))
     order = values.sort(dim=-1, descending=True, stable=True).indices
-    ranks_wanted = torch.arange(num_keys, device=scores.device) < wanted[:, None, :, None]
-    mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, ranks_wanted.expand(values.shape))
-    indices, counts = _finish(mask, rows, last_blocks_dense)
-    return indices[..., :capacity].contiguous(), counts
+    ranks_wanted = torch.arange(num_keys, device=values.device) < wanted[:, None, :, None]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, ranks_wanted.expand(values.shape))
 
 
-def select_topp(
-    scores: Tensor,
-    p: float,
-    *,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
-    num_keys = scores.shape[-1]
-    rows = rows_of(scores, table, block_size)
-    probabilities = _causal_softmax(scores, rows) if softmax else scores
-    values = probabilities.float().nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0)
+def _topp_mask(values: Tensor, p: float, rows: Rows) -> Tensor:
+    num_keys = values.shape[-1]
+    values = values.nan_to_num(0.0, 1.0, 0.0).clamp(0.0, 1.0)
     # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
     own = rows.own.clamp(max=num_keys - 1)[:, None, :, None].expand(*values.shape[:3], 1)
     diagonal = (values.gather(-1, own).double() * PROBABILITY_UNITS).long()
@@ -128,8 +138,7 @@ def select_topp(
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     units = (ordered.clamp(min=0.0).double() * PROBABILITY_UNITS).long()
     mass_before = diagonal + units.cumsum(-1) - units
-    mask = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, mass_before < topp_target(p))
-    return _finish(mask, rows, last_blocks_dense)
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, mass_before < topp_target(p))
 
 
 def topp_target(p: float) -> int:
@@ -176,13 +185,3 @@ def dense_indices(
 def span_of_lengths(batch: int, num_rows: int, num_key_blocks: int, block_size: int, lengths: Tensor | None) -> Span:
     """The span of right-padded rows of ``lengths [B]`` tokens (None: all), of whole blocks."""
     return Span.of_padded(batch, num_rows * block_size, num_key_blocks * block_size, lengths)
-
-
-def _finish(mask: Tensor, rows: Rows, last_blocks_dense: int) -> tuple[Tensor, Tensor]:
-    """Add what every selection shares (the diagonal, dense last rows, no rows without a query) and pack."""
-    num_keys = mask.shape[-1]
-    own, end = rows.own[:, None, :, None], rows.end[:, None, :, None]
-    mask = mask | (torch.arange(num_keys, device=mask.device) == own)
-    if last_blocks_dense:
-        mask = mask | (own >= end - last_blocks_dense)
-    return pack(mask & rows.up_to(num_keys) & (own < end), num_keys)

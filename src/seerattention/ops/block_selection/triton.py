@@ -22,12 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_span import span_row
-from .reference import topp_target
+from .reference import Rule, topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
 
 # Not specialised, so that a prompt of another length does not compile the kernels again. Strides are, as vector loads
 # depend on their alignment: two variants at most.
-SIZES = ["heads", "num_rows", "num_keys", "capacity", "last", "block_size"]
+SIZES = ["bound", "heads", "num_rows", "num_keys", "s_keep_b", "capacity", "last", "block_size", "min_blocks"]
+SIZES += ["first_blocks", "dense_rows"]
+# Registers of a thread, by rule: as many as the search wants.
+KIND_REGISTERS = {"threshold": 128, "topk": 168, "topp": 216}
 # Blocks that one warp holds, and the least width of a row.
 BLOCKS_PER_WARP, MIN_WIDTH = 2048, 128
 # Registers of a multiprocessor, which all threads of a program share: from 16 warps on (rows of 32,768 blocks) they
@@ -72,19 +75,18 @@ def _pack(m_0, m_1, m_2, m_3, i_query, o_key, p_list, p_count):
 
 
 @triton.jit
-def _pack_best(b_x0, b_x1, b_x2, b_x3, floor, tied, left, i_query, o_key, p_list, p_count):
-    """The blocks that score at least ``floor``; where it is ``tied``, all above and the first ``left`` equal to it."""
+def _best(b_x0, b_x1, b_x2, b_x3, floor, tied, left, o_key):
+    """Masks of the blocks that score at least ``floor``; where it is ``tied``, of all above and the first ``left``
+    equal to it."""
+    cut = o_key * 0 + (1 << 30)
     if tied:
-        cut = _nth(b_x0 == floor, b_x1 == floor, b_x2 == floor, b_x3 == floor, left, o_key)
-        _pack(
-            (b_x0 > floor) | ((b_x0 == floor) & (o_key <= cut)),
-            (b_x1 > floor) | ((b_x1 == floor) & (o_key + 1 <= cut)),
-            (b_x2 > floor) | ((b_x2 == floor) & (o_key + 2 <= cut)),
-            (b_x3 > floor) | ((b_x3 == floor) & (o_key + 3 <= cut)),
-            i_query, o_key, p_list, p_count,
-        )  # fmt: skip
-    else:
-        _pack(b_x0 >= floor, b_x1 >= floor, b_x2 >= floor, b_x3 >= floor, i_query, o_key, p_list, p_count)
+        cut += _nth(b_x0 == floor, b_x1 == floor, b_x2 == floor, b_x3 == floor, left, o_key) - (1 << 30)
+    return (
+        (b_x0 > floor) | ((b_x0 == floor) & (o_key <= cut)),
+        (b_x1 > floor) | ((b_x1 == floor) & (o_key + 1 <= cut)),
+        (b_x2 > floor) | ((b_x2 == floor) & (o_key + 2 <= cut)),
+        (b_x3 > floor) | ((b_x3 == floor) & (o_key + 3 <= cut)),
+    )
 
 
 @triton.jit
@@ -113,21 +115,18 @@ def _before(b_x0, b_x1, b_x2, b_x3, o_key, end):
 
 
 @triton.jit
-def _threshold_row(
-    p_row, p_list, p_count, i_query, threshold, SOFTMAX: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr
-):
-    b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, SOFTMAX, VECTOR, WIDTH)
+def _threshold_row(b_x0, b_x1, b_x2, b_x3, i_query, o_key, threshold, min_blocks, FLOOR: tl.constexpr):
     b_x0, b_x1, b_x2, b_x3 = _before(b_x0, b_x1, b_x2, b_x3, o_key, i_query)
-    _pack(
-        b_x0 > threshold, b_x1 > threshold, b_x2 > threshold, b_x3 > threshold, i_query, o_key, p_list, p_count
-    )  # fmt: skip
+    m_0, m_1, m_2, m_3 = b_x0 > threshold, b_x1 > threshold, b_x2 > threshold, b_x3 > threshold
+    if FLOOR:
+        wanted = tl.minimum(min_blocks - 1, i_query)  # besides the diagonal
+        if add(m_0.to(tl.int32), m_1.to(tl.int32), m_2.to(tl.int32), m_3.to(tl.int32)) < wanted:
+            m_0, m_1, m_2, m_3 = _topk_row(b_x0, b_x1, b_x2, b_x3, i_query, o_key, wanted + 1, False)
+    return m_0, m_1, m_2, m_3
 
 
 @triton.jit
-def _topk_row(
-    p_row, p_list, p_count, i_query, keep, DIAGONAL_EXTRA: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr
-):
-    b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, False, VECTOR, WIDTH)
+def _topk_row(b_x0, b_x1, b_x2, b_x3, i_query, o_key, keep, DIAGONAL_EXTRA: tl.constexpr):
     low = float("-inf")
     b_x0, b_x1, b_x2, b_x3 = (
         replace_nan(b_x0, low),
@@ -142,16 +141,11 @@ def _topk_row(
     lo, _, n_lo, n_hi = topk_boundary(b_x0, b_x1, b_x2, b_x3, wanted, total)
     if DIAGONAL_EXTRA:  # not among those that are ranked by index
         b_x0, b_x1, b_x2, b_x3 = _before(b_x0, b_x1, b_x2, b_x3, o_key, i_query)
-    _pack_best(
-        b_x0, b_x1, b_x2, b_x3, value_of(lo), n_lo != wanted, wanted - n_hi, i_query, o_key, p_list, p_count
-    )  # fmt: skip
+    return _best(b_x0, b_x1, b_x2, b_x3, value_of(lo), n_lo != wanted, wanted - n_hi, o_key)
 
 
 @triton.jit
-def _topp_row(
-    p_row, p_list, p_count, i_query, target, SOFTMAX: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr
-):
-    b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, SOFTMAX, VECTOR, WIDTH)
+def _topp_row(b_x0, b_x1, b_x2, b_x3, i_query, o_key, target):
     b_p0, b_p1, b_p2, b_p3 = _probability(b_x0), _probability(b_x1), _probability(b_x2), _probability(b_x3)
     # The diagonal is taken first and its mass counts; the blocks below it make up the rest.
     diagonal = add(
@@ -169,7 +163,7 @@ def _topp_row(
         unit = tl.maximum(units(floor), 1)
         above = units_above(b_p0, b_p1, b_p2, b_p3, value_of(hi))
         left = ((needed - above + unit - 1) // unit).to(tl.int32)
-    _pack_best(b_p0, b_p1, b_p2, b_p3, floor, tied, left, i_query, o_key, p_list, p_count)
+    return _best(b_p0, b_p1, b_p2, b_p3, floor, tied, left, o_key)
 
 
 @triton.jit
@@ -180,7 +174,7 @@ def _probability(b_x):
 @triton.jit
 def _place(
     p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
-    TABLE: tl.constexpr,
+    dense_rows, TABLE: tl.constexpr,
 ):  # fmt: skip
     """The program's query block, its scores, list and count, and how it is chosen: the scores decide (2), all causal
     blocks (1), none (0)."""
@@ -196,7 +190,7 @@ def _place(
     else:  # the last blocks, and all of them
         i_query = num_keys - num_rows + i_row
         end = num_keys
-    kind = tl.where(i_query >= end, 0, tl.where(i_query >= end - last, 1, 2))
+    kind = tl.where(i_query >= end, 0, tl.where((i_query >= end - last) | (i_query < dense_rows), 1, 2))
     return i_query, p_row, p_indices + o_row * capacity, p_counts + o_row, kind
 
 
@@ -220,121 +214,43 @@ def _fits(i_query, BLOCK: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexp
 
 
 @triton.jit(do_not_specialize=SIZES)
-def select_threshold_kernel(
-    p_x, p_table, p_indices, p_counts, threshold, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last,
-    block_size, SOFTMAX: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+def select_kernel(
+    p_x, p_keep, p_table, p_indices, p_counts, bound, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, s_keep_b,
+    capacity, last, block_size, min_blocks, first_blocks, dense_rows,
+    RULE: tl.constexpr, SOFTMAX: tl.constexpr, RELATIVE: tl.constexpr, FLOOR: tl.constexpr, FIRST: tl.constexpr,
+    DIAGONAL_EXTRA: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
+    """One row. ``bound`` is the threshold, or the mass to reach; FLOOR and FIRST: whether ``min_blocks`` and
+    ``first_blocks`` are more than 0."""
     i_query, p_row, p_list, p_count, kind = _place(
         p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
-        TABLE,
+        dense_rows, TABLE,
     )  # fmt: skip
     if kind < 2:
         _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
     else:
         for i_level in tl.static_range(LEVELS):
             if _fits(i_query, BLOCK, i_level, LEVELS):
-                _threshold_row(p_row, p_list, p_count, i_query, threshold, SOFTMAX, VECTOR, BLOCK >> i_level)
-
-
-@triton.jit(do_not_specialize=[*SIZES, "s_keep_b"])
-def select_topk_kernel(
-    p_x, p_keep, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, s_keep_b, capacity,
-    last, block_size, DIAGONAL_EXTRA: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
-):  # fmt: skip
-    i_query, p_row, p_list, p_count, kind = _place(
-        p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
-        TABLE,
-    )  # fmt: skip
-    if kind < 2:
-        _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
-    else:
-        wanted = tl.load(p_keep + (tl.program_id(1) // heads) * s_keep_b + num_rows - 1 - tl.program_id(0))
-        for i_level in tl.static_range(LEVELS):
-            if _fits(i_query, BLOCK, i_level, LEVELS):
-                _topk_row(
-                    p_row, p_list, p_count, i_query, wanted.to(tl.int32), DIAGONAL_EXTRA, VECTOR, BLOCK >> i_level
-                )
-
-
-@triton.jit(do_not_specialize=[*SIZES, "target"])
-def select_topp_kernel(
-    p_x, p_table, p_indices, p_counts, target, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last,
-    block_size, SOFTMAX: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
-):  # fmt: skip
-    i_query, p_row, p_list, p_count, kind = _place(
-        p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
-        TABLE,
-    )  # fmt: skip
-    if kind < 2:
-        _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
-    else:
-        for i_level in tl.static_range(LEVELS):
-            if _fits(i_query, BLOCK, i_level, LEVELS):
-                _topp_row(p_row, p_list, p_count, i_query, target, SOFTMAX, VECTOR, BLOCK >> i_level)
-
-
-def select_threshold(
-    scores: Tensor,
-    threshold: float,
-    *,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return _launch(
-        select_threshold_kernel,
-        scores,
-        block_size,
-        table,
-        last_blocks_dense,
-        threshold=float(threshold),
-        registers=128,
-        SOFTMAX=softmax,
-    )
-
-
-def select_topk(
-    scores: Tensor,
-    keep: Tensor,
-    *,
-    block_size: int,
-    table: Tensor | None,
-    last_blocks_dense: int,
-    diagonal_extra: bool,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:
-    keep = keep.contiguous()
-    return _launch(
-        select_topk_kernel,
-        scores,
-        block_size,
-        table,
-        last_blocks_dense,
-        capacity=capacity,
-        registers=168,
-        p_keep=keep,
-        s_keep_b=keep.shape[1] if keep.shape[0] > 1 else 0,
-        DIAGONAL_EXTRA=diagonal_extra,
-    )
-
-
-def select_topp(
-    scores: Tensor, p: float, *, block_size: int, table: Tensor | None, last_blocks_dense: int, softmax: bool = False
-) -> tuple[Tensor, Tensor]:
-    return _launch(
-        select_topp_kernel,
-        scores,
-        block_size,
-        table,
-        last_blocks_dense,
-        registers=216,
-        target=topp_target(p),
-        SOFTMAX=softmax,
-    )
+                b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, SOFTMAX, VECTOR, BLOCK >> i_level)
+                if RELATIVE:  # to uniform attention
+                    factor = (i_query + 1).to(tl.float32)
+                    b_x0, b_x1, b_x2, b_x3 = b_x0 * factor, b_x1 * factor, b_x2 * factor, b_x3 * factor
+                if RULE == "threshold":
+                    m_0, m_1, m_2, m_3 = _threshold_row(
+                        b_x0, b_x1, b_x2, b_x3, i_query, o_key, bound, min_blocks, FLOOR
+                    )
+                elif RULE == "topk":
+                    i_row = num_rows - 1 - tl.program_id(0)
+                    keep = tl.load(p_keep + (tl.program_id(1) // heads) * s_keep_b + i_row).to(tl.int32)
+                    m_0, m_1, m_2, m_3 = _topk_row(b_x0, b_x1, b_x2, b_x3, i_query, o_key, keep, DIAGONAL_EXTRA)
+                else:
+                    m_0, m_1, m_2, m_3 = _topp_row(b_x0, b_x1, b_x2, b_x3, i_query, o_key, bound)
+                if FIRST:
+                    first = tl.minimum(first_blocks, i_query)
+                    m_0, m_1 = m_0 | (o_key < first), m_1 | (o_key + 1 < first)
+                    m_2, m_3 = m_2 | (o_key + 2 < first), m_3 | (o_key + 3 < first)
+                _pack(m_0, m_1, m_2, m_3, i_query, o_key, p_list, p_count)
 
 
 def _limit(registers: int) -> dict[str, int]:
@@ -353,45 +269,48 @@ def _whole_vectors(x: Tensor) -> bool:
     return x.storage_offset() % VECTOR == 0 and x.storage_offset() + end <= x.untyped_storage().nbytes() // x.itemsize
 
 
-def _launch(
-    kernel,
-    x: Tensor,
-    block_size: int,
-    table: Tensor | None,
-    last: int,
-    *,
-    registers: int,
-    capacity: int | None = None,
-    **arguments,
-) -> tuple[Tensor, Tensor]:
+def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     batch, heads, num_rows, num_keys = x.shape
-    capacity = num_keys if capacity is None else capacity
-    indices = torch.empty(batch, heads, num_rows, capacity, dtype=torch.int32, device=x.device)
+    indices = torch.empty(batch, heads, num_rows, rule.capacity, dtype=torch.int32, device=x.device)
     counts = torch.empty(batch, heads, num_rows, dtype=torch.int32, device=x.device)
+    if not counts.numel():
+        return indices, counts
     block = max(MIN_WIDTH, triton.next_power_of_2(num_keys))
     num_warps = max(1, block // BLOCKS_PER_WARP)
-    if counts.numel():
-        with torch.cuda.device_of(x):
-            kernel[(num_rows, batch * heads)](
-                x,
-                p_table=table,
-                p_indices=indices,
-                p_counts=counts,
-                heads=heads,
-                num_rows=num_rows,
-                num_keys=num_keys,
-                s_x_b=x.stride(0),
-                s_x_h=x.stride(1),
-                s_x_r=x.stride(2),
-                capacity=capacity,
-                last=last,
-                block_size=block_size,
-                TABLE=table is not None,
-                VECTOR=VECTOR if _whole_vectors(x) else 1,
-                BLOCK=block,
-                LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
-                num_warps=num_warps,
-                **_limit(min(registers, REGISTERS // (32 * num_warps))),
-                **arguments,
-            )
+    bound = topp_target(rule.bound) if rule.kind == "topp" else rule.bound
+    keep, registers = rule.keep, KIND_REGISTERS[rule.kind]
+    if rule.min_blocks:
+        registers = max(registers, KIND_REGISTERS["topk"])
+    with torch.cuda.device_of(x):
+        select_kernel[(num_rows, batch * heads)](
+            x,
+            keep,
+            rule.table,
+            indices,
+            counts,
+            bound,
+            heads,
+            num_rows,
+            num_keys,
+            *x.stride()[:3],
+            keep.stride(0) if keep is not None and keep.shape[0] > 1 else 0,
+            rule.capacity,
+            rule.last_blocks_dense,
+            rule.block_size,
+            rule.min_blocks,
+            rule.first_blocks,
+            rule.dense_rows,
+            RULE=rule.kind,
+            SOFTMAX=rule.softmax,
+            RELATIVE=rule.relative,
+            FLOOR=rule.min_blocks > 0,
+            FIRST=rule.first_blocks > 0,
+            DIAGONAL_EXTRA=rule.diagonal_extra,
+            TABLE=rule.table is not None,
+            VECTOR=VECTOR if _whole_vectors(x) else 1,
+            BLOCK=block,
+            LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
+            num_warps=num_warps,
+            **_limit(min(registers, REGISTERS // (32 * num_warps))),
+        )
     return indices, counts

@@ -23,7 +23,7 @@ from ..span import Span
 BUCKET_ELEMENTS = 1 << 19
 
 
-def block_sparse_attention_cpu_gathered(
+def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as checked by the interface; computes in float32 whatever the dtype (faster than bf16 without AMX).

@@ -28,9 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..hopper import copy_tile, key_place, pin, thread_barrier, tile_descriptor
-from ..indices import BlockIndices, read_lists, span_of
-from ..triton_span import LN2, LOG2E, span_constants
-from .triton_parts import merge_parts, new_results, num_parts, result_buffers
+from ..indices import BlockIndices
+from ..triton_span import LN2
+from .triton_parts import empty_results, plan
 
 TILE = 64
 NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
@@ -76,43 +76,12 @@ def _softmax_step(b_scores, b_max, b_sum, scale_log2):
 
 @gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
 def block_sparse_attention_hopper_kernel(
-    d_q,
-    d_k,
-    d_v,
-    p_out,
-    p_lse,
-    p_indices,
-    p_counts,
-    p_table,
-    p_pages,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    s_out_p,
-    s_indices_b,
-    s_indices_h,
-    s_indices_r,
-    s_counts_b,
-    s_counts_h,
-    s_counts_r,
-    s_pages_b,
-    num_heads,
-    kv_group,
-    list_group,
-    query_slots,
-    key_length,
-    first_row,
-    scale_log2,
-    HEAD_DIM: gl.constexpr,
-    PADDED_DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-    TILE: gl.constexpr,
-    TABLE: gl.constexpr,
-    PACKED: gl.constexpr,
-    PAGE: gl.constexpr,
-    RETURN_LSE: gl.constexpr,
-    IN_PARTS: gl.constexpr,
-):
+    d_q, d_k, d_v, p_out, p_lse, p_indices, p_counts, p_table, p_pages, s_out_b, s_out_h, s_out_t, s_out_p, s_indices_b,
+    s_indices_h, s_indices_r, s_counts_b, s_counts_h, s_counts_r, s_pages_b, num_heads, kv_group, list_group,
+    query_slots, key_length, first_row, scale_log2, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr,
+    BLOCK: gl.constexpr, TILE: gl.constexpr, TABLE: gl.constexpr, PACKED: gl.constexpr, PAGE: gl.constexpr,
+    RETURN_LSE: gl.constexpr, IN_PARTS: gl.constexpr,
+):  # fmt: skip
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
     IN_PARTS: and only those of one part of the list, of which the second dimension of the grid has the number;
@@ -295,7 +264,7 @@ def block_sparse_attention_hopper_kernel(
         gl.store(p_out + o_local.to(gl.int64)[:, None] * s_out_t + o_d[None, :], b_rows, mask=m_out)
 
 
-def block_sparse_attention_hopper(
+def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; arguments as checked by the interface, and ``hopper_usable`` found no reason against it.
@@ -304,55 +273,23 @@ def block_sparse_attention_hopper(
         ``out`` in shape, dtype and memory order of q, and the natural-log ``lse``, float32, q's shape without the last
         dimension, or None.
     """
-    num_heads, query_slots, head_dim = q.shape[1:]
-    span, num_kv_heads = span_of(blocks, q, k), k.shape[1]
-    out, lse = new_results(q, return_lse, span)
-    indices, counts = read_lists(blocks)
-    if indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
-        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    padded_dim = 64 if head_dim <= 64 else 128
-    group = num_heads // num_kv_heads
+    padded_dim, num_kv_heads = 64 if q.shape[3] <= 64 else 128, k.shape[1]
+    launch = plan(q, k, blocks, scale, return_lse, TILE, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
+    if launch is None:
+        return empty_results(q, return_lse)
     tile = [1, 1, TILE, padded_dim]
-    programs = blocks.num_rows * (blocks.block_size // TILE) * group  # of one KV head
-    parts = num_parts(
-        programs * span.batch * num_kv_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR[padded_dim]
-    )
-    written, written_lse = result_buffers(out, lse, parts, span)
-    page_table = None if span.pages is None else span.pages.table
+    programs = launch.programs * (q.shape[1] // num_kv_heads)  # of one KV head
     with torch.cuda.device(q.device):
-        block_sparse_attention_hopper_kernel[(programs, parts, span.batch * num_kv_heads)](
+        block_sparse_attention_hopper_kernel[(programs, launch.parts, launch.batch * num_kv_heads)](
             tile_descriptor(q, tile),
             tile_descriptor(k, tile),
             tile_descriptor(v, tile),
-            written,
-            written_lse,
-            indices,
-            counts,
-            span.table,
-            page_table,
-            *written.stride()[-4:-1],
-            written.stride(0),
-            *indices.stride()[:3],
-            *counts.stride(),
-            0 if page_table is None else page_table.stride(0),
-            num_heads,
-            group,
-            num_heads // counts.shape[1],
-            query_slots,
-            span.keys,
-            span.first_row(blocks.block_size) if span.plain else 0,
-            scale * LOG2E,
-            HEAD_DIM=head_dim,
+            *launch.arguments,
+            HEAD_DIM=q.shape[3],
             PADDED_DIM=padded_dim,
-            BLOCK=blocks.block_size,
             TILE=TILE,
-            RETURN_LSE=written_lse is not None,
-            IN_PARTS=parts > 1,
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS[padded_dim],
-            **span_constants(span),
+            **launch.constants,
         )
-        if parts > 1:
-            merge_parts(written, written_lse, out, lse)
-    return out, lse
+        return launch.results()

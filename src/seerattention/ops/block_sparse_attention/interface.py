@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, clean_lists, is_ordered, ordered_lists, read_lists, span_of
+from ..custom_op import custom_op
+from ..indices import BlockIndices, attend, read_lists, span_of
 from ..span import Span
-from .cpu_flex import block_sparse_attention_cpu_flex, flex_usable
-from .cpu_gathered import block_sparse_attention_cpu_gathered
-from .reference import block_sparse_attention_reference
 
 OP = "block_sparse_attention"
-IMPLEMENTATIONS = ("reference", "triton", "hopper", "cpu_flex", "cpu_gathered")
+
+
+def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str | None:
+    """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
+
+    It needs what all Hopper kernels need (``dispatch.hopper_refuses``) and blocks of 64 or 128.
+    """
+    if reason := dispatch.hopper_refuses(q=q, k=k, v=v):
+        return reason
+    if blocks.block_size not in (64, 128):
+        return f"it needs blocks of 64 or 128 tokens, got {blocks.block_size}"
+    return None
+
+
+IMPLEMENTATIONS = {
+    "hopper": dispatch.Implementation("hopper", hopper_usable),
+    "triton": dispatch.Implementation("triton"),
+    "cpu_gathered": dispatch.Implementation("cpu_gathered"),
+    "reference": dispatch.Implementation("reference"),
+}
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: BlockIndices,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float | None = None, return_lse: bool = False,
     implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention in which each query block reads only the key blocks on its list (arXiv 2410.13276, section 3.3).
 
     Query i (position ``Tk - Tq + i``, or as the span of the lists says) of head h attends to the keys of the listed
@@ -50,9 +58,8 @@ def block_sparse_attention(
             ``BlockIndices.checked``.
         scale: positive softmax scale; None is ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores.
-        implementation: None chooses; ``"reference"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``),
-            ``"cpu_gathered"`` or ``"cpu_flex"`` (compiled FlexAttention, no LSE, no span whose rows differ). The
-            choice on the CPU is ``"cpu_gathered"``: at 8K tokens and density 0.12 it takes half the time of the other.
+        implementation: None chooses; ``"reference"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``) or
+            ``"cpu_gathered"``.
 
     Returns:
         ``out`` in shape and dtype of q; with ``return_lse`` also ``lse``, float32, q's shape without the last
@@ -62,14 +69,11 @@ def block_sparse_attention(
         ValueError: shapes, devices, block size or scale that do not fit, an implementation that cannot run here,
             entries of lists that are no key block, or counts outside of their capacity.
         TypeError: dtypes that differ or are not supported.
-        NotImplementedError: an input requires grad while grad mode is on; LSE, or rows that differ, from
-            ``"cpu_flex"``.
+        NotImplementedError: an input requires grad while grad mode is on.
     """
     span = _check(q, k, v, blocks, scale)
     scale = dispatch.default_scale(q.shape[-1], scale)
-    lists = (*read_lists(blocks), blocks.num_key_blocks, blocks.block_size, is_ordered(blocks))
-    arguments: Any = (q, k, v, *lists, *span.arguments(), scale, return_lse, implementation)
-    out, lse = _block_sparse_attention(*arguments)
+    out, lse = _block_sparse_attention(q, k, v, blocks, span, scale, return_lse, implementation)
     return (out, lse) if return_lse else out
 
 
@@ -77,98 +81,18 @@ def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
-@dispatch.custom_op(_fake)
+@custom_op(_fake)
 def _block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    num_key_blocks: int,
-    block_size: int,
-    ordered: bool,
-    batch: int,
-    queries: int,
-    keys: int,
-    table: Tensor | None,
-    packed: bool,
-    page_table: Tensor | None,
-    page_size: int,
-    scale: float,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, span: Span, scale: float, return_lse: bool,
     implementation: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Choose an implementation and run it; without ``return_lse`` the second result is empty.
 
-    ``ordered`` says that the lists are as ``ordered_lists`` makes them; others are brought into that form first, which
-    is all that the implementations ever get. To them a span is always there.
+    Implementations get lists as ``ordered_lists`` makes them, with a span.
     """
-    span = Span.from_arguments(batch, queries, keys, table, packed, page_table, page_size)
-    blocks = ordered_lists(indices, counts, num_key_blocks, block_size, span=span)
-    name = _choose(q, k, v, blocks, return_lse, implementation)
-    if not ordered:
-        blocks = clean_lists(blocks)
-    lse: Tensor | None = None
-    with torch.no_grad(), dispatch.without_autocast(q.device.type):
-        if 0 in q.shape or keys == 0:
-            out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        elif name == "triton":
-            from .triton import block_sparse_attention_triton  # imported late: triton is an optional dependency
-
-            out, lse = block_sparse_attention_triton(q, k, v, blocks, scale, return_lse)
-        elif name == "hopper":
-            from .hopper import block_sparse_attention_hopper
-
-            out, lse = block_sparse_attention_hopper(q, k, v, blocks, scale, return_lse)
-        elif name == "cpu_flex":
-            out = block_sparse_attention_cpu_flex(q, k, v, blocks, scale, required=implementation is not None)
-        elif name == "cpu_gathered":
-            out, lse = block_sparse_attention_cpu_gathered(q, k, v, blocks, scale, return_lse)
-        else:
-            out, lse = block_sparse_attention_reference(q, k, v, blocks, scale)
-        if not return_lse:
-            return out, q.new_empty(0, dtype=torch.float32)
-    assert lse is not None
-    return out, lse
-
-
-def _choose(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, return_lse: bool, implementation: str | None) -> str:
-    """Name of the implementation that runs; raises as the public function says."""
-    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu_gathered")
-    if implementation is None and name == "cpu_gathered" and not return_lse and flex_usable(q, blocks):
-        name = "cpu_flex"
-    if (
-        implementation is None
-        and name == "triton"
-        and dispatch.hopper_automatic()
-        and not hopper_usable(q, k, v, blocks)
-    ):
-        name = "hopper"
-    if implementation == "hopper" and (reason := hopper_usable(q, k, v, blocks)):
-        raise ValueError(f"{OP}: implementation='hopper' cannot run here: {reason}; pass implementation=None")
-    if name.startswith("cpu_") and q.device.type != "cpu":
-        raise ValueError(f"{OP}: implementation={name!r} needs CPU tensors, got {q.device.type}")
-    if name == "cpu_flex" and not (blocks.span is None or blocks.span.plain):
-        raise NotImplementedError(
-            f"{OP}: FlexAttention takes no span whose rows differ; use implementation='cpu_gathered' or None"
-        )
-    if name == "cpu_flex" and return_lse:
-        raise NotImplementedError(
-            f"{OP}: FlexAttention returns no lse on the CPU; use implementation='cpu_gathered' or None"
-        )
-    return name
-
-
-def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str | None:
-    """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
-
-    It needs what all Hopper kernels need (``dispatch.hopper_refuses``) and blocks of 64 or 128.
-    """
-    if reason := dispatch.hopper_refuses(q=q, k=k, v=v):
-        return reason
-    if blocks.block_size not in (64, 128):
-        return f"it needs blocks of 64 or 128 tokens, got {blocks.block_size}"
-    return None
+    name = dispatch.choose_implementation(OP, implementation, q.device, IMPLEMENTATIONS, q, k, v, blocks)
+    function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)
+    return attend(function, (q, k, v), blocks, span, scale, return_lse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None) -> Span:

@@ -12,8 +12,8 @@ from ..span import START
 MAX_SCORES = 1 << 25
 
 
-def block_sparse_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Masked softmax attention in float32; arguments as checked by the interface.
 

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, read_lists, span_of
-from ..triton_span import LN2, LOG2E, key_offset, page_of, span_constants, span_row
-from .triton_parts import merge_parts, new_results, num_parts, result_buffers
+from ..indices import BlockIndices
+from ..triton_span import LN2, key_offset, page_of, span_row
+from .triton_parts import empty_results, plan
 
 # Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = 1
@@ -40,57 +40,29 @@ _RUNTIME_SCALARS = [
 ]
 
 
+@triton.jit
+def _add_tile(b_p, b_v, b_w, b_max, b_new_max, b_sum, b_out, b_out_w, HALVES: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the running maximum, sum and output of each query: probabilities of a tile, relative to the new
+    maximum, and its values."""
+    b_decay = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_p = b_p.to(b_v.dtype)
+    b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+    if HALVES:
+        b_out_w = tl.dot(b_p, b_w, b_out_w * b_decay[:, None], input_precision=PRECISION)
+    return b_new_max, b_sum, b_out, b_out_w
+
+
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def block_sparse_attention_fwd_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_out,
-    p_lse,
-    p_indices,
-    p_counts,
-    p_table,
-    p_pages,
-    s_q_b,
-    s_q_h,
-    s_q_t,
-    s_k_b,
-    s_k_h,
-    s_k_t,
-    s_v_b,
-    s_v_h,
-    s_v_t,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    s_out_p,
-    s_indices_b,
-    s_indices_h,
-    s_indices_r,
-    s_counts_b,
-    s_counts_h,
-    s_counts_r,
-    s_pages_b,
-    num_heads,
-    kv_group,
-    list_group,
-    query_slots,
-    key_length,
-    first_row,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    HALVES: tl.constexpr,
-    TABLE: tl.constexpr,
-    PACKED: tl.constexpr,
-    PAGE: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_q, p_k, p_v, s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t, s_v_b, s_v_h, s_v_t,
+    p_out, p_lse, p_indices, p_counts, p_table, p_pages, s_out_b, s_out_h, s_out_t, s_out_p,
+    s_indices_b, s_indices_h, s_indices_r, s_counts_b, s_counts_h, s_counts_r, s_pages_b,
+    num_heads, kv_group, list_group, query_slots, key_length, first_row, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, HALVES: tl.constexpr,
+    TABLE: tl.constexpr, PACKED: tl.constexpr, PAGE: tl.constexpr, RETURN_LSE: tl.constexpr, IN_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program: TILE queries of one query block of one head; keys in tiles of TILE.
 
     IN_PARTS: and only those of one part of the list, of which the second dimension of the grid has the number. HALVES:
@@ -195,13 +167,9 @@ def block_sparse_attention_fwd_kernel(
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale_log2)
         b_p = tl.exp2(b_scores * scale_log2 - b_new_max[:, None])
-        b_decay = tl.exp2(b_max - b_new_max)
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_p = b_p.to(b_v.dtype)
-        b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision=PRECISION)
-        if HALVES:
-            b_out_w = tl.dot(b_p, b_w, b_out_w * b_decay[:, None], input_precision=PRECISION)
-        b_max = b_new_max
+        b_max, b_sum, b_out, b_out_w = _add_tile(
+            b_p, b_v, b_w, b_max, b_new_max, b_sum, b_out, b_out_w, HALVES, PRECISION
+        )
 
     if has_diagonal:
         o_key = (first_row + i_row) * BLOCK + i_sub * TILE + o_t
@@ -221,13 +189,9 @@ def block_sparse_attention_fwd_kernel(
         # A tile that lies wholly past the last key (TILE < BLOCK) has no key at all: keep -inf - -inf out of exp2.
         b_new_max = tl.maximum(tl.maximum(b_max, tl.max(b_scores, 1)), -1e30)
         b_p = tl.exp2(b_scores - b_new_max[:, None])
-        b_decay = tl.exp2(b_max - b_new_max)
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_p = b_p.to(b_v.dtype)
-        b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision=PRECISION)
-        if HALVES:
-            b_out_w = tl.dot(b_p, b_w, b_out_w * b_decay[:, None], input_precision=PRECISION)
-        b_max = b_new_max
+        b_max, b_sum, b_out, b_out_w = _add_tile(
+            b_p, b_v, b_w, b_max, b_new_max, b_sum, b_out, b_out_w, HALVES, PRECISION
+        )
 
     # A row without keys has sum 0: output 0, lse -inf.
     m_seen = b_sum > 0
@@ -243,7 +207,7 @@ def block_sparse_attention_fwd_kernel(
         tl.store(p_lse + (i_batch * num_heads + i_h) * query_slots + o_slot, b_lse, mask=m_query)
 
 
-def block_sparse_attention_triton(
+def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; arguments as checked by the interface.
@@ -252,61 +216,31 @@ def block_sparse_attention_triton(
         ``out`` in shape, dtype and memory order of q, and the natural-log ``lse``, float32, q's shape without the last
         dimension, or None.
     """
-    num_heads, query_slots, head_dim = q.shape[1:]
-    span, num_kv_heads = span_of(blocks, q, k), k.shape[1]
-    out, lse = new_results(q, return_lse, span)
-    indices, counts = read_lists(blocks)
-    if indices.shape[-1] == 0:  # no list has room for an entry, and there is no index to read
-        return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, blocks.block_size, dispatch.shared_memory(q.device))
-    programs = blocks.num_rows * (blocks.block_size // tile)  # of one head
-    group = num_heads // num_kv_heads
-    parts = num_parts(programs * span.batch * num_heads, indices.shape[-1], q.device, PROGRAMS_PER_MULTIPROCESSOR)
-    written, written_lse = result_buffers(out, lse, parts, span)
-    page_table = None if span.pages is None else span.pages.table
+    head_dim, block_size = q.shape[3], blocks.block_size
+    tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, dispatch.shared_memory(q.device))
+    launch = plan(q, k, blocks, scale, return_lse, tile, PROGRAMS_PER_MULTIPROCESSOR)
+    if launch is None:
+        return empty_results(q, return_lse)
     guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        block_sparse_attention_fwd_kernel[(programs, parts, span.batch * num_heads)](
+        block_sparse_attention_fwd_kernel[(launch.programs, launch.parts, launch.batch * q.shape[1])](
             q,
             k,
             v,
-            written,
-            written_lse,
-            indices,
-            counts,
-            span.table,
-            page_table,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            *written.stride()[-4:-1],
-            written.stride(0),
-            *indices.stride()[:3],
-            *counts.stride(),
-            0 if page_table is None else page_table.stride(0),
-            num_heads,
-            group,
-            num_heads // counts.shape[1],
-            query_slots,
-            span.keys,
-            span.first_row(blocks.block_size) if span.plain else 0,
-            scale * LOG2E,
+            *launch.arguments,
             HEAD_DIM=head_dim,
             PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK=blocks.block_size,
             TILE=tile,
             HALVES=_in_halves(q, tile),
-            RETURN_LSE=written_lse is not None,
-            IN_PARTS=parts > 1,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             STAGES=num_stages,
             num_warps=num_warps,
-            **span_constants(span),
+            **launch.constants,
         )
-        if parts > 1:
-            merge_parts(written, written_lse, out, lse)
-    return out, lse
+        return launch.results()
 
 
 def _in_halves(q: Tensor, tile: int) -> bool:

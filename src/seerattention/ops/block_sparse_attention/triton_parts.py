@@ -13,6 +13,7 @@ walk their lists side by side share what they read. More parts than that made 25
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..indices import BlockIndices, read_lists, span_of
 from ..span import Span
+from ..triton_span import LOG2E, span_constants
 
 # A part writes, and its merging reads, as many bytes as two tiles of keys and values: shorter parts would not pay.
 MIN_ENTRIES = 8
@@ -39,6 +42,88 @@ def num_parts(programs: int, capacity: int, device: torch.device, per_multiproce
     """
     room = dispatch.multiprocessors(device) * per_multiprocessor // max(1, programs)
     return max(1, min(room, capacity // MIN_ENTRIES, MAX_PARTS))
+
+
+class Plan(NamedTuple):
+    """What the launches of both attention kernels have in common.
+
+    Attributes:
+        programs: query tiles of one head.
+        parts: into which lists are cut.
+        batch: rows.
+        arguments: those of a kernel from ``p_out`` to ``scale_log2``.
+        constants: those that follow from the lists and their span.
+        out, lse: memory for the results.
+    """
+
+    programs: int
+    parts: int
+    batch: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    out: Tensor
+    lse: Tensor | None
+
+    def results(self) -> tuple[Tensor, Tensor | None]:
+        """``out`` and ``lse``, once the kernel has been launched."""
+        if self.parts > 1:
+            merge_parts(*self.arguments[:2], self.out, self.lse)
+        return self.out, self.lse
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    blocks: BlockIndices,
+    scale: float,
+    return_lse: bool,
+    tile: int,
+    per_multiprocessor: int,
+) -> Plan | None:
+    """Plan a launch for query tiles of ``tile`` tokens; None where no list has room for an entry.
+
+    Args:
+        per_multiprocessor: see :func:`num_parts`.
+    """
+    num_heads, query_slots = q.shape[1:3]
+    indices, counts = read_lists(blocks)
+    if indices.shape[-1] == 0:  # and there is no index to read
+        return None
+    span, block_size = span_of(blocks, q, k), blocks.block_size
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
+    programs = blocks.num_rows * (block_size // tile)
+    parts = num_parts(programs * span.batch * num_heads, indices.shape[-1], q.device, per_multiprocessor)
+    out, lse = new_results(q, return_lse, span)
+    written, written_lse = result_buffers(out, lse, parts, span)
+    page_table = None if span.pages is None else span.pages.table
+    arguments = (
+        written,
+        written_lse,
+        indices,
+        counts,
+        span.table,
+        page_table,
+        *written.stride()[-4:-1],
+        written.stride(0),
+        *indices.stride()[:3],
+        *counts.stride(),
+        0 if page_table is None else page_table.stride(0),
+        num_heads,
+        num_heads // k.shape[1],
+        num_heads // counts.shape[1],
+        query_slots,
+        span.keys,
+        span.first_row(block_size) if span.plain else 0,
+        scale * LOG2E.value,
+    )
+    constants = {"BLOCK": block_size, "RETURN_LSE": written_lse is not None, "IN_PARTS": parts > 1}
+    return Plan(programs, parts, span.batch, arguments, constants | span_constants(span), out, lse)
+
+
+def empty_results(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Of queries that see no key."""
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device) if return_lse else None
+    return torch.zeros_like(q), lse
 
 
 def new_results(q: Tensor, return_lse: bool, span: Span) -> tuple[Tensor, Tensor | None]:
@@ -64,21 +149,9 @@ def result_buffers(out: Tensor, lse: Tensor | None, parts: int, span: Span) -> t
 
 @triton.jit(do_not_specialize=["num_heads", "query_length", "parts"])
 def merge_parts_kernel(
-    p_parts,
-    p_part_lse,
-    p_out,
-    p_lse,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    num_heads,
-    query_length,
-    parts,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-):
+    p_parts, p_part_lse, p_out, p_lse, s_out_b, s_out_h, s_out_t, num_heads, query_length, parts,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, RETURN_LSE: tl.constexpr,
+):  # fmt: skip
     """One program: ROWS queries of one head."""
     i_bh = tl.program_id(1).to(tl.int64)
     o_query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -11,17 +11,19 @@ import math
 import torch
 from torch import Tensor
 
+from ..indices import BlockIndices, read_lists, span_of
 from ..span import KEY_SLOT, LENGTH, QUERY_SLOT, START, Span
 
 
-def block_sparse_decode_cpu(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, span: Span, scale: float
+def block_sparse_decode(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Arguments as checked by the interface; computes in float32 whatever the dtype (faster than bf16 without AMX).
 
     Returns:
         ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension.
     """
+    (indices, counts), block_size, span = read_lists(blocks), blocks.block_size, span_of(blocks, q, k)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
     batch, kv_heads, queries, _ = indices.shape
@@ -33,13 +35,13 @@ def block_sparse_decode_cpu(
         for token in range(min(queries, lengths[row])):
             position, slot = starts[row] + token, query_slots[row] + token
             for head in range(kv_heads):
-                blocks = indices[row, head, token, : listed[row][head][token]]
-                blocks = blocks[(blocks >= 0) & (blocks <= position // block_size)].long()
-                if not len(blocks):
+                chosen = indices[row, head, token, : listed[row][head][token]]
+                chosen = chosen[(chosen >= 0) & (chosen <= position // block_size)].long()
+                if not len(chosen):
                     continue
                 of = slice(head * group, (head + 1) * group)
                 keys, values = (
-                    _blocks(x, row, head, blocks, block_size, position + 1, key_slots[row], span) for x in (k, v)
+                    _blocks(x, row, head, chosen, block_size, position + 1, key_slots[row], span) for x in (k, v)
                 )
                 scores = q[at, of, slot].float().mul(scale) @ keys.T
                 mine = lse[at, of, slot] = scores.logsumexp(-1)

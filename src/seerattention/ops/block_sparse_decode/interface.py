@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import BlockIndices, clean_lists, is_ordered, ordered_lists, read_lists
+from ..custom_op import custom_op
+from ..indices import BlockIndices, attend, read_lists
 from ..span import Span
-from .cpu import block_sparse_decode_cpu
-from .reference import block_sparse_decode_reference
 
 OP = "block_sparse_decode"
-IMPLEMENTATIONS = ("reference", "triton", "cpu")
+IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "cpu", "reference")}
 
 
 def block_sparse_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: BlockIndices,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-    span: Span | None = None,
-    implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, *, scale: float | None = None, return_lse: bool = False,
+    span: Span | None = None, implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of one query token a row, or a few, that reads only the key blocks on its list (arXiv 2506.08889).
 
     Each token has a list of its own for each KV head, which the query heads of the group share. Query t of a row
@@ -61,9 +50,7 @@ def block_sparse_decode(
     """
     span = _check(q, k, v, blocks, scale, span)
     scale = dispatch.default_scale(q.shape[-1], scale)
-    lists = (*read_lists(blocks), blocks.num_key_blocks, blocks.block_size, is_ordered(blocks))
-    arguments: Any = (q, k, v, *lists, *span.arguments(), scale, return_lse, implementation)
-    out, lse = _block_sparse_decode(*arguments)
+    out, lse = _block_sparse_decode(q, k, v, blocks, span, scale, return_lse, implementation)
     return (out, lse) if return_lse else out
 
 
@@ -71,47 +58,15 @@ def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
-@dispatch.custom_op(_fake)
+@custom_op(_fake)
 def _block_sparse_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    num_key_blocks: int,
-    block_size: int,
-    ordered: bool,
-    batch: int,
-    queries: int,
-    keys: int,
-    table: Tensor | None,
-    packed: bool,
-    page_table: Tensor | None,
-    page_size: int,
-    scale: float,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, span: Span, scale: float, return_lse: bool,
     implementation: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Choose an implementation and run it; without ``return_lse`` the second result is empty."""
-    span = Span.from_arguments(batch, queries, keys, table, packed, page_table, page_size)
-    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
-    if name == "cpu" and q.device.type != "cpu":
-        raise ValueError(f"{OP}: implementation='cpu' needs CPU tensors, got {q.device.type}")
-    with torch.no_grad(), dispatch.without_autocast(q.device.type):
-        if 0 in q.shape or keys == 0:
-            shape = q.shape[:3] if return_lse else (0,)
-            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
-        if not ordered:
-            lists = ordered_lists(indices, counts, num_key_blocks, block_size, True, span)
-            indices, counts = read_lists(clean_lists(lists))
-        if name == "triton":
-            from .triton import block_sparse_decode_triton  # imported late: triton is an optional dependency
-
-            out, lse = block_sparse_decode_triton(q, k, v, indices, counts, block_size, span, scale, return_lse)
-        else:
-            function = block_sparse_decode_cpu if name == "cpu" else block_sparse_decode_reference
-            out, lse = function(q, k, v, indices, counts, block_size, span, scale)
-        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``_block_sparse_attention``."""
+    name = dispatch.choose_implementation(OP, implementation, q.device, IMPLEMENTATIONS)
+    function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)
+    return attend(function, (q, k, v), blocks, span, scale, return_lse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float | None, span: Span | None) -> Span:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..indices import BlockIndices, read_lists, span_of
 from ..span import START, Span
 
 
-def block_sparse_decode_reference(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: int, span: Span, scale: float
+def block_sparse_decode(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Arguments as checked by the interface; see there.
 
     Returns:
         ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension.
     """
+    span = span_of(blocks, q, k)
     queries, keys, values = span.gather_queries(q).float(), span.gather_keys(k).float(), span.gather_keys(v).float()
     group = queries.shape[1] // keys.shape[1]
     # What lies behind a row's last key may hold anything, NaN too, and 0 * NaN is no 0.
     position = torch.arange(span.keys, device=q.device)
     values = values.masked_fill((position >= span.ends(q.device)[:, None])[:, None, :, None], 0.0)
-    visible = _visible(indices, counts, block_size, span).repeat_interleave(group, 1)
+    visible = _visible(*read_lists(blocks), blocks.block_size, span).repeat_interleave(group, 1)
     scores = queries @ keys.repeat_interleave(group, 1).transpose(-1, -2) * scale
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(-1)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..span import Span
+from ..indices import BlockIndices, read_lists, span_of
 from ..triton_span import LN2, LOG2E, key_offset, page_of, span_row
 
 # Programs that share out the lists of a call, at most, for each multiprocessor.
@@ -40,52 +40,12 @@ _RUNTIME_SCALARS = [
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def block_sparse_decode_fwd_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_out,
-    p_lse,
-    p_indices,
-    p_counts,
-    p_table,
-    p_pages,
-    s_q_b,
-    s_q_h,
-    s_q_t,
-    s_k_b,
-    s_k_h,
-    s_k_t,
-    s_v_b,
-    s_v_h,
-    s_v_t,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    s_indices_b,
-    s_indices_h,
-    s_indices_t,
-    s_counts_b,
-    s_counts_h,
-    s_pages_b,
-    kv_heads,
-    queries,
-    keys,
-    slots,
-    scale_log2,
-    GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TABLE: tl.constexpr,
-    PACKED: tl.constexpr,
-    PAGE: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_q, p_k, p_v, p_out, p_lse, p_indices, p_counts, p_table, p_pages, s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t, s_v_b,
+    s_v_h, s_v_t, s_out_b, s_out_h, s_out_t, s_indices_b, s_indices_h, s_indices_t, s_counts_b, s_counts_h, s_pages_b,
+    kv_heads, queries, keys, slots, scale_log2, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TABLE: tl.constexpr, PACKED: tl.constexpr,
+    PAGE: tl.constexpr, IN_PARTS: tl.constexpr, RETURN_LSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program: a query token, the query heads of one KV head, one part of its list."""
     SPLIT: tl.constexpr = BLOCK // TILE
     i_part = tl.program_id(0)
@@ -173,25 +133,10 @@ def block_sparse_decode_fwd_kernel(
 
 @triton.jit(do_not_specialize=["heads", "queries", "slots", "parts"])
 def merge_decode_parts_kernel(
-    p_parts,
-    p_part_lse,
-    p_out,
-    p_lse,
-    p_table,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    heads,
-    queries,
-    slots,
-    parts,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
-    TABLE: tl.constexpr,
-    PACKED: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-):
+    p_parts, p_part_lse, p_out, p_lse, p_table, s_out_b, s_out_h, s_out_t, heads, queries, slots, parts,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_PARTS: tl.constexpr, TABLE: tl.constexpr,
+    PACKED: tl.constexpr, RETURN_LSE: tl.constexpr,
+):  # fmt: skip
     """One program: a query token of one head."""
     i_t = tl.program_id(0)
     i_b = (tl.program_id(1) // heads).to(tl.int64)
@@ -224,16 +169,8 @@ def merge_decode_parts_kernel(
             tl.store(p_lse + (i_row * heads + i_h) * slots + query_slot + i_t, b_total)
 
 
-def block_sparse_decode_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_size: int,
-    span: Span,
-    scale: float,
-    return_lse: bool = True,
+def block_sparse_decode(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernels; arguments as checked by the interface.
 
@@ -241,6 +178,7 @@ def block_sparse_decode_triton(
         ``out`` like q, and the natural-log ``lse``, float32, q's shape without the last dimension, or None.
     """
     heads, slots, head_dim = q.shape[1:]
+    (indices, counts), block_size, span = read_lists(blocks), blocks.block_size, span_of(blocks, q, k)
     batch, kv_heads, queries, capacity = indices.shape
     group = heads // kv_heads
     out, lse = torch.empty_like(q), None
@@ -287,7 +225,7 @@ def block_sparse_decode_triton(
             queries,
             span.keys,
             slots,
-            scale * LOG2E,
+            scale * LOG2E.value,
             GROUP=group,
             PADDED_GROUP=max(16, triton.next_power_of_2(group)),
             HEAD_DIM=head_dim,

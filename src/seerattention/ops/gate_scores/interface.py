@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..custom_op import custom_op
 from ..indices import num_blocks
 from ..span import Span
 from . import reference
@@ -13,14 +14,12 @@ from .reference import Tiles
 
 __all__ = ["encode_blocks", "gate_scores"]
 
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 REDUCTIONS = ("max", "logsumexp")
 # Rows of scores begin at multiples of this many elements, so that those who read them may load whole vectors.
 ROW_ALIGNMENT = 16
 # A Triton program holds whole encoded vectors.
 MAX_TRITON_WIDTH = 256
-# A position behind every token, where nothing says how many there are.
-NO_END = 1 << 30
 
 
 def encode_blocks(
@@ -68,19 +67,10 @@ def encode_blocks(
 
 
 def gate_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int = 64,
-    q_pitch: int | None = None,
-    k_pitch: int | None = None,
-    scale: float = 1.0,
-    reduce: str = "max",
-    rows: Tensor | int | None = None,
-    span: Span | None = None,
-    masked: bool = True,
-    implementation: str | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, *, block_size: int = 64, q_pitch: int | None = None, k_pitch: int | None = None,
+    scale: float = 1.0, reduce: str = "max", rows: Tensor | int | None = None, span: Span | None = None,
+    masked: bool = True, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
     """Multiply encoded queries and keys, and reduce the products of each tile of ``block_size`` tokens to one score.
 
     Queries and keys may be cut into sub-blocks, shorter than a tile and not equally short. A pair of sub-blocks counts
@@ -112,25 +102,11 @@ def gate_scores(
         ValueError: shapes, pitches, rows or a span that do not fit each other; ``"triton"`` asked for with W above 256.
         TypeError: dtypes that differ.
     """
-    tiles = _check_scores(q, k, block_size, q_pitch, k_pitch, scale, reduce, rows, span, masked)
+    asked = Tiles(block_size, q_pitch or block_size, k_pitch or block_size, scale, reduce, masked)
+    tiles = _check_scores(q, k, rows, span, asked)
     if not _opaque("gate_scores", implementation, q, k):
         return reference.gate_scores(q, k, tiles)
-    return _gate_scores(
-        q,
-        k,
-        tiles.rows,
-        tiles.table,
-        block_size,
-        tiles.q_pitch,
-        tiles.k_pitch,
-        tiles.scale,
-        reduce,
-        tiles.first_row,
-        tiles.start,
-        tiles.end,
-        masked,
-        implementation,
-    )
+    return _gate_scores(q, k, tiles, implementation)
 
 
 def _fake_encoding(pooled: Tensor, linear: Tensor | None, implementation: str | None) -> Tensor:
@@ -141,7 +117,7 @@ def _fake_encoding(pooled: Tensor, linear: Tensor | None, implementation: str | 
     return pooled.new_empty(batch, heads, num, width, dtype=dtype)
 
 
-@dispatch.custom_op(_fake_encoding)
+@custom_op(_fake_encoding)
 def _encode_blocks(
     pooled: Tensor,
     linear: Tensor | None,
@@ -151,7 +127,7 @@ def _encode_blocks(
     implementation: str | None,
 ) -> Tensor:
     """What needs no gradient; with one, tracers are to see the reference."""
-    name = dispatch.choose_implementation("encode_blocks", implementation, pooled.device, names=IMPLEMENTATIONS)
+    name = dispatch.choose_implementation("encode_blocks", implementation, pooled.device, IMPLEMENTATIONS)
     if name == "triton":
         from . import triton  # imported late: triton is an optional dependency
 
@@ -160,31 +136,15 @@ def _encode_blocks(
     return encoded if implementation == "reference" else encoded.to(pooled.dtype)
 
 
-def _fake_scores(q: Tensor, k: Tensor, block_size: int, q_pitch: int, k_pitch: int) -> Tensor:
-    return empty_scores(q, num_blocks(q.shape[2], block_size // q_pitch), num_blocks(k.shape[2], block_size // k_pitch))
+def _fake_scores(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
+    return empty_scores(q, *tiles.shape(q, k))
 
 
-@dispatch.custom_op(_fake_scores)
-def _gate_scores(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor | None,
-    table: Tensor | None,
-    block_size: int,
-    q_pitch: int,
-    k_pitch: int,
-    scale: float,
-    reduce: str,
-    first_row: int,
-    start: int,
-    end: int,
-    masked: bool,
-    implementation: str | None,
-) -> Tensor:
+@custom_op(_fake_scores)
+def _gate_scores(q: Tensor, k: Tensor, tiles: Tiles, implementation: str | None) -> Tensor:
     """As :func:`_encode_blocks`."""
-    tiles = Tiles(block_size, q_pitch, k_pitch, scale, reduce, masked, rows, first_row, start, end, table)
     scores = empty_scores(q, *tiles.shape(q, k))
-    if dispatch.choose_implementation("gate_scores", implementation, q.device, names=IMPLEMENTATIONS) == "triton":
+    if dispatch.choose_implementation("gate_scores", implementation, q.device, IMPLEMENTATIONS) == "triton":
         from . import triton  # imported late: triton is an optional dependency
 
         triton.gate_scores(q, k, scores, tiles)
@@ -244,21 +204,10 @@ def _check_encoding(
         raise ValueError(f"{op}: a rotary table of {cos.shape[2]} channels fits no vectors of width {width}")
 
 
-def _check_scores(
-    q: Tensor,
-    k: Tensor,
-    block_size: int,
-    q_pitch: int | None,
-    k_pitch: int | None,
-    scale: float,
-    reduce: str,
-    rows: Tensor | int | None,
-    span: Span | None,
-    masked: bool,
-) -> Tiles:
-    """Raise where arguments do not fit each other."""
+def _check_scores(q: Tensor, k: Tensor, rows: Tensor | int | None, span: Span | None, asked: Tiles) -> Tiles:
+    """What is asked for, with its rows; raises where arguments do not fit each other."""
     op = "gate_scores"
-    q_pitch, k_pitch = q_pitch or block_size, k_pitch or block_size
+    block_size, q_pitch, k_pitch = asked.block_size, asked.q_pitch, asked.k_pitch
     if k.dtype != q.dtype:
         raise TypeError(f"{op}: k is {k.dtype} but q is {q.dtype}; convert one of them")
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -267,12 +216,12 @@ def _check_scores(
         raise ValueError(f"{op}: {q.shape[1]} query heads are not a multiple of {k.shape[1]} heads of k")
     if not (0 < q_pitch <= block_size and 0 < k_pitch <= block_size) or block_size % q_pitch or block_size % k_pitch:
         raise ValueError(f"{op}: pitches must divide block_size ({block_size}), got {q_pitch} and {k_pitch}")
-    if not scale > 0:
-        raise ValueError(f"{op}: scale must be positive, got {scale}")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"{op}: reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    if not asked.scale > 0:
+        raise ValueError(f"{op}: scale must be positive, got {asked.scale}")
+    if asked.reduce not in REDUCTIONS:
+        raise ValueError(f"{op}: reduce must be one of {REDUCTIONS}, got {asked.reduce!r}")
     num_rows, columns = num_blocks(q.shape[2], block_size // q_pitch), num_blocks(k.shape[2], block_size // k_pitch)
-    table, start, end = None, 0, NO_END
+    table, start, end = None, 0, asked.end
     if span is not None:
         table = span.table
         if span.plain:
@@ -299,4 +248,4 @@ def _check_scores(
             )
         rows = rows.to(q.device, torch.int64)
         rows = rows if rows.dim() == 2 else rows[None]
-    return Tiles(block_size, q_pitch, k_pitch, float(scale), reduce, masked, rows, first, start, end, table)
+    return asked._replace(scale=float(asked.scale), rows=rows, first_row=first, start=start, end=end, table=table)

@@ -39,11 +39,11 @@ class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
     scale: float
     reduce: str
     masked: bool
-    rows: Tensor | None
-    first_row: int
-    start: int
-    end: int
-    table: Tensor | None
+    rows: Tensor | None = None
+    first_row: int = 0
+    start: int = 0
+    end: int = 1 << 30  # behind every token, where nothing says how many there are
+    table: Tensor | None = None
 
     @property
     def single(self) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..indices import num_blocks
+from ..triton_span import LOG2E
 from .reference import Tiles
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Below every product; not -inf, whose difference with itself is no number.
 LOWEST = tl.constexpr(-1.0e30)
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import reference
 
 OP = "inverse_rope"
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 
 
 @torch.no_grad()
@@ -52,10 +51,6 @@ def inverse_rope(
             f"{OP}: out must be {x.dtype} {tuple(x.shape)} with channels side by side, got {out.dtype} "
             f"{tuple(out.shape)} with strides {out.stride()}"
         )
-    function = reference.inverse_rope
-    if dispatch.choose_implementation(OP, implementation, x.device, names=IMPLEMENTATIONS) == "triton":
-        from . import triton  # imported late: triton is an optional dependency
-
-        function = triton.inverse_rope
-    function(x, cos, sin, out)
+    name = dispatch.choose_implementation(OP, implementation, x.device, IMPLEMENTATIONS)
+    dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)(x, cos, sin, out)
     return out

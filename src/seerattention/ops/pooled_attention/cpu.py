@@ -5,43 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..indices import num_blocks
-from .arguments import Wanted
-from .reference import finish
+from .arguments import Content, Wanted, content_rows
+from .reference import divide_by_sum
 
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    block_size, lse = wanted.block_size, wanted.lse
-    batch, heads, query_length, _ = q.shape
-    kv_heads, key_length = k.shape[1:3]
-    group, offset = heads // kv_heads, key_length - query_length
-    content = [key_length] * batch if wanted.lengths is None else wanted.lengths.tolist()
-    keys = whole_blocks(k, block_size)
-    out = torch.zeros(batch, heads, rows.numel(), num_blocks(key_length, block_size), dtype=torch.float32)
-    buffers = make_buffers(group * block_size * keys.shape[2], wanted)
+    block_size, span, lse = wanted.block_size, wanted.span, wanted.lse
+    heads, kv_heads = q.shape[1], k.shape[1]
+    group, columns = heads // kv_heads, span.num_key_blocks(block_size)
+    out = torch.zeros(span.batch, heads, rows.numel(), columns, dtype=torch.float32)
+    buffers = make_buffers(group * block_size * columns * block_size, wanted)
     above_diagonal = torch.ones(block_size, block_size, dtype=torch.bool).triu_(1)
 
-    for slot, row in enumerate(rows.tolist()):
-        visible = (row + 1) * block_size
-        for b in range(batch):
-            start, end = max(row * block_size, offset), min(visible, content[b])
+    for b, content in enumerate(content_rows(span)):
+        keys = whole_blocks(k, content, block_size)
+        for slot, row in enumerate(rows.tolist()):
+            block = content.start // block_size + row
+            start, end = max(block * block_size, content.start), min((block + 1) * block_size, content.end)
             if start >= end:
                 continue  # a wholly padded block
-            here = slice(start - offset, end - offset)
-            queries = (q[b, :, here].float() * wanted.scale).unflatten(0, (kv_heads, group))
-            hidden = above_diagonal[start - row * block_size : end - row * block_size]
+            here = slice(start - content.start + content.query_slot, end - content.start + content.query_slot)
+            queries = (q[content.memory, :, here].float() * wanted.scale).unflatten(0, (kv_heads, group))
+            hidden = above_diagonal[start - block * block_size : end - block * block_size]
             for head in range(kv_heads):
                 heads_here = slice(head * group, (head + 1) * group)
-                lse_here = None if lse is None else lse[b, heads_here, here]
+                lse_here = None if lse is None else lse[content.memory, heads_here, here]
+                visible = keys[head, : (block + 1) * block_size]
                 # Over the queries first: this reduction runs over contiguous rows of keys.
-                tiles = pool(queries[head], keys[b, head, :visible], hidden, lse_here, buffers, wanted, over=1)
-                out[b, heads_here, slot, : row + 1] = tiles
-    return finish(out, rows, key_length, query_length, wanted)
+                tiles = pool(queries[head], visible, hidden, lse_here, buffers, wanted, over=1)
+                if wanted.normalize and wanted.reduce == "sum":
+                    tiles /= end - start
+                out[b, heads_here, slot, : block + 1] = tiles
+    return divide_by_sum(out) if wanted.normalize and wanted.reduce == "max" else out
 
 
-def whole_blocks(k: Tensor, block_size: int) -> Tensor:
-    """Keys in float32, padded to whole blocks; the causal mask hides the padding as it hides later keys."""
-    return torch.nn.functional.pad(k.float(), (0, 0, 0, -k.shape[2] % block_size))
+def whole_blocks(k: Tensor, content: Content, block_size: int) -> Tensor:
+    """The keys of a row in float32 ``[Hkv, n, D]``, padded to whole blocks; the causal mask hides the padding as it
+    hides later keys."""
+    own = k[content.memory, :, content.key_slot : content.key_slot + content.end].float()
+    return torch.nn.functional.pad(own, (0, 0, 0, -content.end % block_size))
 
 
 def make_buffers(scores: int, wanted: Wanted) -> Tensor:

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..hopper import copy_tile, pin, tile_descriptor
-from ..indices import num_blocks
+from ..triton_span import LOG2E
 from .arguments import Wanted
 from .triton import query_lse
 
@@ -32,7 +32,7 @@ STAGES = 3
 MAX_REGISTERS = 248
 
 # Lengths and head counts vary from call to call: one binary serves them all.
-_RUNTIME_SCALARS = ["num_heads", "kv_group", "query_length", "key_length", "num_keys"]
+_RUNTIME_SCALARS = ["num_heads", "kv_group", "query_slots", "key_length", "num_keys"]
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # triton 3.7 renamed it
 
@@ -60,7 +60,7 @@ def _row_maxima(b_s, b_lse, scale_log2):
 @gluon.jit
 def _queries_of(p_lse, o_query, m_row):
     """Log-sum-exp (to base 2) of 64 rows of queries; +inf where a row is not valid."""
-    return gl.load(p_lse + o_query, mask=m_row, other=float("inf")) * 1.4426950408889634
+    return gl.load(p_lse + o_query, mask=m_row, other=float("inf")) * LOG2E
 
 
 @gluon.jit
@@ -72,26 +72,10 @@ def _tile_value(b_0, b_1, b_2, b_3, UNITS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_hopper_kernel(
-    d_q,
-    d_k,
-    p_lse,
-    p_rows,
-    p_lengths,
-    p_out,
-    num_heads,
-    kv_group,
-    query_length,
-    key_length,
-    num_keys,
-    scale_log2,
-    PADDED_DIM: gl.constexpr,
-    TILE: gl.constexpr,
-    UNITS: gl.constexpr,
-    STAGES: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr,
-    NORMALIZE: gl.constexpr,
-    BLOCK_OUT: gl.constexpr,
-):
+    d_q, d_k, p_lse, p_rows, p_table, p_out, num_heads, kv_group, query_slots, key_length, num_keys, scale_log2,
+    PADDED_DIM: gl.constexpr, TILE: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr, TABLE: gl.constexpr,
+    PACKED: gl.constexpr, NORMALIZE: gl.constexpr, BLOCK_OUT: gl.constexpr,
+):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
     DTYPE: gl.constexpr = d_q.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
@@ -111,44 +95,46 @@ def pooled_attention_hopper_kernel(
         mbarrier.init(bars_k.index(i), count=1)
 
     i_slot, i_place = _order()
-    i_row = gl.load(p_rows + i_slot).to(gl.int32)
     parts = (kv_group + UNITS - 1) // UNITS
     num_kv_heads = num_heads // kv_group
     i_b = i_place // parts // num_kv_heads
     i_kv = i_place // parts % num_kv_heads
     i_unit = i_place % parts * UNITS
     i_h = i_kv * kv_group + i_unit
-    offset = key_length - query_length
+    i_memory = i_b * 0 if PACKED else i_b  # the row of q, k and lse
+    query_slot, start, length, key_slot = 0, key_length - query_slots, query_slots, 0
+    if TABLE:
+        p_table += i_b * 4
+        query_slot, start, length = gl.load(p_table), gl.load(p_table + 1), gl.load(p_table + 2)
+        key_slot = gl.load(p_table + 3)
+    i_row = gl.load(p_rows + i_slot).to(gl.int32) + start // TILE
     diagonal = i_row * TILE
-    end = key_length
-    if HAS_LENGTHS:
-        end = gl.minimum(gl.load(p_lengths + i_b), key_length).to(gl.int32)
+    end = start + length
     has_queries = diagonal < end
     # Tiles before the diagonal one, which takes the causal mask; none at all in a block of padding.
     num_whole = gl.where(has_queries, i_row, 0)
     num_tiles = gl.where(has_queries, i_row + 1, 0)
 
     # Index of the first query of the block, negative where a chunk starts inside it.
-    local = diagonal - offset
+    local = diagonal - start
+    o_slot = gl.where(has_queries, local + query_slot, 0)  # far from q in a row of a span without a query
     mbarrier.expect(bar_q, 4 * d_q.block_type.nbytes)
-    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local, 0], bar_q, smem_q0)
-    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 16, 0], bar_q, smem_q1)
-    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 32, 0], bar_q, smem_q2)
-    tma.async_copy_global_to_shared(d_q, [i_b, i_h, local + 48, 0], bar_q, smem_q3)
+    tma.async_copy_global_to_shared(d_q, [i_memory, i_h, o_slot, 0], bar_q, smem_q0)
+    tma.async_copy_global_to_shared(d_q, [i_memory, i_h, o_slot + 16, 0], bar_q, smem_q1)
+    tma.async_copy_global_to_shared(d_q, [i_memory, i_h, o_slot + 32, 0], bar_q, smem_q2)
+    tma.async_copy_global_to_shared(d_q, [i_memory, i_h, o_slot + 48, 0], bar_q, smem_q3)
     for i in gl.static_range(STAGES):
-        copy_tile(d_k, i_b, i_kv, i * TILE, bars_k.index(i), smem_k.index(i), i < num_tiles)
+        copy_tile(d_k, i_memory, i_kv, i * TILE + key_slot, bars_k.index(i), smem_k.index(i), i < num_tiles)
 
     o_m = gl.arange(0, TILE, layout=ROW)
     o_local = local + o_m % 16
     m_head = i_unit + o_m // 16 < kv_group
-    # Valid are positions from offset to end - 1.
-    last = end - offset
-    p_head = p_lse + (i_b.to(gl.int64) * num_heads + i_h) * query_length
-    o_query = (o_m // 16).to(gl.int64) * query_length + o_local
-    b_lse0 = _queries_of(p_head, o_query, m_head & (o_local >= 0) & (o_local < last))
-    b_lse1 = _queries_of(p_head, o_query + 16, m_head & (o_local + 16 >= 0) & (o_local + 16 < last))
-    b_lse2 = _queries_of(p_head, o_query + 32, m_head & (o_local + 32 >= 0) & (o_local + 32 < last))
-    b_lse3 = _queries_of(p_head, o_query + 48, m_head & (o_local + 48 >= 0) & (o_local + 48 < last))
+    p_head = p_lse + (i_memory.to(gl.int64) * num_heads + i_h) * query_slots + query_slot
+    o_query = (o_m // 16).to(gl.int64) * query_slots + o_local
+    b_lse0 = _queries_of(p_head, o_query, m_head & (o_local >= 0) & (o_local < length))
+    b_lse1 = _queries_of(p_head, o_query + 16, m_head & (o_local + 16 >= 0) & (o_local + 16 < length))
+    b_lse2 = _queries_of(p_head, o_query + 32, m_head & (o_local + 32 >= 0) & (o_local + 32 < length))
+    b_lse3 = _queries_of(p_head, o_query + 48, m_head & (o_local + 48 >= 0) & (o_local + 48 < length))
 
     # One element for each head, made as the values of the tiles are, to have their layout.
     o_unit = gl.max((o_m // 16).reshape([UNITS, 16]), 1)
@@ -182,7 +168,8 @@ def pooled_attention_hopper_kernel(
         b_2 = _row_maxima(b_s2, b_lse2, scale_log2)
         pin(bar_pin)
         b_s3 = warpgroup_mma_wait(0, deps=(b_s3,))
-        copy_tile(d_k, i_b, i_kv, (i + STAGES) * TILE, bar, smem_k.index(stage), i + STAGES < num_tiles)
+        o_key = (i + STAGES) * TILE + key_slot
+        copy_tile(d_k, i_memory, i_kv, o_key, bar, smem_k.index(stage), i + STAGES < num_tiles)
         b_3 = _row_maxima(b_s3, b_lse3, scale_log2)
         b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS)
         gl.store(p_row + i, b_value, mask=m_unit)
@@ -220,8 +207,8 @@ def pooled_attention_hopper_kernel(
     m_unit = (i_unit + o_unit < kv_group)[:, None]
     o_row = ((i_b.to(gl.int64) * num_heads + i_h + o_unit) * gl.num_programs(0) + i_slot) * num_keys
     _barrier()
-    for start in range(0, num_keys, BLOCK_OUT):
-        o_key = start + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(0, OUT))
+    for o_first in range(0, num_keys, BLOCK_OUT):
+        o_key = o_first + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(0, OUT))
         m_part = m_unit & (o_key < num_keys)[None, :]
         m_filled = m_part & (o_key < num_tiles)[None, :]
         p_part = p_out + (o_row[:, None] + o_key[None, :])
@@ -234,36 +221,36 @@ def pooled_attention_hopper_kernel(
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
     """Launch the kernel for tile maxima of blocks of 64; ``hopper_usable`` found no reason against it."""
-    block_size, scale, lengths, _, normalize, lse = wanted
-    batch, heads, query_length, head_dim = q.shape
-    kv_heads, key_length = k.shape[1:3]
-    num_keys = num_blocks(key_length, TILE)
-    out = torch.empty(batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
+    _, scale, _, normalize, lse, span, _ = wanted
+    heads, query_slots, head_dim = q.shape[1:]
+    kv_heads, num_keys = k.shape[1], span.num_key_blocks(TILE)
+    out = torch.empty(span.batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
     if lse is None:
-        lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
+        lse = query_lse(q, k, rows, wanted)
     padded_dim = 64 if head_dim <= 64 else 128
     group = heads // kv_heads
     with torch.cuda.device(q.device):
-        pooled_attention_hopper_kernel[(rows.numel(), batch * kv_heads * -(-group // UNITS))](
+        pooled_attention_hopper_kernel[(rows.numel(), span.batch * kv_heads * -(-group // UNITS))](
             tile_descriptor(q, [1, UNITS, 16, padded_dim]),
             tile_descriptor(k, [1, 1, TILE, padded_dim]),
             lse.contiguous(),
             rows.contiguous(),
-            lengths,
+            span.table,
             out,
             heads,
             group,
-            query_length,
-            key_length,
+            query_slots,
+            span.keys,
             num_keys,
-            scale * 1.4426950408889634,
+            scale * LOG2E.value,
             PADDED_DIM=padded_dim,
             TILE=TILE,
             UNITS=UNITS,
             STAGES=STAGES,
-            HAS_LENGTHS=lengths is not None,
+            TABLE=span.table is not None,
+            PACKED=span.packed,
             NORMALIZE=normalize,
             BLOCK_OUT=256,
             num_warps=NUM_WARPS,

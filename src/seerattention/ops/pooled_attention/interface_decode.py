@@ -6,32 +6,24 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import num_blocks
-from . import cpu_decode, reference_decode
-from .arguments import Wanted, as_op, check_arguments, check_range
+from ..custom_op import custom_op
+from ..span import Span
+from .arguments import Wanted, check_arguments, check_range
 
 __all__ = ["pooled_attention_decode"]
 
 OP = "pooled_attention_decode"
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
+IMPLEMENTATIONS = {name: dispatch.Implementation(f"{name}_decode") for name in ("triton", "cpu", "reference")}
 # A decode gate scores one query token against the blocks, and can afford finer ones than a prefill gate.
 BLOCK_SIZES = (16, *dispatch.BLOCK_SIZES)
 
 
 @torch.no_grad()
 def pooled_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int = 64,
-    scale: float | None = None,
-    rows: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reduce: str = "max",
-    normalize: bool = True,
-    lse: Tensor | None = None,
-    implementation: str | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, *, block_size: int = 64, scale: float | None = None, rows: Tensor | None = None,
+    lengths: Tensor | None = None, reduce: str = "max", normalize: bool = True, lse: Tensor | None = None,
+    implementation: str | None = None, span: Span | None = None,
+) -> Tensor:  # fmt: skip
     """The causal attention map, reduced to one value per (query token, key block) for each KV head.
 
     ``reduce="max"`` with ``normalize=True`` is the distillation target of decode gates (SeerAttention-R, arXiv
@@ -53,8 +45,9 @@ def pooled_attention_decode(
         k: ``[B, Hkv, Tk, D]``, after RoPE; Hq is a multiple of Hkv, Tq <= Tk.
         block_size: tokens a block of keys: 16, 32, 64 or 128.
         scale: positive scale of the logits; None is 1 / sqrt(D).
-        rows: int64 ``[R]``, absolute positions of query tokens in any order, each in ``[Tk - Tq, Tk)``; None: all Tq,
-            ascending. Values on a CUDA device are not checked (that would synchronise it): keep them in range.
+        rows: int64 ``[R]``, absolute positions of query tokens in any order, each in ``[Tk - Tq, Tk)``, or with a span
+            counted from the first query of each batch row; None: all Tq, ascending. Values on a CUDA device are not
+            checked (that would synchronise it): keep them in range.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Rows of padded queries are 0.
         reduce: ``"max"`` or ``"sum"``.
         normalize: divide ``max`` rows by their sum, and ``sum`` rows by the Hq / Hkv heads of a group; rows then sum
@@ -62,6 +55,7 @@ def pooled_attention_decode(
         lse: float32 ``[B, Hq, Tq]``, natural logarithm of the sum of exp of the scaled causal logits of each query, as
             attention kernels return it; None: computed here. Only values at valid queries in ``rows`` are used.
         implementation: ``"reference"``, ``"cpu"``, ``"triton"`` or None (automatic).
+        span: as of :func:`~.interface.pooled_attention`.
 
     Returns:
         float32 ``[B, Hkv, R, Nk]``, 0 in blocks after that of the query.
@@ -71,28 +65,20 @@ def pooled_attention_decode(
         TypeError: unsupported dtypes.
     """
     dispatch.check_block_size(OP, block_size, BLOCK_SIZES)
-    scale, lengths = check_arguments(OP, q, k, scale=scale, rows=rows, lengths=lengths, reduce=reduce, lse=lse)
-    if rows is None:
-        rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-    return _pooled_attention_decode(q, k, rows, block_size, scale, lengths, reduce, normalize, lse, implementation)
+    wanted = Wanted(block_size, dispatch.default_scale(q.shape[-1], scale), reduce, normalize, lse)
+    k, rows, wanted = check_arguments(OP, q, k, rows, lengths, span, wanted)
+    first = wanted.span.keys - wanted.span.queries if span is None else 0
+    rows = torch.arange(wanted.span.queries, device=q.device) if rows is None else rows - first
+    return _pooled_attention_decode(q, k, rows, wanted._replace(first_row=first), implementation)
 
 
-def _fake(q: Tensor, k: Tensor, rows: Tensor, block_size: int) -> Tensor:
-    batch, kv_heads, key_length, _ = k.shape
-    return q.new_empty(batch, kv_heads, rows.shape[0], num_blocks(key_length, block_size), dtype=torch.float32)
+def _fake(k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    columns = wanted.span.num_key_blocks(wanted.block_size)
+    return k.new_empty(wanted.span.batch, k.shape[1], rows.shape[0], columns, dtype=torch.float32)
 
 
-def _run(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted, implementation: str | None) -> Tensor:
-    check_range(OP, rows, k.shape[2] - q.shape[2], k.shape[2], "the positions of the queries")
-    function = reference_decode.pooled_attention_decode
-    name = dispatch.choose_implementation(OP, implementation, q.device, names=IMPLEMENTATIONS, cpu="cpu")
-    if name == "cpu":
-        function = cpu_decode.pooled_attention_decode
-    elif name == "triton":
-        from . import triton_decode  # imported late: triton is an optional dependency
-
-        function = triton_decode.pooled_attention_decode
-    return function(q, k, rows.to(q.device), wanted)
-
-
-_pooled_attention_decode = as_op(OP, _fake, _run)
+@custom_op(_fake)
+def _pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted, implementation: str | None) -> Tensor:
+    check_range(OP, rows, wanted.span.queries, wanted.first_row, "the positions of the queries")
+    name = dispatch.choose_implementation(OP, implementation, q.device, IMPLEMENTATIONS)
+    return dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)(q, k, rows, wanted)

@@ -5,66 +5,58 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..indices import num_blocks
-from .arguments import Wanted
+from ..span import num_blocks
+from .arguments import Content, Wanted, content_rows
 
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    block_size = wanted.block_size
-    batch, heads, query_length, _ = q.shape
-    key_length = k.shape[2]
-    k = k.float().repeat_interleave(heads // k.shape[1], dim=1)
-    offset = key_length - query_length  # position of the first query
-    out = q.new_zeros(batch, heads, rows.numel(), num_blocks(key_length, block_size), dtype=torch.float32)
-    for slot, row in enumerate(rows.tolist()):
-        start, end = max(row * block_size, offset), min((row + 1) * block_size, key_length)
-        positions, here = torch.arange(start, end, device=q.device), slice(start - offset, end - offset)
-        lse = None if wanted.lse is None else wanted.lse[:, :, here]
-        tiles = attention_map(q[:, :, here], k, positions, wanted, lse)
-        out[:, :, slot] = tiles.amax(dim=(2, 4)) if wanted.reduce == "max" else tiles.sum(dim=(2, 4))
-    return finish(out, rows, key_length, query_length, wanted)
+    block_size, span = wanted.block_size, wanted.span
+    columns = span.num_key_blocks(block_size)
+    out = q.new_zeros(span.batch, q.shape[1], rows.numel(), columns, dtype=torch.float32)
+    for b, content in enumerate(content_rows(span)):
+        keys = keys_of(k, q.shape[1], content)
+        for slot, row in enumerate(rows.tolist()):
+            block = content.start // block_size + row
+            first, end = max(block * block_size, content.start), min((block + 1) * block_size, content.end)
+            if first >= end:
+                continue  # a block of padding
+            positions = torch.arange(first, end, device=q.device)
+            tiles = attention_map(q, keys, positions, content, wanted)
+            tiles = tiles.amax(dim=(1, 3)) if wanted.reduce == "max" else tiles.sum(dim=(1, 3))
+            if wanted.normalize and wanted.reduce == "sum":
+                tiles /= len(positions)
+            out[b, :, slot, : tiles.shape[1]] = tiles
+    return divide_by_sum(out) if wanted.normalize and wanted.reduce == "max" else out
 
 
-def attention_map(q: Tensor, k: Tensor, positions: Tensor, wanted: Wanted, lse: Tensor | None) -> Tensor:
-    """Probabilities of queries at some positions, cut into blocks of keys; 0 at keys they do not see, and for padding.
+def keys_of(k: Tensor, heads: int, content: Content) -> Tensor:
+    """The keys of one row, float32 ``[Hq, n, D]``, one for each query head."""
+    own = k[content.memory, :, content.key_slot : content.key_slot + content.end]
+    return own.float().repeat_interleave(heads // k.shape[1], dim=0)
+
+
+def attention_map(q: Tensor, keys: Tensor, positions: Tensor, content: Content, wanted: Wanted) -> Tensor:
+    """Probabilities of the queries of one row at some positions, cut into blocks of keys; 0 at keys they do not see.
 
     Args:
-        q: ``[B, H, M, D]``, any of the dtypes.
-        k: float32 ``[B, H, Tk, D]``, one for each query head.
-        positions: int64 ``[M]``, where these queries stand.
-        lse: float32 ``[B, H, M]``, of these queries; None: computed here.
+        q: as given to the op.
+        keys: of :func:`keys_of`.
+        positions: int64 ``[M]``, each one of a query of the row.
 
     Returns:
-        float32 ``[B, H, M, Nk, block_size]``.
+        float32 ``[Hq, M, n, block_size]``, n the blocks of the row's keys.
     """
-    key_length = k.shape[2]
-    scores = q.float() @ k.transpose(-1, -2) * wanted.scale
-    hidden = torch.arange(key_length, device=q.device) > positions[:, None]
+    slots = positions - content.start + content.query_slot
+    scores = q[content.memory, :, slots].float() @ keys.transpose(-1, -2) * wanted.scale
+    hidden = torch.arange(keys.shape[1], device=q.device) > positions[:, None]
     scores = scores.masked_fill(hidden, float("-inf"))
-    probabilities = scores.softmax(-1) if lse is None else (scores - lse[..., None]).exp()
-    if wanted.lengths is not None:
-        padded_queries = (positions >= wanted.lengths[:, None])[:, None, :, None]
-        probabilities = probabilities.masked_fill(padded_queries, 0.0)
-    num_keys = num_blocks(key_length, wanted.block_size)
-    padded = torch.nn.functional.pad(probabilities, (0, num_keys * wanted.block_size - key_length))
-    return padded.unflatten(-1, (num_keys, wanted.block_size))
-
-
-def finish(out: Tensor, rows: Tensor, key_length: int, query_length: int, wanted: Wanted) -> Tensor:
-    """Divide ``out [B, H, R, Nk]`` in place: rows of tile maxima by their sum, of tile masses by the number of queries.
-
-    Rows without a valid query are 0 and stay 0.
-    """
-    if not wanted.normalize:
-        return out
-    if wanted.reduce == "max":
-        return divide_by_sum(out)
-    start = (rows * wanted.block_size).clamp(min=key_length - query_length)
-    end = ((rows + 1) * wanted.block_size).clamp(max=key_length)
-    if wanted.lengths is not None:
-        end = torch.minimum(end, wanted.lengths[:, None])  # [B, R]
-    queries = (end - start).clamp(min=1)
-    return out.div_(queries.view(-1, 1, rows.numel(), 1))
+    if wanted.lse is None:
+        probabilities = scores.softmax(-1)
+    else:
+        probabilities = (scores - wanted.lse[content.memory, :, slots, None]).exp()
+    num = num_blocks(keys.shape[1], wanted.block_size)
+    padded = torch.nn.functional.pad(probabilities, (0, num * wanted.block_size - keys.shape[1]))
+    return padded.unflatten(-1, (num, wanted.block_size))
 
 
 def divide_by_sum(out: Tensor) -> Tensor:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..indices import num_blocks
-from .arguments import Wanted
-from .reference import attention_map, divide_by_sum
+from .arguments import Wanted, content_rows
+from .reference import attention_map, divide_by_sum, keys_of
 
 # Tokens at a time: bounds the part of the map that is in memory.
 TOKENS = 64
 
 
 def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    (batch, kv_heads, key_length, _), query_length = k.shape, q.shape[2]
+    span, kv_heads = wanted.span, k.shape[1]
     group = q.shape[1] // kv_heads
-    k = k.float().repeat_interleave(group, dim=1)
-    num_keys = num_blocks(key_length, wanted.block_size)
-    out = q.new_zeros(batch, kv_heads, rows.numel(), num_keys, dtype=torch.float32)
-    for start in range(0, rows.numel(), TOKENS):
-        positions = rows[start : start + TOKENS]
-        here = positions - (key_length - query_length)
-        lse = None if wanted.lse is None else wanted.lse[:, :, here]
-        # [B, Hkv, group, tokens, Nk, block_size]
-        blocks = attention_map(q[:, :, here], k, positions, wanted, lse).unflatten(1, (kv_heads, group))
-        out[:, :, start : start + TOKENS] = blocks.amax((2, 5)) if wanted.reduce == "max" else blocks.sum((2, 5))
+    columns = span.num_key_blocks(wanted.block_size)
+    out = q.new_zeros(span.batch, kv_heads, rows.numel(), columns, dtype=torch.float32)
+    for b, content in enumerate(content_rows(span)):
+        keys = keys_of(k, q.shape[1], content)
+        for slots in torch.arange(rows.numel(), device=rows.device).split(TOKENS):
+            slots = slots[rows[slots] < content.length]
+            if not len(slots):
+                continue  # nothing but padding
+            blocks = attention_map(q, keys, rows[slots] + content.start, content, wanted)
+            blocks = blocks.unflatten(0, (kv_heads, group))  # [Hkv, group, tokens, n, block_size]
+            blocks = blocks.amax((1, 4)) if wanted.reduce == "max" else blocks.sum((1, 4))
+            out[b, :, slots, : blocks.shape[2]] = blocks
     return finish(out, group, wanted)
 
 

@@ -10,7 +10,6 @@ queries of one head lie with one warp (of four warps and four heads) and reducin
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,18 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..indices import num_blocks
+from ..span import Span
+from ..triton_span import LN2, LOG2E, span_row
 from .arguments import Wanted
-
-LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
-LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 
 # A strip of keys takes at most this much shared memory per pipeline stage. float32 products are unrolled multiply-adds,
 # not tensor core instructions: with larger strips they take minutes to compile.
 MAX_STRIP_BYTES = {torch.float16: 32768, torch.bfloat16: 32768, torch.float32: 8192}
 
 # Lengths and head counts are not specialised: a prompt of another length must not compile the kernels again.
-_RUNTIME_SCALARS = ["heads", "group", "query_length", "key_length", "num_keys"]
+_RUNTIME_SCALARS = ["heads", "group", "query_slots", "key_length", "num_keys"]
 
 
 @triton.jit
@@ -62,34 +59,46 @@ def order():
 
 
 @triton.jit
-def locate(i_bkv, lengths, heads, group, key_length, HAS_LENGTHS: tl.constexpr):
-    """Batch row, KV head and number of valid keys of a place without parts."""
+def locate(
+    i_bkv, p_q, p_k, p_table, heads, group, query_slots, key_length,
+    stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Where a place without parts lies: batch row, its row in memory, KV head, pointers to where the position 0 of its
+    queries would be and is of its keys, the same slot of its queries, its first position, and behind its last one."""
     kv_heads = heads // group
     i_b, i_kv = (i_bkv // kv_heads).to(tl.int64), (i_bkv % kv_heads).to(tl.int64)
-    end = key_length
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + i_b), key_length).to(tl.int32)
-    return i_b, i_kv, end
+    i_memory = i_b * 0 if PACKED else i_b
+    query_slot, start, length, key_slot = span_row(p_table, i_b, query_slots, key_length, TABLE)
+    slot = query_slot - start
+    p_q += i_memory * stride_qb + slot.to(tl.int64) * stride_qt
+    p_k += i_memory * stride_kb + i_kv * stride_kh
+    if TABLE:
+        p_k += key_slot * stride_kt
+    return i_b, i_memory, i_kv, p_q, p_k, slot, start, start + length
 
 
 @triton.jit
-def _place(rows, lengths, heads, group, key_length, HAS_LENGTHS: tl.constexpr, UNITS: tl.constexpr):
-    """What this program computes: slot and query block, batch row, KV head, first of its query heads within the group,
-    and the number of valid keys."""
+def _place(
+    p_q, p_k, p_table, heads, group, query_slots, key_length, stride_qb, stride_qt, stride_kb, stride_kh, stride_kt,
+    TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Slot of this program, first of its query heads within the group, and what ``locate`` says."""
     i_slot, i_place = order()
-    i_row = tl.load(rows + i_slot).to(tl.int32)
     parts = (group + UNITS - 1) // UNITS
-    i_b, i_kv, end = locate(i_place // parts, lengths, heads, group, key_length, HAS_LENGTHS)
-    return i_slot, i_row, i_b, i_kv, i_place % parts * UNITS, end
+    i_b, i_memory, i_kv, p_q, p_k, slot, start, end = locate(
+        i_place // parts, p_q, p_k, p_table, heads, group, query_slots, key_length,
+        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED,
+    )  # fmt: skip
+    return i_slot, i_place % parts * UNITS, i_b, i_memory, i_kv, p_q, p_k, slot, start, end
 
 
 @triton.jit
-def _rows(i_row, i_kv, i_unit, group, offset, end, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(i_row, i_kv, i_unit, group, start, end, UNITS: tl.constexpr, BLOCK: tl.constexpr):
     """Position and head of every row of queries of this program, and which rows are valid."""
     o_m = tl.arange(0, UNITS * BLOCK)
     o_q = i_row * BLOCK + _query_of(o_m, UNITS)
     o_unit = i_unit + _unit_of(o_m, UNITS)
-    return o_q, i_kv * group + o_unit, (o_q >= offset) & (o_q < end) & (o_unit < group)
+    return o_q, i_kv * group + o_unit, (o_q >= start) & (o_q < end) & (o_unit < group)
 
 
 @triton.jit
@@ -121,9 +130,9 @@ def scores(
 
 
 @triton.jit
-def queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim):
+def queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim):
     """Queries ``[M, D]``: one head and one position a row, zeros where a row is not valid."""
-    p_q = q + i_b * stride_qb + o_head * stride_qh + (o_q - offset).to(tl.int64) * stride_qt
+    p_q += o_head * stride_qh + o_q.to(tl.int64) * stride_qt
     # [M, D]
     return tl.load(p_q[:, None] + o_d[None, :], mask=m_valid[:, None] & (o_d < head_dim)[None, :], other=0.0)
 
@@ -138,32 +147,34 @@ def accumulate(b_s, b_max, b_sum):
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def query_lse_fwd_kernel(
-    q, k, rows, lengths, lse, scale_log2,
-    heads, group, query_length, key_length, head_dim,
+    q, k, rows, table, lse, scale_log2,
+    heads, group, query_slots, key_length, head_dim,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    HAS_LENGTHS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Natural log-sum-exp of the scaled causal logits of every valid query of the rows asked for."""
-    _, i_row, i_b, i_kv, i_unit, end = _place(rows, lengths, heads, group, key_length, HAS_LENGTHS, UNITS)
+    i_slot, i_unit, _, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
+        q, k, table, heads, group, query_slots, key_length,
+        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS,
+    )  # fmt: skip
+    i_row = tl.load(rows + i_slot).to(tl.int32) + start // BLOCK
     diagonal = i_row * BLOCK
-    offset = key_length - query_length
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, offset, end, UNITS, BLOCK)
+    o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, start, end, UNITS, BLOCK)
     if diagonal < end:
-        p_k = k + i_b * stride_kb + i_kv * stride_kh
         # [M, D]
-        b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+        b_q = queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim)
         b_max = tl.full([UNITS * BLOCK], float("-inf"), tl.float32)
         b_sum = tl.zeros([UNITS * BLOCK], tl.float32)
         # Every query sees the first key of its own block, so b_max is finite from the first strip on.
         for MASKED in tl.static_range(2):
             first, last = diagonal if MASKED else 0, diagonal + BLOCK if MASKED else diagonal
-            for start in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):
+            for o_strip in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):
                 # [M, N]
-                b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+                b_s = scores(b_q, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
                 b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
-        p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
+        p_lse = lse + (i_memory * heads + o_head) * query_slots + o_q + slot
         tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_valid)
 
 
@@ -197,16 +208,20 @@ def _add_strip(
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_fwd_kernel(
-    q, k, lse, rows, lengths, out, scale_log2,
-    heads, group, query_length, key_length, head_dim, num_keys,
+    q, k, lse, rows, table, out, scale_log2,
+    heads, group, query_slots, key_length, head_dim, num_keys,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    HAS_LENGTHS: tl.constexpr, SUM: tl.constexpr, NORMALIZE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    TABLE: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr, NORMALIZE: tl.constexpr,
+    UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
-    i_slot, i_row, i_b, i_kv, i_unit, end = _place(rows, lengths, heads, group, key_length, HAS_LENGTHS, UNITS)
+    i_slot, i_unit, i_b, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
+        q, k, table, heads, group, query_slots, key_length,
+        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS,
+    )  # fmt: skip
+    i_row = tl.load(rows + i_slot).to(tl.int32) + start // BLOCK
     diagonal = i_row * BLOCK
-    offset = key_length - query_length
     o_u = i_unit + tl.arange(0, UNITS)
     m_u = o_u < group
     p_out = out + ((i_b * heads + i_kv * group + o_u) * tl.num_programs(0) + i_slot) * num_keys
@@ -214,44 +229,43 @@ def pooled_attention_fwd_kernel(
     b_total = tl.zeros([UNITS], tl.float32)
     if has_queries:
         o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, offset, end, UNITS, BLOCK)
-        p_k = k + i_b * stride_kb + i_kv * stride_kh
+        o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, start, end, UNITS, BLOCK)
         # [M, D]
-        b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
-        p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
+        b_q = queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim)
+        p_lse = lse + (i_memory * heads + o_head) * query_slots + o_q + slot
         # [M]
         b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * LOG2E
 
         # A tile of several strips is stored with its last one.
         initial = 0.0 if SUM else float("-inf")
         b_tile = tl.full([UNITS], initial, tl.float32)
-        for start in range(0, diagonal, BLOCK_N):
+        for o_strip in range(0, diagonal, BLOCK_N):
             b_tile = _add_strip(
-                b_tile, b_q, b_lse, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
+                b_tile, b_q, b_lse, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
                 False, MASK_DIM, SUM, UNITS, BLOCK,
             )  # fmt: skip
-            done = (start + BLOCK_N) % BLOCK == 0
+            done = (o_strip + BLOCK_N) % BLOCK == 0
             b_value = b_tile if SUM else tl.exp2(b_tile)
-            tl.store(p_out + start // BLOCK, b_value, mask=m_u & done)
+            tl.store(p_out + o_strip // BLOCK, b_value, mask=m_u & done)
             b_total += tl.where(done, b_value, 0.0)
             b_tile = tl.where(done, initial, b_tile)
-        for start in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
+        for o_strip in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
             b_tile = _add_strip(
-                b_tile, b_q, b_lse, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
+                b_tile, b_q, b_lse, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
                 True, MASK_DIM, SUM, UNITS, BLOCK,
             )  # fmt: skip
         b_value = b_tile if SUM else tl.exp2(b_tile)
         tl.store(p_out + i_row, b_value, mask=m_u)
         b_total += b_value
         if SUM:
-            b_total = tl.zeros_like(b_total) + (tl.minimum(diagonal + BLOCK, end) - tl.maximum(diagonal, offset))
+            b_total = tl.zeros_like(b_total) + (tl.minimum(diagonal + BLOCK, end) - tl.maximum(diagonal, start))
     # Wholly padded rows are 0 and stay 0.
     b_factor = 1.0 / tl.maximum(b_total, 1e-37)
 
     # The row is still in the cache: divide it, and fill it up with zeros.
     tl.debug_barrier()
-    for start in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
-        o_key = start + tl.arange(0, BLOCK_OUT)
+    for o_first in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
+        o_key = o_first + tl.arange(0, BLOCK_OUT)
         m_out = m_u[:, None] & (o_key < num_keys)[None, :]
         p_part = p_out[:, None] + o_key[None, :]
         m_causal = (o_key <= i_row)[None, :] & has_queries
@@ -263,40 +277,42 @@ def pooled_attention_fwd_kernel(
             tl.store(p_part, tl.zeros([UNITS, BLOCK_OUT], tl.float32), mask=m_out & (m_causal == 0))
 
 
-def query_lse(q: Tensor, k: Tensor, rows: Tensor, *, block_size: int, scale: float, lengths: Tensor | None) -> Tensor:
-    """float32 ``[B, Hq, Tq]``, natural logarithm; written for the valid queries of the blocks in ``rows`` only."""
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    shape = _launch_shape(q, k, block_size, 64 if q.dtype == torch.float32 else 128)
+def query_lse(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
+    """float32, q's shape without the last dimension, natural logarithm; written for the valid queries of the blocks in
+    ``rows`` only."""
+    lse, span = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device), wanted.span
+    shape = _launch_shape(q, k, wanted.block_size, 64 if q.dtype == torch.float32 else 128)
     with torch.cuda.device_of(q):
-        query_lse_fwd_kernel[_grid(q, k, rows, shape)](
-            q, k, rows, lengths, lse, scale * LOG2E.value, *sizes(q, k), *strides(q, k),
-            HAS_LENGTHS=lengths is not None, **shape,
+        query_lse_fwd_kernel[_grid(q, k, rows, span, shape)](
+            q, k, rows, span.table, lse, wanted.scale * LOG2E.value, *sizes(q, k, span), *strides(q, k),
+            TABLE=span.table is not None, PACKED=span.packed, **shape,
         )  # fmt: skip
     return lse
 
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    block_size, scale, lengths, reduce, normalize, lse = wanted
-    num_keys = num_blocks(k.shape[2], block_size)
-    out = torch.empty(*q.shape[:2], rows.numel(), num_keys, dtype=torch.float32, device=q.device)
+    block_size, scale, reduce, normalize, lse, span, _ = wanted
+    num_keys = span.num_key_blocks(block_size)
+    out = torch.empty(span.batch, q.shape[1], rows.numel(), num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
     rows = rows.contiguous()
     if lse is None:
-        lse = query_lse(q, k, rows, block_size=block_size, scale=scale, lengths=lengths)
+        lse = query_lse(q, k, rows, wanted)
     shape = _launch_shape(q, k, block_size, query_rows(q))
     with torch.cuda.device_of(q):
-        pooled_attention_fwd_kernel[_grid(q, k, rows, shape)](
-            q, k, lse.contiguous(), rows, lengths, out, scale * LOG2E.value, *sizes(q, k), num_keys, *strides(q, k),
-            HAS_LENGTHS=lengths is not None, SUM=reduce == "sum", NORMALIZE=normalize, BLOCK_OUT=256, **shape,
+        pooled_attention_fwd_kernel[_grid(q, k, rows, span, shape)](
+            q, k, lse.contiguous(), rows, span.table, out, scale * LOG2E.value, *sizes(q, k, span), num_keys,
+            *strides(q, k), TABLE=span.table is not None, PACKED=span.packed, SUM=reduce == "sum",
+            NORMALIZE=normalize, BLOCK_OUT=256, **shape,
         )  # fmt: skip
     return out
 
 
-def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
-    """Query heads, those of a group, lengths of queries and keys, head_dim, as kernels take them."""
-    heads, query_length, head_dim = q.shape[1:]
-    return heads, heads // k.shape[1], query_length, k.shape[2], head_dim
+def sizes(q: Tensor, k: Tensor, span: Span) -> tuple[int, int, int, int, int]:
+    """Query heads, those of a group, slots of queries, keys, head_dim, as kernels take them."""
+    heads, query_slots, head_dim = q.shape[1:]
+    return heads, heads // k.shape[1], query_slots, span.keys, head_dim
 
 
 def strides(q: Tensor, k: Tensor) -> tuple[int, ...]:
@@ -304,9 +320,9 @@ def strides(q: Tensor, k: Tensor) -> tuple[int, ...]:
     return *q.stride()[:3], *k.stride()[:3]
 
 
-def _grid(q: Tensor, k: Tensor, rows: Tensor, shape: dict[str, Any]) -> tuple[int, int]:
+def _grid(q: Tensor, k: Tensor, rows: Tensor, span: Span, shape: dict[str, Any]) -> tuple[int, int]:
     """Slots, and places: batch rows, KV heads and parts of their groups."""
-    return rows.numel(), k.shape[0] * k.shape[1] * -(-(q.shape[1] // k.shape[1]) // shape["UNITS"])
+    return rows.numel(), span.batch * k.shape[1] * -(-(q.shape[1] // k.shape[1]) // shape["UNITS"])
 
 
 def query_rows(q: Tensor) -> int:

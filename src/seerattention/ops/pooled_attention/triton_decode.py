@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..indices import num_blocks
+from ..triton_span import LOG2E
 from .arguments import Wanted
 from .triton import (
-    LOG2E,
     accumulate,
     locate,
     order,
@@ -35,7 +34,7 @@ from .triton import (
 )
 
 # Lengths and head counts are not specialised: a prompt of another length must not compile the kernel again.
-_RUNTIME_SCALARS = ["num_rows", "heads", "group", "query_length", "key_length", "num_keys"]
+_RUNTIME_SCALARS = ["num_rows", "heads", "group", "query_slots", "key_length", "num_keys"]
 
 
 @triton.jit
@@ -78,12 +77,12 @@ def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, HEADS: tl.constexpr, PART
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_decode_fwd_kernel(
-    q, k, lse, rows, lengths, out, scale_log2, weight, num_rows,
-    heads, group, query_length, key_length, head_dim, num_keys,
+    q, k, lse, rows, table, out, scale_log2, weight, num_rows,
+    heads, group, query_slots, key_length, head_dim, num_keys,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    HAS_LSE: tl.constexpr, HAS_LENGTHS: tl.constexpr, SUM: tl.constexpr, DIVIDE: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    HAS_LSE: tl.constexpr, TABLE: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr, DIVIDE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK_DIM: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """Rows of TOKENS query tokens for one KV head: every element of them is written."""
     # A step is whole strips and whole blocks of keys.
@@ -91,15 +90,18 @@ def pooled_attention_decode_fwd_kernel(
     PARTS: tl.constexpr = STEP // BLOCK
     M: tl.constexpr = TOKENS * HEADS
     i_tokens, i_bkv = order()
-    i_b, i_kv, end = locate(i_bkv, lengths, heads, group, key_length, HAS_LENGTHS)
+    i_b, i_memory, i_kv, p_q, p_k, slot, start, end = locate(
+        i_bkv, q, k, table, heads, group, query_slots, key_length,
+        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED,
+    )  # fmt: skip
     kv_heads = heads // group
-    offset = key_length - query_length
 
     o_m = tl.arange(0, M)
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     o_slot = i_tokens * TOKENS + _token_of(o_m, HEADS)
-    o_q = tl.load(rows + o_slot, mask=o_slot < num_rows, other=-1).to(tl.int32)
-    m_token = (o_q >= offset) & (o_q < end)
+    o_row = tl.load(rows + o_slot, mask=o_slot < num_rows, other=-1).to(tl.int32)
+    o_q = o_row + start
+    m_token = (o_row >= 0) & (o_q < end)
     m_valid = m_token & (_head_of(o_m, HEADS) < group)
     o_head = i_kv * group + _head_of(o_m, HEADS)
     # Keys before `whole` are visible to all of the tokens, keys from `stop` on to none. What holds no token sees
@@ -109,11 +111,10 @@ def pooled_attention_decode_fwd_kernel(
     o_q = tl.where(m_token, o_q, stop)
     whole = tl.minimum(tl.min(o_q, 0) + 1, visible) // STEP * STEP
 
-    p_k = k + i_b * stride_kb + i_kv * stride_kh
     # [M, D]
-    b_q = queries(q, i_b, o_head, o_q, offset, m_valid, o_d, stride_qb, stride_qh, stride_qt, head_dim)
+    b_q = queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim)
     if HAS_LSE:
-        p_lse = lse + (i_b * heads + o_head) * query_length + o_q - offset
+        p_lse = lse + (i_memory * heads + o_head) * query_slots + o_q + slot
         # [M]
         b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * LOG2E
     else:
@@ -121,8 +122,8 @@ def pooled_attention_decode_fwd_kernel(
         b_max = tl.full([M], float("-inf"), tl.float32)
         b_sum = tl.zeros([M], tl.float32)
         for MASKED in tl.static_range(2):
-            for start in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
-                b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+            for o_strip in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
+                b_s = scores(b_q, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
                 b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
         b_lse = tl.where(m_valid, b_max + tl.log2(b_sum), float("inf"))
 
@@ -135,13 +136,13 @@ def pooled_attention_decode_fwd_kernel(
     b_block = tl.full([TOKENS, PARTS], initial, tl.float32)
     b_total = tl.zeros([TOKENS], tl.float32)
     for MASKED in tl.static_range(2):
-        for start in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
-            b_s = scores(b_q, p_k, start + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+        for o_strip in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
+            b_s = scores(b_q, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
             b_strip = _reduce(b_s, b_lse, scale_log2, SUM, HEADS, PARTS)
             b_block = b_block + b_strip if SUM else tl.maximum(b_block, b_strip)
-            done = (start + BLOCK_N) % BLOCK == 0
+            done = (o_strip + BLOCK_N) % BLOCK == 0
             b_value = b_block * weight if SUM else tl.exp2(b_block)
-            o_key = start // BLOCK + o_part
+            o_key = o_strip // BLOCK + o_part
             tl.store(
                 p_out[:, None] + o_key[None, :], b_value, mask=m_slot[:, None] & (o_key < num_keys)[None, :] & done
             )
@@ -151,8 +152,8 @@ def pooled_attention_decode_fwd_kernel(
     # The rows are still in the cache: divide them, and fill them up with zeros. Rows of padding are 0 and stay 0.
     b_factor = 1.0 / tl.maximum(b_total, 1e-37)
     tl.debug_barrier()
-    for start in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
-        o_key = start + tl.arange(0, BLOCK_OUT)
+    for o_first in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
+        o_key = o_first + tl.arange(0, BLOCK_OUT)
         m_out = m_slot[:, None] & (o_key < num_keys)[None, :]
         m_written = (o_key < stop // BLOCK)[None, :]
         p_part = p_out[:, None] + o_key[None, :]
@@ -165,9 +166,9 @@ def pooled_attention_decode_fwd_kernel(
 
 
 def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    block_size, scale, lengths, reduce, normalize, lse = wanted
-    batch, kv_heads, key_length, _ = k.shape
-    group, num_rows, num_keys = q.shape[1] // kv_heads, rows.numel(), num_blocks(key_length, block_size)
+    block_size, scale, reduce, normalize, lse, span, _ = wanted
+    batch, kv_heads = span.batch, k.shape[1]
+    group, num_rows, num_keys = q.shape[1] // kv_heads, rows.numel(), span.num_key_blocks(block_size)
     out = torch.empty(batch, kv_heads, num_rows, num_keys, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
@@ -176,9 +177,9 @@ def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) 
     weight = 1.0 / group if normalize else 1.0
     with torch.cuda.device_of(q):
         pooled_attention_decode_fwd_kernel[(-(-num_rows // shape["TOKENS"]), batch * kv_heads)](
-            q, k, lse, rows.contiguous(), lengths, out, scale * LOG2E.value, weight, num_rows, *sizes(q, k), num_keys,
-            *strides(q, k), HAS_LSE=lse is not None, HAS_LENGTHS=lengths is not None, SUM=reduce == "sum",
-            DIVIDE=normalize and reduce == "max", BLOCK=block_size, **shape,
+            q, k, lse, rows.contiguous(), span.table, out, scale * LOG2E.value, weight, num_rows, *sizes(q, k, span),
+            num_keys, *strides(q, k), HAS_LSE=lse is not None, TABLE=span.table is not None, PACKED=span.packed,
+            SUM=reduce == "sum", DIVIDE=normalize and reduce == "max", BLOCK=block_size, **shape,
         )  # fmt: skip
     return out
 

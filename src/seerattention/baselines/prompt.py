@@ -1,0 +1,197 @@
+"""One sequence of a batch as training-free selectors see it, and the way from their answers to block lists.
+
+A selector here answers for one sequence at a time: its content without padding, queries that are the last of its keys.
+Padding, chunks, packed rows and pages are taken care of in this file. Lengths are read from the device, which waits
+for it; these selectors are yardsticks, not kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.indices import BlockIndices
+from ..ops.span import LENGTH, START, Span, num_blocks
+from ..policies import Policy
+from ..selectors import LayerInputs
+
+# Scores that a selector holds at once: 2^24 of float32 are 64 MiB.
+MOST_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The content of one sequence in one layer; its T queries are the last of L positions.
+
+    Attributes:
+        layer: index of the layer.
+        q: ``[Hq, T, D]`` after RoPE, T at least 1.
+        k: ``[Hkv, L, D]`` after RoPE.
+        scale: softmax scale.
+        block_size: tokens a block. Blocks are cut from position 0 on.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    scale: float
+    block_size: int
+
+    @property
+    def heads(self) -> int:
+        """Hq."""
+        return self.q.shape[0]
+
+    @property
+    def length(self) -> int:
+        """L, the number of keys."""
+        return self.k.shape[1]
+
+    @property
+    def start(self) -> int:
+        """Position of the first query."""
+        return self.length - self.q.shape[1]
+
+    @property
+    def first_row(self) -> int:
+        """Query block that holds the first query."""
+        return self.start // self.block_size
+
+    @property
+    def num_keys(self) -> int:
+        """N, the number of key blocks."""
+        return num_blocks(self.length, self.block_size)
+
+    @property
+    def num_rows(self) -> int:
+        """R, the number of query blocks that hold a query."""
+        return self.num_keys - self.first_row
+
+    def rows(self) -> Tensor:
+        """The query block of each row, int64 ``[R, 1]``."""
+        return torch.arange(self.first_row, self.num_keys, device=self.q.device)[:, None]
+
+    def columns(self) -> Tensor:
+        """The key blocks, int64 ``[N]``."""
+        return torch.arange(self.num_keys, device=self.q.device)
+
+    def chunks(self, scores_a_row: int) -> Iterator[tuple[range, slice]]:
+        """Query blocks to look at together if each takes so many scores in all heads: their numbers, their rows."""
+        step = max(1, MOST_SCORES // max(1, scores_a_row))
+        for first in range(self.first_row, self.num_keys, step):
+            end = min(first + step, self.num_keys)
+            yield range(first, end), slice(first - self.first_row, end - self.first_row)
+
+    def queries(self, blocks: range) -> tuple[Tensor, Tensor]:
+        """Scaled queries of whole query blocks, and which are there: float32 ``[Hq, M, D]``, bool ``[M]``.
+
+        M is ``len(blocks) * block_size``; places before the first query and behind the last one are 0.
+        """
+        begin, end = blocks.start * self.block_size, blocks.stop * self.block_size
+        front, back = max(0, self.start - begin), max(0, end - self.length)
+        q = self.q[:, begin + front - self.start : end - back - self.start].float() * self.scale
+        positions = torch.arange(begin, end, device=q.device)
+        present = (positions >= self.start) & (positions < self.length)
+        return torch.nn.functional.pad(q, (0, 0, front, back)), present
+
+
+def dot(q: Tensor, k: Tensor) -> Tensor:
+    """``q [Hq, M, D]`` times ``k [Hkv, N, D]`` of the same group of heads: ``[Hq, M, N]``. Both float32."""
+    product = q.reshape(k.shape[0], -1, q.shape[2]) @ k.mT
+    return product.view(*q.shape[:2], k.shape[1])
+
+
+def means(x: Tensor, size: int, start: int = 0) -> Tensor:
+    """Means of groups of ``size`` positions, which are cut from position 0 on.
+
+    Args:
+        x: ``[H, T, D]``, the tokens at positions ``start`` and on.
+        size: tokens a group. The mean of a group is that of its tokens that x holds.
+        start: position of the first token.
+
+    Returns:
+        float32 ``[H, n, D]``, from the group that holds the first token to the one that holds the last.
+    """
+    front, end = start % size, start % size + x.shape[1]
+    back = -end % size
+    padded = torch.nn.functional.pad(x, (0, 0, front, back)) if front or back else x
+    total = padded.unflatten(1, (-1, size)).sum(-2, dtype=torch.float32)
+    present = torch.ones(x.shape[1], device=x.device)
+    counts = torch.nn.functional.pad(present, (front, back)).view(-1, size).sum(-1)
+    return total / counts[:, None]
+
+
+def last_softmax(prompt: Prompt, most: int) -> Tensor:
+    """Attention of the last ``most`` queries (or of all, if there are fewer), float32 ``[Hq, m, L]``."""
+    q = prompt.q[:, -most:].float() * prompt.scale
+    length = prompt.length
+    scores = torch.empty(*q.shape[:2], length, device=q.device)
+    group = prompt.heads // prompt.k.shape[0]
+    for head in range(prompt.k.shape[0]):  # one at a time: all keys in float32 would be a copy of the cache
+        here = slice(head * group, (head + 1) * group)
+        scores[here] = dot(q[here], prompt.k[head : head + 1].float())
+    positions = torch.arange(length, device=q.device)
+    scores.masked_fill_(positions > positions[-q.shape[1] :, None], float("-inf"))
+    return scores.softmax(-1)
+
+
+def diagonal_sums(attention: Tensor) -> Tensor:
+    """Sums of the attention ``[H, m, L]`` of the last m queries by distance of key and query, ``[H, L]``."""
+    total = attention.new_zeros(attention.shape[0], attention.shape[2])
+    for back in range(attention.shape[1]):  # the query with so many behind it sees L - back keys
+        seen = attention.shape[2] - back
+        total[:, :seen] += attention[:, -1 - back, :seen].flip(-1)
+    return total
+
+
+@torch.no_grad()
+def masks_to_lists(inputs: LayerInputs, block_size: int, choose: Callable[[Prompt], Tensor]) -> BlockIndices:
+    """Block lists of a selector with a rule of its own.
+
+    Args:
+        inputs: what the selector got.
+        block_size: tokens a block.
+        choose: gives the blocks to keep, bool ``[Hq or 1, R, N]``, of a sequence. What lies behind the diagonal is
+            dropped and the diagonal is added.
+    """
+    mask = _for_each_row(inputs, block_size, lambda prompt: choose(prompt) | (prompt.columns() == prompt.rows()), False)
+    return BlockIndices.from_mask(mask, block_size, span=inputs.span)
+
+
+@torch.no_grad()
+def scores_to_lists(
+    inputs: LayerInputs, block_size: int, policy: Policy, score: Callable[[Prompt], Tensor]
+) -> BlockIndices:
+    """Block lists of a selector that leaves the choice to a policy.
+
+    Args:
+        inputs: what the selector got.
+        block_size: tokens a block.
+        policy: gets the scores as logits.
+        score: gives the scores of a sequence, float32 ``[Hq or 1, R, N]``. What lies behind the diagonal is ignored.
+    """
+    logits = _for_each_row(inputs, block_size, score, 0.0)
+    lengths = inputs.lengths if inputs.span is None else None  # the span knows them
+    return policy.select(logits, block_size=block_size, lengths=lengths, span=inputs.span)
+
+
+def _for_each_row(
+    inputs: LayerInputs, block_size: int, answer: Callable[[Prompt], Tensor], fill: bool | float
+) -> Tensor:
+    """Answers for the sequences of a batch, ``[B, Hq, R, N]``; ``fill`` where a sequence has no such block."""
+    q, k, span = inputs.q, inputs.k, inputs.span
+    if span is None:
+        span = Span.of_padded(q.shape[0], q.shape[2], k.shape[2], inputs.lengths)
+    q, k = span.gather_queries(q), span.gather_keys(k)
+    shape = span.batch, q.shape[1], span.num_rows(block_size), span.num_key_blocks(block_size)
+    dtype = torch.bool if isinstance(fill, bool) else torch.float32
+    out = torch.full(shape, fill, dtype=dtype, device=q.device)
+    starts, counts = span.column(START).tolist(), span.column(LENGTH).tolist()
+    for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        if count:
+            prompt = Prompt(inputs.layer, q[b, :, :count], k[b, :, : start + count], inputs.scale, block_size)
+            out[b, :, : prompt.num_rows, : prompt.num_keys] = answer(prompt)
+    return out

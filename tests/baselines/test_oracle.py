@@ -1,0 +1,135 @@
+"""Oracles: the true attention map, reduced by its maxima or its mass, or so that every query is served."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baseline_cases import (
+    SCALE,
+    assert_every_case,
+    assert_goes_round,
+    assert_padded_chunks,
+    assert_rowwise,
+    brute_policy,
+    expected_of,
+    make_inputs,
+)
+from seerattention import Threshold, TopK, TopP
+from seerattention.baselines import Oracle, OracleCover
+from seerattention.baselines.oracle_cover import block_masses
+from seerattention.baselines.prompt import Prompt
+
+BLOCK = 32
+
+
+def attention(q, k, start):
+    """The whole map, float64 ``[T, L]``."""
+    shares = torch.zeros(len(q), len(k), dtype=torch.float64)
+    for row, query in enumerate(q):
+        shares[row, : start + row + 1] = (k[: start + row + 1] @ query).softmax(0)
+    return shares
+
+
+def brute_map(reduce):
+    def scores(q, k, start):
+        shares, first, blocks = attention(q, k, start), start // BLOCK, -(-len(k) // BLOCK)
+        found = torch.zeros(blocks - first, blocks, dtype=torch.float64)
+        for i in range(first, blocks):
+            for j in range(i + 1):
+                tile = shares[max(0, i * BLOCK - start) : (i + 1) * BLOCK - start, j * BLOCK : (j + 1) * BLOCK]
+                found[i - first, j] = tile.max() if reduce == "max" else tile.sum()
+        return found.log()
+
+    return scores
+
+
+@pytest.mark.parametrize("reduce", ["max", "mass"])
+@pytest.mark.parametrize("policy", [TopK(0.4), TopP(0.7), Threshold(0.1)], ids=repr)
+def test_maxima_and_mass(reduce, policy):
+    selector = Oracle(policy, BLOCK, reduce)
+    assert_every_case(selector, brute_policy(brute_map(reduce), policy), chunks=False)
+    assert_rowwise(selector)
+
+
+def test_maxima_and_mass_differ():
+    inputs = make_inputs([300])
+    by_max, by_mass = (Oracle(TopK(0.4), BLOCK, reduce).select(inputs).to_mask() for reduce in ("max", "mass"))
+    assert not torch.equal(by_max, by_mass)
+
+
+def test_maps_are_of_whole_prompts():
+    with pytest.raises(NotImplementedError, match="Oracle: the pooled attention map is that of whole prompts"):
+        Oracle().select(make_inputs([300], start=128))
+    assert not Oracle.takes_chunks
+
+
+def brute_cover(p):
+    """The worst query names its best block, until no query is short."""
+
+    def mask(q, k, start):
+        shares, first, blocks = attention(q, k, start), start // BLOCK, -(-len(k) // BLOCK)
+        kept = torch.zeros(blocks - first, blocks, dtype=torch.bool)
+        for i in range(first, blocks):
+            rows = shares[max(0, i * BLOCK - start) : (i + 1) * BLOCK - start].tolist()
+            masses = [[sum(row[j * BLOCK : (j + 1) * BLOCK]) for j in range(i + 1)] for row in rows]
+            chosen = {i}
+            while len(chosen) <= i:
+                sums = [sum(mass[j] for j in chosen) for mass in masses]
+                worst = min(range(len(sums)), key=lambda t: sums[t])
+                if sums[worst] >= p:
+                    break
+                chosen.add(max(set(range(i + 1)) - chosen, key=lambda j: masses[worst][j]))
+            kept[i - first, list(chosen)] = True
+        return kept
+
+    return mask
+
+
+@pytest.mark.parametrize("p", [0, 0.3, 0.6, 0.9])
+def test_cover(p):
+    selector = OracleCover(p, BLOCK)
+    assert_every_case(selector, brute_cover(p), sharp=0.5, alike=2.5)
+    assert_padded_chunks(selector)
+    assert_rowwise(selector)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_every_query_keeps_its_share(p):
+    inputs = make_inputs([300], sharp=0.5, alike=2.5)
+    lists = OracleCover(p, BLOCK).select(inputs)
+    mask = lists.to_mask()[0]
+    assert lists.density() < 0.85
+    tokens = mask.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, :300, :300]
+    for _, h, shares in expected_of(inputs, BLOCK, attention):
+        assert float((shares * tokens[h]).sum(-1).min()) >= p - 1e-6
+
+
+def test_cover_of_everything():
+    assert OracleCover(1.0, BLOCK).select(make_inputs([300])).density() == 1.0
+    assert OracleCover(0.0, BLOCK).select(make_inputs([300])).counts.unique().tolist() == [1]
+
+
+def test_masses():
+    inputs = make_inputs([300], start=77)
+    prompt = Prompt(0, inputs.q[0], inputs.k[0], SCALE, BLOCK)
+    for row in range(2, 10):
+        masses = block_masses(prompt, row)
+        for _, h, shares in expected_of(inputs, BLOCK, attention):
+            here = shares[max(0, row * BLOCK - 77) : (row + 1) * BLOCK - 77]
+            wanted = torch.stack([tile.sum(-1) for tile in here.split(BLOCK, 1)], -1)[:, : row + 1]
+            torch.testing.assert_close(masses[h].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_names():
+    assert_goes_round("oracle:reduce=mass:policy=top_p(0.95)", Oracle(TopP(0.95), reduce="mass"))
+    assert_goes_round("oracle_cover:p=0.8", OracleCover(0.8))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="Oracle: reduce must be one of"):
+        Oracle(reduce="sum")
+    with pytest.raises(ValueError, match="OracleCover: p must be a number from 0 to 1"):
+        OracleCover(1.5)
+    with pytest.raises(ValueError, match="OracleCover: block_size must be one of"):
+        OracleCover(block_size=16)
