@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seerattention as seer
-from seerattention.gates import select_by_token
+from seerattention.gates import build_gate, select_by_token
 from seerattention.ops import block_selection, block_sparse_decode
 from seerattention.ops.span import LENGTH, START, Span
 from seerattention.policies import PublishedDecode, RelativeThreshold, policy_from_dict
@@ -97,6 +98,35 @@ def test_kernels_take_open_blocks_as_the_reference_does(select):
     ]
     assert torch.equal(*masks)
     assert masks[0].sum((1, 2, 3)).tolist()[:2] == [HEADS, HEADS]
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where the host asks for a value of a tensor, or for a shape that follows from values."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.READS, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@torch.no_grad()
+def test_a_step_of_decoding_reads_no_values(tokens):
+    """On a GPU nothing waits then; state and span know on the host how long rows are."""
+    gate = build_gate(seer.DecodeGateConfig(), block_size=BLOCK, num_heads=4, num_kv_heads=HEADS, head_dim=8)
+    q, k, table = (torch.randn(*shape, 47 + tokens, 8) for shape in ((2, 4), (2, HEADS), (1,)))
+    state = gate.new_state()
+    gate.encode_keys(k[:, :, :47], table[:, :47], table[:, :47], state=state)
+    plain = Span(2, tokens, 47 + tokens)
+    rows = Span.of_rows(tokens, 47 + tokens, start=torch.tensor([47, 47]), length=torch.tensor([tokens, tokens]))
+    new = table[:, 47:]
+    with NoReads():
+        keys = gate.encode_keys(k[:, :, 47:], new, new, state=state)
+        for span in (plain, rows):
+            scores = gate.score(gate.encode_queries(q[:, :, 47:], new, new, span=span), keys, span=span)
+            for policy in POLICIES.values():
+                select_by_token(policy, scores, block_size=BLOCK, span=span)
 
 
 def test_a_policy_of_ones_own_may_order_its_lists_as_it_likes():

@@ -20,7 +20,8 @@ class BlockGate(nn.Module, ABC):
     """What every form of gate offers: it scores blocks of ``block_size`` keys for blocks of ``block_size`` queries.
 
     In three parts, so that keys are encoded once and queries where they come from: :meth:`encode_keys`,
-    :meth:`encode_queries` and :meth:`score`; :meth:`forward` is all of them at once.
+    :meth:`encode_queries` and :meth:`score`; :meth:`forward` is all of them at once. What is said here of query heads
+    and query blocks holds for gates of prompts; a gate of decoding has a row for each KV head and query token.
 
     Attributes:
         block_size: tokens a block of the *mask*.
