@@ -8,58 +8,27 @@ import pytest
 import torch
 
 import seerattention as seer
-from gate_folders import CONFIG, SHAPE
+from gate_folders import (
+    CONFIG,
+    DECODE_ENTRIES,
+    DECODE_PREFIX,
+    make_gates,
+    published_decode_weights,
+    write_published_decode,
+)
 from seerattention.files import DamagedFileError
-from seerattention.gates import build_gate
 from seerattention.gates.checkpoint import GateCheckpoint, gate_tensors, read_checkpoint, write_checkpoint
 from seerattention.gates.sources import convert, load_gates
 
-PREFIX = "model.layers.{}.self_attn.attn_gate."
-ENTRIES = {
-    "base_model": "owner/base",
-    "seerattn_q_head_pooling_type": "Qproj",
-    "seerattn_k_seq_pooling_type": "Kmaxminavg",
-    "seerattn_gate_block_size": 16,
-    "seerattn_gate_hidden_size": 16,
-    "seerattn_loss_slice_ratio": 0.5,
-    "seerattn_use_qk_norm": True,
-    "seerattn_use_rope": True,
-}
-
-
-def published_weights(*, qk_norm=True, k_parts=3):
-    torch.manual_seed(0)
-    weights = {}
-    for layer in range(2):
-        prefix = PREFIX.format(layer)
-        weights[prefix + "attngate_linear_q.weight"] = torch.randn(2, 2, 16, 16).bfloat16()
-        weights[prefix + "attngate_linear_k.weight"] = torch.randn(2, 16 * k_parts, 16).bfloat16()
-        if qk_norm:
-            weights[prefix + "attngate_qnorm.weight"] = torch.rand(16).bfloat16()
-            weights[prefix + "attngate_knorm.weight"] = torch.rand(16).bfloat16()
-    return weights
-
-
-def write_published(folder, weights=None, **entries):
-    folder.mkdir()
-    data = {key: value for key, value in {**CONFIG, **ENTRIES, **entries}.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(data))
-    torch.save(published_weights() if weights is None else weights, folder / "attn_gate_weights.pth")
-    return folder
-
-
-def gates_of(checkpoint, phase="decode"):
-    return {layer: build_gate(checkpoint.gate_config.spec_of(phase), **SHAPE) for layer in range(2)}
-
 
 def loaded(checkpoint, phase="decode"):
-    gates = gates_of(checkpoint, phase)
+    gates = make_gates(checkpoint.gate_config, phase)
     checkpoint.load_into(gates, phase)
     return gates
 
 
 def test_the_published_layout_keeps_its_bits_and_is_converted(tmp_path):
-    folder = write_published(tmp_path / "gate")
+    folder = write_published_decode(tmp_path / "gate")
     checkpoint = load_gates(folder, CONFIG)
     assert checkpoint.gate_config == seer.GateConfig(
         prefill=None, decode=seer.DecodeGateConfig(width=16, block_size=16)
@@ -72,13 +41,13 @@ def test_the_published_layout_keeps_its_bits_and_is_converted(tmp_path):
     assert (converted.gate_config, converted.policy) == (checkpoint.gate_config, checkpoint.policy)
     assert converted.decode_policy == checkpoint.decode_policy == seer.TokenBudget(4096)
     names = {"linear_q": "q_linear", "linear_k": "k_linear", "qnorm": "q_norm", "knorm": "k_norm"}
-    weights = published_weights()
+    weights = published_decode_weights()
     for source in (checkpoint, converted):
         for layer, gate in loaded(source).items():
             parameters = dict(gate.named_parameters())
             assert set(parameters) == set(names.values())
             for theirs, ours in names.items():
-                expected = weights[PREFIX.format(layer) + f"attngate_{theirs}.weight"]
+                expected = weights[DECODE_PREFIX.format(layer) + f"{theirs}.weight"]
                 assert torch.equal(source.weights[f"layers.{layer}.decode.{ours}"], expected)
                 assert torch.equal(parameters[ours], expected.float())
     card = (tmp_path / "converted" / "README.md").read_text()
@@ -91,14 +60,18 @@ FORMS = {
     "no rope": ({"seerattn_use_rope": False}, {"rope": False}, {}),
     "mean only": ({"seerattn_k_seq_pooling_type": "Kavg"}, {"k_pooling": ("avg",)}, {"k_parts": 1}),
     "other order": ({"seerattn_k_seq_pooling_type": "Kavgmax"}, {"k_pooling": ("avg", "max")}, {"k_parts": 2}),
-    "defaults": (dict.fromkeys(set(ENTRIES) - {"seerattn_q_head_pooling_type"}), {"width": None, "block_size": 64}, {}),
+    "defaults": (
+        dict.fromkeys(set(DECODE_ENTRIES) - {"seerattn_q_head_pooling_type"}),
+        {"width": None, "block_size": 64},
+        {},
+    ),
 }
 
 
 @pytest.mark.parametrize("case", FORMS)
 def test_published_forms(tmp_path, case):
     entries, options, shape = FORMS[case]
-    folder = write_published(tmp_path / "gate", published_weights(**shape), **entries)
+    folder = write_published_decode(tmp_path / "gate", published_decode_weights(**shape), **entries)
     checkpoint = load_gates(folder, CONFIG)
     assert checkpoint.gate_config.decode == seer.DecodeGateConfig(**{"width": 16, "block_size": 16, **options})
     loaded(checkpoint)
@@ -119,7 +92,7 @@ POLICIES = {
 @pytest.mark.parametrize("case", POLICIES)
 def test_published_policies(tmp_path, case):
     entries, policy = POLICIES[case]
-    assert load_gates(write_published(tmp_path / "gate", **entries), CONFIG).decode_policy == policy
+    assert load_gates(write_published_decode(tmp_path / "gate", **entries), CONFIG).decode_policy == policy
 
 
 BAD = {
@@ -134,17 +107,17 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_published_entries_are_checked(tmp_path, case):
     with pytest.raises(DamagedFileError, match="no valid gates"):
-        load_gates(write_published(tmp_path / "gate", **BAD[case]), CONFIG)
+        load_gates(write_published_decode(tmp_path / "gate", **BAD[case]), CONFIG)
 
 
 def test_published_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(NotImplementedError, match="Qavgproj"):
-        load_gates(write_published(tmp_path / "merged", seerattn_q_head_pooling_type="Qavgproj"), CONFIG)
-    weights = published_weights()
+        load_gates(write_published_decode(tmp_path / "merged", seerattn_q_head_pooling_type="Qavgproj"), CONFIG)
+    weights = published_decode_weights()
     weights["model.layers.0.self_attn.attn_gate.mask_linear_k.weight"] = torch.ones(2, 48, 16)
     with pytest.raises(DamagedFileError, match=r"unexpected keys: .*mask_linear_k"):
-        load_gates(write_published(tmp_path / "both", weights), CONFIG)
-    missing = load_gates(write_published(tmp_path / "norms", published_weights(qk_norm=False)), CONFIG)
+        load_gates(write_published_decode(tmp_path / "both", weights), CONFIG)
+    missing = load_gates(write_published_decode(tmp_path / "norms", published_decode_weights(qk_norm=False)), CONFIG)
     with pytest.raises(DamagedFileError, match=r"missing: layers\.0\.decode\.k_norm"):
         loaded(missing)
 
@@ -153,7 +126,7 @@ def test_gates_of_both_phases_are_saved_together(tmp_path):
     config = seer.GateConfig(32, decode=seer.DecodeGateConfig(block_size=16))
     base = {"name": "base", "revision": None, **{k: v for k, v in CONFIG.items() if k != "hidden_size"}}
     draft = GateCheckpoint(config, seer.TopK(0.25), base, {}, "here", seer.TokenBudget(64))
-    made = {phase: gates_of(draft, phase) for phase in config.phases}
+    made = {phase: make_gates(config, phase) for phase in config.phases}
     for phase, gates in made.items():
         draft.weights.update({name: value.detach() for name, value in gate_tensors(gates, phase).items()})
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "gates", draft))
@@ -173,7 +146,7 @@ def test_gates_of_both_phases_are_saved_together(tmp_path):
 
 
 def test_weights_of_a_phase_without_gates_are_unexpected(tmp_path):
-    checkpoint = load_gates(write_published(tmp_path / "gate"), CONFIG)
+    checkpoint = load_gates(write_published_decode(tmp_path / "gate"), CONFIG)
     checkpoint.weights["layers.0.prefill.k_linear"] = torch.ones(1)
     with pytest.raises(DamagedFileError, match=r"unexpected: layers\.0\.prefill\.k_linear"):
         loaded(checkpoint)

@@ -59,6 +59,8 @@ def read_published(folder: Path) -> GateCheckpoint:
             config = decode_config(data)
             return GateCheckpoint(config, Dense(), base_model, weights, str(folder), decode_policy(data))
         return GateCheckpoint(_gate_config(data), _policy(data), base_model, weights, str(folder))
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{config_path}: {error}") from error
     except (TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"{config_path} describes no valid gates: {error}") from error
 
