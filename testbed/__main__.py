@@ -215,7 +215,7 @@ def gates(
     device: str = "cuda",
 ) -> None:
     """Distil the gates of a trained testbed model."""
-    from .gates import GateRun, distil
+    from .distil import GateRun, distil
 
     run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates))
     summary = distil(model, books, held_out, out, run)

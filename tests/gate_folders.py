@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import seerattention as seer
-from seerattention.distillation.checkpoint import load_state, save_state
+from seerattention.distillation.saved import load_state, save_state
 from seerattention.gates import build_gate
 from seerattention.gates.checkpoint import GateCheckpoint, gate_tensors, write_checkpoint
 from seerattention.gates.sources import load_gates

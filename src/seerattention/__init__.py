@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .config import DecodeGateConfig, GateConfig, PrefillGateConfig
     from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
-    from .hf.checkpoint import save_gates
     from .hf.contexts import dense, observe
+    from .hf.save import save_gates
     from .measure.calibrate import calibrate
     from .measure.stats import record
     from .policies import Dense, Policy, RelativeThreshold, Threshold, TokenBudget, TopK, TopP

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import baseline_cases as cases
 import seerattention as seer
-from baseline_cases import make_inputs
 from seerattention import baselines
 from seerattention.baselines import Selector, parse_selectors, selector_from_dict
 from seerattention.baselines.oracle_cover import block_masses
@@ -83,7 +83,7 @@ def test_dicts(text):
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_float32(text, dtype):
-    inputs = make_inputs([300, 161], sharp=0.5, alike=1.0)
+    inputs = cases.make_inputs([300, 161], sharp=0.5, alike=1.0)
     low = {name: getattr(inputs, name).to(dtype) for name in ("q", "k", "v", "q_pre", "k_pre")}
     same = {name: x.float() for name, x in low.items()}
     selector = selector_of(text)
@@ -98,7 +98,7 @@ def test_low_precision_is_computed_in_float32(text, dtype):
 @pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith("oracle:")])
 def test_packed_rows_and_pages_choose_what_each_chooses_alone(text):
     selector, lengths = selector_of(text), [150, 33, 96]
-    alone = [make_inputs([length], seed=seed) for seed, length in enumerate(lengths)]
+    alone = [cases.make_inputs([length], seed=seed) for seed, length in enumerate(lengths)]
     q, k = (torch.cat([getattr(inputs, name) for inputs in alone], 2) for name in ("q", "k"))
     packed = dataclasses.replace(alone[0], q=q, k=k, span=Span.of_packed(cumulative(lengths)))
     # Pages of 64 tokens in a mixed order, queries in rows of their own.
@@ -136,8 +136,8 @@ def test_scores_are_made_where_the_tensors_are(text, start):
     elif isinstance(selector, baselines.Oracle):
         return  # an op with tests of its own
     else:
-        find = getattr(selector, "_keep", None) or getattr(selector, "score", None) or selector._score
-        found = find(prompt)
+        has_rule = type(selector).keep is not baselines.base.TrainingFree.keep
+        found = selector.keep(prompt) if has_rule else selector.score(prompt)
     assert found.is_meta
     assert found.shape[1:] == (10 - start // BLOCK, 10)
 

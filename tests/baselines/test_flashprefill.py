@@ -7,15 +7,7 @@ import math
 import pytest
 import torch
 
-from baseline_cases import (
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    assert_scores,
-    brute_policy,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention import TopK, TopP
 from seerattention.baselines import FlashPrefill
 
@@ -52,31 +44,31 @@ def brute(alpha, sink, window, dense):
 )
 def test_definition(alpha, sink, window, dense):
     selector = FlashPrefill(alpha, sink, window, dense, block_size=BLOCK)
-    assert_every_case(selector, brute(alpha, sink, window, dense))
-    assert_padded_chunks(selector)
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, brute(alpha, sink, window, dense))
+    cases.assert_padded_chunks(selector)
+    cases.assert_rowwise(selector)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 3.0])
 def test_energy(sharp):
-    assert_scores(FlashPrefill(block_size=BLOCK), lambda *a: brute_energy(*a).log(), sharp=sharp)
+    cases.assert_scores(FlashPrefill(block_size=BLOCK), lambda *a: brute_energy(*a).log(), sharp=sharp)
 
 
 @pytest.mark.parametrize("policy", [TopK(0.4), TopP(0.8), TopK(0.4, last_blocks_dense=1)])
 def test_policies(policy):
     selector = FlashPrefill(policy=policy, block_size=BLOCK)
-    assert_every_case(selector, brute_policy(lambda *a: brute_energy(*a).log(), policy))
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, cases.brute_policy(lambda *a: brute_energy(*a).log(), policy))
+    cases.assert_rowwise(selector)
 
 
 def test_large_logits_do_not_overflow():
     selector = FlashPrefill(0.5, 0, 0, block_size=BLOCK)
-    density = selector.select(make_inputs([300], sharp=1000.0)).density()
+    density = selector.select(cases.make_inputs([300], sharp=1000.0)).density()
     assert 0 < density < 0.9
 
 
 def test_few_scores_at_a_time(monkeypatch):
-    inputs = make_inputs([300, 170])
+    inputs = cases.make_inputs([300, 170])
     selector = FlashPrefill(0.5, 0, 0, block_size=BLOCK)
     expected = selector.select(inputs).to_mask()
     monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
@@ -85,8 +77,8 @@ def test_few_scores_at_a_time(monkeypatch):
 
 def test_names():
     text = "flashprefill:alpha=0.08:last_blocks_dense=2:block_size=128"
-    assert_goes_round(text, FlashPrefill(0.08, last_blocks_dense=2, block_size=128))
-    assert_goes_round("flashprefill:policy=top_k(0.1)", FlashPrefill(policy=TopK(0.1)))
+    cases.assert_goes_round(text, FlashPrefill(0.08, last_blocks_dense=2, block_size=128))
+    cases.assert_goes_round("flashprefill:policy=top_k(0.1)", FlashPrefill(policy=TopK(0.1)))
 
 
 @pytest.mark.parametrize("options", [{"alpha": 1.1}, {"sink_blocks": -1}, {"window_blocks": 1.5}, {"block_size": 48}])

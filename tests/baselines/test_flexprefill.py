@@ -7,15 +7,7 @@ import math
 import pytest
 import torch
 
-from baseline_cases import (
-    SCALE,
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    expected_of,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention.baselines import FlexPrefill
 from seerattention.baselines.prompt import Prompt
 
@@ -97,17 +89,17 @@ def brute(gamma, tau, least, most=None):
 )
 def test_definition(gamma, tau, least, most):
     selector = FlexPrefill(gamma, tau, least, most, block_size=BLOCK)
-    assert_every_case(selector, brute(gamma, tau, least, most), sharp=2.0)
-    assert_padded_chunks(selector)
+    cases.assert_every_case(selector, brute(gamma, tau, least, most), sharp=2.0)
+    cases.assert_padded_chunks(selector)
 
 
 def test_both_kinds_of_heads_are_in_the_test_above():
     distances = []
     for seed, length in enumerate([129, 300, 200]):
-        inputs = make_inputs([length], seed=seed, sharp=2.0)
-        for _, h, (_, _, distance) in expected_of(inputs, BLOCK, brute_probe):
+        inputs = cases.make_inputs([length], seed=seed, sharp=2.0)
+        for _, h, (_, _, distance) in cases.expected_of(inputs, BLOCK, brute_probe):
             distances.append(distance)
-            prompt = Prompt(0, inputs.q[0], inputs.k[0], SCALE, BLOCK)
+            prompt = Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, BLOCK)
             for tau in (0.1, 0.3, 0.5):
                 probe = FlexPrefill(tau=tau, block_size=BLOCK).probe(prompt)
                 assert bool(probe.query_aware[h]) == (distance < tau)
@@ -117,11 +109,11 @@ def test_both_kinds_of_heads_are_in_the_test_above():
 
 
 def test_a_share_of_zero_makes_a_head_look_at_places():
-    inputs = make_inputs([200])
+    inputs = cases.make_inputs([200])
     k = inputs.k[0].clone()
     k[:, :32] = -1e4 * inputs.q[0, :1, -1:]  # no last query of head 0 sees anything of block 0
     q = inputs.q[0, :, -1:].expand(-1, 200, -1)
-    probe = FlexPrefill(tau=100, block_size=BLOCK).probe(Prompt(0, q, k, SCALE, BLOCK))
+    probe = FlexPrefill(tau=100, block_size=BLOCK).probe(Prompt(0, q, k, cases.SCALE, BLOCK))
     assert not probe.query_aware[0]
 
 
@@ -132,7 +124,7 @@ def test_query_blocks_share_a_budget():
     k = directions.repeat_interleave(BLOCK, 0) + 0.01 * torch.randn(256, 16, generator=generator)
     q = torch.zeros(256, 16)
     q[6 * BLOCK : 7 * BLOCK] = 40 * directions[2]  # one block holds nearly all of the mass of row 6
-    inputs = make_inputs([256], heads=1, kv_heads=1)
+    inputs = cases.make_inputs([256], heads=1, kv_heads=1)
     options = dict(vars(inputs), q=q[None, None], k=k[None, None])
     selector = FlexPrefill(0.5, tau=100, min_budget=1, block_size=BLOCK)
     counts = selector.select(type(inputs)(**options)).counts[0, 0].tolist()
@@ -142,12 +134,12 @@ def test_query_blocks_share_a_budget():
 
 
 def test_it_looks_at_the_end_of_the_prompt():
-    assert_rowwise(FlexPrefill(0.7, min_budget=64, block_size=BLOCK))
+    cases.assert_rowwise(FlexPrefill(0.7, min_budget=64, block_size=BLOCK))
 
 
 def test_names():
-    assert_goes_round("flexprefill:gamma=0.95:min_budget=512", FlexPrefill(0.95, min_budget=512))
-    assert_goes_round("flexprefill:max_budget=2048", FlexPrefill(max_budget=2048))
+    cases.assert_goes_round("flexprefill:gamma=0.95:min_budget=512", FlexPrefill(0.95, min_budget=512))
+    cases.assert_goes_round("flexprefill:max_budget=2048", FlexPrefill(max_budget=2048))
 
 
 @pytest.mark.parametrize(

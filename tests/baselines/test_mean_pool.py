@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baseline_cases import (
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    assert_scores,
-    brute_policy,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention import Threshold, TopK, TopP
 from seerattention.baselines import MeanPool
 
@@ -38,21 +30,21 @@ def brute(pooled):
 @pytest.mark.parametrize("pooled", [True, False])
 def test_definition(pooled):
     selector = MeanPool(TopK(0.4), pool_queries=pooled, block_size=BLOCK)
-    assert_scores(selector, brute(pooled))
-    assert_every_case(selector, brute_policy(brute(pooled), TopK(0.4)))
-    assert_padded_chunks(selector)
-    assert_rowwise(selector)
+    cases.assert_scores(selector, brute(pooled))
+    cases.assert_every_case(selector, cases.brute_policy(brute(pooled), TopK(0.4)))
+    cases.assert_padded_chunks(selector)
+    cases.assert_rowwise(selector)
 
 
 @pytest.mark.parametrize("policy", [Threshold(0.1), TopP(0.6), TopK(0.4, last_blocks_dense=2)])
 def test_other_policies(policy):
     selector = MeanPool(policy, block_size=BLOCK)
-    assert_every_case(selector, brute_policy(brute(True), policy))
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, cases.brute_policy(brute(True), policy))
+    cases.assert_rowwise(selector)
 
 
 def test_few_scores_at_a_time(monkeypatch):
-    inputs = make_inputs([300])
+    inputs = cases.make_inputs([300])
     selector = MeanPool(pool_queries=False, block_size=BLOCK)
     expected = selector.select(inputs).to_mask()
     monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
@@ -60,8 +52,8 @@ def test_few_scores_at_a_time(monkeypatch):
 
 
 def test_names():
-    assert_goes_round("mean_pool:policy=top_p(0.9):pool_queries=false", MeanPool(TopP(0.9), pool_queries=False))
-    assert_goes_round("mean_pool", MeanPool(TopK(0.1)))
+    cases.assert_goes_round("mean_pool:policy=top_p(0.9):pool_queries=false", MeanPool(TopP(0.9), pool_queries=False))
+    cases.assert_goes_round("mean_pool", MeanPool(TopK(0.1)))
 
 
 def test_bad_arguments():

@@ -7,15 +7,7 @@ import math
 import pytest
 import torch
 
-from baseline_cases import (
-    SCALE,
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    expected_of,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention.baselines import MInference, minference
 from seerattention.baselines.prompt import Prompt
 
@@ -71,30 +63,30 @@ def few(monkeypatch):
 @pytest.mark.parametrize(("vertical", "slash", "last", "block"), [(4, 6, 64, 32), (0, 9, 20, 32), (3, 5, 7, 64)])
 def test_definition(few, vertical, slash, last, block):
     selector = MInference(vertical, slash, last_queries=last, block_size=block)
-    assert_every_case(selector, brute(vertical, slash, last, block), sharp=2.0)
-    assert_padded_chunks(selector)
+    cases.assert_every_case(selector, brute(vertical, slash, last, block), sharp=2.0)
+    cases.assert_padded_chunks(selector)
 
 
 def test_definition_with_the_published_minimum():
     selector = MInference(10, 20, block_size=32)
-    assert_every_case(selector, brute(10, 20, 64, 32))
-    assert MInference().select(make_inputs([1000])).density() == 1.0  # all of a short prompt
+    cases.assert_every_case(selector, brute(10, 20, 64, 32))
+    assert MInference().select(cases.make_inputs([1000])).density() == 1.0  # all of a short prompt
 
 
 @pytest.mark.parametrize(("length", "start"), [(300, 0), (300, 77), (65, 0), (200, 190), (1, 0)])
 def test_patterns(few, length, start):
-    inputs = make_inputs([length], start=start, sharp=2.0)
-    keys, distances = MInference(8, 12).patterns(Prompt(0, inputs.q[0], inputs.k[0], SCALE, 64))
-    for _, h, (wanted_keys, wanted_distances) in expected_of(inputs, 64, brute_patterns(8, 12, 64)):
+    inputs = cases.make_inputs([length], start=start, sharp=2.0)
+    keys, distances = MInference(8, 12).patterns(Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, 64))
+    for _, h, (wanted_keys, wanted_distances) in cases.expected_of(inputs, 64, brute_patterns(8, 12, 64)):
         assert set(keys[h].nonzero().flatten().tolist()) == wanted_keys
         assert set(distances[h].nonzero().flatten().tolist()) == wanted_distances
 
 
 def test_tiles_hold_every_pair_of_the_exact_form(few):
     """Each pair of tokens that a chosen key or distance means lies in a tile that is read, and no tile is without."""
-    inputs = make_inputs([320], sharp=2.0)
+    inputs = cases.make_inputs([320], sharp=2.0)
     selector = MInference(2, 4, block_size=32)
-    keys, distances = selector.patterns(Prompt(0, inputs.q[0], inputs.k[0], SCALE, 32))
+    keys, distances = selector.patterns(Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, 32))
     t, c = torch.arange(320)[:, None], torch.arange(320)
     exact = (keys[:, None] | distances[:, (t - c).clamp(min=0)]) & (c <= t)
     tiles = exact.unflatten(1, (10, 32)).unflatten(3, (10, 32)).any(4).any(2)
@@ -102,17 +94,17 @@ def test_tiles_hold_every_pair_of_the_exact_form(few):
 
 
 def test_multiplier(few):
-    inputs = make_inputs([300])
+    inputs = cases.make_inputs([300])
     a, b = MInference(10, 20, 0.5).select(inputs), MInference(5, 10).select(inputs)
     assert torch.equal(a.to_mask(), b.to_mask())
 
 
 def test_it_looks_at_the_end_of_the_prompt(few):
-    assert_rowwise(MInference(2, 4, block_size=32))
+    cases.assert_rowwise(MInference(2, 4, block_size=32))
 
 
 def test_names():
-    assert_goes_round("minference:vertical=100:slash=800:multiplier=0.5", MInference(100, 800, 0.5))
+    cases.assert_goes_round("minference:vertical=100:slash=800:multiplier=0.5", MInference(100, 800, 0.5))
 
 
 @pytest.mark.parametrize("options", [{"vertical": -1}, {"slash": 0.5}, {"last_queries": 0}, {"multiplier": -1}])

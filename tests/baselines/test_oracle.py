@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baseline_cases import (
-    SCALE,
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    brute_policy,
-    expected_of,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention import Threshold, TopK, TopP
 from seerattention.baselines import Oracle, OracleCover
 from seerattention.baselines.oracle_cover import block_masses
@@ -48,20 +39,24 @@ def brute_map(reduce):
 @pytest.mark.parametrize("policy", [TopK(0.4), TopP(0.7), Threshold(0.1)], ids=repr)
 def test_maxima_and_mass(reduce, policy):
     selector = Oracle(policy, BLOCK, reduce)
-    assert_every_case(selector, brute_policy(brute_map(reduce), policy), chunks=False)
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, cases.brute_policy(brute_map(reduce), policy), chunks=False)
+    cases.assert_rowwise(selector)
 
 
 def test_maxima_and_mass_differ():
-    inputs = make_inputs([300])
+    inputs = cases.make_inputs([300])
     by_max, by_mass = (Oracle(TopK(0.4), BLOCK, reduce).select(inputs).to_mask() for reduce in ("max", "mass"))
     assert not torch.equal(by_max, by_mass)
 
 
-def test_maps_are_of_whole_prompts():
-    with pytest.raises(NotImplementedError, match="Oracle: the pooled attention map is that of whole prompts"):
-        Oracle().select(make_inputs([300], start=128))
-    assert not Oracle.takes_chunks
+@pytest.mark.parametrize("start", [128, 77])
+def test_chunks_read_what_their_whole_prompt_does(start):
+    chunk, whole = cases.make_inputs([300], start=start), cases.make_inputs([300])
+    selector = Oracle(TopK(0.3), block_size=32)
+    found, expected = (selector.select(inputs).to_mask() for inputs in (chunk, whole))
+    first = -(-start // 32)  # a block that the chunk splits is pooled over what it holds
+    assert torch.equal(found[:, :, first - start // 32 :], expected[:, :, first:])
+    assert Oracle.takes_chunks
 
 
 def brute_cover(p):
@@ -88,42 +83,42 @@ def brute_cover(p):
 
 @pytest.mark.parametrize("p", [0, 0.3, 0.6, 0.9])
 def test_cover(p):
-    selector = OracleCover(p, BLOCK)
-    assert_every_case(selector, brute_cover(p), sharp=0.5, alike=2.5)
-    assert_padded_chunks(selector)
-    assert_rowwise(selector)
+    selector = OracleCover(p, block_size=BLOCK)
+    cases.assert_every_case(selector, brute_cover(p), sharp=0.5, alike=2.5)
+    cases.assert_padded_chunks(selector)
+    cases.assert_rowwise(selector)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.9])
 def test_every_query_keeps_its_share(p):
-    inputs = make_inputs([300], sharp=0.5, alike=2.5)
-    lists = OracleCover(p, BLOCK).select(inputs)
+    inputs = cases.make_inputs([300], sharp=0.5, alike=2.5)
+    lists = OracleCover(p, block_size=BLOCK).select(inputs)
     mask = lists.to_mask()[0]
     assert lists.density() < 0.85
     tokens = mask.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, :300, :300]
-    for _, h, shares in expected_of(inputs, BLOCK, attention):
+    for _, h, shares in cases.expected_of(inputs, BLOCK, attention):
         assert float((shares * tokens[h]).sum(-1).min()) >= p - 1e-6
 
 
 def test_cover_of_everything():
-    assert OracleCover(1.0, BLOCK).select(make_inputs([300])).density() == 1.0
-    assert OracleCover(0.0, BLOCK).select(make_inputs([300])).counts.unique().tolist() == [1]
+    assert OracleCover(1.0, block_size=BLOCK).select(cases.make_inputs([300])).density() == 1.0
+    assert OracleCover(0.0, block_size=BLOCK).select(cases.make_inputs([300])).counts.unique().tolist() == [1]
 
 
 def test_masses():
-    inputs = make_inputs([300], start=77)
-    prompt = Prompt(0, inputs.q[0], inputs.k[0], SCALE, BLOCK)
+    inputs = cases.make_inputs([300], start=77)
+    prompt = Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, BLOCK)
     for row in range(2, 10):
         masses = block_masses(prompt, row)
-        for _, h, shares in expected_of(inputs, BLOCK, attention):
+        for _, h, shares in cases.expected_of(inputs, BLOCK, attention):
             here = shares[max(0, row * BLOCK - 77) : (row + 1) * BLOCK - 77]
             wanted = torch.stack([tile.sum(-1) for tile in here.split(BLOCK, 1)], -1)[:, : row + 1]
             torch.testing.assert_close(masses[h].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_names():
-    assert_goes_round("oracle:reduce=mass:policy=top_p(0.95)", Oracle(TopP(0.95), reduce="mass"))
-    assert_goes_round("oracle_cover:p=0.8", OracleCover(0.8))
+    cases.assert_goes_round("oracle:reduce=mass:policy=top_p(0.95)", Oracle(TopP(0.95), reduce="mass"))
+    cases.assert_goes_round("oracle_cover:p=0.8", OracleCover(0.8))
 
 
 def test_bad_arguments():

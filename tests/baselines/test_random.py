@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
-from baseline_cases import CHUNKS, WHOLE, assert_goes_round, assert_padded_chunks, assert_rowwise, make_inputs
+import baseline_cases as cases
 from seerattention.baselines import Random
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
 def test_counts_diagonal_and_first_block(density):
     selector = Random(density, block_size=32)
-    cases = [make_inputs(lengths, heads=6) for lengths in WHOLE]
-    cases += [make_inputs([length], heads=6, start=start) for length, start in CHUNKS]
-    for inputs in cases:
+    given = [cases.make_inputs(lengths, heads=6) for lengths in cases.WHOLE]
+    given += [cases.make_inputs([length], heads=6, start=start) for length, start in cases.CHUNKS]
+    for inputs in given:
         mask = selector.select(inputs).to_mask()
         for b in range(len(mask)):
             length = inputs.k.shape[2] if inputs.lengths is None else int(inputs.lengths[b])
@@ -32,7 +32,7 @@ def test_counts_diagonal_and_first_block(density):
 def test_every_other_block_is_as_likely():
     drawn = torch.zeros(20)
     for layer in range(200):
-        inputs = make_inputs([20 * 32], heads=8, dim=1, layer=layer)
+        inputs = cases.make_inputs([20 * 32], heads=8, dim=1, layer=layer)
         drawn += Random(0.25, block_size=32).select(inputs).to_mask()[0, :, -1].float().sum(0)
     share = drawn[1:-1] / 1600
     assert drawn[0] == drawn[-1] == 1600
@@ -42,21 +42,21 @@ def test_every_other_block_is_as_likely():
 
 def test_what_the_draw_depends_on():
     def mask(seed=0, **options):
-        return Random(0.4, seed, block_size=32).select(make_inputs([600], **options)).to_mask()
+        return Random(0.4, seed, block_size=32).select(cases.make_inputs([600], **options)).to_mask()
 
     first = mask()
     assert torch.equal(first, mask(sharp=2.0))
     assert not torch.equal(first, mask(seed=1))
     assert not torch.equal(first, mask(layer=1))
     assert not torch.equal(first[:, 0], first[:, 1])
-    chunk = Random(0.4, block_size=32).select(make_inputs([600], start=320)).to_mask()
+    chunk = Random(0.4, block_size=32).select(cases.make_inputs([600], start=320)).to_mask()
     assert torch.equal(chunk, first[:, :, 10:])
-    assert_rowwise(Random(0.4, block_size=32))
-    assert_padded_chunks(Random(0.4, block_size=32))
+    cases.assert_rowwise(Random(0.4, block_size=32))
+    cases.assert_padded_chunks(Random(0.4, block_size=32))
 
 
 def test_names():
-    assert_goes_round("random:density=0.2:seed=7", Random(0.2, 7))
+    cases.assert_goes_round("random:density=0.2:seed=7", Random(0.2, 7))
 
 
 @pytest.mark.parametrize("options", [{"density": 1.5}, {"density": 0}, {"seed": -1}, {"block_size": 48}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baseline_cases import assert_every_case, assert_goes_round, assert_padded_chunks, assert_rowwise, make_inputs
+import baseline_cases as cases
 from seerattention.baselines import Streaming
 
 
@@ -28,18 +28,18 @@ def brute(sink, window, dense, block):
 )
 def test_definition(sink, window, dense, block):
     selector = Streaming(sink, window, last_blocks_dense=dense, block_size=block)
-    assert_every_case(selector, brute(sink, window, dense, block))
-    assert_padded_chunks(selector)
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, brute(sink, window, dense, block))
+    cases.assert_padded_chunks(selector)
+    cases.assert_rowwise(selector)
 
 
 def test_density_of_a_long_prompt():
-    lists = Streaming(sink=64, window=256).select(make_inputs([64 * 40], dim=4))
+    lists = Streaming(sink=64, window=256).select(cases.make_inputs([64 * 40], dim=4))
     assert lists.counts[0, 0].tolist() == [1, 2, 3, 4] + [5] * 36
 
 
 def test_names():
-    assert_goes_round("streaming:sink=128:window=512:block_size=32", Streaming(128, 512, block_size=32))
+    cases.assert_goes_round("streaming:sink=128:window=512:block_size=32", Streaming(128, 512, block_size=32))
 
 
 @pytest.mark.parametrize("options", [{"sink": -1}, {"window": 0.5}, {"block_size": 48}, {"last_blocks_dense": True}])

@@ -7,17 +7,7 @@ import math
 import pytest
 import torch
 
-from baseline_cases import (
-    SCALE,
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    assert_scores,
-    brute_policy,
-    expected_of,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention import TopK, TopP
 from seerattention.baselines import MeanPool, SubBlock
 from seerattention.baselines.prompt import Prompt
@@ -56,33 +46,33 @@ def brute(query_parts, key_parts, reduce):
 @pytest.mark.parametrize(("query_parts", "key_parts"), [(4, 4), (1, 1), (8, 2), (2, 16)])
 @pytest.mark.parametrize("reduce", ["lse", "max"])
 def test_definition(query_parts, key_parts, reduce):
-    selector = SubBlock(TopK(0.4), query_parts, key_parts, reduce, BLOCK)
-    assert_scores(selector, brute(query_parts, key_parts, reduce))
+    selector = SubBlock(TopK(0.4), query_parts, key_parts, reduce, block_size=BLOCK)
+    cases.assert_scores(selector, brute(query_parts, key_parts, reduce))
     if query_parts == 4:
-        assert_every_case(selector, brute_policy(brute(query_parts, key_parts, reduce), TopK(0.4)))
-    assert_padded_chunks(selector)
-    assert_rowwise(selector)
+        cases.assert_every_case(selector, cases.brute_policy(brute(query_parts, key_parts, reduce), TopK(0.4)))
+    cases.assert_padded_chunks(selector)
+    cases.assert_rowwise(selector)
 
 
 @pytest.mark.parametrize("policy", [TopP(0.7), TopK(0.4, last_blocks_dense=1)])
 def test_other_policies(policy):
     selector = SubBlock(policy, 2, 4, block_size=BLOCK)
-    assert_every_case(selector, brute_policy(brute(2, 4, "lse"), policy))
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, cases.brute_policy(brute(2, 4, "lse"), policy))
+    cases.assert_rowwise(selector)
 
 
 @pytest.mark.parametrize("reduce", ["lse", "max"])
 def test_one_piece_is_mean_pooling(reduce):
-    inputs = make_inputs([300, 129])
+    inputs = cases.make_inputs([300, 129])
     one = SubBlock(TopK(0.3), 1, 1, reduce).select(inputs)
     assert torch.equal(one.to_mask(), MeanPool(TopK(0.3)).select(inputs).to_mask())
 
 
 @pytest.mark.parametrize(("length", "start"), [(300, 0), (300, 77), (1, 0)])
 def test_single_tokens_give_the_exact_mass(length, start):
-    inputs = make_inputs([length], start=start)
+    inputs = cases.make_inputs([length], start=start)
     scores = SubBlock(query_parts=BLOCK, key_parts=BLOCK, block_size=BLOCK).score(
-        Prompt(0, inputs.q[0], inputs.k[0], SCALE, BLOCK)
+        Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, BLOCK)
     )
 
     def log_mass(q, k, start):
@@ -93,20 +83,22 @@ def test_single_tokens_give_the_exact_mass(length, start):
                 total[t // BLOCK - first, j] += tile.sum()
         return total.log()
 
-    for _, h, wanted in expected_of(inputs, BLOCK, log_mass):
+    for _, h, wanted in cases.expected_of(inputs, BLOCK, log_mass):
         torch.testing.assert_close(scores[h].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_few_scores_at_a_time(monkeypatch):
-    inputs = make_inputs([300, 170])
+    inputs = cases.make_inputs([300, 170])
     expected = SubBlock().select(inputs).to_mask()
     monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
     assert torch.equal(SubBlock().select(inputs).to_mask(), expected)
 
 
 def test_names():
-    assert_goes_round("sub_block:policy=top_p(0.9):query_parts=8:reduce=max", SubBlock(TopP(0.9), 8, reduce="max"))
-    assert_goes_round("sub_block:key_parts=8", SubBlock(key_parts=8))
+    cases.assert_goes_round(
+        "sub_block:policy=top_p(0.9):query_parts=8:reduce=max", SubBlock(TopP(0.9), 8, reduce="max")
+    )
+    cases.assert_goes_round("sub_block:key_parts=8", SubBlock(key_parts=8))
 
 
 @pytest.mark.parametrize("options", [{"query_parts": 3}, {"key_parts": 0}, {"reduce": "sum"}, {"block_size": 48}])

@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baseline_cases import (
-    assert_every_case,
-    assert_goes_round,
-    assert_padded_chunks,
-    assert_rowwise,
-    assert_scores,
-    brute_policy,
-    make_inputs,
-)
+import baseline_cases as cases
 from seerattention import TopK, TopP
 from seerattention.baselines import XAttention
 from seerattention.baselines.prompt import Prompt
@@ -66,45 +58,45 @@ def brute_rule(stride, tau, block):
 @pytest.mark.parametrize(("stride", "tau", "block"), [(8, 0.9, 64), (16, 0.7, 32), (4, 0.5, 32)])
 def test_definition(stride, tau, block):
     selector = XAttention(stride, tau, block_size=block)
-    assert_every_case(selector, brute_rule(stride, tau, block), sharp=2.0)
-    assert_padded_chunks(selector)
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, brute_rule(stride, tau, block), sharp=2.0)
+    cases.assert_padded_chunks(selector)
+    cases.assert_rowwise(selector)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16])
 def test_mass(stride):
-    assert_scores(XAttention(stride, block_size=32), lambda *a: brute_mass(stride, 32)(*a).log(), sharp=2.0)
+    cases.assert_scores(XAttention(stride, block_size=32), lambda *a: brute_mass(stride, 32)(*a).log(), sharp=2.0)
 
 
 @pytest.mark.parametrize("policy", [TopK(0.4), TopP(0.8, last_blocks_dense=1)])
 def test_policies(policy):
     selector = XAttention(8, policy=policy, block_size=32)
-    assert_every_case(selector, brute_policy(lambda *a: brute_mass(8, 32)(*a).log(), policy))
-    assert_rowwise(selector)
+    cases.assert_every_case(selector, cases.brute_policy(lambda *a: brute_mass(8, 32)(*a).log(), policy))
+    cases.assert_rowwise(selector)
 
 
 def test_ends_of_tau():
-    inputs = make_inputs([300])
+    inputs = cases.make_inputs([300])
     assert XAttention(tau=1, block_size=32).select(inputs).density() == 1.0
     assert XAttention(tau=0, block_size=32).select(inputs).counts[0, 0].tolist() == [1] + [2] * 9
 
 
 def test_a_row_sums_to_its_tiles():
-    inputs = make_inputs([300])
+    inputs = cases.make_inputs([300])
     mass = XAttention(8).mass(Prompt(0, inputs.q[0], inputs.k[0], 0.3, 64))
     torch.testing.assert_close(mass.sum(-1), torch.tensor([8.0, 8, 8, 8, 6]).expand(4, -1))
 
 
 def test_few_scores_at_a_time(monkeypatch):
-    inputs = make_inputs([300, 170])
+    inputs = cases.make_inputs([300, 170])
     expected = XAttention(tau=0.6).select(inputs).to_mask()
     monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
     assert torch.equal(XAttention(tau=0.6).select(inputs).to_mask(), expected)
 
 
 def test_names():
-    assert_goes_round("xattention:stride=16:tau=0.95", XAttention(16, 0.95))
-    assert_goes_round("xattention:policy=top_k(0.1):block_size=128", XAttention(policy=TopK(0.1), block_size=128))
+    cases.assert_goes_round("xattention:stride=16:tau=0.95", XAttention(16, 0.95))
+    cases.assert_goes_round("xattention:policy=top_k(0.1):block_size=128", XAttention(policy=TopK(0.1), block_size=128))
 
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": 24}, {"tau": 1.1}, {"tau": True}, {"block_size": 4}])

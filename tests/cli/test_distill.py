@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from seerattention.distillation import progress
-from seerattention.distillation.checkpoint import STATE_FILE, load_state, save_state
+from seerattention.distillation.saved import STATE_FILE, load_state, save_state
 
 from ..evaluate.tiny import make_text
 

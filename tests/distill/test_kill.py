@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from seerattention.cli.distill import command as seer_distill
-from seerattention.distillation.checkpoint import STATE_FILE, load_state
 from seerattention.distillation.lock import locked
+from seerattention.distillation.saved import STATE_FILE, load_state
 from seerattention.files import temporary_files
 
 from .tiny import tiny_llama, tiny_tokenizer, write_text

@@ -71,10 +71,10 @@ def main(output: str) -> None:
     # Gates drawn differently on each process must still start out the same: the first one's are used.
     model = attached_llama()
     if rank == 1:
-        from seerattention.hf.state import gates
+        from seerattention.hf.state import gates_of
 
         with torch.no_grad():
-            for gate in gates(model):
+            for gate in gates_of(model):
                 gate.k_linear.add_(1.0)
     shares = [share(batch, rank) for batch in global_batches()]
     held_out = random_batches(3, seed=9)

@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from seerattention.distillation import DistillConfig, distill, run
-from seerattention.distillation.checkpoint import load_state, save_state
 from seerattention.distillation.data import PackedText, Position
 from seerattention.distillation.identity import weights_digest
 from seerattention.distillation.lock import lock_of, locked
-from seerattention.hf.state import gates
+from seerattention.distillation.saved import load_state, save_state
+from seerattention.hf.state import gates_of
 
 from .tiny import attached_llama, gate_tensors, random_batches
 
@@ -336,7 +336,7 @@ def test_a_signal_while_the_text_does_not_come(tmp_path, caplog):
     assert time.monotonic() - start < 10
     assert load_state(path)[1]["step"] == 5
     assert f"stopped after 5 steps; the state is in {path}" in caplog.text
-    assert not torch.equal(gates(model)[0].k_linear, gates(fresh)[0].k_linear)
+    assert not torch.equal(gates_of(model)[0].k_linear, gates_of(fresh)[0].k_linear)
 
 
 def test_signals_that_are_ignored_stay_ignored(tmp_path):

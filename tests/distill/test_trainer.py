@@ -12,7 +12,7 @@ import transformers
 
 from seerattention.config import GateConfig, PrefillGateConfig
 from seerattention.distillation import DistillationError, DistillConfig, distill
-from seerattention.distillation.checkpoint import load_state, save_state
+from seerattention.distillation.saved import load_state, save_state
 from seerattention.distillation.trainer import Trainer
 from seerattention.evaluate.maps import inspect_attention
 from seerattention.files import temporary_files
@@ -295,9 +295,9 @@ def test_empty_tensors_are_never_written(tmp_path):
         save_state(tmp_path / "s.safetensors", {"gate/a": torch.ones(1), "gate/b": torch.empty(0, 3)}, {})
     assert list(tmp_path.iterdir()) == []
     model = attached_llama()
-    from seerattention.hf.state import gates
+    from seerattention.hf.state import gates_of
 
-    gates(model)[1].k_linear = torch.nn.Parameter(torch.empty(0, 96, 32))
+    gates_of(model)[1].k_linear = torch.nn.Parameter(torch.empty(0, 96, 32))
     with pytest.raises(ValueError, match=r"layers\.1\.k_linear is empty"):
         distill(model, random_batches(1))
 
@@ -368,10 +368,10 @@ def test_steps_that_teach_nothing_are_counted_and_left_out_of_the_verdict(caplog
 
 def test_a_gate_without_any_gradient_is_named(caplog):
     model = tiny_llama_with(GateConfig(block_size=32, prefill=PrefillGateConfig(q_linear=True)))
-    from seerattention.hf.state import gates
+    from seerattention.hf.state import gates_of
 
     with torch.no_grad():
-        for parameter in gates(model)[1].parameters():
+        for parameter in gates_of(model)[1].parameters():
             parameter.zero_()
     history = distill(model, random_batches(3), DistillConfig())
     assert history.not_learning == {"layers.1": "its gradient was zero in every step"}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seerattention.config import GateConfig
 from seerattention.hf import attach
-from seerattention.hf.state import gates
+from seerattention.hf.state import gates_of
 
 VOCABULARY = 256
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
@@ -61,14 +61,14 @@ def forget(model) -> None:
     """Fresh gates begin with a good guess; start from gates that know nothing."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for gate in gates(model):
+        for gate in gates_of(model):
             gate.k_linear.normal_(std=0.02)
 
 
 def gate_tensors(model) -> dict[str, torch.Tensor]:
     return {
         f"{layer}.{name}": parameter.detach().clone()
-        for layer, gate in enumerate(gates(model))
+        for layer, gate in enumerate(gates_of(model))
         for name, parameter in gate.named_parameters()
     }
 

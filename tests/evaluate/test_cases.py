@@ -110,7 +110,7 @@ def test_other_gates_in_the_same_folder_are_measured(toy, subject, tmp_path):
 
     def save(change):
         seer.attach(subject.model, seer.GateConfig())
-        for gate in seer.hf.gates(subject.model):
+        for gate in seer.hf.gates_of(subject.model):
             for parameter in gate.parameters():
                 parameter.data.add_(change)
         seer.save_gates(subject.model, folder)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import seerattention as seer
 from gate_folders import CONFIG, load_checkpoint, write_own, write_published, write_states
-from seerattention.distillation.checkpoint import check_same_run, load_state, save_state
+from seerattention.distillation.saved import check_same_run, load_state, save_state
 from seerattention.files import DamagedFileError
 from seerattention.gates import tensors
 from seerattention.gates.checkpoint import read_checkpoint

@@ -9,16 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 
-from helpers import (
-    LIST_KINDS,
-    assert_as_accurate_as,
-    check_attention,
-    exact_attention,
-    make_blocks,
-    make_qkv,
-    masked_sdpa,
-    split_lists,
-)
+import helpers
 from list_cases import check_lists, check_what_lists_say, list_cases
 from seerattention.ops import dense_indices, dispatch, select_threshold, select_topk
 from seerattention.ops.block_sparse_attention import block_sparse_attention
@@ -40,7 +31,7 @@ def run_and_check(implementation, q, k, v, blocks):
     interface = importlib.import_module("seerattention.ops.block_sparse_attention.interface")
     if implementation == "hopper" and (reason := interface.hopper_usable(q, k, v, blocks)):
         pytest.skip(reason)
-    check_attention(implementation, q, k, v, blocks)
+    helpers.check_attention(implementation, q, k, v, blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,7 +40,7 @@ def run_and_check(implementation, q, k, v, blocks):
 def test_full_product(head_dim, group, dtype, implementation, nan_filled_empty):
     """Head_dim x GQA x dtype as parameters, lengths x list kinds inside: one compile per head_dim and dtype."""
     for seed, lengths in enumerate(LENGTHS):
-        q, k, v = make_qkv(
+        q, k, v = helpers.make_qkv(
             *lengths,
             batch=1 + seed % 2,
             heads=2 * group,
@@ -59,8 +50,8 @@ def test_full_product(head_dim, group, dtype, implementation, nan_filled_empty):
             device="cuda",
             seed=seed,
         )
-        for kind in LIST_KINDS:
-            run_and_check(implementation, q, k, v, make_blocks(kind, q, k, seed=seed))
+        for kind in helpers.LIST_KINDS:
+            run_and_check(implementation, q, k, v, helpers.make_blocks(kind, q, k, seed=seed))
 
 
 @pytest.mark.parametrize(
@@ -87,20 +78,20 @@ def test_full_product(head_dim, group, dtype, implementation, nan_filled_empty):
 )
 def test_other_head_dims_and_block_sizes(head_dim, block_size, dtype, implementation, nan_filled_empty):
     for lengths in ((1, 1), (65, 65), (1000, 1000), (37, 200)):
-        q, k, v = make_qkv(*lengths, batch=2, head_dim=head_dim, dtype=dtype, device="cuda")
-        for kind in LIST_KINDS:
-            run_and_check(implementation, q, k, v, make_blocks(kind, q, k, block_size))
+        q, k, v = helpers.make_qkv(*lengths, batch=2, head_dim=head_dim, dtype=dtype, device="cuda")
+        for kind in helpers.LIST_KINDS:
+            run_and_check(implementation, q, k, v, helpers.make_blocks(kind, q, k, block_size))
 
 
 @pytest.mark.parametrize("parts", [2, 5, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_lists_in_parts(head_dim, dtype, parts, implementation, monkeypatch, nan_filled_empty):
-    split_lists(monkeypatch, parts)
+    helpers.split_lists(monkeypatch, parts)
     for lengths in ((1, 65), (37, 200), (300, 1000), (64, 4096)):
-        q, k, v = make_qkv(*lengths, batch=2, heads=8, head_dim=head_dim, dtype=dtype, device="cuda")
-        for kind in LIST_KINDS:
-            run_and_check(implementation, q, k, v, make_blocks(kind, q, k))
+        q, k, v = helpers.make_qkv(*lengths, batch=2, heads=8, head_dim=head_dim, dtype=dtype, device="cuda")
+        for kind in helpers.LIST_KINDS:
+            run_and_check(implementation, q, k, v, helpers.make_blocks(kind, q, k))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -111,16 +102,16 @@ def test_in_halves(head_dim, dtype, monkeypatch, nan_filled_empty):
         importlib.import_module("seerattention.ops.block_sparse_attention.triton"), "_in_halves", lambda *_: True
     )
     for lengths in LENGTHS:
-        q, k, v = make_qkv(*lengths, batch=2, heads=8, head_dim=head_dim, dtype=dtype, device="cuda")
-        for kind in LIST_KINDS:
-            run_and_check("triton", q, k, v, make_blocks(kind, q, k))
+        q, k, v = helpers.make_qkv(*lengths, batch=2, heads=8, head_dim=head_dim, dtype=dtype, device="cuda")
+        for kind in helpers.LIST_KINDS:
+            run_and_check("triton", q, k, v, helpers.make_blocks(kind, q, k))
 
 
 @pytest.mark.parametrize("queries", [1, 100, 512])
 def test_few_queries_on_long_keys_are_shared_out(queries, implementation, nan_filled_empty):
     """As they come, without a hand on the number of parts; and bit-identical when repeated."""
-    q, k, v = make_qkv(queries, 32768, heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
-    blocks = make_blocks("random", q, k)
+    q, k, v = helpers.make_qkv(queries, 32768, heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    blocks = helpers.make_blocks("random", q, k)
     module = importlib.import_module(f"seerattention.ops.block_sparse_attention.{implementation}")
     per = module.PROGRAMS_PER_MULTIPROCESSOR
     per = per if isinstance(per, int) else per[128]
@@ -134,8 +125,10 @@ def test_few_queries_on_long_keys_are_shared_out(queries, implementation, nan_fi
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_any_strides(head_dim, implementation, nan_filled_empty):
     """Contiguous, cut out of one tensor that holds q, k and v, and with garbage around: the same bits."""
-    q, k, v = make_qkv(300, 300, batch=2, heads=4, kv_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
-    blocks = make_blocks("random", q, k)
+    q, k, v = helpers.make_qkv(
+        300, 300, batch=2, heads=4, kv_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    blocks = helpers.make_blocks("random", q, k)
     expected = block_sparse_attention(q, k, v, blocks, implementation=implementation)
     packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
     # NaN on every side: what a kernel reads beyond the tensors shows.
@@ -145,8 +138,8 @@ def test_any_strides(head_dim, implementation, nan_filled_empty):
 
 
 def test_narrow_lists_and_lists_without_room(implementation, nan_filled_empty):
-    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
-    single = make_blocks("single", q, k)
+    q, k, v = helpers.make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    single = helpers.make_blocks("single", q, k)
     narrow = BlockIndices(single.indices[..., :1].contiguous(), single.counts, single.num_key_blocks, 64)
     run_and_check(implementation, q, k, v, narrow)
     none = BlockIndices(single.indices[..., :0], torch.zeros_like(single.counts), single.num_key_blocks, 64)
@@ -159,11 +152,11 @@ def test_narrow_lists_and_lists_without_room(implementation, nan_filled_empty):
 def test_all_blocks_equal_sdpa(dtype, implementation):
     if implementation == "hopper" and dtype == torch.float32:
         pytest.skip("16-bit dtypes only")
-    q, k, v = make_qkv(1000, 1000, head_dim=128, dtype=dtype, device="cuda")
-    blocks = make_blocks("all", q, k)
+    q, k, v = helpers.make_qkv(1000, 1000, head_dim=128, dtype=dtype, device="cuda")
+    blocks = helpers.make_blocks("all", q, k)
     out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
     dense = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
-    assert_as_accurate_as(out, dense, exact_attention(q, k, v, blocks)[0])
+    helpers.assert_as_accurate_as(out, dense, helpers.exact_attention(q, k, v, blocks)[0])
 
 
 def test_automatic_choice_and_optional_lse(implementation, monkeypatch, nan_filled_empty):
@@ -173,8 +166,8 @@ def test_automatic_choice_and_optional_lse(implementation, monkeypatch, nan_fill
     monkeypatch.setattr(
         module, f"block_sparse_attention_{implementation}", lambda *args: (calls.append(1), kernel(*args))[1]
     )
-    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
-    blocks = make_blocks("random", q, k)
+    q, k, v = helpers.make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    blocks = helpers.make_blocks("random", q, k)
     with_lse, _ = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
     assert torch.equal(block_sparse_attention(q, k, v, blocks), with_lse)
     assert len(calls) == 2
@@ -203,14 +196,14 @@ def _check_rows(q, k, v, blocks, out, rows):
             blocks.indices[:, :, row : row + 1, :].contiguous(), blocks.counts[:, :, row : row + 1], row + 1, 64
         )
         one = q[:, :, end - 64 : end]
-        exact, _ = exact_attention(one, k[:, :, :end], v[:, :, :end], listed)
-        baseline = masked_sdpa(one, k[:, :, :end], v[:, :, :end], listed)
-        assert_as_accurate_as(out[:, :, end - 64 : end], baseline, exact)
+        exact, _ = helpers.exact_attention(one, k[:, :, :end], v[:, :, :end], listed)
+        baseline = helpers.masked_sdpa(one, k[:, :, :end], v[:, :, :end], listed)
+        helpers.assert_as_accurate_as(out[:, :, end - 64 : end], baseline, exact)
 
 
 def test_64k_tokens_sampled(implementation, nan_filled_empty):
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = make_qkv(65536, 65536, heads=4, kv_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    q, k, v = helpers.make_qkv(65536, 65536, heads=4, kv_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
     blocks = _long_lists(4, 1024, 52, generator)
     out = block_sparse_attention(q, k, v, blocks, implementation=implementation)
     assert not out.isnan().any()
@@ -220,7 +213,9 @@ def test_64k_tokens_sampled(implementation, nan_filled_empty):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_repeats_are_bit_identical(head_dim, implementation):
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = make_qkv(16384, 16384, heads=8, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    q, k, v = helpers.make_qkv(
+        16384, 16384, heads=8, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+    )
     blocks = _long_lists(8, 256, 26, generator)
     first, first_lse = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)
     for _ in range(20):
@@ -249,8 +244,8 @@ def test_more_than_2_to_the_31_elements(implementation):
 def test_another_current_device(implementation):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    q, k, v = make_qkv(100, 100, dtype=torch.bfloat16, device="cuda:1")
-    run_and_check(implementation, q, k, v, make_blocks("random", q, k))
+    q, k, v = helpers.make_qkv(100, 100, dtype=torch.bfloat16, device="cuda:1")
+    run_and_check(implementation, q, k, v, helpers.make_blocks("random", q, k))
 
 
 # -- lists from outside ------------------------------------------------------------------------------------------------
@@ -264,7 +259,7 @@ RELAXED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 def test_arbitrary_lists(parts, implementation, monkeypatch, case):
     """Unsorted, repeated, future, empty: as brute force over the sets."""
     if parts > 1:
-        split_lists(monkeypatch, parts)
+        helpers.split_lists(monkeypatch, parts)
     check_lists(implementation, case, head_dim=64, dtype=torch.bfloat16, device="cuda")
 
 
@@ -276,8 +271,8 @@ def test_what_lists_say_of_themselves(case):
 
 @pytest.mark.parametrize(("value", "words"), [(-1, "is -1"), (5, "is 5, but the key blocks are 0 to 4")])
 def test_entries_that_are_no_block(value, words, implementation):
-    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
-    blocks = make_blocks("random", q, k)
+    q, k, v = helpers.make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    blocks = helpers.make_blocks("random", q, k)
     blocks.indices[0, 1, 2, 0] = value
     with pytest.raises(ValueError, match=words):
         block_sparse_attention(q, k, v, blocks, implementation=implementation)
@@ -290,7 +285,7 @@ def test_entries_that_are_no_block(value, words, implementation):
 @pytest.mark.parametrize("inference", [False, True])
 def test_lists_of_the_package_wait_for_nothing(inference, implementation):
     """Also when somebody has looked at them; lists from outside have to be looked at."""
-    q, k, v = make_qkv(300, 300, heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda")
+    q, k, v = helpers.make_qkv(300, 300, heads=4, kv_heads=2, dtype=torch.bfloat16, device="cuda")
     scores, keep = torch.rand(1, 4, 5, 5, device="cuda"), torch.tensor([1, 2, 2, 3, 3], device="cuda")
 
     def run(blocks):
@@ -323,7 +318,7 @@ def test_lists_of_the_package_wait_for_nothing(inference, implementation):
 
 def test_lists_from_outside_in_a_cuda_graph(implementation):
     """They are cleaned on the device, whatever is written into them between replays; nothing is refused there."""
-    q, k, v = make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
+    q, k, v = helpers.make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
     indices = torch.zeros(1, 4, 5, 6, dtype=torch.int32, device="cuda")
     counts = torch.zeros(1, 4, 5, dtype=torch.int32, device="cuda")
     blocks = BlockIndices(indices, counts, 5)

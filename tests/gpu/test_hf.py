@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from seerattention.hf import gates
+from seerattention.hf import gates_of
 from seerattention.selectors import GateSelector
 from tiny_models import Watched, make_ids, make_model
 
@@ -119,10 +119,10 @@ def test_left_padded_chunks_equal_the_row_alone(family, dtype):
 def test_gates_follow_the_model_to_the_gpu():
     model = make_model(dtype=torch.bfloat16)
     seer.attach(model, seer.GateConfig())
-    assert gates(model)[0].k_linear.device.type == "cpu"
+    assert gates_of(model)[0].k_linear.device.type == "cpu"
     model.cuda()
-    assert gates(model)[0].k_linear.device.type == "cuda"
-    assert gates(model)[0].k_linear.dtype == torch.bfloat16
+    assert gates_of(model)[0].k_linear.device.type == "cuda"
+    assert gates_of(model)[0].k_linear.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
 import seerattention as seer
-from seerattention.hf import gates, is_attached
+from seerattention.hf import gates_of, is_attached
 from tiny_models import attach, logits_of, make_vlm
 
 
@@ -56,17 +56,17 @@ def test_gates_stay_out_of_the_base_model(model_of, tmp_path):
 def test_gates_follow_device_and_dtype(model_of, ids_of):
     model = model_of()
     attach(model)
-    assert all(gate.k_linear.dtype == torch.float32 for gate in gates(model))
+    assert all(gate.k_linear.dtype == torch.float32 for gate in gates_of(model))
     model.to(torch.bfloat16)
-    parameters = [gate.k_linear for gate in gates(model)]
+    parameters = [gate.k_linear for gate in gates_of(model)]
     assert all(parameter.dtype == torch.bfloat16 for parameter in parameters)
     # A trainer may hold the gates in float32 beside a bf16 model: only a change of the layer moves them.
-    for gate in gates(model):
+    for gate in gates_of(model):
         gate.float()
     logits_of(model, ids_of(70))
-    assert all(gate.k_linear.dtype == torch.float32 for gate in gates(model))
+    assert all(gate.k_linear.dtype == torch.float32 for gate in gates_of(model))
     model.to(torch.float16)
-    assert all(gate.k_linear.dtype == torch.float16 for gate in gates(model))
+    assert all(gate.k_linear.dtype == torch.float16 for gate in gates_of(model))
 
 
 def test_fresh_gates_come_from_the_global_generator(model_of):
@@ -75,7 +75,7 @@ def test_fresh_gates_come_from_the_global_generator(model_of):
         model = model_of()
         torch.manual_seed(seed)
         seer.attach(model, seer.GateConfig())
-        drawn.append(torch.stack([gate.k_linear.detach() for gate in gates(model)]))
+        drawn.append(torch.stack([gate.k_linear.detach() for gate in gates_of(model)]))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0][0], drawn[0][1])
@@ -90,7 +90,7 @@ def test_deepcopy_is_independent(model_of, ids_of):
     assert torch.equal(logits_of(twin, ids), sparse)
     seer.set_policy(twin, seer.TopK(1.0))
     with torch.no_grad():
-        gates(twin)[0].k_linear.zero_()
+        gates_of(twin)[0].k_linear.zero_()
     torch.testing.assert_close(logits_of(twin, ids), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits_of(model, ids), sparse)
     seer.detach(twin)
@@ -148,7 +148,7 @@ def test_selector_without_gates(model_of, ids_of):
         logits_of(model, ids)
     assert calls == [(0, 4, 2, None), (1, 4, 2, None)]
     assert stats.density == pytest.approx(3 / 6)
-    assert gates(model) == [None, None]
+    assert gates_of(model) == [None, None]
 
 
 def test_lists_shared_by_a_group_of_heads(model_of, ids_of):
@@ -294,7 +294,7 @@ def test_hub_ids_ask_the_hub(model_of, monkeypatch, tmp_path):
     model = model_of()
     seer.attach(model, "some-owner/some-gates")
     assert asked == ["some-owner/some-gates"]
-    assert torch.equal(gates(model)[0].k_linear, gates(source)[0].k_linear)
+    assert torch.equal(gates_of(model)[0].k_linear, gates_of(source)[0].k_linear)
 
 
 def test_attaching_twice_raises(model_of):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import seerattention as seer
-from seerattention.hf import checkpoint, convert, gates
+from seerattention.hf import convert, gates_of, save
 from seerattention.hf.state import state_of
 
 FILES = {"gate_config.json", "gates.safetensors", "README.md"}
@@ -53,7 +53,7 @@ def test_round_trip_is_exact(model_of, tmp_path, family, dtype, form):
     again = seer.attach(model_of(family, dtype=dtype), tmp_path / "a" / "b")
     assert state_of(again).policy == seer.TopP(0.9, last_blocks_dense=1)
     assert state_of(again).gate_config == state_of(model).gate_config
-    for before, after in zip(gates(model), gates(again), strict=True):
+    for before, after in zip(gates_of(model), gates_of(again), strict=True):
         assert after.k_linear.dtype == dtype
         assert before.state_dict().keys() == after.state_dict().keys()
         for name, value in before.state_dict().items():
@@ -76,7 +76,7 @@ def test_an_existing_folder_is_replaced(model_of, saved):
     seer.attach(model, seer.GateConfig())
     seer.save_gates(model, saved)
     assert {path.name for path in saved.iterdir()} == FILES | {"notes.txt"}
-    assert torch.equal(gates(seer.attach(model_of(), saved))[1].k_linear, gates(model)[1].k_linear)
+    assert torch.equal(gates_of(seer.attach(model_of(), saved))[1].k_linear, gates_of(model)[1].k_linear)
 
 
 def test_files_describe_themselves(saved):
@@ -180,12 +180,12 @@ def test_a_crash_while_writing_leaves_the_old_file(model_of, saved, monkeypatch)
     before = (saved / "gates.safetensors").read_bytes()
     model = attached(model_of())
     with torch.no_grad():
-        gates(model)[0].k_linear.zero_()
+        gates_of(model)[0].k_linear.zero_()
 
     def crash(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.os, "replace", crash)
+    monkeypatch.setattr(save.os, "replace", crash)
     with pytest.raises(OSError, match="disk full"):
         seer.save_gates(model, saved)
     assert (saved / "gates.safetensors").read_bytes() == before
@@ -213,7 +213,7 @@ def test_a_kill_between_two_files_never_mixes_two_saves(model_of, saved, monkeyp
 
     loaded = seer.attach(model_of(), saved)
     state = state_of(loaded)
-    assert torch.equal(gates(loaded)[0].k_linear, gates(model)[0].k_linear)
+    assert torch.equal(gates_of(loaded)[0].k_linear, gates_of(model)[0].k_linear)
     assert (state.block_size, state.policy) == (64, seer.TopK(0.5))
     assert ("not of the same save" in caplog.text) == (renames == 1)
     seer.save_gates(loaded, saved)
@@ -234,7 +234,7 @@ def test_equal_gates_give_equal_files(model_of, saved, tmp_path):
 def test_gates_that_are_not_finite_are_neither_saved_nor_loaded(model_of, saved, tmp_path):
     model = attached(model_of())
     with torch.no_grad():
-        gates(model)[1].k_linear[0, 0, 0] = float("nan")
+        gates_of(model)[1].k_linear[0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"not finite: layers\.1\.prefill\.k_linear"):
         seer.save_gates(model, tmp_path / "gates")
     edit_weights(saved, lambda weights: weights["layers.0.prefill.k_linear"].fill_(float("inf")))
@@ -256,7 +256,7 @@ def test_saving_needs_no_installed_package(model_of, tmp_path, monkeypatch):
 
 def test_gates_that_are_not_in_memory_are_not_saved(model_of, tmp_path):
     model = attached(model_of())
-    gates(model)[1].to("meta")
+    gates_of(model)[1].to("meta")
     with pytest.raises(ValueError, match=r"layers\.1\.prefill\.k_linear"):
         seer.save_gates(model, tmp_path / "gates")
     assert not (tmp_path / "gates").exists()
@@ -318,7 +318,7 @@ def test_published_weights_and_conversion_keep_their_bits(model_of, tmp_path):
     convert(tmp_path / "gate", tmp_path / "converted")
     for folder in ("gate", "converted"):
         twin = seer.attach(model_of(dtype=torch.bfloat16), tmp_path / folder)
-        for gate, expected in zip(gates(twin), weights.values(), strict=True):
+        for gate, expected in zip(gates_of(twin), weights.values(), strict=True):
             assert torch.equal(gate.k_linear, expected)
     description = json.loads((tmp_path / "converted" / "gate_config.json").read_text())
     assert description["base_model"]["name"] == "owner/base"

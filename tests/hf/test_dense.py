@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 
 import seerattention as seer
-from seerattention.hf import gates, is_attached
+from seerattention.hf import gates_of, is_attached
 from tiny_models import attach, gradients_of, logits_of
 
 
@@ -233,7 +233,7 @@ def test_prompts_within_the_window_of_all_layers_are_sparse(model_of, ids_of):
 def test_layers_with_a_window_beside_layers_without_are_silently_dense(model_of, ids_of):
     model = model_of("qwen2", use_sliding_window=True, sliding_window=48, max_window_layers=1)
     attach(model, seer.TokenBudget(32))
-    assert [gate is None for gate in gates(model)] == [False, True]
+    assert [gate is None for gate in gates_of(model)] == [False, True]
     with seer.record(model) as stats, warnings.catch_warnings():
         warnings.simplefilter("error")
         logits_of(model, ids_of(150))

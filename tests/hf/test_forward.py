@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import seerattention as seer
-from seerattention.hf import gates
+from seerattention.hf import gates_of
 from seerattention.hf.forward import current_forward
 from tiny_models import attach, logits_of
 
@@ -195,7 +195,7 @@ def test_attention_modules_replaced_by_something_else_are_named(model_of, ids_of
     model.model.layers[1].self_attn = Nothing()
     with pytest.warns(UserWarning, match="layers 1 are not attended"):
         logits_of(model, ids)
-    assert len(gates(model)) == 2
+    assert len(gates_of(model)) == 2
     model = model_of()
     model.model.layers[1].self_attn = Nothing()
     with pytest.raises(AttributeError, match="Nothing has no q_proj and k_proj"):

@@ -17,7 +17,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 
 import seerattention as seer
 from seerattention.gates.geometry import Geometry, fingerprint
-from seerattention.hf import FAMILIES, Family, gates
+from seerattention.hf import FAMILIES, Family, gates_of
 from seerattention.hf.architectures import heads_first
 from seerattention.hf.state import state_of
 
@@ -151,7 +151,7 @@ def test_a_toy_family_of_fused_projections_and_unlike_layers(toy, ids_of):
         assert torch.equal(k, inputs.k)
     assert [(inputs.q.shape[1], inputs.k.shape[1]) for inputs, _ in seen] == [(4, 2), (8, 4)]
     assert [inputs.scale for inputs, _ in seen] == [0.1, 0.6]
-    assert [(gate.num_heads, gate.num_kv_heads) for gate in gates(toy)] == [(4, 2), (8, 4)]
+    assert [(gate.num_heads, gate.num_kv_heads) for gate in gates_of(toy)] == [(4, 2), (8, 4)]
     assert [layer.geometry.rotary_dim for layer in state_of(toy).layers] == [8, 8]
     seer.set_policy(toy, seer.TokenBudget(32))
     assert not torch.equal(probe(toy, ids)[0], logits)
@@ -177,10 +177,10 @@ def test_gates_of_unlike_layers_are_saved_and_know_their_model(toy, tmp_path):
     assert base["num_key_value_heads"] == "2, 4"
     assert base["head_dim"] == 16
     assert base["rotary_dim"] == 8
-    weights = [gate.k_linear.detach().clone() for gate in gates(toy)]
+    weights = [gate.k_linear.detach().clone() for gate in gates_of(toy)]
     seer.detach(toy)
     seer.attach(toy, tmp_path)
-    assert all(torch.equal(gate.k_linear, weight) for gate, weight in zip(gates(toy), weights, strict=True))
+    assert all(torch.equal(gate.k_linear, weight) for gate, weight in zip(gates_of(toy), weights, strict=True))
     other = ToyModel(ToyConfig(num_attention_heads=[8, 8])).eval()
     with pytest.raises(ValueError, match="num_attention_heads: the gates are for 4, 8, the model has 8"):
         seer.attach(other, tmp_path)
@@ -216,7 +216,7 @@ def test_rotary_tables_by_layer_type(monkeypatch, ids_of):
     seer.attach(model, seer.GateConfig(block_size=32), prefill=seer.TopK(1.0), min_context=0)
     logits, seen = probe(model, ids)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert [gate is None for gate in gates(model)] == [True, False, True]
+    assert [gate is None for gate in gates_of(model)] == [True, False, True]
     assert [layer.geometry.window for layer in state_of(model).layers] == [40, None, 40]
     [(inputs, blocks)] = seen
     assert (inputs.layer, inputs.scale) == (1, pytest.approx(40**-0.5))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import seerattention as seer
-from seerattention.hf import gates, is_attached
+from seerattention.hf import gates_of, is_attached
 from seerattention.hf.state import state_of
 from seerattention.selectors import SELECTORS, GateSelector, LayerInputs, Selector
 
@@ -53,7 +53,7 @@ def test_each_phase_has_its_own_block_size(model_of, ids_of, tmp_path):
     seer.attach(model, config, prefill=seer.TopK(0.5), min_context=0)
     expected = blocks_of(model, ids)
     assert [blocks.block_size for blocks in expected] == [32, 32]
-    assert state_of(model).block_size == gates(model)[0].block_size == 32
+    assert state_of(model).block_size == gates_of(model)[0].block_size == 32
     seer.save_gates(model, tmp_path)
     assert "32x32 blocks" in (tmp_path / "README.md").read_text()
     again = seer.attach(model_of(), tmp_path, min_context=0)
@@ -116,7 +116,7 @@ def test_a_selector_that_asks_gates_needs_some(model_of, ids_of):
     # One of the layers has a window: it gets no gate, and is dense where the window does not matter either.
     model = model_of("qwen2", use_sliding_window=True, sliding_window=512, max_window_layers=1)
     attach(model, selector=GateSelector(seer.TokenBudget(32)))
-    assert [gate is None for gate in gates(model)] == [False, True]
+    assert [gate is None for gate in gates_of(model)] == [False, True]
     assert [blocks is None for blocks in blocks_of(model, ids_of(150))] == [False, True]
 
 

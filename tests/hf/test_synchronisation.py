@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import seerattention as seer
-from seerattention.ops import dispatch
+from seerattention.ops import custom_op, dispatch
 from seerattention.ops.block_pooling.reference import Grid
 from seerattention.ops.block_selection.reference import Rule
 from seerattention.ops.gate_scores.reference import Tiles
@@ -63,7 +63,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of(model, monkeypatch, **inputs):
-    monkeypatch.setattr(dispatch, "tracing", lambda: True)  # ops as their fake implementations
+    monkeypatch.setattr(custom_op, "tracing", lambda: True)  # ops as their fake implementations
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)  # which does not know "meta"
     with torch.no_grad(), Waits():
         model(**{**inputs, "input_ids": inputs["input_ids"].clone()})  # the first call moves the gates to the device

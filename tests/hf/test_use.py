@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import seerattention as seer
-from seerattention.hf import gates
+from seerattention.hf import gates_of
 
 
 def attached(model, density=0.3, **options):
@@ -73,7 +73,7 @@ def test_everything_in_inference_mode(model_of, ids_of):
         model(ids_of(200))
         model.to(torch.bfloat16)
         model(ids_of(200))
-        assert not any(parameter.is_inference() for parameter in gates(model)[0].parameters())
+        assert not any(parameter.is_inference() for parameter in gates_of(model)[0].parameters())
         inside = seer.distill(model, batches, seer.DistillConfig(steps=2))
     outside = seer.distill(model, batches, seer.DistillConfig(steps=2))
     assert outside.loss[0] < inside.loss[0]
@@ -105,20 +105,20 @@ def test_gates_of_quantized_layers_keep_a_dtype_that_computes(model_of):
         weight = layer.self_attn.q_proj.weight
         layer.self_attn.q_proj.weight = torch.nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     attached(model)
-    assert gates(model)[0].k_linear.dtype == torch.float32
+    assert gates_of(model)[0].k_linear.dtype == torch.float32
 
 
 def test_trained_gates_draw_no_random_numbers(model_of, tmp_path):
     """The user's seed decides the same after attach as before, and the gates are whole."""
     model = attached(model_of())
     seer.save_gates(model, tmp_path)
-    weights = [gate.state_dict() for gate in gates(model)]
+    weights = [gate.state_dict() for gate in gates_of(model)]
     model = model_of()
     before = torch.get_rng_state()
     with torch.inference_mode():
         seer.attach(model, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
-    for gate, expected in zip(gates(model), weights, strict=True):
+    for gate, expected in zip(gates_of(model), weights, strict=True):
         assert all(torch.equal(value, expected[name]) for name, value in gate.state_dict().items())
         assert all(value.requires_grad and not value.is_inference() for value in gate.parameters())
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
 from ..policies import Policy
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_integer, check_number, check_policy
-from .prompt import Prompt, dot, masks_to_lists, means, scores_to_lists
+from .base import TrainingFree
+from .prompt import Prompt, dot, means
 
 
 @dataclass(frozen=True)
-class FlashPrefill(Selector):
+class FlashPrefill(
+    TrainingFree,
+    kind="flashprefill",
+    limits={"alpha": (0, 1), "sink_blocks": 0, "window_blocks": 0, "last_blocks_dense": 0},
+):
     """Energies of blocks, and those of at least ``alpha`` times the largest, with the first and the latest blocks.
 
     FlashPrefill (arXiv 2603.06199; the rule of the published code, which uses all queries where the paper speaks of a
@@ -35,7 +37,6 @@ class FlashPrefill(Selector):
         window_blocks: latest blocks that are always kept, the diagonal among them.
         last_blocks_dense: the last this many query blocks read everything.
         policy: chooses instead, with the logarithm of the energy as logits; the four above then make no difference.
-        block_size: tokens a block.
 
     Raises:
         ValueError: values that are not such numbers.
@@ -47,26 +48,6 @@ class FlashPrefill(Selector):
     window_blocks: int = 4
     last_blocks_dense: int = 0
     policy: Policy | None = None
-    block_size: int = 64
-
-    kind = "flashprefill"
-    takes_chunks = True
-
-    def __post_init__(self) -> None:
-        check_number("FlashPrefill", "alpha", self.alpha, 0, 1)
-        for name in ("sink_blocks", "window_blocks", "last_blocks_dense"):
-            check_integer("FlashPrefill", name, getattr(self, name))
-        check_policy("FlashPrefill", self.policy, optional=True)
-        check_block_size("FlashPrefill", self.block_size)
-
-    @property
-    def rowwise(self) -> bool:
-        return not self.last_blocks_dense if self.policy is None else self.policy.rowwise
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        if self.policy is None:
-            return masks_to_lists(inputs, self.block_size, self._keep)
-        return scores_to_lists(inputs, self.block_size, self.policy, self.score)
 
     def score(self, prompt: Prompt) -> Tensor:
         """Logarithm of the energy of each block, float32 ``[Hq, R, N]``; -inf where no query sees all of a block."""
@@ -83,7 +64,7 @@ class FlashPrefill(Selector):
             energy[:, slots] = logits.unflatten(1, (-1, self.block_size)).logsumexp(2)
         return energy
 
-    def _keep(self, prompt: Prompt) -> Tensor:
+    def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
         rows, columns = prompt.rows(), prompt.columns()
         always = (columns < self.sink_blocks) | (rows - columns < self.window_blocks)

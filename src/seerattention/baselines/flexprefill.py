@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
 from ..ops.span import num_blocks
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_integer, check_number
-from .prompt import Prompt, diagonal_sums, dot, last_softmax, masks_to_lists, means
+from .base import TrainingFree
+from .checks import check_integer
+from .prompt import Prompt, diagonal_sums, dot, last_softmax, means
 
 
 class Probe(NamedTuple):
@@ -31,7 +30,7 @@ class Probe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FlexPrefill(Selector):
+class FlexPrefill(TrainingFree, kind="flexprefill", limits={"gamma": (0, 1), "tau": (0, math.inf), "min_budget": 1}):
     """Key blocks and block diagonals for some heads, the best pooled scores for the others, within shares of attention.
 
     FlexPrefill (arXiv 2502.20766, section 3). The probe is the attention of the last ``block_size`` queries (of a
@@ -51,7 +50,6 @@ class FlexPrefill(Selector):
         tau: largest distance at which a head counts as one that pooled scores tell; 0: none is.
         min_budget: least tokens to keep by key, and by distance.
         max_budget: most of each; None: all.
-        block_size: tokens a block; 128 in the publication.
 
     Raises:
         ValueError: values that are not such numbers.
@@ -61,24 +59,15 @@ class FlexPrefill(Selector):
     tau: float = 0.1
     min_budget: int = 1024
     max_budget: int | None = None
-    block_size: int = 64
 
-    kind = "flexprefill"
     rowwise = False
-    takes_chunks = True
 
     def __post_init__(self) -> None:
-        check_number("FlexPrefill", "gamma", self.gamma, 0, 1)
-        check_number("FlexPrefill", "tau", self.tau, 0, math.inf)
-        check_integer("FlexPrefill", "min_budget", self.min_budget, 1)
+        super().__post_init__()
         if self.max_budget is not None:
             check_integer("FlexPrefill", "max_budget", self.max_budget, self.min_budget)
-        check_block_size("FlexPrefill", self.block_size)
 
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        return masks_to_lists(inputs, self.block_size, self._keep)
-
-    def _keep(self, prompt: Prompt) -> Tensor:
+    def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
         shape = prompt.heads, prompt.num_rows, prompt.num_keys
         least = num_blocks(self.min_budget, self.block_size)

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
 from ..policies import Policy, TopK
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_policy
-from .prompt import Prompt, dot, means, scores_to_lists
+from .base import TrainingFree
+from .prompt import Prompt, dot, means
 
 
 @dataclass(frozen=True)
-class MeanPool(Selector):
+class MeanPool(TrainingFree, kind="mean_pool"):
     """Scores are products of mean keys of blocks with queries, and a policy chooses.
 
     MoBA (arXiv 2502.13189, section 2.2) has one choice for each query token and trains the model with it. A block of
@@ -26,7 +24,6 @@ class MeanPool(Selector):
         policy: gets ``scale * mean(q) . mean(k)`` as logits, or the maximum over the block's queries, see below.
         pool_queries: True: the queries of a block are averaged too. False: the block scores as for the query that
             likes it most.
-        block_size: tokens a block.
 
     Raises:
         TypeError: a policy that is none, or a ``pool_queries`` that is not a bool.
@@ -35,23 +32,13 @@ class MeanPool(Selector):
 
     policy: Policy = field(default_factory=lambda: TopK(0.1))
     pool_queries: bool = True
-    block_size: int = 64
 
-    kind = "mean_pool"
-    takes_chunks = True
+    policy_required = True
 
     def __post_init__(self) -> None:
-        check_policy("MeanPool", self.policy)
-        check_block_size("MeanPool", self.block_size)
+        super().__post_init__()
         if not isinstance(self.pool_queries, bool):
             raise TypeError(f"MeanPool: pool_queries must be True or False, got {self.pool_queries!r}")
-
-    @property
-    def rowwise(self) -> bool:
-        return self.policy.rowwise
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        return scores_to_lists(inputs, self.block_size, self.policy, self.score)
 
     def score(self, prompt: Prompt) -> Tensor:
         """Logits of a sequence, float32 ``[Hq, R, N]``."""

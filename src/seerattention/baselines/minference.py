@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_integer, check_number
-from .prompt import Prompt, diagonal_sums, last_softmax, masks_to_lists
+from .base import TrainingFree
+from .prompt import Prompt, diagonal_sums, last_softmax
 
 # Least numbers of each, and what is kept in any case: the first keys and the nearest diagonals.
 LEAST_VERTICAL, LEAST_SLASH = 30, 50
@@ -19,7 +17,9 @@ FIRST_KEYS, NEAREST_DIAGONALS = 30, 100
 
 
 @dataclass(frozen=True)
-class MInference(Selector):
+class MInference(
+    TrainingFree, kind="minference", limits={"vertical": 0, "slash": 0, "multiplier": (0, 1e6), "last_queries": 1}
+):
     """Every tile that a chosen key column or a chosen diagonal passes through.
 
     MInference (arXiv 2407.02490, section 3.2, vertical-slash heads). Of the attention of the last ``last_queries``
@@ -42,7 +42,6 @@ class MInference(Selector):
         slash: distances to keep, at least 50 of them.
         multiplier: both numbers are multiplied by this and rounded up, before the minimum: one knob for density.
         last_queries: queries whose attention is looked at.
-        block_size: tokens a block; 64 in the publication.
 
     Raises:
         ValueError: values that are not such numbers.
@@ -52,21 +51,8 @@ class MInference(Selector):
     slash: int = 6096
     multiplier: float = 1.0
     last_queries: int = 64
-    block_size: int = 64
 
-    kind = "minference"
     rowwise = False
-    takes_chunks = True
-
-    def __post_init__(self) -> None:
-        check_integer("MInference", "vertical", self.vertical)
-        check_integer("MInference", "slash", self.slash)
-        check_number("MInference", "multiplier", self.multiplier, 0, 1e6)
-        check_integer("MInference", "last_queries", self.last_queries, 1)
-        check_block_size("MInference", self.block_size)
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        return masks_to_lists(inputs, self.block_size, self._keep)
 
     def patterns(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """The chosen keys and the chosen distances of each head, bool ``[Hq, L]`` both."""
@@ -86,7 +72,7 @@ class MInference(Selector):
         order = sums.sort(dim=-1, descending=True, stable=True).indices[:, :count]
         return torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, order, True)
 
-    def _keep(self, prompt: Prompt) -> Tensor:
+    def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
         size = self.block_size
         keys, distances = (

@@ -40,22 +40,18 @@ class Oracle(Selector):
     reduce: str = "max"
 
     kind = "oracle"
+    takes_chunks = True
 
     def __post_init__(self) -> None:
         check_choice("Oracle", "reduce", self.reduce, tuple(_REDUCTIONS))
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
-        """See :class:`~seerattention.selectors.Selector`.
-
-        Raises:
-            NotImplementedError: a chunk of a prompt.
-        """
-        if inputs.span is not None:
-            raise NotImplementedError(
-                "Oracle: the pooled attention map is that of whole prompts, and this is a chunk on a cache; "
-                "OracleCover takes chunks"
-            )
-        return self(inputs.q, inputs.k, layer=inputs.layer, scale=inputs.scale, lengths=inputs.lengths)
+        span = inputs.span
+        if span is None:
+            return self(inputs.q, inputs.k, layer=inputs.layer, scale=inputs.scale, lengths=inputs.lengths)
+        reduce, size = _REDUCTIONS[self.reduce], self.block_size
+        target = pooled_attention(inputs.q, inputs.k, block_size=size, scale=inputs.scale, reduce=reduce, span=span)
+        return self.policy.select(target.log_(), block_size=size, span=span)
 
     @property
     def rowwise(self) -> bool:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_number
-from .prompt import Prompt, dot, masks_to_lists
+from .base import TrainingFree
+from .prompt import Prompt, dot
 
 
 @dataclass(frozen=True)
-class OracleCover(Selector):
+class OracleCover(TrainingFree, kind="oracle_cover", limits={"p": (0, 1)}):
     """Blocks with which each query of a query block keeps at least ``p`` of its attention.
 
     An oracle of averages may leave one query of a block with nothing. Here the diagonal is kept first; then, as long as
@@ -25,27 +23,14 @@ class OracleCover(Selector):
 
     Attributes:
         p: share of the attention of each query, in [0, 1]; 1 keeps everything.
-        block_size: tokens a block.
 
     Raises:
         ValueError: values that are not such numbers.
     """
 
     p: float = 0.9
-    block_size: int = 64
 
-    kind = "oracle_cover"
-    rowwise = True
-    takes_chunks = True
-
-    def __post_init__(self) -> None:
-        check_number("OracleCover", "p", self.p, 0, 1)
-        check_block_size("OracleCover", self.block_size)
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        return masks_to_lists(inputs, self.block_size, self._keep)
-
-    def _keep(self, prompt: Prompt) -> Tensor:
+    def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
         shape = prompt.heads, prompt.num_rows, prompt.num_keys
         keep = torch.ones(shape, dtype=torch.bool, device=prompt.q.device)

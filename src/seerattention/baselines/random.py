@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..ops.indices import BlockIndices
 from ..policies import TopK
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_integer, check_number
+from ..selectors import LayerInputs
+from .base import TrainingFree
 from .prompt import Prompt, scores_to_lists
 
 
 @dataclass(frozen=True)
-class Random(Selector):
+class Random(TrainingFree, kind="random", limits={"density": (0, 1), "seed": 0}):
     """As many blocks a row as ``TopK(density)`` keeps: the diagonal, block 0, then others drawn uniformly.
 
     Layers, heads and query blocks draw independently. What a query block reads follows from these, the density and the
@@ -25,7 +25,6 @@ class Random(Selector):
     Attributes:
         density: share of the causal blocks to keep, in (0, 1]. A row that keeps one block keeps the diagonal only.
         seed: another one draws other blocks, 0 or more.
-        block_size: tokens a block.
 
     Raises:
         ValueError: values that are not such numbers.
@@ -33,22 +32,17 @@ class Random(Selector):
 
     density: float = 0.1
     seed: int = 0
-    block_size: int = 64
 
-    kind = "random"
     rowwise = True
-    takes_chunks = True
 
     def __post_init__(self) -> None:
-        check_number("Random", "density", self.density, 0, 1)
-        check_integer("Random", "seed", self.seed)
-        check_block_size("Random", self.block_size)
+        super().__post_init__()
         TopK(self.density)
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
-        return scores_to_lists(inputs, self.block_size, TopK(self.density), self._score)
+        return scores_to_lists(inputs, self.block_size, TopK(self.density), self.score)
 
-    def _score(self, prompt: Prompt) -> Tensor:
+    def score(self, prompt: Prompt) -> Tensor:
         """float32 ``[Hq, R, N]``: numbers in [0, 1), and more for block 0."""
         scores = torch.zeros(prompt.heads, prompt.num_rows, prompt.num_keys)
         for slot, row in enumerate(range(prompt.first_row, prompt.num_keys)):

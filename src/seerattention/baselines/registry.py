@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..policies import Policy, policy_from_dict, read_kind
+from ..policies import KINDS, Policy, policy_from_dict, read_kind
 from ..selectors import SELECTORS, Selector
 
 _POLICY = re.compile(r"(?P<kind>\w+)\s*(?:\((?P<arguments>.*)\))?")
@@ -102,6 +102,6 @@ def _policy(text: str) -> Policy:
 
 
 def _first_argument(kind: str) -> str:
-    policy = next((policy for policy in Policy.__subclasses__() if policy.kind == kind), None)
+    policy = KINDS.get(kind)
     fields = () if policy is None else dataclasses.fields(policy)  # type: ignore[arg-type]
     return fields[0].name if fields else "argument"  # policy_from_dict says what is wrong

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
 from ..ops.span import num_blocks
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_integer
-from .prompt import Prompt, masks_to_lists
+from .base import TrainingFree
+from .prompt import Prompt
 
 
 @dataclass(frozen=True)
-class Streaming(Selector):
+class Streaming(TrainingFree, kind="streaming", limits={"sink": 0, "window": 0, "last_blocks_dense": 0}):
     """The blocks of the first ``sink`` tokens, and a window of the latest blocks.
 
     StreamingLLM (arXiv 2309.17453, section 3.2) defines it for single tokens: each reads the ``sink`` first and the
@@ -26,7 +24,6 @@ class Streaming(Selector):
         sink: first tokens to keep, 0 or more.
         window: latest tokens to keep, the diagonal block among them; 0 or more.
         last_blocks_dense: the last this many query blocks read everything (MInference's Tri shape).
-        block_size: tokens a block.
 
     Raises:
         ValueError: values that are not such numbers.
@@ -35,24 +32,8 @@ class Streaming(Selector):
     sink: int = 64
     window: int = 1024
     last_blocks_dense: int = 0
-    block_size: int = 64
 
-    kind = "streaming"
-    takes_chunks = True
-
-    def __post_init__(self) -> None:
-        for name in ("sink", "window", "last_blocks_dense"):
-            check_integer("Streaming", name, getattr(self, name))
-        check_block_size("Streaming", self.block_size)
-
-    @property
-    def rowwise(self) -> bool:
-        return not self.last_blocks_dense
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        return masks_to_lists(inputs, self.block_size, self._keep)
-
-    def _keep(self, prompt: Prompt) -> Tensor:
+    def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[1, R, N]``."""
         rows, columns = prompt.rows(), prompt.columns()
         sink, window = num_blocks(self.sink, self.block_size), num_blocks(self.window, self.block_size)

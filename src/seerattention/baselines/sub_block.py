@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
 from ..ops.span import num_blocks
 from ..policies import Policy, TopK
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_choice, check_integer, check_policy
-from .prompt import Prompt, dot, means, scores_to_lists
+from .base import TrainingFree
+from .checks import check_choice
+from .prompt import Prompt, dot, means
 
 REDUCTIONS = ("lse", "max")
 
 
 @dataclass(frozen=True)
-class SubBlock(Selector):
+class SubBlock(TrainingFree, kind="sub_block", limits={"query_parts": 1, "key_parts": 1}):
     """Products of the means of pieces of blocks, reduced over the pairs of pieces of two blocks; a policy chooses.
 
     The rule of the sub-block router of SGLang's sparse attention for video models (no paper), made causal: a pair of
@@ -31,7 +30,6 @@ class SubBlock(Selector):
         policy: gets the scores as logits. The router keeps a fixed number of blocks, and no diagonal in particular.
         query_parts, key_parts: pieces of a block of queries, and of keys; they divide the block size.
         reduce: "lse", the log-sum-exp over pairs, as in the router, or "max", the largest.
-        block_size: tokens a block.
 
     Raises:
         ValueError: numbers that do not divide the block size, or another reduction.
@@ -42,27 +40,15 @@ class SubBlock(Selector):
     query_parts: int = 4
     key_parts: int = 4
     reduce: str = "lse"
-    block_size: int = 64
 
-    kind = "sub_block"
-    takes_chunks = True
+    policy_required = True
 
     def __post_init__(self) -> None:
-        check_policy("SubBlock", self.policy)
-        check_block_size("SubBlock", self.block_size)
-        for name in ("query_parts", "key_parts"):
-            parts = getattr(self, name)
-            check_integer("SubBlock", name, parts, 1)
+        super().__post_init__()
+        for name, parts in (("query_parts", self.query_parts), ("key_parts", self.key_parts)):
             if self.block_size % parts:
                 raise ValueError(f"SubBlock: {name} must divide blocks of {self.block_size} tokens, got {parts}")
         check_choice("SubBlock", "reduce", self.reduce, REDUCTIONS)
-
-    @property
-    def rowwise(self) -> bool:
-        return self.policy.rowwise
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        return scores_to_lists(inputs, self.block_size, self.policy, self.score)
 
     def score(self, prompt: Prompt) -> Tensor:
         """Logits of a sequence, float32 ``[Hq, R, N]``; -inf behind the diagonal."""

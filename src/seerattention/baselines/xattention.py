@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.indices import BlockIndices
 from ..policies import Policy
-from ..selectors import LayerInputs, Selector
-from .checks import check_block_size, check_integer, check_number, check_policy
-from .prompt import Prompt, dot, masks_to_lists, scores_to_lists
+from .base import TrainingFree
+from .prompt import Prompt, dot
 
 
 @dataclass(frozen=True)
-class XAttention(Selector):
+class XAttention(TrainingFree, kind="xattention", limits={"stride": 1, "tau": (0, 1)}):
     """Antidiagonal sums of tiles of ``stride`` x ``stride``, their softmax, and enough blocks for a share of it.
 
     XAttention (arXiv 2503.16428, sections 2.1 and 2.2). With S the stride, tile (a, b) of queries and keys scores
@@ -32,7 +30,6 @@ class XAttention(Selector):
         tau: share of the mass to keep, from 0 (block 0 and the diagonal) to 1 (everything). One number for all heads;
             the published RULER results have one for each head.
         policy: chooses instead, with the logarithm of the mass as logits; ``tau`` then makes no difference.
-        block_size: tokens a block; 128 in the publication.
 
     Raises:
         ValueError: a stride that does not divide the block size, or values out of range.
@@ -42,27 +39,11 @@ class XAttention(Selector):
     stride: int = 8
     tau: float = 0.9
     policy: Policy | None = None
-    block_size: int = 64
-
-    kind = "xattention"
-    takes_chunks = True
 
     def __post_init__(self) -> None:
-        check_block_size("XAttention", self.block_size)
-        check_integer("XAttention", "stride", self.stride, 1)
+        super().__post_init__()
         if self.block_size % self.stride:
             raise ValueError(f"XAttention: a stride of {self.stride} does not divide blocks of {self.block_size}")
-        check_number("XAttention", "tau", self.tau, 0, 1)
-        check_policy("XAttention", self.policy, optional=True)
-
-    @property
-    def rowwise(self) -> bool:
-        return self.policy is None or self.policy.rowwise
-
-    def select(self, inputs: LayerInputs) -> BlockIndices:
-        if self.policy is None:
-            return masks_to_lists(inputs, self.block_size, self._keep)
-        return scores_to_lists(inputs, self.block_size, self.policy, self.score)
 
     def score(self, prompt: Prompt) -> Tensor:
         """Logarithm of the mass of each block, float32 ``[Hq, R, N]``."""
@@ -86,7 +67,7 @@ class XAttention(Selector):
             mass[:, slots, : blocks.stop] = shares.unflatten(2, (-1, tiles)).sum(-1).unflatten(1, (-1, tiles)).sum(2)
         return mass
 
-    def _keep(self, prompt: Prompt) -> Tensor:
+    def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
         mass = self.mass(prompt)
         keep = torch.ones_like(mass, dtype=torch.bool)

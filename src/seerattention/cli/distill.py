@@ -200,10 +200,10 @@ def _distill(
     from ..config import GateConfig
     from ..distillation import DistillationError, DistillConfig
     from ..distillation import distill as run_distillation
-    from ..distillation.checkpoint import STATE_FILE
     from ..distillation.documents import open_documents
     from ..distillation.processes import Processes
     from ..distillation.progress import distill_progress
+    from ..distillation.saved import STATE_FILE
     from ..hf.state import state_of
 
     # What can be wrong with the options is found before a model is loaded.
@@ -262,7 +262,7 @@ def _distill(
 
 def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
     """What must be the same for the run in ``state`` to go on. Runs of earlier versions do not know their text."""
-    from ..distillation.checkpoint import load_state
+    from ..distillation.saved import load_state
 
     if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
         return asdict(job)

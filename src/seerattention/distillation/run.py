@@ -23,13 +23,13 @@ from ..hf.state import state_of
 from ..measure.recall import recall_sums
 from ..policies import TopK
 from .batches import Batch, BatchWalk
-from .checkpoint import check_same_run, load_state, save_state
 from .config import DistillConfig
 from .history import DistillHistory
 from .identity import batches_digest, weights_digest
 from .interrupts import Interrupts
 from .lock import locked
 from .processes import Processes
+from .saved import check_same_run, load_state, save_state
 from .trainer import Measured, Trainer
 
 logger = logging.getLogger(__name__)

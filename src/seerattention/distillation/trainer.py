@@ -21,7 +21,7 @@ from ..blocks import BlockIndices, num_blocks
 from ..gates import BlockGate
 from ..hf.contexts import dense, observe
 from ..hf.prompts import place_gates, run_prompt
-from ..hf.state import gates as attached_gates
+from ..hf.state import gates_of
 from ..ops import pooled_attention
 from ..selectors import LayerInputs
 from .batches import Batch
@@ -97,7 +97,7 @@ class Trainer:
         self.model, self.config, self.total_steps = model, config, total_steps
         place_gates(model)
         self.processes = processes or Processes()
-        gates = {layer: gate for layer, gate in enumerate(attached_gates(model)) if gate is not None}
+        gates = {layer: gate for layer, gate in enumerate(gates_of(model)) if gate is not None}
         if not gates:
             raise ValueError(
                 "no layer of this model has a gate; attach gates first: seer.attach(model, seer.GateConfig())"

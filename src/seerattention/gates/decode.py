@@ -109,15 +109,9 @@ class DecodeGate(BlockGate):
         return k.new_zeros(k.shape[0], self.num_kv_heads, 0, self.width, dtype=torch.float32)
 
     def encode_queries(
-        self,
-        q: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        rows: Tensor | None = None,
-        lengths: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+        self, q: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encoded queries, one vector for each token and KV head.
 
         Args:

@@ -59,15 +59,9 @@ class BlockGate(nn.Module, ABC):
 
     @abstractmethod
     def encode_queries(
-        self,
-        q: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        rows: Tensor | None = None,
-        lengths: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+        self, q: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encoded queries, ``block_size // q_pitch`` vectors for each row of scores.
 
         Args:

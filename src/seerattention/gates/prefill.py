@@ -79,15 +79,9 @@ class PrefillGate(BlockGate):
         return self._encode(pooled, self.k_linear, cos, sin, pitch)
 
     def encode_queries(
-        self,
-        q: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        rows: Tensor | None = None,
-        lengths: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+        self, q: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
+    ) -> Tensor:  # fmt: skip
         """See :meth:`BlockGate.encode_queries`."""
         self.check_tokens("q", q, self.num_heads, cos if self.config.rope else None)
         pitch, per_row = self.q_pitch, self.block_size // self.q_pitch

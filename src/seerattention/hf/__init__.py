@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from ..gates.sources import convert
@@ -9,9 +10,9 @@ from ..selectors import LayerInputs
 from .architectures import FAMILIES, Family, find_decoder
 from .attach import attach, detach, set_policy
 from .attention import DEFAULT_MIN_CONTEXT
-from .checkpoint import save_gates
 from .contexts import dense, observe
-from .state import gates, is_attached
+from .save import save_gates
+from .state import gates_of, is_attached
 
 __all__ = [
     "DEFAULT_MIN_CONTEXT",
@@ -23,7 +24,7 @@ __all__ = [
     "dense",
     "detach",
     "find_decoder",
-    "gates",
+    "gates_of",
     "is_attached",
     "observe",
     "save_gates",
@@ -35,6 +36,9 @@ _MOVED = ("Statistics", "calibrate", "record")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "gates":  # until 0.5; "gates" is the name of a room and of an argument
+        warnings.warn("seerattention.hf.gates is called gates_of now", DeprecationWarning, stacklevel=2)
+        return gates_of
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .recall import moved

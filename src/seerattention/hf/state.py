@@ -223,7 +223,7 @@ def set_state(decoder: nn.Module, state: ModelState | None) -> None:
         decoder.__dict__[_ATTRIBUTE] = state
 
 
-def gates(model: nn.Module) -> list[BlockGate | None]:
+def gates_of(model: nn.Module) -> list[BlockGate | None]:
     """The gate modules of an attached model by layer, on their layers' devices; None where a layer has no gate."""
     state = state_of(model)
     for layer in state.layers:

@@ -267,12 +267,7 @@ def block_sparse_attention_hopper_kernel(
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel; arguments as checked by the interface, and ``hopper_usable`` found no reason against it.
-
-    Returns:
-        ``out`` in shape, dtype and memory order of q, and the natural-log ``lse``, float32, q's shape without the last
-        dimension, or None.
-    """
+    """As in ``triton.py``; ``hopper_usable`` found no reason against it."""
     padded_dim, num_kv_heads = 64 if q.shape[3] <= 64 else 128, k.shape[1]
     launch = plan(q, k, blocks, scale, return_lse, TILE, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
     if launch is None:

@@ -18,7 +18,6 @@ IMPLEMENTATIONS = {name: dispatch.Implementation(f"{name}_decode") for name in (
 BLOCK_SIZES = (16, *dispatch.BLOCK_SIZES)
 
 
-@torch.no_grad()
 def pooled_attention_decode(
     q: Tensor, k: Tensor, *, block_size: int = 64, scale: float | None = None, rows: Tensor | None = None,
     lengths: Tensor | None = None, reduce: str = "max", normalize: bool = True, lse: Tensor | None = None,
@@ -69,7 +68,7 @@ def pooled_attention_decode(
     k, rows, wanted = check_arguments(OP, q, k, rows, lengths, span, wanted)
     first = wanted.span.keys - wanted.span.queries if span is None else 0
     rows = torch.arange(wanted.span.queries, device=q.device) if rows is None else rows - first
-    return _pooled_attention_decode(q, k, rows, wanted._replace(first_row=first), implementation)
+    return _pooled_attention_decode(q.detach(), k.detach(), rows, wanted._replace(first_row=first), implementation)
 
 
 def _fake(k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:

@@ -79,17 +79,18 @@ def locate(
 
 @triton.jit
 def _place(
-    p_q, p_k, p_table, heads, group, query_slots, key_length, stride_qb, stride_qt, stride_kb, stride_kh, stride_kt,
-    TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr,
+    p_rows, p_q, p_k, p_table, heads, group, query_slots, key_length, stride_qb, stride_qt, stride_kb, stride_kh,
+    stride_kt, TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Slot of this program, first of its query heads within the group, and what ``locate`` says."""
+    """Slot and query block of this program, first of its query heads within the group, and what ``locate`` says."""
     i_slot, i_place = order()
     parts = (group + UNITS - 1) // UNITS
     i_b, i_memory, i_kv, p_q, p_k, slot, start, end = locate(
         i_place // parts, p_q, p_k, p_table, heads, group, query_slots, key_length,
         stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED,
     )  # fmt: skip
-    return i_slot, i_place % parts * UNITS, i_b, i_memory, i_kv, p_q, p_k, slot, start, end
+    i_row = tl.load(p_rows + i_slot).to(tl.int32) + start // BLOCK
+    return i_slot, i_row, i_place % parts * UNITS, i_b, i_memory, i_kv, p_q, p_k, slot, start, end
 
 
 @triton.jit
@@ -154,11 +155,10 @@ def query_lse_fwd_kernel(
     BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Natural log-sum-exp of the scaled causal logits of every valid query of the rows asked for."""
-    i_slot, i_unit, _, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
-        q, k, table, heads, group, query_slots, key_length,
-        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS,
+    _, i_row, i_unit, _, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
+        rows, q, k, table, heads, group, query_slots, key_length,
+        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS, BLOCK,
     )  # fmt: skip
-    i_row = tl.load(rows + i_slot).to(tl.int32) + start // BLOCK
     diagonal = i_row * BLOCK
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, start, end, UNITS, BLOCK)
@@ -216,11 +216,10 @@ def pooled_attention_fwd_kernel(
     BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
-    i_slot, i_unit, i_b, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
-        q, k, table, heads, group, query_slots, key_length,
-        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS,
+    i_slot, i_row, i_unit, i_b, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
+        rows, q, k, table, heads, group, query_slots, key_length,
+        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS, BLOCK,
     )  # fmt: skip
-    i_row = tl.load(rows + i_slot).to(tl.int32) + start // BLOCK
     diagonal = i_row * BLOCK
     o_u = i_unit + tl.arange(0, UNITS)
     m_u = o_u < group

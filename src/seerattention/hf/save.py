@@ -11,7 +11,7 @@ from torch import nn
 from ..gates.checkpoint import GateCheckpoint, check_tensors, gate_tensors, write_checkpoint
 from ..gates.geometry import fingerprint
 from .architectures import find_decoder
-from .state import gates, state_of
+from .state import gates_of, state_of
 
 __all__ = ["fingerprint", "save_gates"]
 
@@ -31,7 +31,7 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         OSError: the disk is full, read-only, ...
     """
     state = state_of(model)
-    modules = {layer: gate for layer, gate in enumerate(gates(model)) if gate is not None}
+    modules = {layer: gate for layer, gate in enumerate(gates_of(model)) if gate is not None}
     if state.gate_config is None or not modules:
         raise ValueError("this model has no gates to save (it is attached with a selector only)")
     tensors = {name: value.detach() for name, value in gate_tensors(modules).items()}
