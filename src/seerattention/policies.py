@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .ops.block_selection import causal_softmax, dense_indices, select_threshold, select_topk, select_topp
+from .ops.block_selection.shares import CEIL_SLACK, share_of, share_of_causal
 from .ops.indices import BlockIndices
 from .ops.span import Span
 
@@ -36,8 +37,6 @@ __all__ = [
 
 # Kernels count in 32 bits.
 _MOST_TOKENS = (1 << 31) - 1
-# Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
-_CEIL_SLACK = 1e-9
 
 T = TypeVar("T")
 
@@ -221,10 +220,10 @@ class TopK(_ScorePolicy):
             capacity = longest + 1
         else:
             if span is not None and differ:
-                keep = _share(self.density, span.row_blocks(block_size) + 1)
+                keep = share_of(self.density, span.row_blocks(block_size) + 1)
             else:
-                keep = _share_of_causal(self.density, num_rows, num_keys, logits.device)
-            capacity = max(1, math.ceil(num_keys * self.density - _CEIL_SLACK))  # what the last row keeps
+                keep = share_of_causal(self.density, num_rows, num_keys, logits.device)
+            capacity = max(1, math.ceil(num_keys * self.density - CEIL_SLACK))  # what the last row keeps
         return select_topk(logits, keep, diagonal_extra=self.uniform, capacity=capacity, **how)
 
 
@@ -368,38 +367,6 @@ def read_kind(data: Mapping[str, Any], kinds: Mapping[str, type[T]], what: str) 
     if unknown or missing:
         raise ValueError(f"{what} {kind!r} takes {names}; unknown: {unknown}, missing: {missing}")
     return kinds[kind], arguments
-
-
-# Of the latest shapes, by all that they follow from.
-_SHARES: dict[tuple[float, int, int, torch.device, int], Tensor] = {}
-_MOST_SHARES = 64
-
-
-def _share_of_causal(density: float, num_rows: int, num_keys: int, device: torch.device) -> Tensor:
-    """``ceil(density * causal blocks)`` of each row, int64 ``[num_rows]``, on the device, so that nothing waits for it.
-
-    Every layer of a forward asks for the same: on CUDA devices the answer, six launches, is kept for its stream.
-    Not while a graph is traced or recorded, whose memory is not this process's to keep.
-    """
-    kept = device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
-    key = (density, num_rows, num_keys, device, torch.cuda.current_stream(device).cuda_stream if kept else 0)
-    found = _SHARES.get(key) if kept else None
-    if found is not None:
-        return found
-    where = device if device.type != "mps" else None  # Apple's has no float64
-    share = _share(density, torch.arange(num_keys - num_rows + 1, num_keys + 1, device=where))
-    if kept and type(share) is Tensor:  # not a stand-in of a tracer
-        if len(_SHARES) >= _MOST_SHARES:
-            _SHARES.clear()
-        _SHARES[key] = share
-    return share
-
-
-def _share(density: float, causal: Tensor) -> Tensor:
-    """``ceil(density * causal)`` of numbers of causal blocks, at least 1, int64."""
-    if causal.device.type == "mps":  # Apple's has no float64
-        return _share(density, causal.cpu()).to(causal.device)
-    return (causal.double() * density - _CEIL_SLACK).ceil().long().clamp(min=1)
 
 
 def _check_number(policy: str, name: str, value: Any) -> None:

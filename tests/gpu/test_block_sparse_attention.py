@@ -163,10 +163,8 @@ def test_all_blocks_equal_sdpa(dtype, implementation):
 def test_automatic_choice_and_optional_lse(implementation, monkeypatch, nan_filled_empty):
     monkeypatch.setenv(dispatch.HOPPER_VARIABLE, "1" if implementation == "hopper" else "0")
     module = importlib.import_module(f"seerattention.ops.block_sparse_attention.{implementation}")
-    kernel, calls = getattr(module, f"block_sparse_attention_{implementation}"), []
-    monkeypatch.setattr(
-        module, f"block_sparse_attention_{implementation}", lambda *args: (calls.append(1), kernel(*args))[1]
-    )
+    kernel, calls = module.block_sparse_attention, []
+    monkeypatch.setattr(module, "block_sparse_attention", lambda *args: (calls.append(1), kernel(*args))[1])
     q, k, v = helpers.make_qkv(300, 300, dtype=torch.bfloat16, device="cuda")
     blocks = helpers.make_blocks("random", q, k)
     with_lse, _ = block_sparse_attention(q, k, v, blocks, return_lse=True, implementation=implementation)

@@ -24,10 +24,10 @@ MAX_WARPS = 4
 
 
 @triton.jit
-def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS: tl.constexpr, STEP: tl.constexpr):
+def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_x_t, BLOCKS: tl.constexpr, STEP: tl.constexpr):
     """Take in the tokens ``o_t`` of the columns at ``p_x``, where ``m_x`` holds (None: everywhere): STEP tokens of each
     of BLOCKS blocks."""
-    p_step = p_x[None, :] + o_t.to(tl.int64)[:, None] * s_xt
+    p_step = p_x[None, :] + o_t.to(tl.int64)[:, None] * s_x_t
     # [BLOCKS * STEP, columns]
     if m_x is None:
         b_x = tl.load(p_step).to(tl.float32)
@@ -51,7 +51,7 @@ def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS: tl.constexpr, S
 
 @triton.jit(do_not_specialize=["heads", "length", "num", "offset"])  # another length must not compile it again
 def block_pooling_fwd_kernel(
-    x, table, out, heads, length, num, offset, s_xb, s_xh, s_xt,
+    p_x, p_table, p_out, heads, length, num, offset, s_x_b, s_x_h, s_x_t,
     HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
     MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr,
@@ -65,10 +65,10 @@ def block_pooling_fwd_kernel(
     i_b = (tl.program_id(0) // parts // tiles).to(tl.int64)
     end = length
     if HAS_TABLE:
-        x += tl.load(table + i_b * 4).to(tl.int64) * s_xt
+        p_x += tl.load(p_table + i_b * 4).to(tl.int64) * s_x_t
         if CHUNK:
-            offset = tl.load(table + i_b * 4 + 1) % ALIGN
-        end = tl.load(table + i_b * 4 + 2)
+            offset = tl.load(p_table + i_b * 4 + 1) % ALIGN
+        end = tl.load(p_table + i_b * 4 + 2)
     # The token of x with which the first block begins (there is none before token 0), and the number from there on.
     begin = i_n * BLOCK
     if CHUNK:
@@ -80,7 +80,7 @@ def block_pooling_fwd_kernel(
     o_h = tl.program_id(0) % parts * HEADS + o_column // PADDED_DIM
     o_d = o_column % PADDED_DIM
     m_column = (o_h < heads) & (o_d < HEAD_DIM)
-    p_x = x + i_b * s_xb + o_h.to(tl.int64) * s_xh + o_d
+    p_own_x = p_x + i_b * s_x_b + o_h.to(tl.int64) * s_x_h + o_d
     o_step = tl.arange(0, BLOCKS * STEP)  # several blocks at a time follow each other without a gap
     # One block has vectors and a number where several have a row each: a dimension of 1 costs registers.
     shape: tl.constexpr = (HEADS * PADDED_DIM,) if BLOCKS == 1 else (BLOCKS, HEADS * PADDED_DIM)
@@ -92,14 +92,15 @@ def block_pooling_fwd_kernel(
         whole = whole & (begin >= 0)
     if whole & (tl.program_id(0) % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
         for start in range(0, BLOCK, STEP):
-            b_max, b_min, b_sum = _pool_step(p_x, begin + start + o_step, None, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
+            o_t = begin + start + o_step
+            b_max, b_min, b_sum = _pool_step(p_own_x, o_t, None, b_max, b_min, b_sum, s_x_t, BLOCKS, STEP)
     else:
         for start in range(0, tl.minimum(count, BLOCK), STEP):
             o_t = begin + start + o_step
             m_x = (o_t < end)[:, None] & m_column[None, :]
             if CHUNK:
                 m_x = m_x & (o_t >= 0)[:, None]
-            b_max, b_min, b_sum = _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_xt, BLOCKS, STEP)
+            b_max, b_min, b_sum = _pool_step(p_own_x, o_t, m_x, b_max, b_min, b_sum, s_x_t, BLOCKS, STEP)
 
     if BLOCKS == 1:
         o_out, m_out = i_n, m_column
@@ -113,16 +114,16 @@ def block_pooling_fwd_kernel(
         o_out, m_out = o_n[:, None], (o_n < num)[:, None] & m_column[None, :]
         o_h, o_d = o_h[None, :], o_d[None, :]
     # [columns] or [BLOCKS, columns]
-    p_out = out + ((i_b * heads + o_h) * num + o_out) * NUM_KINDS * HEAD_DIM + o_d
+    p_own_out = p_out + ((i_b * heads + o_h) * num + o_out) * NUM_KINDS * HEAD_DIM + o_d
     if MAX_SLOT >= 0:
         b_max = tl.where(b_count > 0, b_max, 0.0)
-        tl.store(p_out + MAX_SLOT * HEAD_DIM, b_max.to(out.dtype.element_ty), mask=m_out)
+        tl.store(p_own_out + MAX_SLOT * HEAD_DIM, b_max.to(p_out.dtype.element_ty), mask=m_out)
     if MIN_SLOT >= 0:
         b_min = tl.where(b_count > 0, b_min, 0.0)
-        tl.store(p_out + MIN_SLOT * HEAD_DIM, b_min.to(out.dtype.element_ty), mask=m_out)
+        tl.store(p_own_out + MIN_SLOT * HEAD_DIM, b_min.to(p_out.dtype.element_ty), mask=m_out)
     if AVG_SLOT >= 0:
         b_avg = b_sum / tl.maximum(b_count, 1).to(tl.float32)
-        tl.store(p_out + AVG_SLOT * HEAD_DIM, b_avg.to(out.dtype.element_ty), mask=m_out)
+        tl.store(p_own_out + AVG_SLOT * HEAD_DIM, b_avg.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:

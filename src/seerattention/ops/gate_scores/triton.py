@@ -33,15 +33,15 @@ def _columns(p_rows, o_column, m_rows, limit):
 
 
 @triton.jit
-def _rotary(table, o_row, o_channel, m_rows, m_channels, s_t, s_d, other):
+def _rotary(p_table, o_row, o_channel, m_rows, m_channels, s_t, s_d, other):
     """Entries of a rotary table in float32, ``other`` where a channel is not rotated."""
-    p_table = table + o_row[:, None] * s_t + (o_channel * s_d)[None, :]
-    return tl.load(p_table, mask=m_rows[:, None] & m_channels[None, :], other=other).to(tl.float32)
+    p_own_table = p_table + o_row[:, None] * s_t + (o_channel * s_d)[None, :]
+    return tl.load(p_own_table, mask=m_rows[:, None] & m_channels[None, :], other=other).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def project_rotate_kernel(
-    x, linear, cos, sin, out, heads, group, num, channels, width, half, middle, pitch, s_xb, s_xh, s_xn,
+    p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch, s_x_b, s_x_h, s_x_n,
     s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -62,58 +62,58 @@ def project_rotate_kernel(
         o_second = tl.where(o_pair < half, half + o_pair, middle + o_pair)
     # The end of the first halves: where they are the lower channels, the second ones begin there.
     end_first = middle if PLAIN else width
-    p_x = x + i_b * s_xb + (i_h // group) * s_xh + o_n * s_xn
+    p_own_x = p_x + i_b * s_x_b + (i_h // group) * s_x_h + o_n * s_x_n
     if PROJECT:
-        p_linear = linear + i_h * channels * width
+        p_own_linear = p_linear + i_h * channels * width
         b_first = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
         b_second = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
         for start in range(0, channels, BLOCK_C):
             o_c = start + tl.arange(0, BLOCK_C)
             m_c = o_c < channels
-            b_x = _columns(p_x, o_c, m_n, channels)  # [BLOCK_N, BLOCK_C]
+            b_x = _columns(p_own_x, o_c, m_n, channels)  # [BLOCK_N, BLOCK_C]
             # [BLOCK_C, BLOCK_W]
-            b_linear = _columns(p_linear + o_c * width, o_first, m_c, end_first)
+            b_linear = _columns(p_own_linear + o_c * width, o_first, m_c, end_first)
             b_first = tl.dot(b_x, b_linear, b_first, input_precision=PRECISION)
-            b_linear = _columns(p_linear + o_c * width, o_second, m_c, width)
+            b_linear = _columns(p_own_linear + o_c * width, o_second, m_c, width)
             b_second = tl.dot(b_x, b_linear, b_second, input_precision=PRECISION)
     else:
         # [BLOCK_N, BLOCK_W]
-        b_first = _columns(p_x, o_first, m_n, end_first).to(tl.float32)
-        b_second = _columns(p_x, o_second, m_n, width).to(tl.float32)
+        b_first = _columns(p_own_x, o_first, m_n, end_first).to(tl.float32)
+        b_second = _columns(p_own_x, o_second, m_n, width).to(tl.float32)
     if ROTATE:
         # Each block is rotated at the position of its first token. [BLOCK_N, BLOCK_W]
         o_t, m_rotated = o_n * pitch, o_pair < half
-        p_cos, p_sin = cos + i_b * s_cos_b, sin + i_b * s_sin_b
-        b_cos = _rotary(p_cos, o_t, o_first, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
-        b_sin = _rotary(p_sin, o_t, o_first, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
+        p_own_cos, p_own_sin = p_cos + i_b * s_cos_b, p_sin + i_b * s_sin_b
+        b_cos = _rotary(p_own_cos, o_t, o_first, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
+        b_sin = _rotary(p_own_sin, o_t, o_first, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
         b_turned = b_first * b_cos - b_second * b_sin
-        b_cos = _rotary(p_cos, o_t, o_second, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
-        b_sin = _rotary(p_sin, o_t, o_second, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
+        b_cos = _rotary(p_own_cos, o_t, o_second, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
+        b_sin = _rotary(p_own_sin, o_t, o_second, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
         b_second = b_second * b_cos + b_first * b_sin
         b_first = b_turned
-    p_out = (out + (i_bh.to(tl.int64) * num + o_n) * width)[:, None]
+    p_own_out = (p_out + (i_bh.to(tl.int64) * num + o_n) * width)[:, None]
     m_first, m_second = (o_pair < middle) & (o_first < end_first), (o_pair < middle) & (o_second < width)
-    tl.store(p_out + o_first[None, :], b_first.to(out.dtype.element_ty), mask=m_n[:, None] & m_first[None, :])
-    tl.store(p_out + o_second[None, :], b_second.to(out.dtype.element_ty), mask=m_n[:, None] & m_second[None, :])
+    tl.store(p_own_out + o_first[None, :], b_first.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_first[None, :])
+    tl.store(p_own_out + o_second[None, :], b_second.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_second[None, :])
 
 
 @triton.jit
-def _store(out, b_out, o_r, o_n, num_rows, padded):
+def _store(p_out, b_out, o_r, o_n, num_rows, padded):
     """The padding of rows is written, too: a mask of their ends alone would make the stores scalar."""
-    p_out = out + o_r.to(tl.int64)[:, None] * padded + o_n[None, :]
-    tl.store(p_out, b_out, mask=(o_r < num_rows)[:, None] & (o_n < padded)[None, :])
+    p_own_out = p_out + o_r.to(tl.int64)[:, None] * padded + o_n[None, :]
+    tl.store(p_own_out, b_out, mask=(o_r < num_rows)[:, None] & (o_n < padded)[None, :])
 
 
 @triton.jit
 def _reduce_products(
-    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_qn, s_kn,
+    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_q_n, s_k_n,
     EDGE: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, Q_PITCH: tl.constexpr,
     K_PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Every product of the tiles of rows o_m and columns o_n; EDGE: not all of them count."""
     for i_k in tl.range(0, BLOCK // K_PITCH, num_stages=1, disable_licm=EDGE):
         o_k = o_n * (BLOCK // K_PITCH) + i_k
-        p_k_rows = p_k + o_k.to(tl.int64)[None, :] * s_kn
+        p_k_rows = p_k + o_k.to(tl.int64)[None, :] * s_k_n
         m_k = (o_k < num_k)[None, :] if EDGE else True
         if WHOLE:
             o_w = tl.arange(0, BLOCK_W)
@@ -121,7 +121,7 @@ def _reduce_products(
             b_k = tl.load(p_k_rows + o_w[:, None], mask=m_k & (o_w < width)[:, None], other=0.0)
         for i_q in tl.range(0, BLOCK // Q_PITCH, num_stages=1 if EDGE else 3, disable_licm=EDGE):
             o_q = o_r * (BLOCK // Q_PITCH) + i_q
-            p_q_rows = p_q + o_q.to(tl.int64)[:, None] * s_qn
+            p_q_rows = p_q + o_q.to(tl.int64)[:, None] * s_q_n
             m_q = (o_q < num_q)[:, None] if EDGE else True
             b_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WHOLE:
@@ -157,8 +157,8 @@ def _reduce_products(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def gate_scores_kernel(
-    q, k, rows, table, out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end, padded, width,
-    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_rb,
+    p_q, p_k, p_rows, p_table, p_out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end, padded, width,
+    s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_r_b,
     HAS_ROWS: tl.constexpr, HAS_TABLE: tl.constexpr, SINGLE: tl.constexpr, MAX: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, Q_PITCH: tl.constexpr, K_PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WHOLE: tl.constexpr,
@@ -170,33 +170,33 @@ def gate_scores_kernel(
     o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_TABLE:
-        start = tl.load(table + i_b * 4 + 1)
-        length = tl.load(table + i_b * 4 + 2)
+        start = tl.load(p_table + i_b * 4 + 1)
+        length = tl.load(p_table + i_b * 4 + 2)
         end = tl.where(length > 0, start + length, 0)  # without a query no block holds one
         first_row = start // BLOCK
     # Query blocks of the rows, the first and the last of them.
     if HAS_ROWS:
-        o_m = tl.load(rows + i_b * s_rb + o_r, mask=o_r < num_rows, other=0).to(tl.int32)  # [BLOCK_M]
+        o_m = tl.load(p_rows + i_b * s_r_b + o_r, mask=o_r < num_rows, other=0).to(tl.int32)  # [BLOCK_M]
         low, high = tl.min(o_m), tl.max(o_m)
     else:
         o_m = first_row + o_r
         low = first_row + i_m * BLOCK_M
         high = low + BLOCK_M - 1
     if i_n * BLOCK_N <= high:
-        p_q = q + i_b * s_qb + i_h * s_qh
-        p_k = k + i_b * s_kb + i_h // group * s_kh
+        p_own_q = p_q + i_b * s_q_b + i_h * s_q_h
+        p_own_k = p_k + i_b * s_k_b + i_h // group * s_k_h
         if SINGLE:
             b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            p_q += o_r.to(tl.int64)[:, None] * s_qn
-            p_k += o_n.to(tl.int64)[None, :] * s_kn
+            p_own_q += o_r.to(tl.int64)[:, None] * s_q_n
+            p_own_k += o_n.to(tl.int64)[None, :] * s_k_n
             for i_w in range(0, width, BLOCK_W):
                 o_w = i_w + tl.arange(0, BLOCK_W)
                 m_w = o_w < width
                 b_q = tl.load(
-                    p_q + o_w[None, :], mask=(o_r < num_q)[:, None] & m_w[None, :], other=0.0
+                    p_own_q + o_w[None, :], mask=(o_r < num_q)[:, None] & m_w[None, :], other=0.0
                 )  # [BLOCK_M, BLOCK_W]
                 b_k = tl.load(
-                    p_k + o_w[:, None], mask=m_w[:, None] & (o_n < num_k)[None, :], other=0.0
+                    p_own_k + o_w[:, None], mask=m_w[:, None] & (o_n < num_k)[None, :], other=0.0
                 )  # [BLOCK_W, BLOCK_N]
                 b_out = tl.dot(b_q, b_k, b_out, input_precision=PRECISION)
             b_out *= scale
@@ -209,13 +209,13 @@ def gate_scores_kernel(
             inner = inner & (low * BLOCK + Q_PITCH > start) & ((high + 1) * BLOCK - Q_PITCH < end)
             if inner:
                 b_best, b_sum = _reduce_products(
-                    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_qn, s_kn,
-                    False, MAX, PRECISION, BLOCK, Q_PITCH, K_PITCH, BLOCK_M, BLOCK_N, BLOCK_W, WHOLE,
+                    b_best, b_sum, p_own_q, p_own_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_q_n,
+                    s_k_n, False, MAX, PRECISION, BLOCK, Q_PITCH, K_PITCH, BLOCK_M, BLOCK_N, BLOCK_W, WHOLE,
                 )  # fmt: skip
             else:
                 b_best, b_sum = _reduce_products(
-                    b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_qn, s_kn,
-                    True, MAX, PRECISION, BLOCK, Q_PITCH, K_PITCH, BLOCK_M, BLOCK_N, BLOCK_W, WHOLE,
+                    b_best, b_sum, p_own_q, p_own_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_q_n,
+                    s_k_n, True, MAX, PRECISION, BLOCK, Q_PITCH, K_PITCH, BLOCK_M, BLOCK_N, BLOCK_W, WHOLE,
                 )  # fmt: skip
             if MAX:
                 b_out = b_best * scale
@@ -223,10 +223,10 @@ def gate_scores_kernel(
                 # The largest product adds 1: a sum below that is one of none.
                 b_out = tl.where(b_sum > 0.0, (b_best + tl.log2(tl.maximum(b_sum, 1.0))) / LOG2E, float("-inf"))
         b_out = tl.where(o_n[None, :] <= o_m[:, None], b_out, float("-inf"))
-        _store(out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
+        _store(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
     elif MASKED:
         b_out = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        _store(out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
+        _store(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
 
 
 def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:

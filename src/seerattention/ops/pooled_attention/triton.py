@@ -61,7 +61,7 @@ def order():
 @triton.jit
 def locate(
     i_bkv, p_q, p_k, p_table, heads, group, query_slots, key_length,
-    stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE: tl.constexpr, PACKED: tl.constexpr,
+    s_q_b, s_q_t, s_k_b, s_k_h, s_k_t, TABLE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Where a place without parts lies: batch row, its row in memory, KV head, pointers to where the position 0 of its
     queries would be and is of its keys, the same slot of its queries, its first position, and behind its last one."""
@@ -70,24 +70,24 @@ def locate(
     i_memory = i_b * 0 if PACKED else i_b
     query_slot, start, length, key_slot = span_row(p_table, i_b, query_slots, key_length, TABLE)
     slot = query_slot - start
-    p_q += i_memory * stride_qb + slot.to(tl.int64) * stride_qt
-    p_k += i_memory * stride_kb + i_kv * stride_kh
+    p_q += i_memory * s_q_b + slot.to(tl.int64) * s_q_t
+    p_k += i_memory * s_k_b + i_kv * s_k_h
     if TABLE:
-        p_k += key_slot * stride_kt
+        p_k += key_slot * s_k_t
     return i_b, i_memory, i_kv, p_q, p_k, slot, start, start + length
 
 
 @triton.jit
 def _place(
-    p_rows, p_q, p_k, p_table, heads, group, query_slots, key_length, stride_qb, stride_qt, stride_kb, stride_kh,
-    stride_kt, TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+    p_rows, p_q, p_k, p_table, heads, group, query_slots, key_length, s_q_b, s_q_t, s_k_b, s_k_h,
+    s_k_t, TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Slot and query block of this program, first of its query heads within the group, and what ``locate`` says."""
     i_slot, i_place = order()
     parts = (group + UNITS - 1) // UNITS
     i_b, i_memory, i_kv, p_q, p_k, slot, start, end = locate(
         i_place // parts, p_q, p_k, p_table, heads, group, query_slots, key_length,
-        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED,
+        s_q_b, s_q_t, s_k_b, s_k_h, s_k_t, TABLE, PACKED,
     )  # fmt: skip
     i_row = tl.load(p_rows + i_slot).to(tl.int32) + start // BLOCK
     return i_slot, i_row, i_place % parts * UNITS, i_b, i_memory, i_kv, p_q, p_k, slot, start, end
@@ -103,10 +103,10 @@ def _rows(i_row, i_kv, i_unit, group, start, end, UNITS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASK_KEYS: tl.constexpr, MASK_DIM: tl.constexpr):
+def _strip(p_k, o_keys, o_d, s_k_t, head_dim, limit, MASK_KEYS: tl.constexpr, MASK_DIM: tl.constexpr):
     """Keys ``[N, D]``; zeros from ``limit`` on and past head_dim, where these are asked for."""
     # [N, D]
-    p_strip = p_k + o_keys.to(tl.int64)[:, None] * stride_kt + o_d[None, :]
+    p_strip = p_k + o_keys.to(tl.int64)[:, None] * s_k_t + o_d[None, :]
     if MASK_KEYS:
         b_k = tl.load(p_strip, mask=(o_keys < limit)[:, None] & (o_d < head_dim)[None, :], other=0.0)
     elif MASK_DIM:
@@ -118,11 +118,11 @@ def _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASK_KEYS: tl.constexpr
 
 @triton.jit
 def scores(
-    b_q, p_k, o_keys, o_q, o_d, stride_kt, head_dim, limit, MASKED: tl.constexpr, MASK_DIM: tl.constexpr
+    b_q, p_k, o_keys, o_q, o_d, s_k_t, head_dim, limit, MASKED: tl.constexpr, MASK_DIM: tl.constexpr
 ):  # fmt: skip
     """Products of queries at positions ``o_q`` with a strip of keys, not yet scaled; ``MASKED``: -inf where a key comes
     after the query, and no key from ``limit`` on is read."""
-    b_k = _strip(p_k, o_keys, o_d, stride_kt, head_dim, limit, MASKED, MASK_DIM)
+    b_k = _strip(p_k, o_keys, o_d, s_k_t, head_dim, limit, MASKED, MASK_DIM)
     # [M, N]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED:
@@ -131,9 +131,9 @@ def scores(
 
 
 @triton.jit
-def queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim):
+def queries(p_q, o_head, o_q, m_valid, o_d, s_q_h, s_q_t, head_dim):
     """Queries ``[M, D]``: one head and one position a row, zeros where a row is not valid."""
-    p_q += o_head * stride_qh + o_q.to(tl.int64) * stride_qt
+    p_q += o_head * s_q_h + o_q.to(tl.int64) * s_q_t
     # [M, D]
     return tl.load(p_q[:, None] + o_d[None, :], mask=m_valid[:, None] & (o_d < head_dim)[None, :], other=0.0)
 
@@ -148,23 +148,23 @@ def accumulate(b_s, b_max, b_sum):
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def query_lse_fwd_kernel(
-    q, k, rows, table, lse, scale_log2,
+    p_q, p_k, p_rows, p_table, p_lse, scale_log2,
     heads, group, query_slots, key_length, head_dim,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
     TABLE: tl.constexpr, PACKED: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Natural log-sum-exp of the scaled causal logits of every valid query of the rows asked for."""
-    _, i_row, i_unit, _, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
-        rows, q, k, table, heads, group, query_slots, key_length,
-        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS, BLOCK,
+    _, i_row, i_unit, _, i_memory, i_kv, p_own_q, p_own_k, slot, start, end = _place(
+        p_rows, p_q, p_k, p_table, heads, group, query_slots, key_length,
+        s_q_b, s_q_t, s_k_b, s_k_h, s_k_t, TABLE, PACKED, UNITS, BLOCK,
     )  # fmt: skip
     diagonal = i_row * BLOCK
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, start, end, UNITS, BLOCK)
     if diagonal < end:
         # [M, D]
-        b_q = queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim)
+        b_q = queries(p_own_q, o_head, o_q, m_valid, o_d, s_q_h, s_q_t, head_dim)
         b_max = tl.full([UNITS * BLOCK], float("-inf"), tl.float32)
         b_sum = tl.zeros([UNITS * BLOCK], tl.float32)
         # Every query sees the first key of its own block, so b_max is finite from the first strip on.
@@ -172,10 +172,10 @@ def query_lse_fwd_kernel(
             first, last = diagonal if MASKED else 0, diagonal + BLOCK if MASKED else diagonal
             for o_strip in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):
                 # [M, N]
-                b_s = scores(b_q, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+                b_s = scores(b_q, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, MASKED, MASK_DIM)
                 b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
-        p_lse = lse + (i_memory * heads + o_head) * query_slots + o_q + slot
-        tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_valid)
+        p_own_lse = p_lse + (i_memory * heads + o_head) * query_slots + o_q + slot
+        tl.store(p_own_lse, (b_max + tl.log2(b_sum)) * LN2, mask=m_valid)
 
 
 @triton.jit
@@ -196,65 +196,65 @@ def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, UNITS: tl.constexpr, BLOC
 
 @triton.jit
 def _add_strip(
-    b_tile, b_q, b_lse, p_k, o_keys, o_q, o_d, stride_kt, head_dim, limit, scale_log2,
+    b_tile, b_q, b_lse, p_k, o_keys, o_q, o_d, s_k_t, head_dim, limit, scale_log2,
     MASKED: tl.constexpr, MASK_DIM: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One strip of keys more in the value of a tile, ``[UNITS]``."""
     # [M, N]
-    b_s = scores(b_q, p_k, o_keys, o_q, o_d, stride_kt, head_dim, limit, MASKED, MASK_DIM)
+    b_s = scores(b_q, p_k, o_keys, o_q, o_d, s_k_t, head_dim, limit, MASKED, MASK_DIM)
     b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
     return b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_fwd_kernel(
-    q, k, lse, rows, table, out, scale_log2,
+    p_q, p_k, p_lse, p_rows, p_table, p_out, scale_log2,
     heads, group, query_slots, key_length, head_dim, num_keys,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
     TABLE: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr, NORMALIZE: tl.constexpr,
     UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
-    i_slot, i_row, i_unit, i_b, i_memory, i_kv, p_q, p_k, slot, start, end = _place(
-        rows, q, k, table, heads, group, query_slots, key_length,
-        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED, UNITS, BLOCK,
+    i_slot, i_row, i_unit, i_b, i_memory, i_kv, p_own_q, p_own_k, slot, start, end = _place(
+        p_rows, p_q, p_k, p_table, heads, group, query_slots, key_length,
+        s_q_b, s_q_t, s_k_b, s_k_h, s_k_t, TABLE, PACKED, UNITS, BLOCK,
     )  # fmt: skip
     diagonal = i_row * BLOCK
     o_u = i_unit + tl.arange(0, UNITS)
     m_u = o_u < group
-    p_out = out + ((i_b * heads + i_kv * group + o_u) * tl.num_programs(0) + i_slot) * num_keys
+    p_own_out = p_out + ((i_b * heads + i_kv * group + o_u) * tl.num_programs(0) + i_slot) * num_keys
     has_queries = diagonal < end
     b_total = tl.zeros([UNITS], tl.float32)
     if has_queries:
         o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         o_q, o_head, m_valid = _rows(i_row, i_kv, i_unit, group, start, end, UNITS, BLOCK)
         # [M, D]
-        b_q = queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim)
-        p_lse = lse + (i_memory * heads + o_head) * query_slots + o_q + slot
+        b_q = queries(p_own_q, o_head, o_q, m_valid, o_d, s_q_h, s_q_t, head_dim)
+        p_own_lse = p_lse + (i_memory * heads + o_head) * query_slots + o_q + slot
         # [M]
-        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * LOG2E
+        b_lse = tl.load(p_own_lse, mask=m_valid, other=float("inf")) * LOG2E
 
         # A tile of several strips is stored with its last one.
         initial = 0.0 if SUM else float("-inf")
         b_tile = tl.full([UNITS], initial, tl.float32)
         for o_strip in range(0, diagonal, BLOCK_N):
             b_tile = _add_strip(
-                b_tile, b_q, b_lse, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
+                b_tile, b_q, b_lse, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, scale_log2,
                 False, MASK_DIM, SUM, UNITS, BLOCK,
             )  # fmt: skip
             done = (o_strip + BLOCK_N) % BLOCK == 0
             b_value = b_tile if SUM else tl.exp2(b_tile)
-            tl.store(p_out + o_strip // BLOCK, b_value, mask=m_u & done)
+            tl.store(p_own_out + o_strip // BLOCK, b_value, mask=m_u & done)
             b_total += tl.where(done, b_value, 0.0)
             b_tile = tl.where(done, initial, b_tile)
         for o_strip in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
             b_tile = _add_strip(
-                b_tile, b_q, b_lse, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, scale_log2,
+                b_tile, b_q, b_lse, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, scale_log2,
                 True, MASK_DIM, SUM, UNITS, BLOCK,
             )  # fmt: skip
         b_value = b_tile if SUM else tl.exp2(b_tile)
-        tl.store(p_out + i_row, b_value, mask=m_u)
+        tl.store(p_own_out + i_row, b_value, mask=m_u)
         b_total += b_value
         if SUM:
             b_total = tl.zeros_like(b_total) + (tl.minimum(diagonal + BLOCK, end) - tl.maximum(diagonal, start))
@@ -266,7 +266,7 @@ def pooled_attention_fwd_kernel(
     for o_first in tl.range(0, num_keys, BLOCK_OUT, num_stages=1):
         o_key = o_first + tl.arange(0, BLOCK_OUT)
         m_out = m_u[:, None] & (o_key < num_keys)[None, :]
-        p_part = p_out[:, None] + o_key[None, :]
+        p_part = p_own_out[:, None] + o_key[None, :]
         m_causal = (o_key <= i_row)[None, :] & has_queries
         if NORMALIZE:
             # [UNITS, BLOCK_OUT]

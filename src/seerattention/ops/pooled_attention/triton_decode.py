@@ -77,9 +77,9 @@ def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, HEADS: tl.constexpr, PART
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_decode_fwd_kernel(
-    q, k, lse, rows, table, out, scale_log2, weight, num_rows,
+    p_q, p_k, p_lse, p_rows, p_table, p_out, scale_log2, weight, num_rows,
     heads, group, query_slots, key_length, head_dim, num_keys,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
     HAS_LSE: tl.constexpr, TABLE: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr, DIVIDE: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_DIM: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -90,16 +90,16 @@ def pooled_attention_decode_fwd_kernel(
     PARTS: tl.constexpr = STEP // BLOCK
     M: tl.constexpr = TOKENS * HEADS
     i_tokens, i_bkv = order()
-    i_b, i_memory, i_kv, p_q, p_k, slot, start, end = locate(
-        i_bkv, q, k, table, heads, group, query_slots, key_length,
-        stride_qb, stride_qt, stride_kb, stride_kh, stride_kt, TABLE, PACKED,
+    i_b, i_memory, i_kv, p_own_q, p_own_k, slot, start, end = locate(
+        i_bkv, p_q, p_k, p_table, heads, group, query_slots, key_length,
+        s_q_b, s_q_t, s_k_b, s_k_h, s_k_t, TABLE, PACKED,
     )  # fmt: skip
     kv_heads = heads // group
 
     o_m = tl.arange(0, M)
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     o_slot = i_tokens * TOKENS + _token_of(o_m, HEADS)
-    o_row = tl.load(rows + o_slot, mask=o_slot < num_rows, other=-1).to(tl.int32)
+    o_row = tl.load(p_rows + o_slot, mask=o_slot < num_rows, other=-1).to(tl.int32)
     o_q = o_row + start
     m_token = (o_row >= 0) & (o_q < end)
     m_valid = m_token & (_head_of(o_m, HEADS) < group)
@@ -112,24 +112,24 @@ def pooled_attention_decode_fwd_kernel(
     whole = tl.minimum(tl.min(o_q, 0) + 1, visible) // STEP * STEP
 
     # [M, D]
-    b_q = queries(p_q, o_head, o_q, m_valid, o_d, stride_qh, stride_qt, head_dim)
+    b_q = queries(p_own_q, o_head, o_q, m_valid, o_d, s_q_h, s_q_t, head_dim)
     if HAS_LSE:
-        p_lse = lse + (i_memory * heads + o_head) * query_slots + o_q + slot
+        p_own_lse = p_lse + (i_memory * heads + o_head) * query_slots + o_q + slot
         # [M]
-        b_lse = tl.load(p_lse, mask=m_valid, other=float("inf")) * LOG2E
+        b_lse = tl.load(p_own_lse, mask=m_valid, other=float("inf")) * LOG2E
     else:
         # Every query sees the first key, so b_max is finite from the first strip on.
         b_max = tl.full([M], float("-inf"), tl.float32)
         b_sum = tl.zeros([M], tl.float32)
         for MASKED in tl.static_range(2):
             for o_strip in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
-                b_s = scores(b_q, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+                b_s = scores(b_q, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, MASKED, MASK_DIM)
                 b_max, b_sum = accumulate(b_s * scale_log2, b_max, b_sum)
         b_lse = tl.where(m_valid, b_max + tl.log2(b_sum), float("inf"))
 
     o_slot = i_tokens * TOKENS + tl.arange(0, TOKENS)
     m_slot = o_slot < num_rows
-    p_out = out + ((i_b * kv_heads + i_kv) * num_rows + o_slot) * num_keys
+    p_own_out = p_out + ((i_b * kv_heads + i_kv) * num_rows + o_slot) * num_keys
     o_part = tl.arange(0, PARTS)
     # A block of several strips is stored with its last one.
     initial = 0.0 if SUM else float("-inf")
@@ -137,14 +137,14 @@ def pooled_attention_decode_fwd_kernel(
     b_total = tl.zeros([TOKENS], tl.float32)
     for MASKED in tl.static_range(2):
         for o_strip in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
-            b_s = scores(b_q, p_k, o_strip + o_n, o_q, o_d, stride_kt, head_dim, end, MASKED, MASK_DIM)
+            b_s = scores(b_q, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, MASKED, MASK_DIM)
             b_strip = _reduce(b_s, b_lse, scale_log2, SUM, HEADS, PARTS)
             b_block = b_block + b_strip if SUM else tl.maximum(b_block, b_strip)
             done = (o_strip + BLOCK_N) % BLOCK == 0
             b_value = b_block * weight if SUM else tl.exp2(b_block)
             o_key = o_strip // BLOCK + o_part
             tl.store(
-                p_out[:, None] + o_key[None, :], b_value, mask=m_slot[:, None] & (o_key < num_keys)[None, :] & done
+                p_own_out[:, None] + o_key[None, :], b_value, mask=m_slot[:, None] & (o_key < num_keys)[None, :] & done
             )
             b_total += tl.where(done, tl.sum(b_value, 1), 0.0)
             b_block = tl.where(done, initial, b_block)
@@ -156,7 +156,7 @@ def pooled_attention_decode_fwd_kernel(
         o_key = o_first + tl.arange(0, BLOCK_OUT)
         m_out = m_slot[:, None] & (o_key < num_keys)[None, :]
         m_written = (o_key < stop // BLOCK)[None, :]
-        p_part = p_out[:, None] + o_key[None, :]
+        p_part = p_own_out[:, None] + o_key[None, :]
         if DIVIDE:
             # [TOKENS, BLOCK_OUT]
             b_part = tl.load(p_part, mask=m_out & m_written, other=0.0)
