@@ -71,9 +71,10 @@ HEAD_DIMS = {
 DERIVED_HEAD_DIM = ("granite", "olmo2", "phi3", "qwen2")
 # What a family has besides, unlike the defaults of its config where these would hide a mistake.
 OWN = {
-    # The window is that of the sliding layers, which stay dense.
+    # Two layers with gates, as in the others, and one with a window, which stays dense.
     "gemma3_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
         "sliding_window": 48,
         "query_pre_attn_scalar": 40,
         "rope_parameters": {

@@ -88,7 +88,7 @@ def test_captured_tensors_rotated_are_the_attention_inputs(model_of, ids_of, fam
     model = model_of(family, rope_parameters=for_family(family, parameters))
     seer.attach(model, seer.GateConfig(), min_context=0)
     seen = probe(model, ids_of(130, batch=2))
-    assert [inputs.layer for inputs in seen] == ([1] if family == "gemma3_text" else [0, 1])
+    assert [inputs.layer for inputs in seen] == ([1, 2] if family == "gemma3_text" else [0, 1])
     for inputs in seen:
         q, k = rotate(model, inputs)
         assert torch.equal(q, inputs.q)
