@@ -45,7 +45,16 @@ PHI3_SCALINGS = {
     },
     "partial": PARTIAL,
 }
-OWN_SCALINGS = {"phi3": PHI3_SCALINGS, "glm4": {**SCALINGS, "partial": PARTIAL}}
+OWN_SCALINGS = {
+    "phi3": PHI3_SCALINGS,
+    "glm4": {**SCALINGS, "partial": PARTIAL},
+    # Its layer types have rotary parameters of their own, of which transformers 5.3 cannot read YaRN's.
+    "gemma3_text": {
+        "default": SCALINGS["default"],
+        "llama3": SCALINGS["llama3"],
+        "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    },
+}
 SCALED = [
     (family, scaling, parameters)
     for family in CONFIGS
