@@ -190,8 +190,8 @@ class DecodeGateConfig(GateSpec):
     """The decode gate of SeerAttention-R (arXiv 2506.08889); the defaults are the published form.
 
     The query of each token is merged over the query heads of a KV head by a linear layer, keys are pooled per block,
-    and each KV head has one row of scores for all of its query heads. It can be written and read; this version attaches
-    none.
+    and each KV head has one row of scores for all of its query heads. It can be built, written and read; this version
+    attaches none.
 
     Attributes:
         k_pooling: how keys are pooled per block, concatenated in this order.
@@ -203,7 +203,7 @@ class DecodeGateConfig(GateSpec):
 
     form = "seerattention_r"
     phase = "decode"
-    module = None
+    module = "seerattention.gates.decode:DecodeGate"
 
     k_pooling: tuple[str, ...] = ("max", "min", "avg")
     width: int | None = None

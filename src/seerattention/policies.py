@@ -24,6 +24,7 @@ from .ops.span import Span
 __all__ = [
     "Dense",
     "Policy",
+    "PublishedDecode",
     "RelativeThreshold",
     "Threshold",
     "TokenBudget",
@@ -284,6 +285,54 @@ class Dense(Policy):
         self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
     ) -> BlockIndices:
         return dense_indices(*logits.shape, block_size=block_size, lengths=lengths, device=logits.device, span=span)
+
+
+@dataclass(frozen=True)
+class PublishedDecode(Policy):
+    """What the published code of SeerAttention-R (arXiv 2506.08889) reads in decoding, to compare with it.
+
+    It differs from :class:`TokenBudget` and :class:`Threshold` in two things. The open block, which has no score
+    (-inf), takes part with a score of 0: in the softmax, and for one of the places of the budget; it is read besides
+    where it wins none. And the first block is always read.
+
+    Attributes:
+        tokens: keeps the best ``tokens // block_size`` blocks, one at least. None: by threshold.
+        threshold: keeps the blocks whose softmax probability is strictly above it, in [0, 1). None: by tokens.
+        first_block: read the first block; False gives the mask of the published gate, to which the published kernel
+            adds that block.
+    """
+
+    tokens: int | None = None
+    threshold: float | None = None
+    first_block: bool = True
+    kind: ClassVar[str] = "published_decode"
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.threshold is None):
+            raise ValueError(f"PublishedDecode needs tokens or a threshold, got {self.tokens} and {self.threshold}")
+        if self.tokens is not None:
+            TokenBudget(self.tokens)
+        if self.threshold is not None:
+            Threshold(self.threshold)
+        if not isinstance(self.first_block, bool):
+            raise TypeError(f"first_block must be True or False, got {self.first_block!r}")
+
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
+        logits = logits.masked_fill(logits == -math.inf, 0.0)  # what lies above the diagonal is ignored anyway
+        how: _How = {"block_size": block_size, "lengths": lengths, "span": span}
+        if self.tokens is None:
+            assert self.threshold is not None
+            return select_threshold(logits, self.threshold, softmax=True, first_blocks=int(self.first_block), **how)
+        best = max(1, self.tokens // block_size)
+        keep = torch.full((logits.shape[-2],), best, dtype=torch.int64, device=logits.device)
+        chosen = select_topk(logits, keep, diagonal_extra=True, capacity=best + 1, **how)
+        if not self.first_block:
+            return chosen
+        mask = chosen.to_mask()
+        mask[..., :1] |= mask.any(-1, keepdim=True)  # rows without a query stay empty
+        return BlockIndices.from_mask(mask, block_size, span=chosen.span)
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> Policy:

@@ -331,9 +331,9 @@ def test_published_folders_that_cannot_be_read(model_of, tmp_path):
     published(model, tmp_path / "decode", weights=decode, seerattn_gate_type=None)
     with pytest.raises(NotImplementedError, match="decode gates"):
         seer.attach(model, tmp_path / "decode")
-    published(model, tmp_path / "decode2", seerattn_q_head_pooling_type="Qproj")
-    with pytest.raises(NotImplementedError, match="decode gates"):
-        seer.attach(model, tmp_path / "decode2")
+    published(model, tmp_path / "both", seerattn_q_head_pooling_type="Qproj")
+    with pytest.raises(ValueError, match="unexpected keys"):
+        seer.attach(model, tmp_path / "both")
     published(model, tmp_path / "stray", weights={"lm_head.weight": torch.ones(2)})
     with pytest.raises(ValueError, match=r"unexpected keys: lm_head\.weight"):
         seer.attach(model, tmp_path / "stray")

@@ -2,6 +2,7 @@
 
 Another form of gate joins by a spec of its own in ``config.py``, which names its module: a :class:`BlockGate`, which
 takes the same constructor arguments as :class:`PrefillGate` and has the same three parts, whatever it pools inside.
+:class:`DecodeGate` scores for each query token and KV head; :func:`select_by_token` makes lists of such scores.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import importlib
 from typing import Any
 
 from ..config import FORMS, GateSpec
-from .prefill import BlockGate, PrefillGate
+from .by_token import select_by_token
+from .decode import DecodeGate
+from .gate import BlockGate
+from .prefill import PrefillGate
 from .state import KeyState
 
-__all__ = ["BlockGate", "KeyState", "PrefillGate", "build_gate"]
+__all__ = ["BlockGate", "DecodeGate", "KeyState", "PrefillGate", "build_gate", "select_by_token"]
 
 
 def build_gate(

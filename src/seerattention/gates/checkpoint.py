@@ -24,9 +24,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import __version__
-from ..config import GateConfig
+from ..config import PHASES, GateConfig
 from ..files import DamagedFileError, read_json, write_file
 from ..policies import Policy, policy_from_dict
+from .card import model_card
 from .geometry import OPTIONAL, fingerprint
 from .tensors import check_dtypes, digest, is_digest_of, own_memory, read_described, read_safetensors
 
@@ -40,6 +41,7 @@ _CONFIG_KEYS = ("format_version", "base_model", "gates", "policies")
 _HEADER_KEY = "gate_config"
 _HEADER_KEYS = {_HEADER_KEY, "format"}  # some tools that copy weights add a format
 _SHAPES = "tensors"
+_PREFILL, _DECODE = PHASES
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class GateCheckpoint:
 
     Attributes:
         gate_config: shape of the gates.
-        policy: the prefill policy stored with them.
+        policy: the prefill policy stored with them; of gates that only decode, Dense.
         base_model: what they were trained for: name, revision and the structural fingerprint of :func:`fingerprint`.
-        weights: ``layers.<i>.prefill.<parameter>`` -> tensor.
+        weights: ``layers.<i>.<phase>.<parameter>`` -> tensor.
         source: where they came from, for messages.
+        decode_policy: the policy of decoding stored with them; None: none is.
     """
 
     gate_config: GateConfig
@@ -59,6 +62,7 @@ class GateCheckpoint:
     base_model: dict[str, Any]
     weights: dict[str, Tensor]
     source: str
+    decode_policy: Policy | None = None
 
     def check_base_model(self, config: Any) -> None:
         """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
@@ -77,19 +81,21 @@ class GateCheckpoint:
         if trained_for and model_name and Path(trained_for).name != Path(model_name).name:
             logger.warning("%s: gates trained for %s go onto %s", self.source, trained_for, model_name)
 
-    def load_into(self, modules: Mapping[int, nn.Module]) -> None:
-        """Copy the weights into gate modules by layer.
+    def load_into(self, modules: Mapping[int, nn.Module], phase: str = _PREFILL) -> None:
+        """Copy the weights of a phase into its gate modules by layer.
 
         Raises:
             DamagedFileError: keys are missing or unexpected, shapes differ, or values are not finite; the message lists
                 them.
         """
-        expected = gate_tensors(modules)
-        if problems := _misfits({name: tuple(x.shape) for name, x in expected.items()}, self.weights):
+        expected = gate_tensors(modules, phase)
+        others = [f".{other}." for other in self.gate_config.phases if other != phase]
+        weights = {name: x for name, x in self.weights.items() if not any(other in name for other in others)}
+        if problems := _misfits({name: tuple(x.shape) for name, x in expected.items()}, weights):
             raise DamagedFileError(f"{self.source}: gate weights do not fit this model; {problems}")
         with torch.no_grad():
             for name, parameter in expected.items():
-                parameter.copy_(self.weights[name])
+                parameter.copy_(weights[name])
 
 
 def _misfits(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> str:
@@ -113,10 +119,10 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
 
 
-def gate_tensors(modules: Mapping[int, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of gates under the names that they have on disk."""
+def gate_tensors(modules: Mapping[int, nn.Module], phase: str = _PREFILL) -> dict[str, Tensor]:
+    """The parameters of the gates of a phase, by layer, under the names that they have on disk."""
     return {
-        f"layers.{layer}.prefill.{name}": parameter
+        f"layers.{layer}.{phase}.{name}": parameter
         for layer, gate in sorted(modules.items())
         for name, parameter in gate.named_parameters()
     }
@@ -137,12 +143,13 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -> Path:
     """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first."""
+    policies = {_PREFILL: checkpoint.policy, _DECODE: checkpoint.decode_policy}
     description = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "base_model": checkpoint.base_model,
         "gates": checkpoint.gate_config.to_dict(),
-        "policies": {"prefill": checkpoint.policy.to_dict()},
+        "policies": {phase: policy.to_dict() for phase, policy in policies.items() if policy is not None},
         # So that a reader can say which weights are missing or of another shape.
         _SHAPES: {name: list(tensor.shape) for name, tensor in sorted(checkpoint.weights.items())},
     }
@@ -152,7 +159,7 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -
     folder = Path(path)
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={_HEADER_KEY: json.dumps(description)}))
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
-    write_file(folder / CARD_FILE, _model_card(description))
+    write_file(folder / CARD_FILE, model_card(description))
     return folder
 
 
@@ -202,13 +209,15 @@ def _parse(data: dict[str, Any], path: Path, weights: dict[str, Tensor], folder:
         )
     try:
         gate_config = GateConfig.from_dict(data["gates"])
-        policy = policy_from_dict(data["policies"]["prefill"])
+        policy = policy_from_dict(data["policies"][_PREFILL])
+        stored = data["policies"].get(_DECODE)
+        decode_policy = None if stored is None else policy_from_dict(stored)
         base_model = _base_model(data["base_model"])
     except NotImplementedError as error:
         raise NotImplementedError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"{path} describes no valid gates: {error}") from error
-    return GateCheckpoint(gate_config, policy, base_model, weights, str(folder))
+    return GateCheckpoint(gate_config, policy, base_model, weights, str(folder), decode_policy)
 
 
 def _base_model(data: Any) -> dict[str, Any]:
@@ -255,44 +264,7 @@ def _check_edits(checkpoint: GateCheckpoint, saved: GateCheckpoint, path: Path) 
                 f"{path} is damaged or was edited: it says {name} {mine}, but the weights were saved with {theirs}; "
                 "only the policies may be edited by hand"
             )
-    if checkpoint.policy != saved.policy:
-        logger.warning("%s: the policy %s was edited by hand (%s was saved)", path, checkpoint.policy, saved.policy)
-
-
-def _model_card(description: dict[str, Any]) -> str:
-    base, gate_config = description["base_model"], description["gates"]
-    block_size = GateConfig.from_dict(gate_config).block_size_of("prefill")
-    name = base["name"] or f"a {base['model_type']} model of {base['num_hidden_layers']} layers"
-    header = ["---", "library_name: seerattention", "tags: [sparse-attention, seerattention]"]
-    if base["name"] and base["name"].count("/") == 1 and not base["name"].startswith((".", "/", "~")):
-        header.append(f"base_model: {base['name']}")
-    header.append("---")
-    table = "\n".join(f"| {key} | {value} |" for key, value in base.items() if value is not None)
-    return (
-        "\n".join(header)
-        + f"""
-
-# SeerAttention gates for {name}
-
-Learned gates (arXiv 2410.13276) that choose which {block_size}x{block_size} blocks of the
-attention map a long prompt reads. The base model is not part of this folder and stays unchanged.
-
-```python
-import seerattention as seer
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({base["name"] or "<base model>"!r}, dtype="bfloat16")
-seer.attach(model, "<this folder>")
-```
-
-| base model | |
-|---|---|
-{table}
-
-| gates | |
-|---|---|
-| prefill | `{json.dumps(gate_config["prefill"])}` |
-| prefill policy | `{json.dumps(description["policies"]["prefill"])}` |
-| written by | seerattention {description["package_version"]} |
-"""
-    )
+    for name in ("policy", "decode_policy"):
+        mine, theirs = getattr(checkpoint, name), getattr(saved, name)
+        if mine != theirs:
+            logger.warning("%s: the policy %s was edited by hand (%s was saved)", path, mine, theirs)

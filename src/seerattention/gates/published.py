@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from torch import Tensor
 
 from ..config import GateConfig, PrefillGateConfig
 from ..files import DamagedFileError, read_json
-from ..policies import Policy, Threshold, TopK
+from ..policies import Dense, Policy, Threshold, TopK
 from .checkpoint import GateCheckpoint
 from .geometry import fingerprint
+from .published_decode import DECODE_KEY, DECODE_METHODS, DECODE_TYPES, decode_config, decode_policy, is_decode
+from .published_parts import KEY, PARAMETERS, check_types
 from .tensors import check_dtypes, read_pickled
 
 WEIGHTS_FILE = "attn_gate_weights.pth"
 
 _DEFAULT_THRESHOLD = 2e-3
-_PREFILL_KEY = re.compile(r"(?:model\.)?layers\.(\d+)\.self_attn\.attn_gate\.mask_linear_([qk])\.weight")
-_DECODE_KEY = re.compile(r"attngate_")
+_PREFILL_KEY = re.compile(KEY.format("mask_linear_[qk]"))
 _GATE_TYPE = re.compile(r"Q((?:max|min|avg)+)_K((?:max|min|avg)+)")
 
 
@@ -31,45 +33,58 @@ def is_published_layout(folder: Path) -> bool:
 
 
 def read_published(folder: Path) -> GateCheckpoint:
-    """Read a published prefill checkpoint.
+    """Read a published checkpoint, of prefill gates (SeerAttention) or of decode gates (SeerAttention-R).
 
-    The policy comes from the stored sparsity method: a threshold (also where no method is named), or ``nz_ratio`` as
-    ``TopK(uniform=True)``;
-    ``last_block_dense`` turns on the last two query blocks, as the published code does. A threshold of 0 is the
-    published code's placeholder for "given at run time" and becomes 2e-3.
+    The policy of prefill gates comes from the stored sparsity method: a threshold (also where no method is named), or
+    ``nz_ratio`` as ``TopK(uniform=True)``; ``last_block_dense`` turns on the last two query blocks, as the published
+    code does. A threshold of 0 is the published code's placeholder for "given at run time" and becomes 2e-3. For decode
+    gates see :func:`~seerattention.gates.published_decode.decode_policy`; prompts stay dense with them.
 
     Raises:
         FileNotFoundError: the weights are missing.
-        DamagedFileError: damaged weights, unknown keys, entries of a wrong type, an unknown gate type or method.
-        NotImplementedError: decode gates (SeerAttention-R).
+        DamagedFileError: damaged weights, unknown keys, gates of both kinds, entries of a wrong type, an unknown gate
+            type or method.
+        NotImplementedError: decode gates that merge the query heads of a group in another way than by a linear layer.
     """
     config_path, weights_path = folder / "config.json", folder / WEIGHTS_FILE
     data = read_json(config_path)
-    if "seerattn_q_head_pooling_type" in data or "seerattn_k_seq_pooling_type" in data:
-        raise NotImplementedError(f"{folder} holds decode gates (SeerAttention-R), which this version does not support")
     raw = read_pickled(weights_path)
-    if any(_DECODE_KEY.search(key) for key in raw):
-        raise NotImplementedError(f"{folder} holds decode gates (SeerAttention-R), which this version does not support")
+    decodes = is_decode(data, raw)
+    weights = _renamed(raw, DECODE_KEY if decodes else _PREFILL_KEY, "decode" if decodes else "prefill", weights_path)
+    check_dtypes(weights, str(weights_path))
+    try:
+        check_types(data, DECODE_TYPES if decodes else _TYPES, DECODE_METHODS if decodes else _METHODS)
+        base_model = {"name": data.get("base_model"), "revision": None, **fingerprint(data)}
+        if decodes:
+            config = decode_config(data)
+            return GateCheckpoint(config, Dense(), base_model, weights, str(folder), decode_policy(data))
+        return GateCheckpoint(_gate_config(data), _policy(data), base_model, weights, str(folder))
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{config_path}: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DamagedFileError(f"{config_path} describes no valid gates: {error}") from error
+
+
+def _renamed(raw: Mapping[str, Tensor], key_of: re.Pattern[str], phase: str, path: Path) -> dict[str, Tensor]:
+    """Published weights under the names of :class:`GateCheckpoint`.
+
+    Raises:
+        DamagedFileError: unexpected keys, or two for one parameter.
+    """
     weights: dict[str, Tensor] = {}
     unknown = []
     for key, value in raw.items():
-        match = _PREFILL_KEY.fullmatch(key)
+        match = key_of.fullmatch(key)
         if match is None:
             unknown.append(key)
-        else:
-            name = f"layers.{int(match[1])}.prefill.{match[2]}_linear"
-            if name in weights:
-                raise DamagedFileError(f"{weights_path} holds {name} twice: the second time as {key}")
-            weights[name] = value
+            continue
+        name = f"layers.{int(match['layer'])}.{phase}.{PARAMETERS[match['parameter']]}"
+        if name in weights:
+            raise DamagedFileError(f"{path} holds {name} twice: the second time as {key}")
+        weights[name] = value
     if unknown:
-        raise DamagedFileError(f"{weights_path} has unexpected keys: {', '.join(sorted(unknown))}")
-    check_dtypes(weights, str(weights_path))
-    try:
-        _check_types(data)
-        base_model = {"name": data.get("base_model"), "revision": None, **fingerprint(data)}
-        return GateCheckpoint(_gate_config(data), _policy(data), base_model, weights, str(folder))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DamagedFileError(f"{config_path} describes no valid gates: {error}") from error
+        raise DamagedFileError(f"{path} has unexpected keys: {', '.join(sorted(unknown))}")
+    return weights
 
 
 _METHODS = ("threshold", "nz_ratio")
@@ -86,18 +101,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seerattn_threshold": (int, float),
     "seerattn_nz_ratio": (int, float),
 }
-
-
-def _check_types(data: dict[str, Any]) -> None:
-    """Every entry that is read has the type that the published code writes, or is null or missing."""
-    for name, types in _TYPES.items():
-        value = data.get(name)
-        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-            expected = " or ".join(kind.__name__ for kind in types)
-            raise TypeError(f"{name} must be {expected}, got {value!r}")
-    method = data.get("seerattn_sparsity_method")
-    if method not in (None, *_METHODS):
-        raise ValueError(f"seerattn_sparsity_method must be one of {_METHODS}, got {method!r}")
 
 
 def _gate_config(data: dict[str, Any]) -> GateConfig:

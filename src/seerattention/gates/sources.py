@@ -17,7 +17,7 @@ def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
     Raises:
         FileNotFoundError: ``source`` looks like a path and does not exist, or holds neither layout.
         DamagedFileError: damaged files. ValueError: gates for another base model.
-        NotImplementedError: a published checkpoint of decode gates.
+        NotImplementedError: published decode gates of a form that this version has not.
     """
     folder = locate(source)
     if (folder / CONFIG_FILE).is_file():

@@ -1,0 +1,219 @@
+"""The decode gate of SeerAttention-R (arXiv 2506.08889, section 2): each query token scores the complete key blocks.
+
+It differs from the prefill gate in three ways: queries are not pooled over tokens, the query heads of a group are
+merged by a linear layer, and so each KV head has one row of scores for all of its query heads.
+
+What the paper leaves open, and what is done here: a block counts as complete for a query token once all of its tokens
+are at or before that token, whatever else the keys hold. So candidates that are decoded together score what each would
+score alone. The open block has no score; whoever selects keeps it (:func:`~seerattention.gates.select_by_token`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DecodeGateConfig
+from ..ops.block_pooling import block_pooling
+from ..ops.gate_scores import encode_blocks
+from ..ops.span import LENGTH, START, Span
+from .gate import BlockGate, check_rotary_width, draw_projection
+from .state import KeyState, Lengths
+
+NORM_EPS = 1e-6
+"""Of the RMS norms, as in the published code."""
+
+
+class DecodeGate(BlockGate):
+    """One row of block logits for each query token and KV head.
+
+    Parameters (input dimension first, no bias; G = query heads a KV head, C = number of poolings * head_dim, W = gate
+    width): ``q_linear [Hkv, G, head_dim, W]``, whose products are summed over G; ``k_linear [Hkv, C, W]``; and with
+    ``qk_norm`` ``q_norm [W]`` and ``k_norm [W]``, else None.
+
+    Fresh gates begin near the similarity of the group's mean query and the blocks' mean key, as those of prefill do.
+    """
+
+    q_linear: nn.Parameter
+    k_linear: nn.Parameter
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+
+    def __init__(self, config: DecodeGateConfig, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__(
+            config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
+        config = config.resolve(head_dim)
+        assert config.width is not None
+        self.config = config
+        self.q_pitch = 1
+        self.group = num_heads // num_kv_heads
+        self.width = config.width
+        self.scale = self.width**-0.5
+        self.q_linear = nn.Parameter(torch.empty(num_kv_heads, self.group, head_dim, self.width))
+        self.k_linear = nn.Parameter(torch.empty(num_kv_heads, len(config.k_pooling) * head_dim, self.width))
+        for name in ("q_norm", "k_norm"):
+            self.register_parameter(name, nn.Parameter(torch.empty(self.width)) if config.qk_norm else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters from torch's global generator."""
+        kinds = self.config.k_pooling
+        draw_projection(self.k_linear, [kind == "avg" or "avg" not in kinds for kind in kinds])
+        draw_projection(self.q_linear.flatten(1, 2), [True] * self.group)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.fill_(1.0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, width={self.width}, "
+            f"k_pooling={self.config.k_pooling}, qk_norm={self.config.qk_norm}, block_size={self.block_size}"
+        )
+
+    def encode_keys(
+        self, k: Tensor, cos: Tensor, sin: Tensor, *, lengths: Lengths = None, state: KeyState | None = None
+    ) -> Tensor:
+        """Encoded complete blocks; the open one is left out.
+
+        Args:
+            k, cos, sin, lengths, state: see :meth:`BlockGate.encode_keys`. A state encodes each block once, when its
+                last token comes. Without one ``lengths`` is not looked at, as nothing is pooled over parts of a block.
+
+        Returns:
+            ``[B, Hkv, N, W]`` from position 0 on, N the complete blocks of the longest row, perhaps 0. What lies behind
+            a row's own last complete block is undefined.
+        """
+        self.check_tokens("k", k, self.num_kv_heads, cos if self.config.rope else None)
+        tables = (cos, sin) if self.config.rope else (None, None)
+        if state is not None:
+            with torch.no_grad():
+                state.append(k, *tables, encode=self._encode_key_blocks, lengths=lengths, only_complete=True)
+                return state.complete if max(state.lengths) >= self.block_size else self._no_blocks(k)
+        num = k.shape[2] // self.block_size
+        if num == 0:
+            return self._no_blocks(k)
+        end = num * self.block_size
+        starts = [None if table is None else table[:, : end : self.block_size] for table in tables]
+        return self._encode_key_blocks(k[:, :, :end], *starts)
+
+    def _encode_key_blocks(
+        self, k: Tensor, cos: Tensor | None, sin: Tensor | None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Whole blocks of ``k``, with tables at their first tokens; ``lengths`` are multiples of a block."""
+        pooled = block_pooling(k.detach(), self.config.k_pooling, block_size=self.block_size)
+        return self._encode(pooled, self.k_linear, self.k_norm, cos, sin)
+
+    def _no_blocks(self, k: Tensor) -> Tensor:
+        return k.new_zeros(k.shape[0], self.num_kv_heads, 0, self.width, dtype=torch.float32)
+
+    def encode_queries(
+        self, q: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Encoded queries, one vector for each token and KV head.
+
+        Args:
+            q, cos, sin: see :meth:`BlockGate.encode_queries`; each token is rotated at its own position.
+            rows: int64 ``[R]``, absolute query *tokens* to score, in any order (None: all). Not with a span whose rows
+                differ.
+            lengths: not looked at: tokens do not depend on each other.
+            span: the positions of the queries, where they are not whole prompts.
+
+        Returns:
+            float32 ``[B, Hkv, R, W]``; what lies behind a row's last query is undefined.
+
+        Raises:
+            ValueError: shapes that do not fit the gate or the span, or rows with a span whose rows differ.
+        """
+        self.check_tokens("q", q, self.num_heads, cos if self.config.rope else None)
+        if span is not None:
+            span.check("encode_queries", q=q)
+            q, cos, sin = (self._of_span(x, span) for x in (q, cos, sin))
+        if rows is not None:
+            if span is not None and not span.plain:
+                raise ValueError(
+                    "rows cannot be chosen where those of the span begin at different tokens; pass rows=None"
+                )
+            tokens = rows if span is None else rows - (span.keys - span.queries)
+            q = q.index_select(2, tokens)
+            if self.config.rope:
+                cos, sin = cos.index_select(1, tokens), sin.index_select(1, tokens)
+        merged = q.detach().unflatten(1, (self.num_kv_heads, self.group)).transpose(2, 3).flatten(3)
+        return self._encode(merged, self.q_linear.flatten(1, 2), self.q_norm, cos, sin)
+
+    def _of_span(self, x: Tensor, span: Span) -> Tensor:
+        """Queries ``[B, H, T, D]``, or a table ``[B or 1, T, rotary_dim]``, with each row's first query first."""
+        if span.plain or (x.dim() == 3 and not self.config.rope):
+            return x
+        if x.dim() == 4:
+            return span.gather_queries(x)
+        rows = 1 if span.packed else span.batch
+        return span.gather_queries(x.expand(rows, -1, -1)[:, None])[:, 0]
+
+    def score(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        rows: Tensor | None = None,
+        span: Span | None = None,
+        masked: bool = True,
+    ) -> Tensor:
+        """Block logits of each query token, scaled by ``width**-0.5``.
+
+        Args:
+            queries: ``[B, Hkv, R, W]`` of :meth:`encode_queries`.
+            keys: ``[B, Hkv, N, W]`` of :meth:`encode_keys`, or those of an open block too, which are not looked at.
+            rows: int64 ``[R]``, the query tokens, as given to :meth:`encode_queries`.
+            span: the positions of the queries. Needed: how many tokens the open block holds is not in the keys.
+            masked: what is not complete is always -inf, as policies must not take it for a score.
+
+        Returns:
+            float32 ``[B, Hkv, R, span.num_key_blocks(block_size)]``, not yet normalised; -inf in blocks that are not
+            complete at the query's position, and in rows that hold no query.
+
+        Raises:
+            ValueError: no span, or encoded queries and keys that do not fit it.
+        """
+        if span is None:
+            raise ValueError("the scores of a decode gate need a span, which says where the queries are; see ops.Span")
+        columns, num = span.num_key_blocks(self.block_size), keys.shape[2]
+        num_rows = span.queries if rows is None else len(rows)
+        if queries.shape[:3] != (span.batch, self.num_kv_heads, num_rows) or num > columns or len(keys) != span.batch:
+            raise ValueError(
+                f"queries must be [{span.batch}, {self.num_kv_heads}, {num_rows}, W] and keys [{span.batch}, "
+                f"{self.num_kv_heads}, up to {columns}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
+            )
+        scores = (queries.float() @ keys.float().transpose(-1, -2)) * self.scale
+        scores = nn.functional.pad(scores, (0, columns - num))
+        open_or_later = torch.arange(columns, device=scores.device) >= self._complete(span, rows, scores.device)
+        return scores.masked_fill(open_or_later, float("-inf"))
+
+    def _complete(self, span: Span, rows: Tensor | None, device: torch.device) -> Tensor:
+        """How many blocks are complete for each query, int64 ``[B or 1, 1, R, 1]``; 0 where there is none."""
+        if span.plain and rows is None:
+            positions = torch.arange(span.keys - span.queries, span.keys, device=device)[None]
+            return ((positions + 1) // self.block_size)[:, None, :, None]
+        start, length = (span.column(column, device)[:, None] for column in (START, LENGTH))
+        positions = start + torch.arange(span.queries, device=device) if rows is None else rows[None]
+        holds = (positions >= start) & (positions < start + length)
+        return torch.where(holds, (positions + 1) // self.block_size, 0)[:, None, :, None]
+
+    def check_rotary(self, rotary_dim: int) -> None:
+        """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""
+        if self.config.rope:
+            check_rotary_width(self.width, rotary_dim)
+
+    def _encode(self, x: Tensor, linear: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """``x [B, Hkv, N, C]`` and tables of N entries -> ``[B, Hkv, N, W]``.
+
+        The linear layer runs in the dtype of the parameters, norm and rotation in float32.
+        """
+        if not self.config.rope:
+            cos = sin = None
+        projected = encode_blocks(x.to(linear.dtype), linear).float()
+        if norm is not None:
+            projected = nn.functional.rms_norm(projected, (self.width,), norm.float(), NORM_EPS)
+        return encode_blocks(projected, None, cos, sin)
