@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -22,7 +23,8 @@ from tiny_models import CONFIGS, Watched, make_ids, make_model
 
 BLOCK, LENGTH = 32, 200
 PADS = (0, 69, 136, 180)  # of left-padded rows: none, inside of a block, a short row, a row shorter than a block
-BLOCK_PADS = (0, 64, 32)  # of rows in which chunks end with blocks too
+BLOCK_PADS = (0, 64, 32)  # of rows in which chunks end with blocks; one begins in the second chunk
+LATE_PADS = (0, 96, 160)  # and in later ones
 GENERATION = {
     "do_sample": False,
     "max_new_tokens": 4,
@@ -107,6 +109,18 @@ def say(model: nn.Module, ids: Tensor, **options):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **GENERATION, **options)
 
 
+def padded_generate(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of the first new token of left-padded rows, whose prompts come in chunks."""
+    batch = ids.expand(len(LATE_PADS), -1).clone()
+    mask = torch.stack([(torch.arange(ids.shape[1]) >= pad).long() for pad in LATE_PADS])
+    options = {"attention_mask": mask, "prefill_chunk_size": 64}
+    return model.generate(batch, **options, **GENERATION).logits[0]
+
+
+def ends_alone(model: nn.Module, ids: Tensor) -> Tensor:
+    return torch.stack([one_shot(model, ids[:, pad:])[-1] for pad in LATE_PADS])
+
+
 def generated_in_turns(model: nn.Module, ids: Tensor) -> Tensor:
     cache, logits = DynamicCache(config=model.config), []
     said = ids[:, :96]
@@ -116,23 +130,19 @@ def generated_in_turns(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat(logits)
 
 
-def second_chunk(cache=DynamicCache, size: int = 64, valid: int | None = None) -> Run:
-    """The logits of what follows on 64 tokens, which are dense, in chunks; rows may be padded on the right."""
+def after_a_dense_chunk(room: int | None = None, size: int = LENGTH - 64, valid: int = LENGTH) -> Run:
+    """The logits of what follows on 64 tokens in chunks of ``size``, up to the tokens that are ``valid``; on a static
+    cache, if there is a ``room``."""
 
     def run(model: nn.Module, ids: Tensor) -> Tensor:
-        options = {"max_cache_len": LENGTH} if cache is StaticCache else {}
-        kept, parts = cache(config=model.config, **options), []
-        mask = torch.ones_like(ids) if valid is None else (torch.arange(ids.shape[1]) < valid).long()[None]
-        if seer.hf.is_attached(model):
-            with seer.dense(model):
-                model(ids[:, :64], past_key_values=kept, use_cache=True)
-        else:
-            model(ids[:, :64], past_key_values=kept, use_cache=True)
-        for start in range(64, ids.shape[1], size):
-            end = min(start + size, ids.shape[1])
-            options = {} if valid is None else {"attention_mask": mask[:, :end]}
-            parts.append(model(ids[:, start:end], past_key_values=kept, use_cache=True, **options).logits)
-        return torch.cat(parts, 1)[:, : None if valid is None else valid - 64].flatten(0, 1)
+        config, parts = model.config, []
+        cache = DynamicCache(config=config) if room is None else StaticCache(config=config, max_cache_len=room)
+        padding = [{}, {"attention_mask": (torch.arange(LENGTH) < valid).long()[None]}][valid < LENGTH]
+        with seer.dense(model) if seer.hf.is_attached(model) else nullcontext():
+            model(ids[:, :64], past_key_values=cache, use_cache=True)
+        for part in ids[:, 64:].split(size, 1):
+            parts.append(model(part, past_key_values=cache, use_cache=True, **padding).logits)
+        return torch.cat(parts, 1)[0, : valid - 64]
 
     return run
 
@@ -174,13 +184,15 @@ WAYS = {
     "turns of generate": Way(generated_in_turns),
     "beam search": Way(generated(num_beams=3), one_shot, lists=False, part=(slice(0, 1), slice(-1, None))),
     "prefill_chunk_size": Way(generated(prefill_chunk_size=64), generated(), length=192),
+    "prefill_chunk_size, left-padded": Way(padded_generate, ends_alone, length=192),
     "prompt lookup": Way(generated(prompt_lookup_num_tokens=3)),
 }
 # Forwards that are dense in this version: the way, and the reason that the one warning gives (None: expected, silent).
 DENSE = {
-    "chunks shorter than a block": (second_chunk(size=BLOCK - 1), None),
-    "chunks padded on the right": (second_chunk(valid=150, size=LENGTH - 64), "padded on the right"),
-    "a static cache": (second_chunk(StaticCache, size=LENGTH - 64), "StaticCache"),
+    "chunks shorter than a block": (after_a_dense_chunk(size=BLOCK - 1), None),
+    "chunks padded on the right": (after_a_dense_chunk(valid=150), "padded on the right"),
+    "a static cache": (after_a_dense_chunk(room=LENGTH + 50), "StaticCache"),
+    "a static cache that is full then": (after_a_dense_chunk(room=LENGTH), "StaticCache"),
 }
 # What transformers refuses, with gates and without.
 REFUSED = {

@@ -204,6 +204,6 @@ def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, 
 
 
 def at_most_one_run_a_row(padding: Tensor) -> bool:
-    """Whether each row is one run of valid tokens, or none yet: short rows of a batch in chunks begin in a later one."""
+    """Whether each row is one run of valid tokens, or has none yet: short rows of a batch in chunks begin later."""
     begins = padding[:, :1].int().sum(-1) + (padding[:, 1:] & ~padding[:, :-1]).sum(-1)
     return bool((begins <= 1).all())
