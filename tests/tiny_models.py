@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,18 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import seerattention as seer
@@ -38,20 +44,61 @@ _SHARED = {
     "initializer_range": 0.3,
 }
 CONFIGS = {
+    "gemma3_text": Gemma3TextConfig,
+    "glm4": Glm4Config,
+    "granite": GraniteConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "olmo2": Olmo2Config,
     "phi3": Phi3Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
 }
-HEAD_DIMS = {"llama": 16, "mistral": 32, "phi3": 16, "qwen2": 16, "qwen3": 32}
+HEAD_DIMS = {
+    "gemma3_text": 32,
+    "glm4": 32,
+    "granite": 16,
+    "llama": 16,
+    "mistral": 32,
+    "olmo2": 16,
+    "phi3": 16,
+    "qwen2": 16,
+    "qwen3": 32,
+    "qwen3_moe": 32,
+}
+# Where head_dim follows from hidden_size.
+DERIVED_HEAD_DIM = ("granite", "olmo2", "phi3", "qwen2")
+# What a family has besides, unlike the defaults of its config where these would hide a mistake.
+OWN = {
+    # Two layers with gates, as in the others, and one with a window, which stays dense.
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 48,
+        "query_pre_attn_scalar": 40,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        },
+    },
+    "glm4": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "granite": {
+        "attention_multiplier": 0.4,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.7,
+    },
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 def make_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A random model in eval mode; ``options`` are entries of its config."""
-    head_dim = {} if family in ("phi3", "qwen2") else {"head_dim": HEAD_DIMS[family]}
+    head_dim = {} if family in DERIVED_HEAD_DIM else {"head_dim": HEAD_DIMS[family]}
+    own = copy.deepcopy(OWN.get(family, {}))  # some configs edit theirs
     torch.manual_seed(seed)
-    config = CONFIGS[family](**{**_SHARED, **head_dim, **options})
+    config = CONFIGS[family](**{**_SHARED, **head_dim, **own, **options})
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 

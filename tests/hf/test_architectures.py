@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import seerattention as seer
-from seerattention.hf import find_decoder
+from seerattention.hf import FAMILIES, find_decoder
 from tiny_models import CONFIGS
 
 SCALINGS = {
@@ -32,6 +32,7 @@ SCALINGS = {
         "original_max_position_embeddings": 64,
     },
 }
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 PHI3_SCALINGS = {
     "default": SCALINGS["default"],
     "longrope": {
@@ -42,12 +43,22 @@ PHI3_SCALINGS = {
         "long_factor": [float(factor) for factor in range(1, 9)],
         "original_max_position_embeddings": 64,
     },
-    "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "partial": PARTIAL,
+}
+OWN_SCALINGS = {
+    "phi3": PHI3_SCALINGS,
+    "glm4": {**SCALINGS, "partial": PARTIAL},
+    # Its layer types have rotary parameters of their own, of which transformers 5.3 cannot read YaRN's.
+    "gemma3_text": {
+        "default": SCALINGS["default"],
+        "llama3": SCALINGS["llama3"],
+        "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    },
 }
 SCALED = [
     (family, scaling, parameters)
     for family in CONFIGS
-    for scaling, parameters in (PHI3_SCALINGS if family == "phi3" else SCALINGS).items()
+    for scaling, parameters in OWN_SCALINGS.get(family, SCALINGS).items()
 ]
 
 
@@ -62,21 +73,38 @@ def rotate(model: nn.Module, inputs: seer.LayerInputs) -> tuple[torch.Tensor, to
     """As the model's own modelling file does it."""
     attention = model.model.layers[inputs.layer].self_attn
     rotation = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return rotation(inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin)
+    q, k = inputs.q_pre, inputs.k_pre
+    if FAMILIES[model.config.model_type].interleaved:
+        q, k = (neighbours(x, inputs.cos.shape[-1]) for x in (q, k))
+    return rotation(q, k, inputs.cos, inputs.sin)
+
+
+def neighbours(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Channels that are half of ``width`` apart, side by side."""
+    pairs = torch.stack((x[..., : width // 2], x[..., width // 2 : width]), -1).flatten(-2)
+    return torch.cat((pairs, x[..., width:]), -1)
+
+
+def for_family(family: str, parameters: dict) -> dict:
+    """Rotary parameters as the config of a family takes them."""
+    parameters = copy.deepcopy(parameters)  # some configs edit theirs
+    sliding = {"sliding_attention": dict(SCALINGS["default"]), "full_attention": parameters}
+    return sliding if family == "gemma3_text" else parameters
 
 
 @pytest.mark.parametrize(("family", "scaling", "parameters"), SCALED, ids=[f"{f}-{s}" for f, s, _ in SCALED])
 def test_captured_tensors_rotated_are_the_attention_inputs(model_of, ids_of, family, scaling, parameters):
-    model = model_of(family, rope_parameters=copy.deepcopy(parameters))  # some configs edit theirs
+    model = model_of(family, rope_parameters=for_family(family, parameters))
     seer.attach(model, seer.GateConfig(), min_context=0)
     seen = probe(model, ids_of(130, batch=2))
-    assert [inputs.layer for inputs in seen] == [0, 1]
+    assert [inputs.layer for inputs in seen] == ([1, 2] if family == "gemma3_text" else [0, 1])
     for inputs in seen:
         q, k = rotate(model, inputs)
         assert torch.equal(q, inputs.q)
         assert torch.equal(k, inputs.k)
         assert inputs.lengths is None
-        assert inputs.scale == pytest.approx(inputs.q.shape[-1] ** -0.5)
+        scale = {"gemma3_text": 40**-0.5, "granite": 0.4}.get(family, inputs.q.shape[-1] ** -0.5)
+        assert inputs.scale == pytest.approx(scale)
     if scaling in ("yarn", "longrope"):  # which scale the rotary table itself
         assert seen[0].cos.max() > 1.0
 

@@ -167,9 +167,9 @@ def test_left_padded_rows_in_chunks_equal_the_row_alone(model_of, ids_of, name, 
         return torch.cat(parts, 1)
 
     with seer.record(model) as stats:
-        logits = run(slice(0, 3), 0, True)
+        logits = run(slice(None), 0, True)
     assert stats.sparse_calls > 0
-    for row, pad in enumerate(pads[:3]):
+    for row, pad in enumerate(pads):
         expected = run(slice(row, row + 1), pad, False)
         torch.testing.assert_close(logits[row : row + 1, pad:], expected, rtol=1e-4, atol=1e-4)
     if min_context == 0 and isinstance(policy, seer.TopK):

@@ -18,7 +18,6 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 import seerattention as seer
 from seerattention.gates.geometry import Geometry, fingerprint
 from seerattention.hf import FAMILIES, Family, gates_of
-from seerattention.hf.architectures import heads_first
 from seerattention.hf.state import state_of
 
 PLAIN = {
@@ -189,9 +188,8 @@ def test_gates_of_unlike_layers_are_saved_and_know_their_model(toy, tmp_path):
 # ---- a family as it comes: layer types with rotary tables of their own ---------------------------------------------
 
 
-def test_rotary_tables_by_layer_type(monkeypatch, ids_of):
+def test_rotary_tables_by_layer_type(ids_of):
     """Gemma 3: windows in most layers, two rotary tables, norms that give heads first, a scale of its own."""
-    monkeypatch.setitem(FAMILIES, "gemma3_text", Family("q_norm", "k_norm", heads_first, token_axis=2))
     config = Gemma3TextConfig(
         vocab_size=97,
         hidden_size=64,

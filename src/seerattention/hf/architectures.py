@@ -11,9 +11,9 @@ To add a family:
    them with what the attention function receives; it must pass exactly.
 
 Requirements: attention goes through transformers' attention interface, decoder layers are
-``decoder.layers[i].self_attn``, RoPE is passed as ``position_embeddings`` with half-split pairing, and attention is
-plain (no soft cap, no sinks, no bias). Layers may differ in shape, rotary table, window and scale: the scale is what
-the attention module hands to the attention function.
+``decoder.layers[i].self_attn``, RoPE is passed as ``position_embeddings`` with halves repeated, and attention is plain
+(no soft cap, no sinks, no bias). Layers may differ in shape, rotary table, window and scale: the scale is what the
+attention module hands to the attention function. RoPE may pair channels a half apart, or neighbours (``interleaved``).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..gates.geometry import Geometry
@@ -76,6 +77,8 @@ class Family:
         layout: turns the two outputs into queries and keys by head, given the layer's geometry.
         token_axis: dimension of the tokens in the two outputs.
         one_window: whether all layers have the config's sliding window, whatever its ``layer_types`` say.
+        interleaved: whether RoPE turns neighbouring channels (0 and 1, 2 and 3, ...) instead of channels that are half
+            the rotary width apart.
         shape: shape of a layer's attention, from the decoder's config and the layer's index.
     """
 
@@ -84,7 +87,21 @@ class Family:
     layout: Layout
     token_axis: int = 1
     one_window: bool = False
+    interleaved: bool = False
     shape: Callable[[Any, int], Geometry] = Geometry.of
+
+    def before_rope(self, query: Tensor, key: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, Hq, T, D]`` and keys ``[B, Hkv, T, D]`` before RoPE, from what the two submodules gave; in the
+        order of channels of :meth:`half_split`, which the model's rotary table fits."""
+        width = geometry.rotary_dim or geometry.head_dim
+        query, key = self.layout(query, key, geometry)
+        return self.half_split(query, width), self.half_split(key, width)
+
+    def half_split(self, x: Tensor, width: int) -> Tensor:
+        """``x [..., D]`` with channels that RoPE turns together ``width / 2`` apart, within its first ``width``."""
+        if not self.interleaved:
+            return x
+        return torch.cat((x[..., 0:width:2], x[..., 1:width:2], x[..., width:]), -1)
 
     def geometry(self, decoder: nn.Module, layer: int) -> Geometry:
         """Shape of the attention of one layer of a decoder, its window and rotary width included.
@@ -102,11 +119,16 @@ _PROJECTIONS = Family("q_proj", "k_proj", flat)
 _NORMS_PER_HEAD = Family("q_norm", "k_norm", heads_last)
 
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": Family("q_norm", "k_norm", heads_first, token_axis=2),
+    "glm4": replace(_PROJECTIONS, interleaved=True),
+    "granite": _PROJECTIONS,
     "llama": _PROJECTIONS,
     "mistral": replace(_PROJECTIONS, one_window=True),
+    "olmo2": Family("q_norm", "k_norm", flat),
     "phi3": Family("qkv_proj", "qkv_proj", fused),
     "qwen2": _PROJECTIONS,
     "qwen3": _NORMS_PER_HEAD,
+    "qwen3_moe": replace(_NORMS_PER_HEAD, one_window=True),
 }
 
 

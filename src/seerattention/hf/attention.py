@@ -255,16 +255,16 @@ def _layer_inputs(
     cos, sin = call.cos.to(query.device), call.sin.to(query.device)
     lengths = starts = span = None
     if query.shape[2] != key.shape[2]:
-        queries, keys = query.shape[2], key.shape[2]
+        queries, keys, half_split = query.shape[2], key.shape[2], layer.model.family.half_split
         cos, sin = (table.to(query.device) for table in history_table(call, forward, keys))
         if padding is None:
             span = Span(query.shape[0], queries, keys)
-            key_pre = keys_before_rope(key, cos, sin, key_pre)
+            key_pre = keys_before_rope(half_split(key, cos.shape[-1]), cos, sin, key_pre)
         else:
             lengths = padding.sum(-1)
             span = chunk_span(lengths, queries, keys)
             key, value = (shift_left(x, keys - lengths) for x in (key, value))
-            key_pre = keys_before_rope(key, cos, sin)
+            key_pre = keys_before_rope(half_split(key, cos.shape[-1]), cos, sin)
             starts = (queries - lengths).clamp(min=0)
             query, query_pre = shift_left(query, starts), shift_left(query_pre, starts)
     elif padding is not None:

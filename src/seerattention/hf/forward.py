@@ -182,7 +182,8 @@ class Forward:
 
     def positions_end_at(self, position_ids: Tensor | None, padding: Tensor | None, keys: int) -> bool:
         """Whether the last slot of every row of a chunk holds its last token, and its position counts all tokens of the
-        row: ``keys``, or as many as ``padding [B, keys]`` says. The answer waits for the device once a forward."""
+        row: ``keys``, or as many as ``padding [B, keys]`` says; rows that hold none yet are right too. The answer waits
+        for the device once a forward."""
         if position_ids is None or position_ids.dim() != 2:
             return False
         name = ("ends", id(position_ids), id(padding), keys)
@@ -191,7 +192,7 @@ class Forward:
                 right = position_ids[:, -1] == keys - 1
             else:
                 mask = padding.to(position_ids.device)
-                right = (position_ids[:, -1] == mask.sum(-1) - 1) & mask[:, -1]
+                right = (position_ids[:, -1] == mask.sum(-1) - 1) & mask[:, -1] | ~mask.any(-1)
             # The tensors are kept, so that their ids are their own.
             self.facts[name] = bool(right.all()), position_ids, padding
         return self.facts[name][0]

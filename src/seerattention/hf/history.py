@@ -85,7 +85,7 @@ def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | Non
     """``[B, Hkv, Tk, D]`` before RoPE.
 
     Args:
-        key: ``[B, Hkv, Tk, D]`` after RoPE.
+        key: ``[B, Hkv, Tk, D]`` after RoPE, channels that it turns together half of rotary_dim apart.
         cos, sin: ``[1, Tk, rotary_dim]``, halves repeated; what they multiply lengths by is taken back too.
         recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE; None: they are turned back too.
     """
@@ -102,9 +102,10 @@ def _turns_back(call: Call, key: Tensor) -> bool:
     """Whether that gives what the hooks saw, for the tokens of this chunk."""
     assert call.query is not None
     assert call.key is not None
-    recent = call.layer.model.family.layout(call.query, call.key, call.layer.geometry)[1]
-    new = recent.shape[2]
-    back = inverse_rope(key[:, :, -new:], call.cos.to(key.device), call.sin.to(key.device))
+    family = call.layer.model.family
+    recent = family.before_rope(call.query, call.key, call.layer.geometry)[1]
+    cos, sin = call.cos.to(key.device), call.sin.to(key.device)
+    back = inverse_rope(family.half_split(key[:, :, -recent.shape[2] :], cos.shape[-1]), cos, sin)
     error = (back.float() - recent.float()).norm()
     return bool(error <= _TOLERANCE[key.element_size()] * recent.float().norm())
 

@@ -150,7 +150,7 @@ class LayerState:
                 f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no longer "
                 f"calls its {self.model.family.query} and {self.model.family.key}; detach before changing modules"
             )
-        query, key = self.model.family.layout(call.query, call.key, self.geometry)
+        query, key = self.model.family.before_rope(call.query, call.key, self.geometry)
         call.query = call.key = None
         return query, key
 

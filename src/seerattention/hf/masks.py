@@ -56,7 +56,7 @@ class _Recipe:
 
 class SeerMask(Tensor):
     """``[B, 1, Tq, Tk]`` without storage: causality and padding of whole prompts, or of chunks whose queries are the
-    last slots; one run of valid tokens a row.
+    last slots; at most one run of valid tokens a row.
 
     Any op, and any function of torch that gets it, sees the mask that the untouched model would have made.
 
@@ -145,7 +145,7 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
             padding = None
         else:
             padding = padding.bool()
-            plain = padding.shape[-1] == keys and one_run_a_row(padding)
+            plain = padding.shape[-1] == keys and at_most_one_run_a_row(padding)
     if plain and make is sdpa_mask and padding is None and queries == keys:
         return None
     if plain and (make is sdpa_mask or make is eager_mask):
@@ -173,6 +173,8 @@ def _without_storage(make: Callable[..., Tensor], arguments: dict[str, Any], pad
     if padding is None:
         device = arguments["device"] if "device" in arguments else arguments["cache_position"].device
         padding = torch.ones(arguments["batch_size"], arguments["kv_length"], dtype=torch.bool, device=device)
+    if isinstance(arguments.get("q_offset"), Tensor):  # a static cache counts up in place before a layer asks
+        arguments = {**arguments, "q_offset": arguments["q_offset"].clone()}
     return SeerMask(padding, full, dtype, _Recipe(make, arguments), _num_queries(arguments))
 
 
@@ -195,13 +197,13 @@ def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, 
         return original != "eager", None  # which without a mask attends to everything
     if isinstance(mask, Tensor) and mask.dim() == 2:
         padding = mask.bool()
-        plain = one_run_a_row(padding)
+        plain = at_most_one_run_a_row(padding)
         forward.masks.append((mask, plain, padding))
         return plain, padding
     return False, None
 
 
-def one_run_a_row(padding: Tensor) -> bool:
-    """Whether each row is one run of valid tokens: it begins exactly once."""
+def at_most_one_run_a_row(padding: Tensor) -> bool:
+    """Whether each row is one run of valid tokens, or has none yet: short rows of a batch in chunks begin later."""
     begins = padding[:, :1].int().sum(-1) + (padding[:, 1:] & ~padding[:, :-1]).sum(-1)
-    return bool((begins == 1).all())
+    return bool((begins <= 1).all())
