@@ -126,3 +126,18 @@ def test_lists_and_lengths():
     assert parse_list(" 4K, 512,", token_count, "lengths") == [4096, 512]
     with pytest.raises(ValueError, match="--lengths is empty"):
         parse_list(",", token_count, "lengths")
+
+
+def test_float32_models_are_not_left_in_it_on_a_gpu():
+    import torch
+
+    from seerattention.cli.common import in_fast_precision
+
+    for dtype, device, expected in [
+        (torch.float32, "cuda:0", torch.bfloat16),
+        (torch.float32, "cpu", torch.float32),
+        (torch.float16, "cuda", torch.float16),
+    ]:
+        model = torch.nn.Linear(2, 2, dtype=dtype)
+        model.dtype = dtype
+        assert in_fast_precision(model, device).weight.dtype == expected

@@ -80,7 +80,10 @@ def command(
     ] = None,
     text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
     batch_size: Annotated[int, typer.Option(help="Prompts a forward.", min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="dtype of the model: auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the retrieval tasks.")] = 0,
     output: Annotated[

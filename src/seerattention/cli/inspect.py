@@ -38,7 +38,10 @@ def command(
     layers: Annotated[str, typer.Option(help="Layers to draw, e.g. 0,5,11, or 'all'.")] = "all",
     heads: Annotated[str, typer.Option(help="Query heads to draw, e.g. 0,3, or 'all'.")] = "0",
     output: Annotated[Path, typer.Option(help="Folder for index.html and one PNG a layer.")] = Path("inspect"),
-    dtype: Annotated[str, typer.Option(help="dtype of the model: auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Write recall and density of every head to stdout as JSON.")
