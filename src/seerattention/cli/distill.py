@@ -12,6 +12,7 @@ import typer
 
 from .common import Terminal, errors, load_model, resolve_device, token_count
 from .options import (
+    Dtype,
     check_dtype,
     check_gates,
     check_model,
@@ -69,10 +70,7 @@ def command(
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides fresh gates and the rows drawn.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
     document_tokens: Annotated[int, typer.Option(help="Use at most so many tokens of each document; 0: all.")] = 0,

@@ -22,7 +22,16 @@ from .common import (
     resolve_device,
     token_count,
 )
-from .options import check_dtype, check_gates, check_model, check_output, check_seed, parse_density, parse_threshold
+from .options import (
+    Dtype,
+    check_dtype,
+    check_gates,
+    check_model,
+    check_output,
+    check_seed,
+    parse_density,
+    parse_threshold,
+)
 
 if TYPE_CHECKING:
     from ..evaluate import Report, Setting
@@ -80,10 +89,7 @@ def command(
     ] = None,
     text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
     batch_size: Annotated[int, typer.Option(help="Prompts a forward.", min=1)] = 1,
-    dtype: Annotated[
-        str,
-        typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the retrieval tasks.")] = 0,
     output: Annotated[

@@ -13,17 +13,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..testbed import MODELS
 
 if TYPE_CHECKING:
-    import typer
-
     from .common import Terminal
 
 __all__ = [
     "DTYPES",
+    "Dtype",
     "check_dtype",
     "check_gates",
     "check_model",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 DTYPES = ("bfloat16", "float16", "float32")
+Dtype = Annotated[
+    str, typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU.")
+]
 _LARGEST_SEED = 2**62  # generators take 64 bits, and seeds are added to
 
 # ---- numbers -----------------------------------------------------------------------------------------------------

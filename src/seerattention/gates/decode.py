@@ -43,13 +43,9 @@ class DecodeGate(BlockGate):
         super().__init__(
             config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
-        config = config.resolve(head_dim)
-        assert config.width is not None
-        self.config = config
+        self.config = config = self.resolve(config)
         self.q_pitch = 1
         self.group = num_heads // num_kv_heads
-        self.width = config.width
-        self.scale = self.width**-0.5
         self.q_linear = nn.Parameter(torch.empty(num_kv_heads, self.group, head_dim, self.width))
         self.k_linear = nn.Parameter(torch.empty(num_kv_heads, len(config.k_pooling) * head_dim, self.width))
         for name in ("q_norm", "k_norm"):
@@ -153,14 +149,9 @@ class DecodeGate(BlockGate):
         return span.gather_queries(x.expand(rows, -1, -1)[:, None])[:, 0]
 
     def score(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        *,
-        rows: Tensor | None = None,
-        span: Span | None = None,
-        masked: bool = True,
-    ) -> Tensor:
+        self, queries: Tensor, keys: Tensor, *,
+        rows: Tensor | None = None, span: Span | None = None, masked: bool = True,
+    ) -> Tensor:  # fmt: skip
         """Block logits of each query token, scaled by ``width**-0.5``.
 
         Args:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import GateSpec
+from ..config import DecodeGateConfig, GateSpec, PrefillGateConfig
 from ..ops.span import START, Span
 from .state import HISTORY, KeyState, Lengths
 
 # Fresh projections are the identity on pooled means plus noise of about this relative size.
 _INIT_NOISE = 0.1
+
+
+Widened = TypeVar("Widened", PrefillGateConfig, DecodeGateConfig)
 
 
 class BlockGate(nn.Module, ABC):
@@ -78,14 +82,9 @@ class BlockGate(nn.Module, ABC):
 
     @abstractmethod
     def score(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        *,
-        rows: Tensor | None = None,
-        span: Span | None = None,
-        masked: bool = True,
-    ) -> Tensor:
+        self, queries: Tensor, keys: Tensor, *,
+        rows: Tensor | None = None, span: Span | None = None, masked: bool = True,
+    ) -> Tensor:  # fmt: skip
         """Block logits of encoded queries and keys.
 
         Args:
@@ -101,6 +100,13 @@ class BlockGate(nn.Module, ABC):
     @abstractmethod
     def check_rotary(self, rotary_dim: int) -> None:
         """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""
+
+    def resolve(self, config: Widened) -> Widened:
+        """The config with its width, which follows from head_dim where it says none; sets ``width`` and ``scale``."""
+        config = config.resolve(self.head_dim)
+        assert config.width is not None
+        self.width, self.scale = config.width, config.width**-0.5
+        return config
 
     def check_tokens(self, name: str, x: Tensor, heads: int, cos: Tensor | None) -> None:
         """Raise ValueError unless ``x`` is ``[B, heads, T, head_dim]`` and ``cos`` its table; None: a gate without."""

@@ -32,11 +32,7 @@ class PrefillGate(BlockGate):
         super().__init__(
             config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
-        config = config.resolve(head_dim)
-        assert config.width is not None
-        self.config = config
-        self.width = config.width
-        self.scale = self.width**-0.5
+        self.config = config = self.resolve(config)
         k_heads = num_kv_heads if config.q_linear else num_heads
         self.k_linear = nn.Parameter(torch.empty(k_heads, len(config.k_pooling) * head_dim, self.width))
         if config.q_linear:
@@ -108,14 +104,9 @@ class PrefillGate(BlockGate):
         return self._encode(pooled, self.q_linear, cos, sin, pitch)
 
     def score(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        *,
-        rows: Tensor | None = None,
-        span: Span | None = None,
-        masked: bool = True,
-    ) -> Tensor:
+        self, queries: Tensor, keys: Tensor, *,
+        rows: Tensor | None = None, span: Span | None = None, masked: bool = True,
+    ) -> Tensor:  # fmt: skip
         """See :meth:`BlockGate.score`; scaled by width**-0.5."""
         return gate_scores(
             queries,

@@ -14,15 +14,13 @@ outside are brought into this form by :func:`clean_lists` before anything is com
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import dispatch, lists
+from . import lists
 from .span import Span, num_blocks
 
 __all__ = [
@@ -335,24 +333,6 @@ def in_order(blocks: BlockIndices, span: Span) -> BlockIndices:
         lists = read_lists(blocks)
         blocks = ordered_lists(*lists, blocks.num_key_blocks, blocks.block_size, blocks.by_token, span)
     return blocks if ordered else clean_lists(blocks)
-
-
-def attend(
-    function: Callable[..., tuple[Tensor, Tensor | None]],
-    tensors: tuple[Tensor, Tensor, Tensor],
-    blocks: BlockIndices,
-    span: Span,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run an implementation of attention on q, k and v as an op gives its results: the second is empty without lse."""
-    q = tensors[0]
-    with torch.no_grad(), dispatch.without_autocast(q.device.type):
-        if 0 in q.shape or span.keys == 0:
-            shape = q.shape[:3] if return_lse else (0,)
-            return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
-        out, lse = function(*tensors, in_order(blocks, span), scale, return_lse)
-        return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
 
 
 def span_of(blocks: BlockIndices, q: Tensor, k: Tensor) -> Span:

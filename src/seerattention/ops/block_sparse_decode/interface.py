@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..attend import attend
 from ..custom_op import custom_op
-from ..indices import BlockIndices, attend, read_lists
+from ..indices import BlockIndices, read_lists
 from ..span import Span
 
 OP = "block_sparse_decode"
