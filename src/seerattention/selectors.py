@@ -32,7 +32,7 @@ class LayerInputs:
         q: ``[B, Hq, Tq, D]`` after RoPE.
         k, v: ``[B, Hkv, Tk, D]``, k after RoPE.
         q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back.
-            Where RoPE turns neighbouring channels, these are in the order of halves, as cos and sin are.
+            Where the model's RoPE turns neighbouring channels, these are in the order of halves, as cos and sin are.
         cos, sin: ``[B or 1, Tk, rotary_dim]``, the model's rotary table at the keys' positions.
         lengths: int64 ``[B]``, valid tokens of each row; None: all.
         scale: softmax scale of the attention.

@@ -47,7 +47,7 @@ def in_chunks(model, ids, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["glm4", "llama", "olmo2", "phi3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("size", [64, 100, 512])
 def test_chunks_on_a_cache(family, dtype, size):
     """With every block as near to float32 as dense; with some, whole blocks a chunk read what one shot reads."""
@@ -66,7 +66,7 @@ def test_chunks_on_a_cache(family, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["glm4", "llama", "olmo2", "phi3", "qwen2", "qwen3"])
 def test_chunks_of_whole_blocks_read_what_one_shot_reads(family, dtype):
     """In the first layer, which sees the same; keys that were rounded after RoPE decide near ties otherwise."""
     ids, seen = make_ids(1024, batch=2).cuda(), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 import seerattention as seer
 from seerattention.gates import PrefillGate
+from seerattention.hf import FAMILIES
 from seerattention.hf.history import keys_before_rope
 from seerattention.ops.span import Span
 from seerattention.selectors import GateSelector
@@ -236,3 +238,17 @@ def test_keys_are_turned_back(scaling):
     back = keys_before_rope(turned, cos, sin, key[:, :, 30:])
     torch.testing.assert_close(back, key, rtol=1e-5, atol=1e-5)
     assert torch.equal(back[:, :, 30:], key[:, :, 30:])
+
+
+def test_a_rotation_that_the_family_does_not_know_is_found(model_of, ids_of, monkeypatch):
+    """GLM-4 taken for a model whose RoPE turns channels half a head apart: its chunks are dense, and it says so."""
+    monkeypatch.setitem(FAMILIES, "glm4", replace(FAMILIES["glm4"], interleaved=False))
+    model, ids = model_of("glm4"), ids_of(LENGTH)
+    expected = in_chunks(model, ids, [96])
+    attach(model, seer.TopK(0.5))
+    cache = DynamicCache(config=model.config)
+    with seer.dense(model), torch.inference_mode():
+        model(ids[:, :96], past_key_values=cache, use_cache=True)
+    with pytest.warns(UserWarning, match="turning keys back by the rotary table does not give"):
+        logits = in_chunks(model, ids[:, 96:], [], cache)
+    assert torch.equal(logits, expected[:, 96:])
