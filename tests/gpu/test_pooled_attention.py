@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpu_targets import lse_of, make, spoilt_padding
 from seerattention.ops import pooled_attention
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.pooled_attention.arguments import Wanted
 from seerattention.ops.pooled_attention.interface import hopper_usable
-
-
-def make(query_length, key_length, heads, kv_heads, head_dim, dtype, batch=2):
-    generator = torch.Generator("cuda").manual_seed(query_length + 7 * heads)
-    q = torch.randn(batch, query_length, heads, head_dim, device="cuda", generator=generator) * 2
-    k = torch.randn(batch, key_length, kv_heads, head_dim, device="cuda", generator=generator)
-    return q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
 
 
 def check(q, k, **arguments):
@@ -64,14 +58,6 @@ def test_other_block_sizes_and_head_dims(head_dim, block_size, dtype):
     check(q, k, block_size=block_size, reduce="sum", normalize=False)
 
 
-def lse_of(q, k):
-    """Log-sum-exp of the scaled causal logits, from float32 products."""
-    query_length, key_length = q.shape[2], k.shape[2]
-    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[3] ** -0.5
-    future = torch.ones(query_length, key_length, dtype=torch.bool, device="cuda").triu(1 + key_length - query_length)
-    return scores.masked_fill_(future, float("-inf")).logsumexp(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("head_dim", "block_size"), [(64, 64), (128, 64), (80, 64), (128, 32), (128, 128), (256, 64)])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
@@ -87,12 +73,7 @@ def test_given_the_lse(dtype, head_dim, block_size, group, nan_filled_empty):
 
 
 def test_padding_and_its_lse_are_never_used(nan_filled_empty):
-    q, k = make(500, 830, 8, 2, 128, torch.bfloat16)
-    lse, lengths = lse_of(q, k), torch.tensor([830, 401], device="cuda")
-    expected = pooled_attention(q, k, lengths=lengths, implementation="reference")
-    q[1, :, 71:] = float("nan")  # queries start at position 330
-    k[1, :, 401:] = float("nan")
-    lse[1, :, 71:] = float("nan")
+    q, k, lse, lengths, expected = spoilt_padding(pooled_attention)
     for implementation in implementations(q, k):
         actual = pooled_attention(q, k, lengths=lengths, lse=lse, implementation=implementation)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

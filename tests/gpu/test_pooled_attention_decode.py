@@ -5,25 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu_targets import lse_of, make, spoilt_padding
 from seerattention.ops import pooled_attention_decode
 from seerattention.ops.dense import dense_attention_with_lse
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def make(query_length, key_length, heads, kv_heads, head_dim, dtype, batch=2):
-    generator = torch.Generator("cuda").manual_seed(query_length + 7 * heads)
-    q = torch.randn(batch, query_length, heads, head_dim, device="cuda", generator=generator) * 2
-    k = torch.randn(batch, key_length, kv_heads, head_dim, device="cuda", generator=generator)
-    return q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
-
-
-def lse_of(q, k):
-    """Log-sum-exp of the scaled causal logits, from float32 products."""
-    query_length, key_length = q.shape[2], k.shape[2]
-    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[3] ** -0.5
-    future = torch.ones(query_length, key_length, dtype=torch.bool, device="cuda").triu(1 + key_length - query_length)
-    return scores.masked_fill_(future, float("-inf")).logsumexp(-1)
 
 
 def some_rows(query_length, key_length):
@@ -78,12 +64,7 @@ def test_rows_lengths_and_chunks(dtype, group, tokens, nan_filled_empty):
 
 
 def test_padding_and_its_lse_are_never_used(nan_filled_empty):
-    q, k = make(500, 830, 8, 2, 128, torch.bfloat16)
-    lse, lengths = lse_of(q, k), torch.tensor([830, 401], device="cuda")
-    expected = pooled_attention_decode(q, k, lengths=lengths, implementation="reference")
-    q[1, :, 71:] = float("nan")  # queries start at position 330
-    k[1, :, 401:] = float("nan")
-    lse[1, :, 71:] = float("nan")
+    q, k, lse, lengths, expected = spoilt_padding(pooled_attention_decode)
     for given_lse in (None, lse):
         actual = pooled_attention_decode(q, k, lengths=lengths, lse=given_lse, implementation="triton")
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Terminal, errors, load_model, resolve_device, token_count
+from .common import Dtype, Terminal, errors, load_model, resolve_device, token_count
 from .options import (
-    Dtype,
     check_dtype,
     check_gates,
     check_model,

@@ -12,7 +12,7 @@ from .common import Terminal, errors
 SUPPORT = (
     ("model families", "{families}; full-attention layers (sliding-window layers stay dense)"),
     ("prefill", "one forward of the whole prompt, generate(); left and right padding; any length"),
-    ("dense for now", "decoding, chunked prefill, multi-turn (one warning says so)"),
+    ("dense for now", "decoding; chunks of fewer tokens than a block, static caches (one warning says so)"),
     ("block size", "32, 64, 128"),
     ("head_dim", "32, 64, 128; others up to 256 through padding or the reference"),
     ("dtypes", "bfloat16, float16, float32"),

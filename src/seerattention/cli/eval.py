@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    Dtype,
     Terminal,
     book_tokens,
     default_gates,
@@ -23,7 +24,6 @@ from .common import (
     token_count,
 )
 from .options import (
-    Dtype,
     check_dtype,
     check_gates,
     check_model,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .options import Dtype, check_dtype, check_gates, check_model, check_output, named, parse_index, say_unused
+from .options import check_dtype, check_gates, check_model, check_output, named, parse_index, say_unused
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def command(
     layers: Annotated[str, typer.Option(help="Layers to draw, e.g. 0,5,11, or 'all'.")] = "all",
     heads: Annotated[str, typer.Option(help="Query heads to draw, e.g. 0,3, or 'all'.")] = "0",
     output: Annotated[Path, typer.Option(help="Folder for index.html and one PNG a layer.")] = Path("inspect"),
-    dtype: Dtype = "auto",
+    dtype: common.Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Write recall and density of every head to stdout as JSON.")

@@ -13,18 +13,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from ..testbed import MODELS
 
 if TYPE_CHECKING:
+    import typer
+
     from .common import Terminal
 
 __all__ = [
     "DTYPES",
-    "Dtype",
     "check_dtype",
     "check_gates",
     "check_model",
@@ -41,9 +40,6 @@ __all__ = [
 ]
 
 DTYPES = ("bfloat16", "float16", "float32")
-Dtype = Annotated[
-    str, typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU.")
-]
 _LARGEST_SEED = 2**62  # generators take 64 bits, and seeds are added to
 
 # ---- numbers -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..hopper import copy_tile, key_place, pin, thread_barrier, tile_descriptor
 from ..indices import BlockIndices
 from ..triton_span import LN2
-from .triton_parts import empty_results, plan
+from .triton_parts import RUNTIME_SCALARS, empty_results, plan
 
 TILE = 64
 NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
@@ -39,23 +39,6 @@ NUM_WARPS = 4  # one warpgroup: what a wgmma of 64 rows takes
 MAX_REGISTERS = {64: 96, 128: 128}
 # Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = {64: 2, 128: 1}
-
-# Lengths, head counts and list strides vary from call to call: one binary serves them all.
-_RUNTIME_SCALARS = [
-    "s_indices_b",
-    "s_indices_h",
-    "s_indices_r",
-    "s_counts_b",
-    "s_counts_h",
-    "s_counts_r",
-    "s_pages_b",
-    "num_heads",
-    "kv_group",
-    "list_group",
-    "query_slots",
-    "key_length",
-    "first_row",
-]
 
 
 @gluon.jit
@@ -74,7 +57,7 @@ def _softmax_step(b_scores, b_max, b_sum, scale_log2):
     return b_p, b_decay, b_new_max, b_sum * b_decay + gl.sum(b_p, 1)
 
 
-@gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
+@gluon.jit(do_not_specialize=RUNTIME_SCALARS)
 def block_sparse_attention_hopper_kernel(
     d_q, d_k, d_v, p_out, p_lse, p_indices, p_counts, p_table, p_pages, s_out_b, s_out_h, s_out_t, s_out_p, s_indices_b,
     s_indices_h, s_indices_r, s_counts_b, s_counts_h, s_counts_r, s_pages_b, num_heads, kv_group, list_group,

@@ -16,28 +16,10 @@ from torch import Tensor
 from .. import dispatch
 from ..indices import BlockIndices
 from ..triton_span import LN2, key_offset, page_of, span_row
-from .triton_parts import empty_results, plan
+from .triton_parts import RUNTIME_SCALARS, empty_results, plan
 
 # Where a grid has fewer programs than that, lists are cut into parts, see ``triton_parts.num_parts``.
 PROGRAMS_PER_MULTIPROCESSOR = 1
-
-# Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
-# stay specialised because their divisibility by 16 is what lets loads be vectorised.
-_RUNTIME_SCALARS = [
-    "s_indices_b",
-    "s_indices_h",
-    "s_indices_r",
-    "s_counts_b",
-    "s_counts_h",
-    "s_counts_r",
-    "num_heads",
-    "kv_group",
-    "list_group",
-    "s_pages_b",
-    "query_slots",
-    "key_length",
-    "first_row",
-]
 
 
 @triton.jit
@@ -53,7 +35,7 @@ def _add_tile(b_p, b_v, b_w, b_max, b_new_max, b_sum, b_out, b_out_w, HALVES: tl
     return b_new_max, b_sum, b_out, b_out_w
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SCALARS)
+@triton.jit(do_not_specialize=RUNTIME_SCALARS)
 def block_sparse_attention_fwd_kernel(
     p_q, p_k, p_v, s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t, s_v_b, s_v_h, s_v_t,
     p_out, p_lse, p_indices, p_counts, p_table, p_pages, s_out_b, s_out_h, s_out_t, s_out_p,

@@ -29,6 +29,11 @@ from ..triton_span import LOG2E, span_constants
 MIN_ENTRIES = 8
 MAX_PARTS = 32
 
+# Lengths, head counts and list strides vary from call to call: one binary serves them all. Strides of q, k, v and out
+# stay specialised because their divisibility by 16 is what lets loads be vectorised.
+RUNTIME_SCALARS = [f"s_{name}" for name in ("indices_b", "indices_h", "indices_r", "counts_b", "counts_h", "counts_r")]
+RUNTIME_SCALARS += ["s_pages_b", "num_heads", "kv_group", "list_group", "query_slots", "key_length", "first_row"]
+
 
 def num_parts(programs: int, capacity: int, device: torch.device, per_multiprocessor: int) -> int:
     """Parts into which lists are cut so that the GPU has work everywhere; 1 where it has without.
