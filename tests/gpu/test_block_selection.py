@@ -44,6 +44,9 @@ def test_equals_reference(shape, dtype):
                 assert_identical(select_topk, scores, [keep] * num_rows, diagonal_extra=diagonal_extra, **common)
         for threshold in (0.0, 1.0 / num_keys, 0.3):
             assert_identical(select_threshold, probabilities, threshold, **common)
+        floors = {"min_blocks": 9, "first_blocks": 2, "dense_rows": 3} if every else {"min_blocks": 4}
+        for factor in (0.0, 2.0, 100.0):
+            assert_identical(select_threshold, probabilities, factor, relative=True, **floors, **common)
         for p in (1e-12, 1e-4, 0.5, 0.95, 1.0):
             assert_identical(select_topp, probabilities, p, **common)
 

@@ -445,11 +445,11 @@ def test_launches_fit_the_registers_of_a_multiprocessor(monkeypatch):
 @pytest.mark.parametrize(("min_blocks", "first_blocks", "dense_rows"), [(0, 0, 0), (4, 1, 3), (9, 0, 0), (2, 5, 8)])
 def test_relative_thresholds_interpreted(min_blocks, first_blocks, dense_rows, softmax):
     floors = {"min_blocks": min_blocks, "first_blocks": first_blocks, "dense_rows": dense_rows}
-    for num_rows, num_keys in ((1, 1), (5, 5), (40, 40), (3, 150)):
+    for num_rows, num_keys in ((1, 1), (14, 14), (2, 150)):
         # Steps of 1/8: equal scores, and no product that rounds.
-        scores = (torch.randn(2, 2, num_rows, num_keys, generator=torch.Generator().manual_seed(0)) * 8).round() / 8
+        scores = (torch.randn(1, 1, num_rows, num_keys, generator=torch.Generator().manual_seed(0)) * 8).round() / 8
         scores[0, 0, 0] = float("nan")
-        for factor in (0.0, 1.0, 2.0):
+        for factor in (0.0, 2.0):
             common = {"relative": True, "softmax": softmax, "last_blocks_dense": 1, **floors}
             actual, expected = (
                 select_threshold(scores, factor, implementation=name, **common).to_mask()

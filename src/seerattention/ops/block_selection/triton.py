@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import power_of_2
 from ..triton_span import span_row
 from .reference import Rule, topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
@@ -296,7 +297,7 @@ def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     counts = torch.empty(batch, heads, num_rows, dtype=torch.int32, device=x.device)
     if not counts.numel():
         return indices, counts
-    block = max(MIN_WIDTH, triton.next_power_of_2(num_keys))
+    block = max(MIN_WIDTH, power_of_2(num_keys))
     num_warps = max(1, block // BLOCKS_PER_WARP)
     bound = topp_target(rule.bound) if rule.kind == "topp" else rule.bound
     keep, registers = rule.keep, KIND_REGISTERS[rule.kind]

@@ -7,6 +7,7 @@ several programs share a list (``triton_parts.py``).
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import power_of_2
 from ..indices import BlockIndices
 from ..triton_span import LN2, key_offset, page_of, span_row
 from .triton_parts import RUNTIME_SCALARS, empty_results, plan
@@ -214,7 +216,7 @@ def block_sparse_attention(
             *v.stride()[:3],
             *launch.arguments,
             HEAD_DIM=head_dim,
-            PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
+            PADDED_DIM=max(16, power_of_2(head_dim)),
             TILE=tile,
             HALVES=_in_halves(q, tile),
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -237,9 +239,10 @@ def _in_halves(q: Tensor, tile: int) -> bool:
     return dispatch.capability(q.device) not in (0, 9, 10)
 
 
+@functools.cache
 def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_memory: int) -> tuple[int, int, int]:
     """Tile size, warps and pipeline stages: fixed by head_dim and dtype, within the device's shared memory."""
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    padded_dim = max(16, power_of_2(head_dim))
     if dtype == torch.float32:
         # IEEE float32 products run on the ordinary cores with operands in registers: small tiles spill least.
         tile, num_warps = (32, 8) if padded_dim <= 128 else (16, 4)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import power_of_2
 from ..indices import BlockIndices, read_lists, span_of
 from ..span import Span
 from ..triton_span import LOG2E, span_constants
@@ -207,7 +208,7 @@ def merge_parts(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | N
         query_length,
         part_out.shape[0],
         HEAD_DIM=head_dim,
-        PADDED_DIM=triton.next_power_of_2(head_dim),
+        PADDED_DIM=power_of_2(head_dim),
         ROWS=rows,
         RETURN_LSE=lse is not None,
         num_warps=4,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import power_of_2
 from ..indices import BlockIndices, read_lists, span_of
 from ..triton_span import LN2, LOG2E, key_offset, page_of, span_row
 
@@ -195,7 +196,7 @@ def block_sparse_decode(
     parts = num_parts(batch * kv_heads * queries, capacity, q.device)
     table, pages = span.table, span.pages
     tile, num_warps, stages = _launch_shape(q.dtype, head_dim, block_size, dispatch.shared_memory(q.device))
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    padded_dim = max(16, power_of_2(head_dim))
     written, written_lse = out, lse
     if parts > 1:
         new = {"dtype": torch.float32, "device": q.device}
@@ -227,7 +228,7 @@ def block_sparse_decode(
             slots,
             scale * LOG2E.value,
             GROUP=group,
-            PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+            PADDED_GROUP=max(16, power_of_2(group)),
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK=block_size,
@@ -253,7 +254,7 @@ def block_sparse_decode(
                 parts,
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded_dim,
-                PADDED_PARTS=triton.next_power_of_2(parts),
+                PADDED_PARTS=power_of_2(parts),
                 num_warps=4,
                 **constants,
             )
@@ -268,7 +269,7 @@ def num_parts(lists: int, capacity: int, device: torch.device) -> int:
 
 def _launch_shape(dtype: torch.dtype, head_dim: int, block_size: int, shared_memory: int) -> tuple[int, int, int]:
     """Keys a step, warps and pipeline stages, within the device's shared memory."""
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    padded_dim = max(16, power_of_2(head_dim))
     tile = min(block_size, 32 if dtype == torch.float32 or padded_dim > 128 else 64)
     step_bytes = 2 * tile * padded_dim * dtype.itemsize  # keys and values
     # Deeper pipelines were slower in every case (H200): more programs on a multiprocessor hide loads better.

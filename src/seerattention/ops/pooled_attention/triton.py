@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import power_of_2
 from ..span import Span
 from ..triton_span import LN2, LOG2E, span_row
 from .arguments import Wanted
@@ -335,7 +336,7 @@ def query_rows(q: Tensor) -> int:
 
 def strip_shape(dtype: torch.dtype, head_dim: int, keys: int) -> tuple[int, int]:
     """Keys a strip, at most ``keys`` of them, and padded head_dim."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_2(head_dim))
     while keys > 16 and keys * block_d * dtype.itemsize > MAX_STRIP_BYTES[dtype]:
         keys //= 2
     return keys, block_d

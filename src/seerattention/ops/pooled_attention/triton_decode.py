@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import power_of_2
 from ..triton_span import LOG2E
 from .arguments import Wanted
 from .triton import (
@@ -196,7 +197,7 @@ def _launch_shape(q: Tensor, group: int, lse_given: bool) -> dict[str, Any]:
     full_precision = q.dtype == torch.float32
     if full_precision:
         num_stages = 1
-    padded_group = triton.next_power_of_2(group)
+    padded_group = power_of_2(group)
     tokens = max(1, num_query_rows // padded_group)
     return {
         "HEADS": padded_group,
