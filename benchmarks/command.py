@@ -45,6 +45,7 @@ def model_parser(module: str, text: str | None, check_length: int) -> argparse.A
     parser = make_parser(module, text)
     add_dtype(parser)
     parser.add_argument("--model", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a prompt")
     parser.add_argument("--layers", type=int, help="build so many layers and scale; default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check-length", type=int, default=check_length, help="tokens of the check before any time")

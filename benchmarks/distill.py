@@ -165,7 +165,6 @@ def _seconds(function: Any, device: torch.device) -> float:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.distill", __doc__, check_length=2048)
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 8K, 32K and 64K")
     parser.add_argument("--rows", type=float, nargs="+", default=[1.0, 0.25], help="share of the query-block rows")
     return parser.parse_args(arguments)
 

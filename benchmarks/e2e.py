@@ -176,7 +176,6 @@ def _dense_kernel(device: torch.device) -> Iterator[None]:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.e2e", __doc__, check_length=4096)
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 1K to 128K")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
     parser.add_argument("--chunk", type=int, help="tokens a forward; default: the whole prompt in one")
     return parser.parse_args(arguments)

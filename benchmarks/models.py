@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from seerattention.evaluate.kernels import dense_kernels
 
@@ -32,6 +39,21 @@ class ModelShape:
         if layers is not None:
             entries["num_hidden_layers"] = layers
         return self.config_class(max_position_embeddings=_MAX_TOKENS, use_cache=False, **entries)
+
+
+def _qwen2(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """Entries of a Qwen2.5 model."""
+    return {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
+    }
 
 
 MODELS = {
@@ -62,6 +84,22 @@ MODELS = {
             "tie_word_embeddings": True,
         },
     ),
+    "smollm2-135m": ModelShape(
+        LlamaConfig,
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-0.5b": ModelShape(Qwen2Config, _qwen2(896, 4864, 24, 14, 2, 64)),
+    "qwen2.5-1.5b": ModelShape(Qwen2Config, _qwen2(1536, 8960, 28, 12, 2, 128)),
     "tiny": ModelShape(
         LlamaConfig,
         {

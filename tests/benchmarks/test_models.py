@@ -6,6 +6,7 @@ import json
 
 import benchmarks.distill
 import benchmarks.e2e
+import benchmarks.host
 import pytest
 import torch
 from benchmarks.models import MODELS, build_model, num_layers, random_tokens, without_layers
@@ -43,6 +44,16 @@ def test_e2e(tmp_path, capsys):
     assert sparse["metrics"]["speedup"] == pytest.approx(1 / sparse["metrics"]["slowdown"])
     assert sparse["check"]["all_blocks"] < 1e-4 < sparse["check"]["density_0.1"]
     assert "as shipped" in capsys.readouterr().out
+
+
+def test_host(tmp_path, capsys):
+    assert benchmarks.host.main([*TINY, "--layers", "2", "--densities", "0.5", "--output", str(tmp_path)]) == 0
+    (result,) = results_of(tmp_path, "host")
+    metrics = result["metrics"]
+    assert metrics["speedup"] == metrics["dense_wall_s"] / metrics["sparse_wall_s"]
+    assert metrics["extra_host_s_a_layer"] == (metrics["sparse_host_s"] - metrics["dense_host_s"]) / 2
+    assert 0 < metrics["dense_host_s"] <= metrics["dense_wall_s"]
+    assert "more host ms a layer" in capsys.readouterr().out
 
 
 def test_e2e_times_no_wrong_model(tmp_path, monkeypatch, capsys):
@@ -88,7 +99,9 @@ def test_published_shapes(name):
     built = build_model(name, 1, torch.device("meta"), torch.bfloat16)
     layer = sum(p.numel() for p in built.get_decoder().layers[0].parameters())
     total = sum(p.numel() for p in built.parameters()) + (num_layers(name) - 1) * layer
-    assert total == pytest.approx({"llama-3.1-8b": 8.03e9, "qwen3-4b": 4.02e9}[name], rel=0.01)
+    published = {"llama-3.1-8b": 8.03e9, "qwen3-4b": 4.02e9, "smollm2-135m": 134.5e6}
+    published |= {"qwen2.5-0.5b": 494e6, "qwen2.5-1.5b": 1.54e9}
+    assert total == pytest.approx(published[name], rel=0.01)
     assert built.dtype == torch.bfloat16
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "time_functions",
     "time_prefill",
     "timing_table",
+    "warm_seconds",
 ]
 
 # Written before each call on a GPU, so that no function finds its inputs in the L2 cache: several times the cache.
@@ -261,7 +262,7 @@ def time_functions(
     rounds: dict[str, int] = {}
     for name, function in functions.items():
         function()
-        warm, host = _warm_seconds(function, device)
+        warm, host = warm_seconds(function, device)
         clock.expect(name, host)
         rounds[name] = min(max_repeats, max(min_repeats, math.ceil(seconds / max(warm, 1e-9))))
         if advance is not None:
@@ -276,7 +277,7 @@ def time_functions(
     return {name: Times(times[name]) for name in functions}
 
 
-def _warm_seconds(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def warm_seconds(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds of one call until its work is done, and until it has returned."""
     synchronize(device)
     start = time.perf_counter()
@@ -317,7 +318,7 @@ class _EventClock:
         size = max(_MIN_FLUSH_BYTES, _FLUSH_FACTOR * cache)
         self.flushed = torch.empty(size, dtype=torch.int8, device=device)
         self.flushed.zero_()
-        self.flush_seconds = _warm_seconds(self.flushed.zero_, device)[0]
+        self.flush_seconds = warm_seconds(self.flushed.zero_, device)[0]
         self.flushes: dict[str, int] = {}
         self.events: dict[str, list[tuple[Any, Any]]] = {}
 
