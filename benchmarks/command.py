@@ -147,6 +147,10 @@ def tokens(result: Result) -> str:
     return format_length(result["case"]["length"])
 
 
+PROMPT: list[Column] = [("model", case_of("model")), ("tokens", tokens)]
+"""Columns of every benchmark of whole models."""
+
+
 def as_asked(result: Result) -> str:
     """Whether ``min_context`` was the default."""
     return "as shipped" if result["case"]["min_context"] == "default" else "sparse"

@@ -36,7 +36,7 @@ from seerattention.hf.prompts import run_prompt
 from seerattention.ops.indices import num_blocks
 from seerattention.ops.pooled_attention import pooled_attention
 
-from .command import ModelBenchmark, case_of, fits, gib, make_table, metric, model_parser, tokens
+from .command import PROMPT, ModelBenchmark, case_of, fits, gib, make_table, metric, model_parser
 from .models import num_layers, random_tokens, without_layers
 from .results import own_arguments
 
@@ -171,8 +171,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
-        ("model", case_of("model")),
-        ("tokens", tokens),
+        *PROMPT,
         ("rows", case_of("rows", "g")),
         ("step s", metric("step_s", ".3g")),
         ("tokens/s", metric("tokens_per_s", ".0f")),

@@ -39,7 +39,7 @@ from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_prefill
 from seerattention.hf.attention import DEFAULT_MIN_CONTEXT
 
-from .command import ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup, tokens
+from .command import PROMPT, ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup
 from .models import lower_right, num_layers, random_tokens, without_layers
 from .results import own_arguments
 
@@ -183,8 +183,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
-        ("model", case_of("model")),
-        ("tokens", tokens),
+        *PROMPT,
         ("asked", case_of("density", "g")),
         ("run", as_asked),
         ("density", metric("density", ".3f")),

@@ -26,7 +26,7 @@ from seerattention.cli.common import resolve_device
 from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import warm_seconds
 
-from .command import ModelBenchmark, case_of, make_table, metric, model_parser, tokens
+from .command import PROMPT, ModelBenchmark, case_of, make_table, metric, model_parser
 from .e2e import check_model
 from .models import random_tokens
 from .results import own_arguments
@@ -106,8 +106,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
-        ("model", case_of("model")),
-        ("tokens", tokens),
+        *PROMPT,
         ("density", case_of("density", "g")),
         ("dense ms", metric("dense_wall_s", ".4g", 1e3)),
         ("sparse ms", metric("sparse_wall_s", ".4g", 1e3)),
