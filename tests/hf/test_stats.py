@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -121,6 +123,30 @@ def test_calibrate_reaches_the_density(model_of, ids_of, density, padded):
         for batch in batches:
             logits_of(model, **{"ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")})
     assert stats.total_density == pytest.approx(density, abs=0.03)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("density", [0.35, 0.6])
+def test_calibrate_finds_the_factor_of_a_relative_threshold(model_of, ids_of, density, padded):
+    model = model_of(num_hidden_layers=3)
+    attach(model)
+    batches = [{"input_ids": ids_of(700, batch=2, seed=seed)} for seed in range(2)]
+    if padded:
+        for batch in batches:
+            batch["attention_mask"] = torch.ones(2, 700, dtype=torch.long)
+            batch["attention_mask"][0, :200] = 0
+    given = seer.RelativeThreshold(1.0, min_blocks=2, dense_rows=3, last_blocks_dense=1)
+    policy = seer.calibrate(model, batches, density=density, policy=given)
+    assert dataclasses.replace(policy, factor=1.0) == given
+    assert state_of(model).policy == policy
+    with seer.record(model) as stats:
+        for batch in batches:
+            logits_of(model, **{"ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")})
+    assert stats.total_density == pytest.approx(density, rel=0.05)
+    with pytest.raises(ValueError, match="always keeps is 0"):
+        seer.calibrate(model, batches, density=0.02, policy=given)
+    with pytest.raises(TypeError, match="factor of a RelativeThreshold, got TopK"):
+        seer.calibrate(model, batches, density=0.5, policy=seer.TopK(0.1))
 
 
 def test_calibrate_takes_tensors_and_clears_layer_policies(model_of, ids_of):

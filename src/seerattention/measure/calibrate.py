@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,8 @@ from ..hf.contexts import dense, observe
 from ..hf.phases import PREFILL
 from ..hf.prompts import check_batch, run_prompt
 from ..hf.state import gated_layers, state_of
-from ..policies import Threshold, causal_softmax
+from ..ops.indices import read_lists
+from ..policies import Policy, RelativeThreshold, Threshold, causal_softmax
 from ..selectors import LayerInputs
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
@@ -63,11 +65,84 @@ class _Probabilities:
         return (self.always + above) / self.causal
 
 
+class _Factors:
+    """Blocks that ``RelativeThreshold`` keeps with each of some factors, over all layers, heads and rows."""
+
+    def __init__(self, policy: RelativeThreshold, factors: Sequence[float]) -> None:
+        self.policies = [dataclasses.replace(policy, factor=factor) for factor in factors]
+        self.kept = torch.zeros(len(factors), dtype=torch.float64)
+        self.causal = 0
+
+    def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
+        if inputs.gate is None:
+            return
+        logits, size = inputs.gate_logits(), inputs.gate.block_size
+        rows = torch.arange(1, logits.shape[2] + 1, device=logits.device)
+        if inputs.lengths is None:
+            self.causal += int(rows.sum()) * logits.shape[0] * logits.shape[1]
+        else:
+            valid = rows <= -(-inputs.lengths // size)[:, None]
+            self.causal += int((rows * valid).sum()) * logits.shape[1]
+        lists = [policy.select(logits, block_size=size, lengths=inputs.lengths) for policy in self.policies]
+        self.kept += torch.stack([read_lists(found)[1].sum() for found in lists]).double().cpu()
+
+    def factor(self, density: float) -> float:
+        """The factor whose density that is, between the two nearest of those tried, in logarithms of both."""
+        found = (self.kept / max(self.causal, 1)).tolist()  # falls
+        place = min(max(1, sum(value > density for value in found)), len(found) - 1)
+        (low, high), (a, b) = found[place - 1 : place + 1], [p.factor for p in self.policies[place - 1 : place + 1]]
+        if low <= high or low <= 0 or high <= 0:
+            return b
+        share = (math.log(low) - math.log(density)) / (math.log(low) - math.log(high))
+        return a * (b / a) ** min(max(share, 0.0), 1.0)
+
+
+def _relative(model: nn.Module, prompts: Sequence[Any], density: float, policy: RelativeThreshold) -> RelativeThreshold:
+    """Two passes, a wide one along the dense forward and a narrow one along the sparse one."""
+    factors = [2.0 ** (step / 2) for step in range(-12, 17)]
+    for last in (False, True):
+        seen = _Factors(policy, factors)
+        with observe(model, seen):
+            for prompt in prompts:
+                with nullcontext() if last else dense(model):
+                    run_prompt(model, prompt)
+        if not seen.causal:
+            raise ValueError(_NOTHING_SEEN)
+        least = float(seen.kept[-1]) / seen.causal
+        if density < least:
+            raise ValueError(
+                f"density {density} is out of reach on these prompts: what {policy} always keeps is {least:.4f}; use "
+                "longer prompts, a higher density, or smaller floors"
+            )
+        policy = dataclasses.replace(policy, factor=seen.factor(density))
+        _set(model, policy)
+        factors = [policy.factor * 2.0 ** (step / 8) for step in range(-8, 9)]
+    return policy
+
+
+_NOTHING_SEEN = (
+    "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than the model's "
+    "sliding window"
+)
+
+
+def _set(model: nn.Module, policy: Policy) -> None:
+    """For every layer."""
+    set_policy(model, policy, layers={layer.index: None for layer in state_of(model).layers})
+
+
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], *, density: float, passes: int = 2
-) -> Threshold:
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    *,
+    density: float,
+    passes: int = 2,
+    policy: RelativeThreshold | None = None,
+) -> Threshold | RelativeThreshold:
     """Find the one ``Threshold`` for all layers whose density over the given prompts is ``density``, and set it.
+
+    Given a ``RelativeThreshold``, its ``factor`` instead: that means the same at other lengths, too.
 
     Density counts the layers that have a gate, over all heads, rows and prompts. The first pass reads the gates along a
     dense forward; later ones along the sparse forward of the threshold found so far, which is what the model will see.
@@ -78,7 +153,8 @@ def calibrate(
             tensors of input_ids ``[B, T]``. A threshold is good for about that length only: at a fixed threshold,
             longer prompts come out sparser.
         density: the target, in (0, 1).
-        passes: forward passes over the batches.
+        passes: forward passes over the batches; always two for a ``RelativeThreshold``.
+        policy: whose factor is to be found; what it keeps besides counts towards the density.
 
     Returns:
         The policy, which is then in force for every layer; policies of single layers are taken away. It keeps the
@@ -100,19 +176,20 @@ def calibrate(
     ]
     if not prompts:
         raise ValueError("calibrate needs at least one batch")
+    if policy is not None:
+        if not isinstance(policy, RelativeThreshold):
+            raise TypeError(f"calibrate finds the factor of a RelativeThreshold, got {policy!r}")
+        return _relative(model, prompts, density, policy)
     last_blocks_dense = getattr(state.policy, "last_blocks_dense", 0)
-    policy = None
+    chosen = None
     for _ in range(max(1, passes)):
         seen = _Probabilities(last_blocks_dense)
         with observe(model, seen):
             for prompt in prompts:
-                with dense(model) if policy is None else nullcontext():
+                with dense(model) if chosen is None else nullcontext():
                     run_prompt(model, prompt)
         if not seen.causal:
-            raise ValueError(
-                "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than "
-                "the model's sliding window"
-            )
+            raise ValueError(_NOTHING_SEEN)
         least = seen.density(1.0)
         if density < least:
             raise ValueError(
@@ -120,10 +197,10 @@ def calibrate(
                 + (f", and all of the last {last_blocks_dense} rows" if last_blocks_dense else "")
                 + f") alone are {least:.4f}; use longer prompts or a higher density"
             )
-        policy = Threshold(_threshold(seen, density), last_blocks_dense=last_blocks_dense)
-        set_policy(model, policy, layers={layer.index: None for layer in state.layers})
-    assert policy is not None
-    return policy
+        chosen = Threshold(_threshold(seen, density), last_blocks_dense=last_blocks_dense)
+        _set(model, chosen)
+    assert chosen is not None
+    return chosen
 
 
 def _threshold(seen: _Probabilities, density: float) -> float:
