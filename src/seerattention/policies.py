@@ -137,9 +137,9 @@ class Threshold(_ScorePolicy):
 class RelativeThreshold(_ScorePolicy):
     """Keep the blocks that get more than ``factor`` times what uniform attention would give them.
 
-    A row that may see n blocks keeps those of softmax probability above ``factor / n``, so one factor means the same at
-    every length, and rows and heads whose attention is spread out get more blocks than others. Short rows, which cost
-    little, read everything; the sink is always kept.
+    A row that may see n blocks keeps those of softmax probability above ``factor / n``: rows and heads whose attention
+    is spread out get more blocks than others, and the density falls less with the length than under a plain threshold.
+    Short rows, which cost little, read everything; the sink is always kept.
 
     Attributes:
         factor: at least 0; 2 keeps about a tenth of the blocks, 1 a sixth (docs/experiments.md).

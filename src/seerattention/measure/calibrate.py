@@ -142,7 +142,7 @@ def calibrate(
 ) -> Threshold | RelativeThreshold:
     """Find the one ``Threshold`` for all layers whose density over the given prompts is ``density``, and set it.
 
-    Given a ``RelativeThreshold``, its ``factor`` instead: that means the same at other lengths, too.
+    Given a ``RelativeThreshold``, its ``factor`` instead, whose density depends less on the length.
 
     Density counts the layers that have a gate, over all heads, rows and prompts. The first pass reads the gates along a
     dense forward; later ones along the sparse forward of the threshold found so far, which is what the model will see.
