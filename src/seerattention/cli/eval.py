@@ -1,4 +1,4 @@
-"""``seer eval``: retrieval, perplexity, prefill time and lm-eval tasks, dense beside sparse, each score with its density."""
+"""``seer eval``: retrieval, perplexity, timing and lm-eval tasks, dense beside sparse, density beside every score."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def command(
             require_lm_eval()
         else:
             unused = ("limit", "num_fewshot", "apply_chat_template")
-            say_unused(context, terminal, unused, "they are of tasks that --lm-eval-tasks names")
+            say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,
             parse_list(densities, parse_density, "densities"),

@@ -209,7 +209,10 @@ def harness_table(results: Sequence[HarnessResult]) -> Table:
     several = len(results[0].tasks) > 1
     headers = ["setting"]
     for task in results[0].tasks:
-        headers += [f"{task.name} density" if several else "density", *(score.label for score in task.shown())]
+        headers += [
+            f"{Path(task.name).stem} density" if several else "density",
+            *(score.label for score in task.shown()),
+        ]
     rows = []
     for result in results:
         cells = [result.setting]
