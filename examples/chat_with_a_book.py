@@ -2,8 +2,9 @@
 
     python examples/chat_with_a_book.py [--model FOLDER_OR_ID --gates FOLDER_OR_ID]
 
-The embedded model is no chat model, but it has learned to find what it is asked for. Turn 1 reads the text, turn 2 only
-asks (a short chunk on the cache, which stays dense), turn 3 adds a chapter, which reads blocks of all that went before.
+The embedded model is no chat model, but finds what it is asked for. Turn 1 reads the text, turn 2 only asks (a short
+chunk on the cache, which stays dense), turn 3 adds a chapter, which reads blocks of all that went before. Times on a
+CPU are worth something only while nothing else is busy.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import seerattention as seer
 
-LENGTH, DENSITY = 12288, 0.2
+LENGTH, DENSITY = 8192, 0.1
 FACT, QUESTION = "\nThe passcode of the {} is {}.\n", "\nQuestion: What is the passcode of the {}? Answer:"
 CODES = {"golden anchor": 503626, "odd tree": 912755, "rapid cousin": 649415}
 
@@ -30,8 +31,7 @@ class Clock(BaseStreamer):
     def put(self, value):
         self.times.append(time.perf_counter())
 
-    def end(self):
-        pass
+    def end(self): ...
 
 
 def make_turns(tokenizer):
@@ -59,8 +59,7 @@ def answer(model, tokenizer, ids, cache):
 
 def main(model: str | None = None, gates: str | None = None) -> None:
     if model is None:
-        model, tokenizer = seer.testbed.load()
-        gates = seer.testbed.gates_path()
+        (model, tokenizer), gates = seer.testbed.load(), seer.testbed.gates_path()
     else:
         tokenizer = AutoTokenizer.from_pretrained(model)
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto").eval()

@@ -1,6 +1,6 @@
 """An attached model in a transformers pipeline: long prompts are read sparsely, short ones as ever.
 
-    python examples/pipeline.py
+python examples/pipeline.py
 """
 
 import transformers

@@ -1,6 +1,6 @@
 """Read a long prompt sparsely and print the answer while it is generated, with transformers' TextIteratorStreamer.
 
-    python examples/streaming.py
+python examples/streaming.py
 """
 
 import contextvars

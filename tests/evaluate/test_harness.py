@@ -9,7 +9,16 @@ import torch
 
 import seerattention as seer
 from seerattention.evaluate import Setting, Subject, run_measures
-from seerattention.evaluate.harness import HarnessMeasure, HarnessResult, HarnessScore, HarnessTask, harness_table
+from seerattention.evaluate.harness import (
+    HarnessMeasure,
+    HarnessResult,
+    HarnessScore,
+    HarnessTask,
+    _roots,
+    _scores,
+    harness_table,
+)
+from seerattention.evaluate.harness_model import harness_model as make_harness_model
 
 from .harness_tasks import CHOICES, make_documents, write_tasks
 from .tiny import make_model, make_tokenizer
@@ -18,9 +27,6 @@ lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not instal
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-
-from seerattention.evaluate.harness import _roots, _scores  # noqa: E402
-from seerattention.evaluate.harness_model import HarnessModel  # noqa: E402
 
 ALL, SOME = seer.TopK(1.0), seer.TopK(0.3)
 
@@ -48,7 +54,7 @@ def attach(model, policy):
 
 
 def harness_model(model, tokenizer, batch_size, sparse=True):
-    return HarnessModel(model, tokenizer, batch_size, sparse, lambda requests: None)
+    return make_harness_model(model, tokenizer, batch_size, sparse)
 
 
 def choices():

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness (``lm_eval``) as a measure: its own prompts, metrics and groups, dense beside sparse.
 
-Dense and sparse go the same way: :class:`~seerattention.evaluate.harness_model.HarnessModel`, an ``HFLM`` around the
-model, and ``lm_eval.simple_evaluate``. ``lm_eval`` is an optional extra and imported when a task is asked for.
+Dense and sparse go the same way: :func:`~seerattention.evaluate.harness_model.harness_model`, an ``HFLM`` around
+the model, and ``lm_eval.simple_evaluate``. ``lm_eval`` is an optional extra and imported when a task is asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..measure import record
 from .forward import check_batch_size
+from .harness_model import harness_model
 from .measure import Advance, Measure, Prompts, Subject
 from .settings import Setting
 from .tables import Table, finite, format_density
@@ -149,7 +150,8 @@ class HarnessMeasure(Measure):
                 told.append([task.dump_config(), [[each.doc, each.args] for each in instances]])
                 tokens += [t for each in instances for t in _tokens(subject.tokenizer, each.args)]
         decides = {"tasks": _bytes(told), "tokens": np.asarray(tokens, dtype=np.int64)}
-        return Prompts({name: _roots(found) for name, found in loaded.items()}, decides, requests)
+        tasks = _Tasks(manager, {name: _roots(found) for name, found in loaded.items()})
+        return Prompts(tasks, decides, requests)
 
     def run(
         self, subject: Subject, prompts: Prompts, settings: Sequence[Setting], advance: Advance | None = None
@@ -160,8 +162,8 @@ class HarnessMeasure(Measure):
             steps = _Steps(advance, prompts.tokens)
             with setting.applied(subject.model) as measurement:
                 tasks = [
-                    self._run_task(subject, name, roots, setting.sparse, steps)
-                    for name, roots in prompts.content.items()
+                    self._run_task(subject, prompts.content, name, setting.sparse, steps)
+                    for name in prompts.content.roots
                 ]
             steps.finish()
             results.append(HarnessResult(setting.name, measurement.prompt_density, tasks))
@@ -188,14 +190,13 @@ class HarnessMeasure(Measure):
         task.build_all_requests(limit=self.limit, rank=0, world_size=1)
         return task.instances
 
-    def _run_task(self, subject: Subject, name: str, roots: list[Any], sparse: bool, steps: _Steps) -> HarnessTask:
-        from .harness_model import HarnessModel
-
-        model = HarnessModel(subject.model, subject.tokenizer, subject.batch_size, sparse, steps)
+    def _run_task(self, subject: Subject, tasks: _Tasks, name: str, sparse: bool, steps: _Steps) -> HarnessTask:
+        model = harness_model(subject.model, subject.tokenizer, subject.batch_size, sparse, steps)
         with _density(subject.model, sparse) as density:
             found = require_lm_eval().simple_evaluate(
                 model=model,
-                tasks=list(roots),
+                tasks=list(tasks.roots[name]),
+                task_manager=tasks.manager,
                 batch_size=subject.batch_size,
                 limit=self.limit,
                 apply_chat_template=self.apply_chat_template,
@@ -224,6 +225,14 @@ def harness_table(results: Sequence[HarnessResult]) -> Table:
         "prompts of a task, those of questions and of answers that are scored included."
     )
     return Table(headers, rows, caption)
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """lm_eval's index of tasks, and what to hand to ``simple_evaluate`` for each name that was asked for."""
+
+    manager: Any
+    roots: Mapping[str, Sequence[Any]]
 
 
 class _Steps:

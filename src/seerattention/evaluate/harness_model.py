@@ -1,44 +1,65 @@
-"""A model as lm-evaluation-harness runs it. Imports ``lm_eval``; :mod:`.harness` imports this file when it has to."""
+"""A model as lm-evaluation-harness runs it. ``lm_eval`` is imported when one is made."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
-__all__ = ["HarnessModel"]
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM as Base
+else:
+    Base = object  # HFLM comes in behind it, see `harness_model`
+
+__all__ = ["harness_model"]
 
 _PADDING = 0  # what HFLM fills rows up with on the right, whatever the tokenizer's padding token is
 
 
-class HarnessModel(HFLM):
-    """``HFLM`` around a model as it is at the moment, dense or sparse.
+def harness_model(
+    model: nn.Module, tokenizer: Any, batch_size: int, sparse: bool, done: Callable[[int], None] | None = None
+) -> Any:
+    """An ``lm_eval`` model around a Hugging Face model as it is at the moment, dense or sparse.
+
+    Args:
+        model: a causal language model; what is attached to it stays.
+        tokenizer: is copied, since HFLM sets its padding.
+        batch_size: requests a forward.
+        sparse: whether padding has to be masked, see :class:`Masked`.
+        done: called with numbers of requests that are through.
+    """
+    made = _kind()
+    with _without_warnings("lm_eval.models.huggingface"):  # about options that come with a name, not with a model
+        return made(model, copy.deepcopy(tokenizer), batch_size, sparse, done)
+
+
+@functools.cache
+def _kind() -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return type("HarnessModel", (Masked, HFLM), {})
+
+
+class Masked(Base):
+    """What is put before ``HFLM``.
 
     HFLM scores continuations in batches that are padded on the right, and passes no mask: causality is enough for dense
     attention. Blocks are chosen for several rows at once, padding would be chosen for too, and a score would depend on
     what else is in its batch. So a sparse model is given the mask. A dense one runs as HFLM runs it, bit for bit.
-
-    Args:
-        model: a Hugging Face causal language model; what is attached to it stays.
-        tokenizer: is copied, since HFLM sets its padding.
-        batch_size: requests a forward.
-        sparse: whether padding has to be masked.
-        done: called with numbers of requests that are through.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, batch_size: int, sparse: bool, done: Callable[[int], None]
+        self, model: nn.Module, tokenizer: Any, batch_size: int, sparse: bool, done: Callable[[int], None] | None
     ) -> None:
-        with _without_warnings("lm_eval.models.huggingface"):  # about options that come with a name, not with a model
-            super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._sparse = sparse
-        self._done = done
+        self._done = done or (lambda requests: None)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
