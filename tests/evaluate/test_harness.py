@@ -91,6 +91,8 @@ def test_dense_scores_are_those_of_hflm_on_the_untouched_model(model, tokenizer,
     measure = HarnessMeasure(lm_eval_tasks=paths, limit=4)
     (group,) = run_measures(Subject(model, tokenizer, [], batch_size=3), [measure], [Setting.dense()], [4096])
     (result,) = group.results
+    assert measure.restore(json.loads(json.dumps(result.to_dict())), result.arrays()) == result
+    assert (result.options["lm_eval"], result.options["limit"]) == (lm_eval.__version__, 4)
     assert (result.setting, result.density) == ("dense", 1.0)
     assert [task.density for task in result.tasks] == [1.0, 1.0]
     found = {(s.task, f"{s.metric},{s.filter}"): s.value for task in result.tasks for s in task.scores}
@@ -239,6 +241,22 @@ def test_what_cannot_be_run_is_said(model, tokenizer, paths):
         HarnessMeasure(lm_eval_tasks=paths).prepare(Subject(model, make_tokenizer(), []), 0)
 
 
+def test_chat_template(model, paths):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} the end {% endfor %}"
+    subject = Subject(attach(model, SOME), tokenizer, [], batch_size=2)
+    found = []
+    for chat in (False, True):
+        measure = HarnessMeasure(lm_eval_tasks=paths[:1], limit=2, num_fewshot=1, apply_chat_template=chat)
+        prompts = measure.prepare(subject, 0)
+        (result,) = measure.run(subject, prompts, [Setting("some")])
+        found.append((result.density, prompts.decides["tasks"].tobytes()))
+    assert found[0][0] != found[1][0]  # other prompts
+    tokenizer.chat_template = tokenizer.chat_template.replace("the end", "and")
+    assert measure.prepare(subject, 0).decides["tasks"].tobytes() != found[1][1]
+
+
 def test_prompts_decide(model, tokenizer, paths):
     """Results are kept for the same requests only."""
 
@@ -255,4 +273,3 @@ def test_imports_lm_eval_late():
     assert "lm_eval" in sys.modules  # this file did it
     code = "import sys, seerattention.evaluate, seerattention.cli.eval; print('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
-    assert json.dumps(HarnessResult("dense", 1.0, []).to_dict()) == '{"setting": "dense", "density": 1.0, "tasks": []}'

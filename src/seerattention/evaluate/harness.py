@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,11 +82,13 @@ class HarnessResult:
         setting: its name.
         density: as of a task, over all of them.
         tasks: one for each name that was asked for.
+        options: how they were run: the version of lm_eval and the options of the measure.
     """
 
     setting: str
     density: float
     tasks: Sequence[HarnessTask]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
@@ -158,6 +160,8 @@ class HarnessMeasure(Measure):
     ) -> list[HarnessResult]:
         """Every task in each setting."""
         results = []
+        options = {"lm_eval": require_lm_eval().__version__, **asdict(self)}
+        options |= {name: list(options[name]) for name in ("lm_eval_tasks", "max_seq_lengths")}
         for setting in settings:
             steps = _Steps(advance, prompts.tokens)
             with setting.applied(subject.model) as measurement:
@@ -166,7 +170,7 @@ class HarnessMeasure(Measure):
                     for name in prompts.content.roots
                 ]
             steps.finish()
-            results.append(HarnessResult(setting.name, measurement.prompt_density, tasks))
+            results.append(HarnessResult(setting.name, measurement.prompt_density, tasks, options))
         return results
 
     def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> HarnessResult:
@@ -175,7 +179,7 @@ class HarnessMeasure(Measure):
             HarnessTask(task["name"], task["density"], [HarnessScore(**score) for score in task["scores"]])
             for task in numbers["tasks"]
         ]
-        return HarnessResult(numbers["setting"], numbers["density"], tasks)
+        return HarnessResult(numbers["setting"], numbers["density"], tasks, numbers["options"])
 
     def table(self, results: Sequence[HarnessResult]) -> Table:
         """See :func:`harness_table`."""
