@@ -1,6 +1,7 @@
 """Two tasks of one's own for lm-evaluation-harness: a YAML file each, and documents in JSON lines."""
 
 import json
+from pathlib import Path
 
 from .tiny import make_text
 
@@ -39,6 +40,14 @@ def make_documents(count=5):
     return [
         {"text": make_text(100 + 37 * i, seed=i), "choices": CHOICES, "answer": i % len(CHOICES)} for i in range(count)
     ]
+
+
+def write_group(folder):
+    """Files of a group ``toys`` of two tasks, with their mean, for an index of tasks that includes the folder."""
+    task = Path(write_tasks(folder)[0]).read_text()
+    for name in ("toy_a", "toy_b"):
+        (folder / f"{name}.yaml").write_text(task.replace("toy_choice", name))
+    (folder / "toys.yaml").write_text("group: toys\ntask: [toy_a, toy_b]\naggregate_metric_list: [{metric: acc}]\n")
 
 
 def write_tasks(folder):

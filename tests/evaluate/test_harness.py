@@ -20,13 +20,14 @@ from seerattention.evaluate.harness import (
 )
 from seerattention.evaluate.harness_model import harness_model as make_harness_model
 
-from .harness_tasks import CHOICES, make_documents, write_tasks
+from .harness_tasks import CHOICES, make_documents, write_group, write_tasks
 from .tiny import make_model, make_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 ALL, SOME = seer.TopK(1.0), seer.TopK(0.3)
 
@@ -233,12 +234,32 @@ def test_scores_of_groups_come_first_and_lengths_that_were_not_asked_for_go():
     assert _roots({"groups": {}, "group_map": {}, "tasks": {"t": 1, "u": 2}}) == [1, 2]
 
 
-def test_what_cannot_be_run_is_said(model, tokenizer, paths):
+def test_what_cannot_be_run_is_said(model, tokenizer, paths, tmp_path):
+    (tmp_path / "toys.yaml").write_text("group: toys\ntask: [toy_a, toy_b]\n")
+    with pytest.raises(ValueError, match=r"toys.yaml is a group; .* name the files of its tasks"):
+        HarnessMeasure(lm_eval_tasks=[str(tmp_path / "toys.yaml")]).prepare(Subject(model, tokenizer, []), 0)
     for tasks, says in (([], "no task"), (["no_such_task"], "'no_such_task'; `lm_eval ls tasks` lists them")):
         with pytest.raises(ValueError, match=says):
             HarnessMeasure(lm_eval_tasks=tasks).prepare(Subject(model, tokenizer, []), 0)
     with pytest.raises(ValueError, match="end-of-text token"):
         HarnessMeasure(lm_eval_tasks=paths).prepare(Subject(model, make_tokenizer(), []), 0)
+
+
+def test_a_group_shows_its_mean(model, tokenizer, tmp_path, monkeypatch):
+    """As one of lm_eval's own, which it knows by its name."""
+    write_group(tmp_path)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr("seerattention.evaluate.harness._manager", lambda facts: manager)
+    subject = Subject(attach(model, SOME), tokenizer, [], batch_size=4)
+    measure = HarnessMeasure(lm_eval_tasks=["toys"], limit=2)
+    (group,) = run_measures(subject, [measure], [Setting.dense(), Setting("some")], [4096])
+    assert measure.table(group.results).headers == ["setting", "density", "toys acc"]
+    for result in group.results:
+        mean, *single = result.tasks[0].scores
+        assert (mean.task, mean.group, mean.metric) == ("toys", True, "acc")
+        assert {score.task for score in single} == {"toy_a", "toy_b"}
+        assert mean.value == sum(score.value for score in single if score.metric == "acc") / 2
+    assert 0.3 < group.results[1].density < 1
 
 
 def test_chat_template(model, paths):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -302,10 +303,6 @@ def _fewshot_seed() -> int:
     return DEFAULT_OTHER_SEED
 
 
-def _is_file_name(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
-
-
 @functools.lru_cache(maxsize=1)
 def _manager(facts: str) -> Any:
     """lm_eval's index of tasks, which takes seconds to make; ``facts`` (JSON) are told to the tasks."""
@@ -316,9 +313,12 @@ def _manager(facts: str) -> Any:
 
 def _load(manager: Any, name: str) -> Mapping[str, Any]:
     """The tasks and groups behind a name, by their names."""
-    if _is_file_name(name) and not Path(name).is_file():
-        raise FileNotFoundError(f"no task file at {name}")
-    if not _is_file_name(name) and name not in manager.all_tasks:
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"no task file at {name}")
+        if re.search(r"^group\s*:", Path(name).read_text(), re.MULTILINE):
+            raise ValueError(f"{name} is a group; lm_eval finds only its own groups: name the files of its tasks")
+    elif name not in manager.all_tasks:
         raise ValueError(
             f"lm-evaluation-harness has no task, group or tag {name!r}; `lm_eval ls tasks` lists them, and a task file "
             "of one's own is named by its path, with .yaml"
