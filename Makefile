@@ -25,7 +25,7 @@ SOURCES := src tests testbed benchmarks examples
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-cpu test-lowest test-gpu lint format clean
+.PHONY: help install install-dev demo test test-cpu test-lowest test-lm-eval test-gpu lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -54,7 +54,7 @@ format: $(DEV_ENV)  ## let ruff repair what it can
 	$(BIN)/ruff format $(SOURCES)
 
 clean:  ## remove environments, caches and reports
-	rm -rf $(VENV) $(VENV)-lowest build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lm-eval build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds.
@@ -70,6 +70,19 @@ $(LOWEST)/.installed: $(DEV_ENV)
 	grep -vE '^(transformers|huggingface-hub|tokenizers|typer|click)==' $(VENV)/constraints.txt > $(VENV)/constraints-lowest.txt
 	$(PIP) install -q $(PIP_ARGS) -c $(VENV)/constraints-lowest.txt --target $(LOWEST) \
 		"transformers==$(LOWEST_TRANSFORMERS).*"
+	touch $@
+
+# lm-evaluation-harness and what it needs, beside everything that $(DEV_ENV) holds; it wants an older dateutil.
+LM_EVAL := $(VENV)-lm-eval
+LM_EVAL_WANTED := $(shell sed -n 's/^lm-eval = \["\(.*\)"\]/\1/p' pyproject.toml)
+
+test-lm-eval: $(LM_EVAL)/.installed  ## the tests of `seer eval --lm-eval-tasks`, which needs an extra
+	PYTHONPATH=$(LM_EVAL) $(PYTEST) tests/evaluate/test_harness.py tests/cli/test_eval.py $(ARGS)
+
+$(LM_EVAL)/.installed: $(DEV_ENV)
+	rm -rf $(LM_EVAL)
+	grep -v '^python-dateutil==' $(VENV)/constraints.txt > $(VENV)/constraints-lm-eval.txt
+	$(PIP) install -q $(PIP_ARGS) -c $(VENV)/constraints-lm-eval.txt --target $(LM_EVAL) "$(LM_EVAL_WANTED)"
 	touch $@
 
 # The environment. A target is a stamp: once it exists, and until pyproject.toml or constraints.txt change, it costs nothing.

@@ -1,6 +1,9 @@
 """``seer eval`` and ``seer inspect`` on a tiny model from disk."""
 
+import importlib.util
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seerattention.distillation.lock import locked
 from seerattention.evaluate import MEASURES, register
 
+from ..evaluate.harness_tasks import write_tasks
 from ..evaluate.toy import Toy
 
 
@@ -154,6 +158,54 @@ def test_a_measure_of_ones_own_stops_and_goes_on(seer_command, common, tmp_path,
     again = seer_command(*arguments, "--dtype", "bfloat16")
     assert again.exit_code == 0
     assert "measured before" not in again.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
+def test_eval_runs_tasks_of_lm_eval(seer_command, folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = tokenizer.bos_token
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = [
+        "eval", "--model", tmp_path / "model", "--gates", folder / "gates", "--device", "cpu", "--densities", "0.2",
+        "--lm-eval-tasks", ",".join(write_tasks(tmp_path)), "--limit", 3, "--num-fewshot", 1, "--batch-size", 2,
+        "--output", tmp_path / "out", "--json",
+    ]  # fmt: skip
+    result = seer_command(*arguments, "--text-field", "body")
+    assert result.exit_code == 0, result.stderr
+    assert "--text-field has no effect" in result.stderr
+    data = json.loads(result.stdout)
+    assert data["retrieval"] == data["perplexity"] == []  # without --measure these tasks alone
+    dense, gates = data["lm-eval"]
+    assert (dense["setting"], dense["density"], gates["setting"]) == ("dense", 1.0, "gates 0.2")
+    assert 0.2 < gates["density"] < 1
+    for task, metrics in zip(gates["tasks"], (["acc", "acc_norm"], ["exact_match"]), strict=True):
+        assert [score["metric"] for score in task["scores"]] == metrics
+        assert all(score["samples"] == 3 for score in task["scores"])
+        assert 0.2 < task["density"] < 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<h2>lm-evaluation-harness</h2>" in page
+    assert "toy_choice acc_norm" in page
+    again = seer_command(*arguments)
+    assert "2 of 2 results were measured before" in again.stderr
+    assert json.loads(again.stdout)["lm-eval"] == data["lm-eval"]
+
+
+def test_eval_says_what_lm_eval_tasks_need(seer_command, common, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    refused = seer_command("eval", *common, "--lm-eval-tasks", "hellaswag")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert 'pip install "seerattention[lm-eval]"' in refused.stderr
+    refused = seer_command("eval", *common, "--measure", "lm-eval")
+    assert (refused.exit_code, refused.stderr) == (
+        1, "error: --measure lm-eval needs --lm-eval-tasks, the tasks to run\n"
+    )  # fmt: skip
+    unused = seer_command(
+        "eval", *common, "--limit", 2, "--measure", "perplexity", "--lengths", "256", "--documents", 1,
+        "--densities", "0.5",
+    )  # fmt: skip
+    assert unused.exit_code == 0, unused.stderr
+    assert "--limit has no effect: only --lm-eval-tasks reads it" in unused.stderr
 
 
 def test_inspect_draws_maps_and_tells_recall(seer_command, folder, common, tmp_path):

@@ -82,6 +82,9 @@ WRONG = {
         "--documents": NOT_COUNTS,
         "--repeats": NOT_COUNTS,
         "--batch-size": NOT_COUNTS,
+        "--lm-eval-tasks": ["nothing.yaml", "{folder}/task.yaml", ",", ""],
+        "--limit": NOT_COUNTS,
+        "--num-fewshot": NOT_OPTIONAL_COUNTS,
     },
     "inspect": {
         "--model": MODELS,

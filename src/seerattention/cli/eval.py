@@ -1,4 +1,4 @@
-"""``seer eval``: retrieval, perplexity and prefill time of a model, dense beside sparse, density beside every score."""
+"""``seer eval``: retrieval, perplexity, timing and lm-eval tasks, dense beside sparse, density beside every score."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ from .options import (
     check_model,
     check_output,
     check_seed,
+    check_task_files,
+    is_given,
     parse_density,
     parse_threshold,
+    say_unused,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
     ] = "testbed",
@@ -48,13 +52,17 @@ def command(
         typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing.")
+        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, lm-eval.")
     ] = "retrieval,perplexity",
     tasks: Annotated[
         str, typer.Option(help="Retrieval tasks: any of single, multikey, multivalue, variable, keyvalue.")
     ] = "single,multikey,keyvalue",
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens (4096 or 4K); perplexity uses the longest.")
+        str,
+        typer.Option(
+            help="Prompt lengths in tokens (4096 or 4K); perplexity uses the longest. Of lm-eval tasks only those that "
+            "make prompts to measure (RULER) use them."
+        ),
     ] = "4K",
     densities: Annotated[str, typer.Option(help="Densities of top-k selection.")] = "0.5,0.2,0.1,0.05",
     thresholds: Annotated[
@@ -80,6 +88,21 @@ def command(
     questions: Annotated[int, typer.Option(help="Questions a sample ('single' has one).", min=1)] = 4,
     documents: Annotated[int, typer.Option(help="Documents for perplexity.", min=1)] = 4,
     repeats: Annotated[int, typer.Option(help="Timed repeats.", min=1)] = 5,
+    lm_eval_tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Also these tasks, groups or tags of lm-evaluation-harness, or YAML files of your own tasks; without "
+            "--measure these alone. Needs the extra 'lm-eval'."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each lm-eval task. Default: all.", min=1)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question of lm-eval tasks. Default: the task's.", min=0)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Ask lm-eval tasks in the form of the tokenizer's chat template."),
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +136,7 @@ def command(
     with errors():
         from ..distillation.lock import locked
         from ..evaluate.cases import run_measures
+        from ..evaluate.harness import require_lm_eval
         from ..evaluate.journal import Journal
         from ..evaluate.measure import Subject
         from ..evaluate.registry import MEASURES
@@ -122,6 +146,8 @@ def command(
 
         terminal = Terminal(as_json)
         names = _choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
+        harness_tasks = [] if lm_eval_tasks is None else parse_list(lm_eval_tasks, str, "lm-eval-tasks")
+        names = _with_harness(names, harness_tasks, is_given(context, "measure"))
         asked_lengths = sorted(parse_list(lengths, token_count, "lengths"))
         task_list = _choice(parse_list(tasks, str, "tasks"), TASKS, "tasks")
         _choice([method], METHODS, "method")
@@ -133,7 +159,18 @@ def command(
             method=method,
             documents=documents,
             repeats=repeats,
+            lm_eval_tasks=harness_tasks,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            max_seq_lengths=asked_lengths,
         )
+        if harness_tasks:
+            check_task_files("--lm-eval-tasks", harness_tasks)
+            require_lm_eval()
+        else:
+            unused = ("limit", "num_fewshot", "apply_chat_template")
+            say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,
             parse_list(densities, parse_density, "densities"),
@@ -148,12 +185,17 @@ def command(
             check_gates(gates)
         if output is not None:
             check_output(output)
-        texts = open_data(data, model, text_field)
+        needs_texts = any(getattr(each, "needs_texts", True) for each in chosen_measures)
+        if not needs_texts:
+            say_unused(context, terminal, ("data", "text_field"), "lm-eval tasks bring their own texts")
+        texts = open_data(data, model, text_field) if needs_texts else None
         chosen = resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
         loaded, tokenizer = load_model(model, chosen, dtype)
         longest = asked_lengths[-1]
-        books = book_tokens(texts, model, tokenizer, limit=max(documents + 1, 16) * longest)
+        books = []
+        if needs_texts:
+            books = book_tokens(texts, model, tokenizer, limit=max(documents + 1, 16) * longest)
         terminal.say(f"settings: {', '.join(setting.name for setting in settings)}")
         subject = Subject(loaded, tokenizer, books, batch_size, seed)
         facts = {"model": model, "gates": gates, "dtype": str(loaded.dtype), "device": chosen, "seed": seed}
@@ -178,6 +220,15 @@ def command(
                 page = _report(groups, numbers, model).save(output / "index.html")
                 terminal.say(f"report: {page}")
         terminal.emit(numbers)
+
+
+def _with_harness(names: Sequence[str], tasks: Sequence[str], chosen: bool) -> list[str]:
+    """What to measure if these lm-eval tasks were asked for: they alone, where the measures were not ``chosen``."""
+    if not tasks:
+        if "lm-eval" in names:
+            raise ValueError("--measure lm-eval needs --lm-eval-tasks, the tasks to run")
+        return list(names)
+    return list(dict.fromkeys([*(names if chosen else ()), "lm-eval"]))
 
 
 def _measures(names: Sequence[str], **options: Any) -> list[Measure]:
@@ -264,13 +315,12 @@ def _to_dict(groups: Sequence[Group], **facts: Any) -> dict[str, Any]:
 
 def _report(groups: Sequence[Group], numbers: dict[str, Any], model: str) -> Report:
     from ..evaluate import Report
-    from ..evaluate.tables import format_length
 
     report = Report(
         f"Evaluation of {model}", "Dense beside block-sparse prefill on the same samples; density beside every score."
     )
     for group in groups:
-        report.section(f"{group.measure.title} at {format_length(group.length)}")
+        report.section(group.heading)
         report.table(group.measure.table(group.results), strong=[0])
         picture = group.measure.picture(group.results)
         if picture is not None:

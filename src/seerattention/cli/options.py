@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ __all__ = [
     "check_model",
     "check_output",
     "check_seed",
+    "check_task_files",
     "is_given",
     "named",
     "parse_density",
@@ -124,6 +125,13 @@ def check_gates(gates: str) -> str:
     if _means_a_path(gates) and not Path(gates).expanduser().is_dir():
         raise FileNotFoundError(f"--gates: no folder of gates at {gates!r} (a hub id has the form 'owner/name')")
     return gates
+
+
+def check_task_files(option: str, names: Iterable[str]) -> None:
+    """Every name that is one of a YAML file has its file."""
+    for name in names:
+        if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            raise FileNotFoundError(f"{option}: no task file at {name}")
 
 
 def _means_a_path(name: str) -> bool:

@@ -38,6 +38,7 @@ class Group:
     """The results of one measure at one length, one a setting.
 
     Attributes:
+        length: 0 where prompts have lengths of their own.
         kept: how many of them were on disk already.
     """
 
@@ -45,6 +46,11 @@ class Group:
     length: int
     results: Sequence[Any]
     kept: int = 0
+
+    @property
+    def heading(self) -> str:
+        """What was measured, for reports."""
+        return _at(self.measure.title, self.length)
 
 
 def run_measures(
@@ -87,7 +93,7 @@ def run_measures(
     for measure, length, chosen, prompts in todo:
         results: list[Any] = []
         kept = 0
-        what, total = f"{measure.name} at {format_length(length)}", len(chosen) * prompts.tokens
+        what, total = _at(measure.name, length), len(chosen) * prompts.tokens
         with (progress or _silent)(what, total) as advance:
             for case in [chosen] if measure.together else [[setting] for setting in chosen]:
                 digest, found = None, None
@@ -109,6 +115,10 @@ def run_measures(
         if show is not None:
             show(groups[-1])
     return groups
+
+
+def _at(name: str, length: int) -> str:
+    return f"{name} at {format_length(length)}" if length else name
 
 
 def case_digest(

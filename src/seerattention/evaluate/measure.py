@@ -89,20 +89,23 @@ class Measure(Protocol):
     """One way to measure. Implementations are frozen dataclasses; their fields are options.
 
     ``seer eval`` fills fields that are called like its own options (``samples``, ``questions``, ``documents``,
-    ``repeats``, ``tasks``, ``method``).
+    ``repeats``, ``tasks``, ``method``; ``lm_eval_tasks``, ``limit``, ``num_fewshot``, ``apply_chat_template``;
+    ``max_seq_lengths`` from ``--lengths``).
 
     Attributes:
         name: on the command line and in ``results.json``.
         title: in headings, before "at 4K".
         together: settings take turns in one run, so they are kept or measured again together.
+        needs_texts: whether it reads ``Subject.books``; where it is missing, it does.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     together: ClassVar[bool]
+    needs_texts: ClassVar[bool] = True
 
     def lengths(self, asked: Sequence[int]) -> Sequence[int]:
-        """Which of the lengths that were asked for, ascending, to measure: all."""
+        """Which of the lengths that were asked for, ascending, to measure: all. ``[0]``: prompts have their own."""
         return asked
 
     def settings(self, asked: Sequence[Setting]) -> Sequence[Setting]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from .harness import HarnessMeasure
 from .measure import Measure
 from .perplexity import PerplexityMeasure
 from .retrieval import RetrievalMeasure
@@ -27,5 +28,5 @@ def register(kind: Kind) -> Kind:
     return kind
 
 
-for _kind in (RetrievalMeasure, PerplexityMeasure, TimingMeasure):
+for _kind in (RetrievalMeasure, PerplexityMeasure, TimingMeasure, HarnessMeasure):
     register(_kind)
