@@ -349,3 +349,90 @@ def test_autocast_runs(model_of, ids_of):
     with torch.autocast("cpu", torch.bfloat16), seer.record(model) as stats:
         assert generate(model, ids)[1].isfinite().all()
     assert stats.sparse_calls == 46
+
+
+def test_gates_attached_anew_do_not_take_what_others_kept(model_of, ids_of):
+    model, ids, cache = attach(model_of()), ids_of(90), DynamicCache()
+    feed(model, ids, cache)
+    feed(model, ids_of(1), cache)
+    seer.detach(model)
+    torch.manual_seed(9)
+    seer.attach(model, ONLY_DECODE, decode=SPARSE, min_context=0)
+    twin = copy.deepcopy(cache)
+    logits = feed(model, ids_of(1), cache)
+    with nothing_kept():
+        torch.testing.assert_close(logits, feed(model, ids_of(1), twin))
+
+
+def test_copies_of_a_model_decode_alike(model_of, ids_of):
+    model, ids = attach(model_of()), ids_of(90)
+    expected, twin = generate(model, ids), copy.deepcopy(model)
+    seer.detach(model)
+    with seer.record(twin) as stats:
+        assert torch.equal(generate(twin, ids)[1], expected[1])
+    assert stats.sparse_calls == 46
+    read = pickle.loads(pickle.dumps(twin))
+    assert torch.equal(generate(read, ids)[1], expected[1])
+    assert not hasattr(model.config, "decodes")
+
+
+def test_two_models_of_one_config(model_of, ids_of):
+    """One of which decodes densely: it is not touched by the other's gates."""
+    model, ids = model_of(), ids_of(90)
+    other = type(model)(model.config).eval()
+    expected = generate(other, ids)
+    attach(model)
+    seer.attach(other, seer.GateConfig(block_size=32))
+    assert torch.equal(generate(other, ids)[1], expected[1])
+    seer.detach(model)
+    assert torch.equal(generate(other, ids)[1], expected[1])
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe", "olmo2", "granite", "mistral"])
+def test_every_family_with_every_block(model_of, ids_of, name):
+    options = {"sliding_window": None} if name == "mistral" else {}
+    model, ids = model_of(name, **options), ids_of(100)
+    expected = generate(model, ids)
+    attach(model, EVERYTHING)
+    with seer.record(model) as stats:
+        found = generate(model, ids)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-4, atol=2e-4)
+    assert stats.sparse_calls == 46
+
+
+def test_a_compiled_model_decodes_as_it_does(model_of, ids_of):
+    model, ids, cache = attach(model_of()), ids_of(90), DynamicCache()
+    feed(model, ids, cache)
+    twin = copy.deepcopy(cache)
+    compiled = torch.compile(model, backend="eager")
+    for seed in range(3):
+        token = ids_of(1, seed=seed)
+        torch.testing.assert_close(feed(compiled, token, twin), feed(model, token, cache), rtol=1e-4, atol=1e-4)
+
+
+def test_sparse_policies_and_candidates(model_of, ids_of):
+    """Candidates of assisted generation are judged densely; single tokens in between are not left with old keys."""
+    model, helper, ids = attach(model_of()), model_of(seed=1), ids_of(100)
+    options = {"assistant_model": helper, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, **options)
+    with nothing_kept():
+        assert torch.equal(found, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("side", ["right", "holes", "4d"])
+def test_batches_of_other_masks_are_dense(model_of, ids_of, side):
+    model, ids, cache = model_of(), ids_of(80, batch=2), DynamicCache()
+    mask = torch.ones(2, 81, dtype=torch.long)
+    if side == "right":
+        mask[0, 70:] = 0
+    elif side == "holes":
+        mask[0, 30:40] = 0
+    else:
+        mask = torch.zeros(2, 1, 1, 81).masked_fill(torch.arange(81) == 20, -1e9)
+    feed(model, ids, cache)
+    twin, token = copy.deepcopy(cache), ids_of(1, batch=2)
+    expected = feed(model, token, cache, attention_mask=mask)
+    attach(model)
+    with pytest.warns(UserWarning, match="attended densely"):
+        assert torch.equal(feed(model, token, twin, attention_mask=mask), expected)
