@@ -190,8 +190,7 @@ class DecodeGateConfig(GateSpec):
     """The decode gate of SeerAttention-R (arXiv 2506.08889); the defaults are the published form.
 
     The query of each token is merged over the query heads of a KV head by a linear layer, keys are pooled per block,
-    and each KV head has one row of scores for all of its query heads. It can be built, written and read; this version
-    attaches none.
+    and each KV head has one row of scores for all of its query heads.
 
     Attributes:
         k_pooling: how keys are pooled per block, concatenated in this order.

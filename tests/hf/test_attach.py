@@ -246,7 +246,7 @@ BAD = {
     "gates type": (TypeError, "GateConfig", (3,), {}),
     "policy type": (TypeError, "policy", (seer.GateConfig(),), {"prefill": 0.1}),
     "selector type": (TypeError, "callable", (), {"selector": 5}),
-    "decode": (NotImplementedError, "dense in this version", (seer.GateConfig(),), {"decode": seer.TokenBudget(64)}),
+    "decode": (ValueError, "no gates", (seer.GateConfig(),), {"decode": seer.TokenBudget(64)}),
     "min_context": (ValueError, "min_context", (seer.GateConfig(),), {"min_context": -1}),
     "path": (FileNotFoundError, "no folder", ("./no/such/folder",), {}),
     "path without prefix": (FileNotFoundError, "no folder", ("tests/no-such-folder",), {}),
@@ -327,7 +327,7 @@ def test_bad_layers_and_policies(model_of):
         seer.set_policy(model, layers={2: seer.Dense()})
     with pytest.raises(TypeError, match="policy"):
         seer.set_policy(model, layers={0: 0.5})
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match=r"no gates.*GateConfig\(decode=...\)"):
         seer.set_policy(model, decode=seer.TopK(0.5))
 
 

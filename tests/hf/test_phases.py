@@ -39,11 +39,10 @@ def kinds():
     SELECTORS.update(known)
 
 
-@pytest.mark.parametrize("prefill", [seer.PrefillGateConfig(), None])
-def test_decode_gates_are_not_attached_yet(model_of, prefill):
+def test_a_sparse_policy_for_a_phase_without_gates_is_refused(model_of):
     model = model_of()
-    with pytest.raises(NotImplementedError, match=r"decode gates cannot be attached in this version.*decode=None"):
-        seer.attach(model, seer.GateConfig(prefill=prefill, decode=seer.DecodeGateConfig()))
+    with pytest.raises(ValueError, match=r"TokenBudget\(.*'prefill', for which this model has no gates"):
+        seer.attach(model, seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()), prefill=seer.TokenBudget(64))
     assert not is_attached(model)
 
 
@@ -75,10 +74,10 @@ def test_policies_by_phase(model_of, ids_of):
     ("options", "error", "message"),
     [
         ({"layers": {0: seer.Dense(), 1: {"training": seer.Dense()}}}, ValueError, "phases prefill, decode"),
-        ({"layers": {0: seer.Dense(), 1: {"decode": seer.TopK(0.5)}}}, NotImplementedError, "decoding is dense"),
+        ({"layers": {0: seer.Dense(), 1: {"decode": seer.TopK(0.5)}}}, ValueError, "has no gates"),
         ({"layers": {0: seer.Dense(), 1: {"prefill": 0.5}}}, TypeError, "policy"),
         ({"layers": {0: seer.Dense(), True: seer.Dense()}}, ValueError, "0 to 1"),
-        ({"layers": {0: seer.Dense()}, "decode": seer.TopK(0.5)}, NotImplementedError, "decoding is dense"),
+        ({"layers": {0: seer.Dense()}, "decode": seer.TopK(0.5)}, ValueError, "has no gates"),
     ],
 )
 def test_a_wrong_policy_changes_nothing(model_of, options, error, message):

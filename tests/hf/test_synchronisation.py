@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
 
 import seerattention as seer
 from seerattention.ops import custom_op, dispatch
@@ -107,6 +108,39 @@ def test_the_oracle_does_not_wait(model_of, monkeypatch):
     ids = torch.ones(1, 333, dtype=torch.long, device="meta")
     found = waits_of(model, monkeypatch, input_ids=ids)
     assert found == {("positions_run_on", "_local_scalar_dense"): 1}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_waits_for_nothing_but_padding(model_of, monkeypatch, padded):
+    """Once encoded keys are kept. Where rows are padded, masks and lengths are read once a forward; the mask of sdpa asks
+    besides whether all is valid, and here would be told so."""
+    model = model_of(num_hidden_layers=4, attn_implementation="eager" if padded else "sdpa").to("meta")
+    config = seer.GateConfig(block_size=32, prefill=None, decode=seer.DecodeGateConfig())
+    seer.attach(model, config, decode=seer.TokenBudget(64), min_context=0)
+    monkeypatch.setattr(custom_op, "tracing", lambda: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
+    # Asked when the keys of the cache are encoded; the answer is made of values, which these tensors have not.
+    monkeypatch.setattr("seerattention.hf.decoding.history_problem", lambda call, forward, key: None)
+    if padded:  # what is read: two rows of so many tokens, and that all is well with them
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: Waits.record(waits, "tolist") or [*lengths, 1])
+    cache = DynamicCache(config=model.config)
+
+    def step(tokens, length):
+        ids = torch.ones(2, tokens, dtype=torch.long, device="meta")
+        mask = torch.ones(2, length, dtype=torch.long, device="meta") if padded else None
+        model(ids, past_key_values=cache, attention_mask=mask)
+
+    with torch.no_grad(), Waits() as waits, seer.record(model) as stats:
+        lengths = [90, 70]
+        step(99, 99)
+        for length in (100, 101, 102):
+            lengths = [x + 1 for x in lengths]
+            waits.found.clear()
+            step(1, length)
+    assert (stats.sparse_calls, stats.dense_calls) == (12, 4)
+    # Lengths of rows are integers of the host, of which ``_cut`` makes tensors of the host.
+    found = {key: count for key, count in waits.found.items() if key[0] not in ("elsewhere", "_cut")}
+    assert found == ({("_rows", "tolist"): 1, ("at_most_one_run_a_row", "_local_scalar_dense"): 1} if padded else {})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..gates import BlockGate, build_gate
 from ..gates.checkpoint import GateCheckpoint
 from ..gates.sources import load_gates
 from ..ops.dispatch import FLOATING_DTYPES
-from ..policies import Dense, Policy, Threshold, TopK
+from ..policies import Dense, Policy, Threshold, TokenBudget, TopK
 from ..selectors import Selector, as_selector
 from .architectures import FAMILIES, find_decoder, gated_indices
 from .attention import register
@@ -28,6 +28,9 @@ from .state import ModelState, is_attached, set_state, state_of
 DEFAULT_POLICY = Threshold(2e-3)
 """The policy of fresh gates; the threshold that the paper uses on LongBench."""
 
+DEFAULT_DECODE_POLICY = TokenBudget(4096)
+"""The policy of fresh decode gates; a budget that the SeerAttention-R paper uses."""
+
 
 def attach(
     model: nn.Module,
@@ -38,7 +41,9 @@ def attach(
     selector: Selector | Callable[..., BlockIndices] | None = None,
     min_context: int | None = None,
 ) -> nn.Module:
-    """Make a Hugging Face model prefill long prompts block-sparsely. The model is changed in place by hooks only.
+    """Make a Hugging Face model prefill long prompts, and decode after them, block-sparsely.
+
+    The model is changed in place, by hooks only.
 
     Gates stay out of the model's parameters and state dict; they follow their layers' devices and dtypes.
 
@@ -48,10 +53,12 @@ def attach(
             written by :func:`save_gates`, a published AttnGates folder, or the id of either on the hub. None needs
             ``selector``.
         prefill: which blocks to read; None is the policy stored with the gates, and ``Threshold(2e-3)`` for fresh ones.
-        decode: None; decoding is dense in this version (``Dense()`` and ``TopK(1.0)`` say the same).
-        selector: chooses blocks instead of gates and policy: a :class:`~seerattention.selectors.Selector`, or a
-            callable as ``selector(q, k, layer=, scale=, lengths=)`` with tensors after RoPE, right-padded. Gates may be
-            given too; they are then loaded, and asked by selectors that ask them.
+        decode: which blocks a decoded token reads, where there are gates for decoding; None is the policy stored with
+            them, and ``TokenBudget(4096)`` for fresh ones; ``Dense()`` decodes densely, as a model without such gates.
+        selector: chooses the blocks of prompts instead of gates and policy: a
+            :class:`~seerattention.selectors.Selector`, or a callable as ``selector(q, k, layer=, scale=, lengths=)``
+            with tensors after RoPE, right-padded. Gates may be given too; they are then loaded, and asked by selectors
+            that ask them.
         min_context: prompts of fewer tokens are attended densely. None takes the default of the device
             (:data:`~seerattention.hf.attention.DEFAULT_MIN_CONTEXT`), 0 is sparse at any length.
 
@@ -60,9 +67,8 @@ def attach(
 
     Raises:
         ValueError: something is attached already, the model is of no supported family, neither gates nor a selector, or
-            gates that do not fit the model.
+            gates that do not fit the model; or a sparse policy for a phase that the gates do not have.
         FileNotFoundError: ``gates`` looks like a path and does not exist.
-        NotImplementedError: a sparse ``decode`` policy, or gates for decoding.
     """
     decoder = find_decoder(model)
     if is_attached(model):
@@ -94,23 +100,14 @@ def attach(
         gate_config = gates
     else:
         raise TypeError(f"gates must be a GateConfig, a path or a hub id, got {type(gates).__name__}")
-    if gate_config is not None and DECODE in gate_config.phases:
-        raise NotImplementedError(
-            "decode gates cannot be attached in this version, where decoding is dense; pass a GateConfig with "
-            "decode=None"
-        )
+    phases = () if gate_config is None else gate_config.phases
+    _check_phases({DECODE: decode} if chosen is not None else {PREFILL: prefill, DECODE: decode}, phases)
 
     state = ModelState(
         decoder=decoder,
         family=FAMILIES[config.model_type],
         gate_config=gate_config,
-        phases={
-            PREFILL: ModelPhase(
-                policy=prefill or (checkpoint.policy if checkpoint else DEFAULT_POLICY),
-                block_size=64 if gate_config is None else gate_config.block_size_of(PREFILL),
-                selector=chosen,
-            )
-        },
+        phases=_model_phases(gate_config, checkpoint, prefill, decode, chosen),
         min_context=min_context,
         register=register,
     )
@@ -118,8 +115,9 @@ def attach(
     state.layers = [LayerState(state, index, layer) for index, layer in enumerate(layers)]
     if gate_config is not None:
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-            for index, gate in _build_gates(state, gated_indices(config, len(layers)), checkpoint).items():
-                state.layers[index].set_phase(PREFILL, gate=gate)
+            for phase in phases:
+                for index, gate in _build_gates(state, phase, gated_indices(config, len(layers)), checkpoint).items():
+                    state.layers[index].set_phase(phase, gate=gate)
     register()
     own = configs_of(decoder)
     try:
@@ -131,6 +129,7 @@ def attach(
             (other, original_of(other)) for other in configs_of(model) if all(other is not config for config in own)
         ]
         state.configs = [(config, stand_in(config, state)) for config in own]
+        state.find_out_decoding()
         state.attach_hooks()
     except BaseException:
         _undo(state)
@@ -186,14 +185,13 @@ def set_policy(
     Args:
         model: an attached model.
         prefill: the policy of all layers without one of their own; None leaves it.
-        decode: the same for decoding; dense, as in :func:`attach`.
+        decode: the same for decoding, where there are gates for it.
         layers: prefill policies of single layers by index, or mappings from phase (``"prefill"``, ``"decode"``) to
             policy; a None takes a layer's own policy away.
 
     Raises:
-        ValueError: nothing is attached, no such layer, or no such phase.
+        ValueError: nothing is attached, no such layer or phase, or a sparse ``decode`` policy without gates for it.
         TypeError: not a policy.
-        NotImplementedError: a sparse ``decode`` policy.
     """
     state = state_of(model)
     own: dict[int, Mapping[str, Policy | None]] = {}
@@ -204,6 +202,7 @@ def set_policy(
     for policies in ({PREFILL: prefill, DECODE: decode}, *own.values()):
         for phase, policy in policies.items():
             _check_policy(phase, policy)
+        _check_phases({DECODE: policies.get(DECODE)}, state.phases)
     for phase, policy in ((PREFILL, prefill), (DECODE, decode)):
         if policy is not None and phase in state.phases:
             state.set_policy(phase, policy)
@@ -211,12 +210,40 @@ def set_policy(
         for phase, policy in policies.items():
             if phase in state.phases:
                 state.layers[index].set_phase(phase, policy=policy)
+    state.find_out_decoding()
 
 
-def _build_gates(state: ModelState, indices: list[int], checkpoint: GateCheckpoint | None) -> dict[int, BlockGate]:
-    """Gates by layer. Trained ones are made without values first: drawing some would move torch's global generator."""
+def _model_phases(
+    gate_config: GateConfig | None,
+    checkpoint: GateCheckpoint | None,
+    prefill: Policy | None,
+    decode: Policy | None,
+    selector: Selector | None,
+) -> dict[str, ModelPhase]:
+    """What the layers of a model go by: always for prefill, and for decoding where there are gates for it."""
+    policy = prefill or (checkpoint.policy if checkpoint else DEFAULT_POLICY)
+    if gate_config is None:
+        return {PREFILL: ModelPhase(policy, 64, selector)}
+    if prefill is None and PREFILL not in gate_config.phases:
+        policy = Dense()
+    found = {PREFILL: ModelPhase(policy, gate_config.block_size_of(PREFILL), selector)}
+    if DECODE in gate_config.phases:
+        policy = decode or (checkpoint and checkpoint.decode_policy) or DEFAULT_DECODE_POLICY
+        if not policy.rowwise:
+            raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
+        found[DECODE] = ModelPhase(policy, gate_config.block_size_of(DECODE))
+    return found
+
+
+def _build_gates(
+    state: ModelState, phase: str, indices: list[int], checkpoint: GateCheckpoint | None
+) -> dict[int, BlockGate]:
+    """Gates of a phase by layer.
+
+    Trained ones are made without values first: drawing some would move torch's global generator.
+    """
     assert state.gate_config is not None
-    spec, built = state.gate_config.spec_of(PREFILL), {}
+    spec, built = state.gate_config.spec_of(phase), {}
     for index in indices:
         geometry = state.layers[index].geometry
         with nullcontext() if checkpoint is None else torch.device("meta"):
@@ -228,7 +255,7 @@ def _build_gates(state: ModelState, indices: list[int], checkpoint: GateCheckpoi
     if checkpoint is not None:
         for gate in built.values():
             gate.to_empty(device="cpu").float()
-        checkpoint.load_into(built)
+        checkpoint.load_into(built, phase)
     return built
 
 
@@ -244,14 +271,23 @@ def _check_dtype(layer: LayerState) -> None:
 
 
 def _check_policy(phase: str, policy: Any) -> None:
-    """Raise unless ``policy`` is one, or None, that this version has in this phase."""
+    """Raise unless ``policy`` is one that can choose in this phase, or None."""
     if phase not in PHASES:
         raise ValueError(f"policies are for the phases {', '.join(PHASES)}, got {phase!r}")
-    if phase == DECODE:
-        if policy is None or isinstance(policy, Dense) or (isinstance(policy, TopK) and policy.density == 1):
-            return
-        raise NotImplementedError(f"decoding is dense in this version; pass decode=None, got {policy!r}")
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(
             f"a policy must be one of seerattention's (Threshold, TopK, ...) or None, got {type(policy).__name__}"
         )
+    if phase == DECODE and policy is not None and not policy.rowwise:
+        raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
+
+
+def _check_phases(policies: Mapping[str, Policy | None], phases: Iterable[str]) -> None:
+    """Raise where a sparse policy is for a phase without gates, in which nothing would come of it."""
+    for phase, policy in policies.items():
+        keeps_all = policy is None or isinstance(policy, Dense) or (isinstance(policy, TopK) and policy.density == 1)
+        if phase not in phases and not keeps_all:
+            raise ValueError(
+                f"{policy!r} is to choose in {phase!r}, for which this model has no gates, so it is dense there; pass "
+                f"{phase}=None, or attach gates for it: GateConfig({phase}=...)"
+            )

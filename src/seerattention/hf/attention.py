@@ -1,9 +1,9 @@
 """The attention function that transformers calls for the implementation named "seer".
 
 A whole prompt that arrives in one forward is attended block-sparsely, and so is a chunk of a prompt, or a later turn,
-on the cache of what came before. Everything else (decoding, sliding windows, training, custom masks) goes to the
-implementation that the model came with, with the mask that it
-would have got, so dense results are those of the untouched model. What cannot be right raises; what is dense against
+on the cache of what came before, and a decoded token where the layer has a gate for it (``decoding.py``). Everything
+else (sliding windows, training, custom masks) goes to the implementation that the model came with, with the mask that
+it would have got, so dense results are those of the untouched model. What cannot be right raises; what is dense against
 expectation warns once.
 """
 
@@ -20,14 +20,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
-from ..ops.dispatch import FLOATING_DTYPES
 from ..ops.indices import ordered_lists, read_lists
 from ..ops.span import Span
 from ..selectors import LayerInputs, Selector
+from .conditions import must_be_dense, records_gradients, warn_dense
+from .decoding import attend_token, select_for_token
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Call, Forward, current_forward
 from .history import chunk_of, chunk_span, history_problem, history_table, keys_before_rope
-from .implementation import NAME, original_of
+from .implementation import NAME, decodes_sparsely, original_of
 from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .phases import DECODE, PREFILL, phase_of, unnoticed
@@ -38,10 +39,9 @@ DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
 _OTHER_DEVICES_MIN_CONTEXT = 4096
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
-_DECODING = "it decodes one token"
 _SLIDING = "the layer attends to a sliding window"
 _SHORT = "it has fewer tokens than a block, on a cache: candidates of speculative decoding look like this"
-_SKIPPED_BY_OBSERVERS = (_DECODING, _SLIDING)
+_SKIPPED_BY_OBSERVERS = (_SLIDING,)
 
 
 def register() -> None:
@@ -77,14 +77,14 @@ def seer_attention(
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
     arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if unnoticed(query.shape[2]):
+    if unnoticed(query.shape[2], decodes_sparsely(module.config)):
         return attend_densely(arguments)
     return _attend(arguments)
 
 
 @torch.compiler.disable(reason="whether a prompt may be sparse is decided on its mask and positions, by their values")
 def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-    """Everything but plain decoding. Sparse attention has the precision that sdpa has under autocast; scores stay
+    """Everything but dense decoding. Sparse attention has the precision that sdpa has under autocast; scores stay
     float32."""
     forward = current_forward()
     call = None if forward is None else forward.take_call(arguments.module)
@@ -93,24 +93,63 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     forward.seen.add(call.layer.index)
     device_type = arguments.query.device.type
     if not torch.is_autocast_enabled(device_type):
-        result = _attend_whole_prompt(arguments, call, forward)
+        result = _attend_sparsely(arguments, call, forward)
     else:
         # Rotated queries and keys are float32 there, values are not, and the gates' products would be rounded.
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: getattr(arguments, name).to(dtype) for name in ("query", "key", "value")}
         with torch.autocast(device_type, enabled=False):
-            result = _attend_whole_prompt(arguments._replace(**tensors), call, forward)
+            result = _attend_sparsely(arguments._replace(**tensors), call, forward)
     return attend_densely(arguments) if result is None else result
 
 
-def _attend_whole_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
-    """Decide, select, count, report, attend. None: nothing is attended yet, and it is to be dense."""
+def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
+    """None: nothing is attended yet, and it is to be dense."""
+    if phase_of(arguments.query.shape[2]) == DECODE:
+        return _attend_token(arguments, call, forward)
+    return _attend_prompt(arguments, call, forward)
+
+
+def _attend_token(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
+    layer, device = call.layer, arguments.query.device
+    if not layer.decodes and not forward.statistics:
+        return None
+    mask = _read_mask(arguments, forward)
+    blocks = select_for_token(arguments, call, forward, mask, _min_context(layer, device))
+    if forward.statistics:
+        _count(arguments, call, forward, blocks, None if mask[1] is None else mask[1].sum(-1))
+    if blocks is None:
+        return None
+    forward.sparse = True
+    return attend_token(arguments, blocks), None
+
+
+def _read_mask(arguments: Arguments, forward: Forward) -> tuple[bool, Tensor | None]:
+    """Whether the mask is causality and padding, and the padding on the device of the queries; one a forward."""
+    plain, padding = read_mask(arguments.mask, forward, original_of(arguments.module.config))
+    device = arguments.query.device
+    if padding is None or padding.device == device:
+        return plain, padding
+    name = ("padding", id(padding), device)
+    if name not in forward.facts:
+        forward.facts[name] = padding.to(device), padding  # kept, so that its id is its own
+    return plain, forward.facts[name][0]
+
+
+def _count(
+    arguments: Arguments, call: Call, forward: Forward, blocks: BlockIndices | None, lengths: Tensor | None
+) -> None:
+    layer, keys = call.layer, arguments.key.shape[2]
+    for statistics in forward.statistics:
+        statistics.add(layer.index, blocks, lengths, arguments.query, keys, layer.model.block_size)
+
+
+def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
+    """Decide, select, count, report, attend."""
     layer = call.layer
     inputs: LayerInputs | None = None
     blocks: BlockIndices | None = None
-    plain, padding = read_mask(arguments.mask, forward, original_of(arguments.module.config))
-    if padding is not None:
-        padding = padding.to(arguments.query.device)
+    plain, padding = _read_mask(arguments, forward)
     problem = _not_a_prompt(arguments, call, forward, plain, padding)
     if problem is None:
         selector = layer.selector(PREFILL)
@@ -122,10 +161,8 @@ def _attend_whole_prompt(arguments: Arguments, call: Call, forward: Forward) -> 
     elif forward.observers and problem not in _SKIPPED_BY_OBSERVERS:
         raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
     if forward.statistics:
-        lengths = padding.sum(-1) if padding is not None and inputs is None else inputs and inputs.lengths
-        for statistics in forward.statistics:
-            key_length, block_size = arguments.key.shape[2], layer.model.block_size
-            statistics.add(layer.index, blocks, lengths, arguments.query, key_length, block_size)
+        lengths = inputs.lengths if inputs is not None else None if padding is None else padding.sum(-1)
+        _count(arguments, call, forward, blocks, lengths)
     result: tuple[Tensor, Tensor | None] | None = None
     if inputs is not None and forward.observers:
         if blocks is None:
@@ -152,8 +189,6 @@ def _not_a_prompt(
     expect sparsity."""
     layer, options = call.layer, arguments.options
     length, key_length = arguments.query.shape[2], arguments.key.shape[2]
-    if phase_of(length) == DECODE:
-        return _DECODING
     window = options.get("sliding_window")
     window = layer.geometry.window if window is None else window
     positions = call.position_ids if call.position_ids is not None else options.get("position_ids")
@@ -168,7 +203,7 @@ def _not_a_prompt(
         return _SHORT
     elif window is not None and key_length > window:
         if layer.may_be_sparse:
-            _warn_dense(layer, f"it is longer than the sliding window of its layers ({window} tokens)")
+            warn_dense(layer, f"it is longer than the sliding window of its layers ({window} tokens)")
         return _SLIDING
     elif not options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         reason = "attention is not causal"
@@ -179,54 +214,25 @@ def _not_a_prompt(
     elif chunk and not forward.positions_end_at(positions, padding, key_length):
         reason = "the position_ids of a chunk do not count the tokens of its cache, or its rows are padded on the right"
     if reason is not None:
-        _warn_dense(layer, reason)
+        warn_dense(layer, reason)
     return reason
-
-
-def _warn_dense(layer: LayerState, reason: str) -> None:
-    layer.model.warn_once(reason, f"seerattention: this forward is attended densely, because {reason}")
 
 
 def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: Selector) -> bool:
     """Whether a whole prompt, or a chunk of one, is to be attended sparsely in this layer."""
     layer = call.layer
-    state, query, key = layer.model, arguments.query, arguments.key
+    query, key = arguments.query, arguments.key
     if forward.dense or selector.dense:
         return False
     if key.shape[2] < _min_context(layer, query.device):
         return False
-    # Any of the three: adapters may train the values alone.
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, arguments.key, arguments.value))
-    reason = None
-    if arguments.module.training or layer.decoder_layer.training:
-        reason = (
-            "the model is in training mode, where forwards with gradients and without must agree, and dropout needs "
-            "dense attention (for inference, call model.eval())"
-        )
-    elif gradients:
-        reason = (
-            "gradients are recorded and the sparse kernels have no backward pass (for inference, use torch.no_grad() "
-            "or torch.inference_mode())"
-        )
-    elif arguments.dropout > 0:
-        reason = "attention dropout is on (call model.eval() for inference)"
-    elif arguments.wants_weights:
-        reason = "output_attentions=True asks for the whole attention map"
-    elif query.dtype not in FLOATING_DTYPES:
-        reason = f"the sparse kernels do not compute in {query.dtype} (convert it with model.float())"
-    elif query.shape[2] != key.shape[2]:
+    gradients = records_gradients(arguments)
+    reason = must_be_dense(arguments, layer, gradients)
+    if reason is None and query.shape[2] != key.shape[2]:
         reason = _not_a_chunk(call, forward, selector, key)
     if reason is not None:
-        _warn_dense(layer, reason)
-    state.ran_sparse |= reason is None
-    state.ran_gradients |= gradients
-    if state.ran_sparse and state.ran_gradients:
-        state.warn_once(
-            "both",
-            "seerattention: this model attended prompts sparsely without gradients and densely with them; their losses "
-            "and log-probabilities differ and must not be compared. Where they are (reference model and policy, "
-            "importance ratios), run the forwards without gradients inside seerattention.dense(model), too",
-        )
+        warn_dense(layer, reason)
+    layer.model.note(reason is None, gradients)
     return reason is None
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from ..gates import KeyState
     from .layer import LayerState
     from .state import ModelState
 
@@ -68,7 +69,12 @@ def watching() -> bool:
 
 @dataclass(eq=False)
 class Call:
-    """One forward call of one attention layer: what the hooks saw, for the attention function."""
+    """One forward call of one attention layer: what the hooks saw, for the attention function.
+
+    Attributes:
+        past: of a decoded token, the cache layer; None: there is none, or decoding is dense.
+        state: the encoded keys that were kept for what the cache layer held before this token.
+    """
 
     layer: LayerState
     module: nn.Module
@@ -78,6 +84,8 @@ class Call:
     static_cache: bool
     query: Tensor | None = None
     key: Tensor | None = None
+    past: Any = None
+    state: KeyState | None = None
 
 
 class Arguments(dict[str, Any]):

@@ -26,19 +26,22 @@ class StandIn(str):
     Attributes:
         original: the implementation of the untouched model.
         owners: the attached models that need the name in this config; copies have none at first.
+        decodes: whether one of them decodes sparsely.
     """
 
     original: str | None
     owners: weakref.WeakSet[Any]
+    decodes: bool
 
-    def __new__(cls, original: str | None) -> StandIn:
+    def __new__(cls, original: str | None, decodes: bool = False) -> StandIn:
         self = super().__new__(cls, NAME)
         self.original = original
         self.owners = weakref.WeakSet()
+        self.decodes = decodes
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StandIn, (self.original,)
+        return StandIn, (self.original, self.decodes)
 
     def __contains__(self, part: object) -> bool:
         """transformers asks for parts of the name, as in ``"flash" in implementation``: answered for the original."""
@@ -62,6 +65,12 @@ def original_of(config: Any) -> str | None:
             "seerattention.attach(model, ...), or model.set_attn_implementation('sdpa')"
         )
     return "sdpa"  # another part of a model with gates: set_attn_implementation sets all parts
+
+
+def decodes_sparsely(config: Any) -> bool:
+    """Whether a model with this config may decode sparsely."""
+    implementation = config._attn_implementation
+    return isinstance(implementation, StandIn) and implementation.decodes
 
 
 def configs_of(module: nn.Module) -> list[Any]:

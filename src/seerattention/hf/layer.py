@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from ..gates import BlockGate
+from ..gates import BlockGate, DecodeGate
 from ..ops.dispatch import FLOATING_DTYPES
 from ..policies import Policy
 from ..selectors import Selector
 from .architectures import find_attention
 from .forward import Call, current_forward
 from .implementation import NAME
+from .kept import kept_keys
 from .phases import DECODE, PREFILL, LayerPhase, phase_of, unnoticed
 
 if TYPE_CHECKING:
@@ -67,6 +68,23 @@ class LayerState:
     def policy(self) -> Policy | None:
         """The layer's own policy of prefill."""
         return self.phases[PREFILL].policy
+
+    @property
+    def decode_gate(self) -> DecodeGate | None:
+        """The gate of decoding."""
+        return cast("DecodeGate | None", self.phases.get(DECODE, LayerPhase()).gate)
+
+    @property
+    def decode_policy(self) -> Policy | None:
+        """What chooses for the gate of decoding: the layer's own policy, or that of the model."""
+        mine, model = self.phases.get(DECODE), self.model.phases.get(DECODE)
+        return None if mine is None or model is None else mine.policy or model.policy
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the layer decodes sparsely."""
+        selector = self.selector(DECODE)
+        return selector is not None and not selector.dense
 
     def set_phase(self, phase: str, **changes: Any) -> None:
         """Change entries of the layer's :class:`LayerPhase`."""
@@ -162,7 +180,7 @@ class LayerState:
                 "continuous batching is not supported with gates attached; call seerattention.detach(model) first"
             )
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        if hidden is None or unnoticed(hidden.shape[1]):
+        if hidden is None or unnoticed(hidden.shape[1], self.model.decodes):
             return
         table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
         self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
@@ -193,7 +211,17 @@ class LayerState:
         if table is not None:
             static = isinstance(kwargs.get("past_key_values"), StaticCache)
             call = Call(self, module, *table, position_ids=kwargs.get("position_ids"), static_cache=static)
+            if hidden.shape[1] == 1:
+                self._look_into(call, kwargs.get("past_key_values"))
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
+
+    def _look_into(self, call: Call, cache: Any) -> None:
+        """Find the cache layer of a decoded token, before the token is in it."""
+        gate, layers = self.decode_gate, getattr(cache, "layers", ())
+        index = getattr(call.module, "layer_idx", self.index)
+        if gate is not None and self.decodes and index < len(layers):
+            call.past = layers[index]
+            call.state = kept_keys(call.past, gate)
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if not self.stray and self._captures(output):

@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 )
 
 from .forward import Forward, current_forward
-from .implementation import original_of
+from .implementation import decodes_sparsely, original_of
 
 # What reads memory without an op that could be answered for; and what chooses its kernel by the kind of mask.
 _READS_MEMORY = (
@@ -138,7 +138,9 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     )
     # transformers refuses to skip the mask where it is more than causal (packed sequences, mask overlays).
     plain = plain and kwargs.get("allow_is_causal_skip", True)
-    plain = plain and queries > 1 and not kwargs.get("kv_offset", 0)
+    plain = plain and not kwargs.get("kv_offset", 0)
+    if queries == 1:
+        return _mask_of_a_token(make, args, kwargs, plain)
     plain = plain and (queries == keys or _first_query(kwargs) == keys - queries)
     if plain and padding is not None:
         if bool(padding.all()):
@@ -153,6 +155,20 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     mask = None if make is None else make(*args, **kwargs)
     if make is not sdpa_mask and make is not eager_mask:
         _describe(mask, plain, padding)
+    return mask
+
+
+def _mask_of_a_token(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool) -> Any:
+    """The mask of the untouched model, which takes little memory; layers that decode sparsely get told what it is."""
+    mask = None if make is None else make(*args, **kwargs)
+    if mask is None or not decodes_sparsely(kwargs["config"]):
+        return mask
+    keys, padding = kwargs["kv_length"], kwargs.get("attention_mask")
+    plain = plain and _first_query(kwargs) == keys - 1
+    if plain and padding is not None:
+        padding = padding.bool()
+        plain = padding.shape[-1] == keys and at_most_one_run_a_row(padding)
+    _describe(mask, plain, padding)
     return mask
 
 

@@ -22,9 +22,14 @@ def phase_of(length: int) -> str:
     return DECODE if length == 1 else PREFILL
 
 
-def unnoticed(length: int) -> bool:
-    """Whether a forward of this many tokens is plain decoding: no hook and no context need know of it."""
-    return length == 1 and not watching()
+def unnoticed(length: int, decodes: bool) -> bool:
+    """Whether a forward of this many tokens is plain decoding: no hook and no context need know of it.
+
+    Args:
+        length: tokens.
+        decodes: whether a layer of the model decodes sparsely.
+    """
+    return length == 1 and not decodes and not watching()
 
 
 @dataclass(frozen=True)

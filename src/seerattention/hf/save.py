@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..gates.checkpoint import GateCheckpoint, check_tensors, gate_tensors, write_checkpoint
 from ..gates.geometry import fingerprint
 from .architectures import find_decoder
+from .phases import DECODE, PREFILL
 from .state import gates_of, state_of
 
 __all__ = ["fingerprint", "save_gates"]
@@ -31,10 +32,13 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         OSError: the disk is full, read-only, ...
     """
     state = state_of(model)
-    modules = {layer: gate for layer, gate in enumerate(gates_of(model)) if gate is not None}
-    if state.gate_config is None or not modules:
+    phases = () if state.gate_config is None else state.gate_config.phases
+    tensors: dict[str, Tensor] = {}
+    for phase in phases:
+        modules = {layer: gate for layer, gate in enumerate(gates_of(model, phase)) if gate is not None}
+        tensors |= {name: value.detach() for name, value in gate_tensors(modules, phase).items()}
+    if state.gate_config is None or not tensors:
         raise ValueError("this model has no gates to save (it is attached with a selector only)")
-    tensors = {name: value.detach() for name, value in gate_tensors(modules).items()}
     check_tensors(tensors)
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     config: Any = find_decoder(model).config
@@ -43,4 +47,8 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "revision": getattr(config, "_commit_hash", None),
         **fingerprint(config),
     }
-    return write_checkpoint(path, GateCheckpoint(state.gate_config, state.policy, base_model, tensors, str(path)))
+    policies = {phase: known.policy for phase, known in state.phases.items()}
+    checkpoint = GateCheckpoint(
+        state.gate_config, policies[PREFILL], base_model, tensors, str(path), policies.get(DECODE)
+    )
+    return write_checkpoint(path, checkpoint)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..blocks import BlockIndices
-from ..config import GateConfig
+from ..config import PHASES, GateConfig
 from ..gates import BlockGate
 from ..policies import Policy
 from ..selectors import LayerInputs
@@ -62,6 +62,8 @@ class ModelState:
     # What this model did: prompts attended sparsely, and prompts attended densely for their gradients.
     ran_sparse: bool = False
     ran_gradients: bool = False
+    # Whether a layer decodes sparsely; where none does, forwards of one token pass all hooks by.
+    decodes: bool = False
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
     _forwards: set[Forward] = field(default_factory=set)
@@ -90,6 +92,24 @@ class ModelState:
         """Of the layers that have none of their own."""
         self.phases[phase] = replace(self.phases[phase], policy=policy)
 
+    def find_out_decoding(self) -> None:
+        """Look at gates and policies again, after they changed."""
+        self.decodes = any(layer.decodes for layer in self.layers)
+        for _, stand_in in self.configs:
+            stand_in.decodes = any(owner.decodes for owner in (*stand_in.owners, self))
+
+    def note(self, sparse: bool, gradients: bool) -> None:
+        """Remember what was done, and warn once where both were."""
+        self.ran_sparse |= sparse
+        self.ran_gradients |= gradients
+        if self.ran_sparse and self.ran_gradients:
+            self.warn_once(
+                "both",
+                "seerattention: this model attended prompts sparsely without gradients and densely with them; their "
+                "losses and log-probabilities differ and must not be compared. Where they are (reference model and "
+                "policy, importance ratios), run the forwards without gradients inside seerattention.dense(model), too",
+            )
+
     def warn_once(self, reason: str, message: str) -> None:
         """Warn about each reason once per attached model."""
         if reason not in self.warned:
@@ -115,7 +135,7 @@ class ModelState:
         length = None if tokens is None else tokens.shape[1]
         if not self._aligned():
             self._align()
-        if not self._standing() or (length is not None and unnoticed(length)):
+        if not self._standing() or (length is not None and unnoticed(length, self.decodes)):
             return None
         single = length == 1
         if torch.compiler.is_compiling():
@@ -223,12 +243,22 @@ def set_state(decoder: nn.Module, state: ModelState | None) -> None:
         decoder.__dict__[_ATTRIBUTE] = state
 
 
-def gates_of(model: nn.Module) -> list[BlockGate | None]:
-    """The gate modules of an attached model by layer, on their layers' devices; None where a layer has no gate."""
+def gates_of(model: nn.Module, phase: str = PREFILL) -> list[BlockGate | None]:
+    """The gate modules of an attached model by layer, on their layers' devices; None where a layer has no gate.
+
+    Args:
+        model: an attached model.
+        phase: ``"prefill"`` or ``"decode"``.
+
+    Raises:
+        ValueError: nothing is attached, or no such phase.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"gates are for the phases {', '.join(PHASES)}, got {phase!r}")
     state = state_of(model)
     for layer in state.layers:
         layer.place_gate()
-    return [layer.gate for layer in state.layers]
+    return [layer.phases[phase].gate if phase in layer.phases else None for layer in state.layers]
 
 
 def gated_layers(state: ModelState) -> Iterator[LayerState]:

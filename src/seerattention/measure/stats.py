@@ -74,7 +74,7 @@ class Statistics:
 
     @property
     def total_density(self) -> float:
-        """Selected over causal blocks of every layer, row and call, dense ones (decoding too) counted as 1."""
+        """Selected over causal blocks of every layer, row and call, decoding too, dense ones counted as 1."""
         return _share(self._layers)
 
     @property

@@ -1,0 +1,205 @@
+"""One token on a cache: a layer's decode gate scores the cached blocks, a policy chooses, the token reads those.
+
+The gate's encoded keys stay with the cache layer (``kept.py``): a step encodes nothing but a block that it completes.
+Where none are kept for the keys that are in the cache, they are made from these, turned back by the rotary table
+(``history.py``), so what a step reads never depends on how the cache came to be what it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import BlockIndices, num_blocks, shift_left
+from ..gates import DecodeGate, KeyState, select_by_token
+from ..ops.block_sparse_decode import block_sparse_decode
+from ..ops.indices import is_ordered, ordered_lists, read_lists
+from ..ops.span import Span
+from ..policies import Policy
+from .conditions import must_be_dense, records_gradients, warn_dense
+from .dense import Arguments
+from .forward import Call, Forward
+from .history import history_problem, history_table, keys_before_rope
+from .kept import keep, take_kept
+
+_STATIC = "decoding on a StaticCache is not sparse yet"
+_WINDOW = "it decodes behind the sliding window of its layers ({} tokens)"
+_CACHE = "the cache ({}) does not hold the keys of a layer as they are (sliding, quantized or offloaded)"
+_MASK = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
+_POSITIONS = (
+    "the position_ids of a decoded token do not count the tokens of its cache, or its row is padded on the right"
+)
+
+
+class _Rows(NamedTuple):
+    """The rows of a left-padded batch.
+
+    Attributes:
+        lengths: tokens of each row, the decoded one included; on the host, and ``[B]`` on the device.
+        on_device: see there.
+        padding: slots in front of each row's tokens, ``[B]``.
+    """
+
+    lengths: list[int]
+    on_device: Tensor
+    padding: Tensor
+
+
+def select_for_token(
+    arguments: Arguments, call: Call, forward: Forward, mask: tuple[bool, Tensor | None], minimum: int
+) -> BlockIndices | None:
+    """The key blocks that each row's token reads, or None: the layer is dense.
+
+    Args:
+        arguments: of a forward of one token.
+        call, forward: what hooks saw.
+        mask: whether it is no more than padding, and the padding ``[B, Tk]``.
+        minimum: rows of fewer tokens read everything.
+    """
+    layer, keys = call.layer, arguments.key.shape[2]
+    gate, policy = layer.decode_gate, layer.decode_policy
+    # Not worth a warning: nobody expects these to be sparse.
+    if not layer.decodes or gate is None or policy is None or forward.dense:
+        return None
+    if keys <= gate.block_size or keys < minimum or call.past is None:
+        return None
+    (plain, padding), state = mask, call.state
+    if call.position_ids is None:
+        call.position_ids = arguments.options.get("position_ids")
+    gradients = records_gradients(arguments)
+    reason = _not_decoding(arguments, call, plain) or must_be_dense(arguments, layer, gradients)
+    rows = None
+    if reason is None and padding is not None:
+        rows = _rows(call, forward, padding)
+        if rows is None:
+            reason = _POSITIONS
+        elif max(rows.lengths) < minimum:
+            return None
+        elif state is not None and state.lengths != [length - 1 for length in rows.lengths]:
+            state = None
+    elif state is not None and any(length != keys - 1 for length in state.lengths):
+        state = None
+    if reason is None and state is None:
+        # Of kept keys this is known. The positions of a step on them are not looked at: that would wait for the device.
+        if padding is None and not forward.positions_end_at(call.position_ids, None, keys):
+            reason = _POSITIONS
+        else:
+            reason = history_problem(call, forward, arguments.key)
+    layer.model.note(reason is None, gradients)
+    if reason is not None:
+        warn_dense(layer, reason)
+        return None
+    layer.place_gate(arguments.query.device)
+    return _select(arguments, call, forward, (gate, policy, state), rows, minimum)
+
+
+def attend_token(arguments: Arguments, blocks: BlockIndices) -> Tensor:
+    """``[B, 1, Hq, D]``."""
+    out = block_sparse_decode(arguments.query, arguments.key, arguments.value, blocks, scale=arguments.scale)
+    return cast(Tensor, out).transpose(1, 2).contiguous()
+
+
+def _not_decoding(arguments: Arguments, call: Call, plain: bool) -> str | None:
+    """Why this is not one token of each row that sees all before it, or None."""
+    window = arguments.options.get("sliding_window")
+    window = call.layer.geometry.window if window is None else window
+    keys, past = arguments.key.shape[2], call.past
+    if call.static_cache:
+        return _STATIC
+    if window is not None and keys >= window:
+        return _WINDOW.format(window)
+    held: Any = getattr(past, "keys", None)
+    if not isinstance(held, Tensor) or held.shape != arguments.key.shape or held.device != arguments.key.device:
+        return _CACHE.format(type(past).__name__)
+    if not arguments.options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
+        return "attention is not causal"
+    return None if plain else _MASK
+
+
+def _rows(call: Call, forward: Forward, padding: Tensor) -> _Rows | None:
+    """The rows of a batch with padding ``[B, Tk]``, for which the host waits once a forward; None: a row does not end
+    with the token, or has another position."""
+    name = ("rows of a token", id(padding), id(call.position_ids))
+    if name not in forward.facts:
+        lengths = padding.sum(-1)
+        right = padding[:, -1]
+        if call.position_ids is not None and call.position_ids.dim() == 2:
+            right = right & (call.position_ids[:, -1].to(lengths.device) == lengths - 1)
+        else:
+            right = torch.zeros_like(right)
+        *listed, all_right = torch.cat((lengths, right.all()[None].long())).tolist()
+        rows = _Rows(listed, lengths, padding.shape[1] - lengths) if all_right else None
+        # The tensors are kept, so that their ids are their own.
+        forward.facts[name] = rows, padding, call.position_ids
+    return forward.facts[name][0]
+
+
+@torch.no_grad()
+def _select(
+    arguments: Arguments,
+    call: Call,
+    forward: Forward,
+    chooses: tuple[DecodeGate, Policy, KeyState | None],
+    rows: _Rows | None,
+    minimum: int,
+) -> BlockIndices:
+    gate, policy, state = chooses
+    batch, _, keys, _ = arguments.key.shape
+    device = arguments.query.device
+    cos, sin = call.cos.to(device), call.sin.to(device)
+    take_kept(call.past)
+    if state is None:
+        state = _encode_cache(arguments.key, call, forward, gate, rows)
+    query, key = call.layer.take(call)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
+        encoded = gate.encode_keys(key.to(arguments.key.dtype), cos, sin, state=state)
+    keep(call.past, state, gate)
+    span = Span(batch, 1, keys) if rows is None else _span(rows, keys, forward)
+    logits = gate.score(gate.encode_queries(query, cos, sin), encoded, span=span)
+    blocks = select_by_token(policy, logits, block_size=gate.block_size, span=span)
+    if rows is not None and min(rows.lengths) < minimum:
+        blocks = _complete_short_rows(blocks, rows.on_device, minimum)
+    return blocks
+
+
+def _encode_cache(key: Tensor, call: Call, forward: Forward, gate: DecodeGate, rows: _Rows | None) -> KeyState:
+    """Encoded keys of all but the last of ``key [B, Hkv, Tk, D]``, which are after RoPE."""
+    state, old = gate.new_state(), key.shape[2] - 1
+    cos, sin = (table.to(key.device)[:, :old] for table in history_table(call, forward, key.shape[2]))
+    cached = key[:, :, :old]
+    lengths = None
+    if rows is not None:
+        lengths = [length - 1 for length in rows.lengths]
+        cached = shift_left(cached, rows.padding)
+    with torch.inference_mode(False), torch.no_grad():
+        before = keys_before_rope(call.layer.model.family.half_split(cached, cos.shape[-1]), cos, sin)
+        gate.encode_keys(before, cos, sin, lengths=lengths, state=state)
+    return state
+
+
+def _span(rows: _Rows, keys: int, forward: Forward) -> Span:
+    """Where the tokens of left-padded rows are; one a forward and device."""
+    name = ("span of a token", keys, id(rows))
+    if name not in forward.facts:
+        lengths = rows.on_device
+        forward.facts[name] = Span.of_rows(
+            1, keys, start=lengths - 1, length=torch.ones_like(lengths), key_slot=rows.padding
+        )
+    return forward.facts[name]
+
+
+def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:
+    """Rows that would be dense alone, for having fewer than ``minimum`` tokens, read everything."""
+    longest = min(num_blocks(max(minimum - 1, 0), blocks.block_size), blocks.num_key_blocks)
+    indices, counts = read_lists(blocks)
+    if indices.shape[-1] < longest:
+        indices = nn.functional.pad(indices, (0, longest - indices.shape[-1]))
+    short = (lengths < minimum)[:, None, None]
+    everything = torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device)
+    own = ((lengths + blocks.block_size - 1) // blocks.block_size).to(counts.dtype)[:, None, None]
+    indices = torch.where(short[..., None], everything, indices)
+    counts = torch.where(short, own, counts)
+    make = ordered_lists if is_ordered(blocks) else BlockIndices
+    return make(indices, counts, blocks.num_key_blocks, blocks.block_size, True, blocks.span)
