@@ -16,9 +16,9 @@ LENGTH = 8192
 
 def main() -> None:
     model, tokenizer = seer.testbed.load()
-    text = seer.testbed.book_texts("test")[0]
-    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :LENGTH].to(model.device)
-    seer.attach(model, seer.testbed.gates_path(), prefill=seer.TopK(0.1))
+    seer.attach(model, seer.testbed.gates_path(), prefill=seer.RelativeThreshold(1.0))
+    tokens = tokenizer(seer.testbed.book_texts("test")[0], add_special_tokens=False).input_ids
+    prompt = torch.tensor([tokens[:LENGTH]], device=model.device)
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False}

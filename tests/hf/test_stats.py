@@ -106,16 +106,21 @@ def test_records_nest(model_of, ids_of):
     assert (outer.sparse_calls, inner.sparse_calls) == (6, 2)
 
 
-@pytest.mark.parametrize("density", [0.25, 0.5, 0.8])
-@pytest.mark.parametrize("padded", [False, True])
-def test_calibrate_reaches_the_density(model_of, ids_of, density, padded):
-    model = model_of(num_hidden_layers=3)
-    attach(model)
+def make_batches(ids_of, padded):
     batches = [{"input_ids": ids_of(700, batch=2, seed=seed)} for seed in range(2)]
     if padded:
         for batch in batches:
             batch["attention_mask"] = torch.ones(2, 700, dtype=torch.long)
             batch["attention_mask"][0, :200] = 0
+    return batches
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_calibrate_reaches_the_density(model_of, ids_of, density, padded):
+    model = model_of(num_hidden_layers=3)
+    attach(model)
+    batches = make_batches(ids_of, padded)
     policy = seer.calibrate(model, batches, density=density, passes=3)
     assert isinstance(policy, seer.Threshold)
     assert state_of(model).policy == policy
@@ -130,11 +135,7 @@ def test_calibrate_reaches_the_density(model_of, ids_of, density, padded):
 def test_calibrate_finds_the_factor_of_a_relative_threshold(model_of, ids_of, density, padded):
     model = model_of(num_hidden_layers=3)
     attach(model)
-    batches = [{"input_ids": ids_of(700, batch=2, seed=seed)} for seed in range(2)]
-    if padded:
-        for batch in batches:
-            batch["attention_mask"] = torch.ones(2, 700, dtype=torch.long)
-            batch["attention_mask"][0, :200] = 0
+    batches = make_batches(ids_of, padded)
     given = seer.RelativeThreshold(1.0, min_blocks=2, dense_rows=3, last_blocks_dense=1)
     policy = seer.calibrate(model, batches, density=density, policy=given)
     assert dataclasses.replace(policy, factor=1.0) == given

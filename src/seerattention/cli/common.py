@@ -40,6 +40,9 @@ __all__ = [
 _LOG_WIDTH = 200  # tables in a log or a pipe are not folded to 80 columns
 
 
+ModelName = Annotated[
+    str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
+]
 Dtype = Annotated[
     str, typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU.")
 ]

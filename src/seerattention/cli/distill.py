@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Dtype, Terminal, errors, load_model, resolve_device, token_count
+from .common import Dtype, ModelName, Terminal, errors, load_model, resolve_device, token_count
 from .options import (
     check_dtype,
     check_gates,
@@ -40,9 +40,7 @@ _TEXT = "digest of the text"  # of the whole of it: what no step has read yet de
 
 def command(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
-    ],
+    model: ModelName,
     data: Annotated[
         str,
         typer.Option(

@@ -13,6 +13,7 @@ import typer
 
 from .common import (
     Dtype,
+    ModelName,
     Terminal,
     book_tokens,
     default_gates,
@@ -44,9 +45,7 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
-    ] = "testbed",
+    model: ModelName = "testbed",
     gates: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),

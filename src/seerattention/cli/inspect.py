@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
-    ] = "testbed",
+    model: common.ModelName = "testbed",
     gates: Annotated[
         str | None, typer.Option(help="Folder or hub id of trained gates. Default for the testbed: its own.")
     ] = None,
