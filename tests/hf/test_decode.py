@@ -411,6 +411,36 @@ def test_a_compiled_model_decodes_as_it_does(model_of, ids_of):
         torch.testing.assert_close(feed(compiled, token, twin), feed(model, token, cache), rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_that_come_between_two_tokens(model_of, ids_of):
+    peft = pytest.importorskip("peft")
+    model, ids, cache = attach(model_of()), ids_of(90), DynamicCache()
+    feed(model, ids, cache)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    found = feed(adapted, ids_of(1), copy.deepcopy(cache))
+    adapted.merge_adapter()
+    torch.testing.assert_close(found, feed(adapted, ids_of(1), copy.deepcopy(cache)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_mask_of_ones_is_no_padding(model_of, ids_of):
+    model, ids = attach(model_of("llama", attn_implementation="eager")), ids_of(90, batch=2)
+    with seer.record(model) as stats:
+        expected = generate(model, ids)
+        found = generate(model, ids, attention_mask=torch.ones_like(ids))
+    assert stats.sparse_calls == 92
+    assert torch.equal(found[1], expected[1])
+
+
+def test_gates_of_decoding_alone_say_nothing_of_prompts(model_of, ids_of):
+    model = attach(model_of())
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[0, 20:30] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits_of(model, ids_of(90, batch=2), attention_mask=mask)
+
+
 def test_sparse_policies_and_candidates(model_of, ids_of):
     """Candidates of assisted generation are judged densely; single tokens in between are not left with old keys."""
     model, helper, ids = attach(model_of()), model_of(seed=1), ids_of(100)

@@ -112,8 +112,8 @@ def test_the_oracle_does_not_wait(model_of, monkeypatch):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoding_waits_for_nothing_but_padding(model_of, monkeypatch, padded):
-    """Once encoded keys are kept. Where rows are padded, masks and lengths are read once a forward; the mask of sdpa
-    asks besides whether all is valid, and here would be told so."""
+    """Once encoded keys are kept. Where rows are padded, masks and lengths are read once a forward; that of sdpa is
+    besides asked whether all is valid, and here would say so."""
     model = model_of(num_hidden_layers=4, attn_implementation="eager" if padded else "sdpa").to("meta")
     config = seer.GateConfig(block_size=32, prefill=None, decode=seer.DecodeGateConfig())
     seer.attach(model, config, decode=seer.TokenBudget(64), min_context=0)

@@ -213,7 +213,7 @@ def _not_a_prompt(
         reason = "its position_ids restart or jump (packed sequences)"
     elif chunk and not forward.positions_end_at(positions, padding, key_length):
         reason = "the position_ids of a chunk do not count the tokens of its cache, or its rows are padded on the right"
-    if reason is not None:
+    if reason is not None and layer.may_be_sparse:
         warn_dense(layer, reason)
     return reason
 

@@ -77,16 +77,17 @@ def select_for_token(
             reason = _POSITIONS
         elif max(rows.lengths) < minimum:
             return None
-        elif state is not None and state.lengths != [length - 1 for length in rows.lengths]:
-            state = None
-    elif state is not None and any(length != keys - 1 for length in state.lengths):
+    lengths = [keys] * len(arguments.key) if rows is None else rows.lengths
+    if state is not None and state.lengths != [length - 1 for length in lengths]:
         state = None
+    if min(lengths) == keys:
+        rows = None  # a mask, but no padding
     if reason is None and state is None:
         # Of kept keys this is known. The positions of a step on them are not looked at: that would wait for the device.
-        if padding is None and not forward.positions_end_at(call.position_ids, None, keys):
-            reason = _POSITIONS
-        else:
+        if forward.positions_end_at(call.position_ids, padding, keys):
             reason = history_problem(call, forward, arguments.key)
+        else:
+            reason = _POSITIONS
     layer.model.note(reason is None, gradients)
     if reason is not None:
         warn_dense(layer, reason)
@@ -166,7 +167,7 @@ def _select(
 
 def _encode_cache(key: Tensor, call: Call, forward: Forward, gate: DecodeGate, rows: _Rows | None) -> KeyState:
     """Encoded keys of all but the last of ``key [B, Hkv, Tk, D]``, which are after RoPE."""
-    state, old = gate.new_state(), key.shape[2] - 1
+    state, old = gate.new_state(history=0), key.shape[2] - 1  # what a crop takes back is encoded anew
     cos, sin = (table.to(key.device)[:, :old] for table in history_table(call, forward, key.shape[2]))
     cached = key[:, :, :old]
     lengths = None

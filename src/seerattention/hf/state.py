@@ -175,7 +175,7 @@ class ModelState:
     def _open(self, module: nn.Module, single: bool, arguments: Arguments | None) -> None:
         forward = Forward(self, arguments)
         self._forwards.add(forward)
-        if not single:
+        if not single or self.decodes:
             for layer in self.layers:
                 layer.follow_modules(module)
 
@@ -208,7 +208,11 @@ class ModelState:
             return
         layers: Any = self.decoder.layers
         missed = forward.called - forward.seen
-        unseen = [layer.index for layer in self.layers if (layer.lost or layer.index in missed) and layer.may_be_sparse]
+        unseen = [
+            layer.index
+            for layer in self.layers
+            if (layer.lost or layer.index in missed) and (layer.may_be_sparse or layer.decodes)
+        ]
         unseen += range(len(self.layers), min(len(layers), self.decoder.config.num_hidden_layers))  # type: ignore
         if unseen and not self.detached:
             self.warn_once(
