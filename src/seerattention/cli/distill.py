@@ -58,6 +58,9 @@ def command(
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm of a layer; 0: no clipping.")] = 1.0,
     rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a whole number.")] = 0.25,
     skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
+    phase: Annotated[
+        str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens; no block recall).")
+    ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
     k_pooling: Annotated[str, typer.Option(help="Key poolings, of max, min and avg.")] = "max,min,avg",
@@ -106,6 +109,14 @@ def command(
         check_output(output)
         if gates is not None:
             check_gates(gates)
+        if phase == "decode":
+            say_unused(
+                context,
+                terminal,
+                ("eval_sequences", "q_pooling"),
+                "--phase decode has no block recall, and queries are not pooled",
+            )
+            eval_sequences = 0
         if not eval_sequences:
             say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
         job = _Job(
@@ -119,14 +130,7 @@ def command(
             dtype=dtype,
             device=device,
             gates=gates,
-            gate={
-                "block_size": block_size,
-                "prefill": {
-                    "k_pooling": _poolings(k_pooling),
-                    "q_pooling": _poolings(q_pooling),
-                    "width": gate_hidden_size or None,
-                },
-            },
+            gate=_gate(phase, block_size, _poolings(k_pooling), _poolings(q_pooling), gate_hidden_size or None),
         )
         settings = {
             "steps": steps or None,
@@ -138,6 +142,7 @@ def command(
             "reduction": reduction,
             "accumulation": accumulation,
             "seed": seed,
+            "phase": phase,
             "eval_every": eval_every or None,
             "eval_density": eval_density,
         }
@@ -149,6 +154,13 @@ def command(
         }
         asked = {name: value for name, value in form.items() if gates is not None and is_given(context, name)}
         _distill(job, settings, output, save_every or None, save_seconds, terminal, asked)
+
+
+def _gate(phase: str, block_size: int, keys: list[str], queries: list[str], width: int | None) -> dict[str, Any]:
+    """Fresh gates as ``GateConfig.from_dict`` reads them."""
+    if phase == "decode":
+        return {"block_size": block_size, "prefill": None, "decode": {"k_pooling": keys, "width": width}}
+    return {"block_size": block_size, "prefill": {"k_pooling": keys, "q_pooling": queries, "width": width}}
 
 
 def _poolings(text: str) -> list[str]:
@@ -209,7 +221,7 @@ def _distill(
         config = DistillConfig(**settings)
         with named({"width": "--gate-hidden-size"}):
             gate_config = GateConfig.from_dict(job.gate)
-    block_size = gate_config.block_size_of("prefill")
+    block_size = gate_config.block_size_of(config.phase)
     if job.gates is None and job.length <= block_size:
         raise ValueError(
             f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import PHASES
+
 REDUCTIONS = ("row", "official")
 
 
@@ -33,6 +35,8 @@ class DistillConfig:
             number of key blocks, as the published code does (its mean counts masked entries).
         accumulation: batches a step.
         seed: decides which rows are drawn.
+        phase: "prefill" trains the gates of prompts, "decode" those of decoding: their rows are query tokens, of which
+            those of the first block are left out, and block recall is not measured.
         eval_every: measure block recall every so many steps, besides before and after (None: only then). It takes
             ``eval_batches``; without them recall is not measured.
         eval_density: density of the ``TopK`` policy at which block recall is measured.
@@ -53,6 +57,7 @@ class DistillConfig:
     eval_every: int | None = None
     eval_density: float = 0.1
     min_improvement: float = 0.02
+    phase: str = "prefill"
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list | tuple):
@@ -73,8 +78,9 @@ class DistillConfig:
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        """Plain JSON types only; the phase only where it is another than that of states older than it."""
+        found = {**dataclasses.asdict(self), "betas": list(self.betas)}
+        return found if self.phase != "prefill" else {key: value for key, value in found.items() if key != "phase"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DistillConfig:
@@ -117,4 +123,5 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eval_every", lambda x: x is None or _integer(x, 1), "an integer of at least 1, or None"),
     ("eval_density", lambda x: _number(x) and 0 < x <= 1, "in (0, 1]"),
     ("min_improvement", lambda x: _number(x) and 0 <= x < 1, "in [0, 1)"),
+    ("phase", lambda x: x in PHASES, f"one of {PHASES}"),
 )

@@ -155,6 +155,8 @@ class _Run:
         self.trainer = Trainer(model, config, total_steps=total, processes=processes)
         self.trainer.broadcast()
         self.history = DistillHistory(recall_density=config.eval_density if eval_batches else None)
+        if eval_batches and config.phase == "decode":
+            raise ValueError("block recall of decode gates is not measured in this version; leave out eval_batches")
         self.eval_batches = [check(batch) for batch in eval_batches]
         # Gates and models that differ in more than the shapes of tensors (block size, poolings) are other runs, too.
         # Through JSON, as a saved state has been.

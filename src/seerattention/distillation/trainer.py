@@ -22,11 +22,11 @@ from ..gates import BlockGate
 from ..hf.contexts import dense, observe
 from ..hf.prompts import place_gates, run_prompt
 from ..hf.state import gates_of
-from ..ops import pooled_attention
 from ..selectors import LayerInputs
 from .batches import Batch
 from .config import DistillConfig
-from .losses import draw_rows, kl_count, kl_sum
+from .losses import draw_rows, kl_count
+from .objectives import OBJECTIVES
 from .processes import Processes
 
 __all__ = ["DistillationError", "Trainer"]
@@ -55,7 +55,7 @@ class Measured:
 
 
 class _Rows:
-    """The query-block rows of one batch that enter the loss, the same in all layers.
+    """The rows of one batch that enter the loss, the same in all layers: query blocks, or query tokens for decoding.
 
     They are drawn from the padded width, which all processes share: a global batch draws the same rows however it is
     dealt out.
@@ -64,9 +64,12 @@ class _Rows:
     def __init__(self, inputs: LayerInputs, config: DistillConfig, block_size: int, draw: int):
         batch_size, _, width, _ = inputs.q.shape
         self.num_blocks = num_blocks(width, block_size)
-        rows = draw_rows(self.num_blocks, config.rows, config.skip_rows, config.seed, draw)
+        unit = block_size if config.phase == "prefill" else 1
+        rows = draw_rows(num_blocks(width, unit), config.rows, config.skip_rows, config.seed, draw)
+        if config.phase == "decode":  # tokens of the first block have no complete one to choose from
+            rows = rows[rows >= block_size]
         lengths = torch.full((batch_size,), width) if inputs.lengths is None else inputs.lengths.cpu()
-        valid = rows * block_size < lengths[:, None]
+        valid = rows * unit < lengths[:, None]
         self.num_valid = int(valid.sum())
         # One copy to each device, not one for each layer: copies of pageable memory wait for the device.
         self.on, self.valid_on = functools.cache(rows.to), functools.cache(valid.to)
@@ -97,11 +100,14 @@ class Trainer:
         self.model, self.config, self.total_steps = model, config, total_steps
         place_gates(model)
         self.processes = processes or Processes()
-        gates = {layer: gate for layer, gate in enumerate(gates_of(model)) if gate is not None}
+        gates = {layer: gate for layer, gate in enumerate(gates_of(model, config.phase)) if gate is not None}
         if not gates:
+            form = "GateConfig()" if config.phase == "prefill" else "GateConfig(decode=seer.DecodeGateConfig())"
             raise ValueError(
-                "no layer of this model has a gate; attach gates first: seer.attach(model, seer.GateConfig())"
+                f"no layer of this model has a gate for {config.phase}; attach gates first: seer.attach(model, "
+                f"seer.{form})"
             )
+        self.objective = OBJECTIVES[config.phase]
         self.names = {layer: f"layers.{layer}" for layer in gates}
         """Layer index -> what the layer is called in histories, messages and saved states."""
         self.gates: dict[str, BlockGate] = {self.names[layer]: gate for layer, gate in gates.items()}
@@ -171,20 +177,9 @@ class Trainer:
             if rows is None:  # from the first layer's view, which may have virtual tokens before the prompt
                 rows = _Rows(inputs, self.config, block_size, draw)
             name, device = self.names[inputs.layer], inputs.q.device
-            target = pooled_attention(
-                inputs.q,
-                inputs.k,
-                block_size=block_size,
-                scale=inputs.scale,
-                rows=rows.on(device),
-                lengths=inputs.lengths,
-                lse=inputs.lse,
-            )
+            valid = None if inputs.lengths is None else rows.valid_on(device)
             with torch.enable_grad():
-                logits = self.masters[name](
-                    inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, rows=rows.on(device), lengths=inputs.lengths
-                )
-                loss = kl_sum(logits, target, None if inputs.lengths is None else rows.valid_on(device))
+                loss = self.objective(self.masters[name], inputs, rows.on(device), valid)
                 loss.backward()
             sums[name] += loss.detach()
 
@@ -202,12 +197,11 @@ class Trainer:
         return kl_count(rows.num_valid, heads, rows.num_blocks, self.config.reduction), tokens
 
     def _geometry(self) -> tuple[int, int]:
-        """Block size and number of query heads, which all layers share."""
-        found = {(gate.block_size, gate.num_heads) for gate in self.gates.values()}
+        """Block size and number of heads that have rows of their own, which all layers share."""
+        heads = "num_heads" if self.config.phase == "prefill" else "num_kv_heads"
+        found = {(gate.block_size, getattr(gate, heads)) for gate in self.gates.values()}
         if len(found) > 1:
-            raise NotImplementedError(
-                f"layers of different (block size, query heads) are not supported: {sorted(found)}"
-            )
+            raise NotImplementedError(f"layers of different (block size, heads) are not supported: {sorted(found)}")
         return found.pop()
 
     def _reduce(self, sums: dict[str, Tensor], count: int, tokens: int) -> Measured | None:

@@ -1,0 +1,89 @@
+"""Distillation of decode gates: their loss against its definition, and a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seerattention as seer
+from seerattention.distillation import DistillConfig, distill
+from seerattention.distillation.objectives import decode_loss
+from seerattention.hf import gates_of
+
+from .tiny import random_batches, tiny_llama, topic_batches
+
+BLOCK = 32
+
+
+def attached(config=None):
+    model = tiny_llama()
+    torch.manual_seed(1)
+    config = config or seer.GateConfig(block_size=BLOCK, prefill=None, decode=seer.DecodeGateConfig())
+    return seer.attach(model, config, min_context=0)
+
+
+def inputs_of(model, batch):
+    seen = []
+    with torch.no_grad(), seer.dense(model), seer.observe(model, lambda inputs, blocks: seen.append(inputs)):
+        model(**batch)
+    return seen
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_by_its_definition(padded):
+    model = attached()
+    (batch,) = random_batches(1, batch=2, length=120)
+    if padded:
+        batch["attention_mask"] = torch.ones(2, 120, dtype=torch.long)
+        batch["attention_mask"][0, 100:] = 0
+    inputs = inputs_of(model, batch)[1]
+    gate = gates_of(model, "decode")[1].float()
+    rows = torch.tensor([32, 63, 64, 99, 119])
+    valid = torch.tensor([[True] * 4 + [not padded], [True] * 5])
+    found = decode_loss(gate, inputs, rows, valid)
+    scores = inputs.q.double() @ inputs.k.double().repeat_interleave(2, 1).mT * inputs.scale
+    probabilities = scores.masked_fill(torch.ones(120, 120).triu(1).bool(), float("-inf")).softmax(-1)
+    q, k, cos, sin = (x.float() for x in (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin))
+    cos, sin = cos.expand(2, -1, -1), sin.expand(2, -1, -1)
+    total = 0.0
+    for b in range(2):
+        for kv in range(2):
+            for i, row in enumerate(rows.tolist()):
+                if not valid[b, i]:
+                    continue
+                own = row // BLOCK
+                mass = torch.stack(
+                    [probabilities[b, 2 * kv : 2 * kv + 2, row, n * BLOCK : (n + 1) * BLOCK].max() for n in range(own)]
+                )
+                mass /= mass.sum()
+                here = (x[b : b + 1, ..., row : row + 1, :] for x in (q, cos, sin))
+                query = gate.encode_queries(*here)[0, kv, 0]
+                keys = gate.encode_keys(k[b : b + 1], cos[b : b + 1], sin[b : b + 1])[0, kv, :own]
+                logits = ((keys @ query) * gate.scale).double().log_softmax(-1)
+                total += float((mass * (mass.log() - logits)).sum())
+    assert float(found) == pytest.approx(total, rel=1e-4)
+
+
+def test_a_run_learns_and_leaves_the_gates_of_prompts_alone(tmp_path):
+    model = attached(seer.GateConfig(block_size=BLOCK, decode=seer.DecodeGateConfig()))
+    before = [parameter.clone() for gate in gates_of(model) for parameter in gate.parameters()]
+    config = DistillConfig(phase="decode", steps=60, rows=0.25, learning_rate=3e-3, warmup=2)
+    history = distill(model, topic_batches(4) * 15, config, state_path=tmp_path / "state.safetensors")
+    assert sum(history.loss[-5:]) < 0.5 * sum(history.loss[:5])
+    after = [parameter for gate in gates_of(model) for parameter in gate.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    seer.save_gates(model, tmp_path / "gates")
+    again = seer.attach(tiny_llama(), tmp_path / "gates", min_context=0)
+    for mine, saved in zip(gates_of(model, "decode"), gates_of(again, "decode"), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), saved.parameters(), strict=True))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"a gate for decode; attach gates first: .*GateConfig\(decode="):
+        distill(seer.attach(tiny_llama(), seer.GateConfig()), topic_batches(1), DistillConfig(phase="decode"))
+    with pytest.raises(ValueError, match="block recall of decode gates is not measured"):
+        distill(attached(), topic_batches(1), DistillConfig(phase="decode"), eval_batches=topic_batches(1))
+    with pytest.raises(ValueError, match="phase must be one of"):
+        DistillConfig(phase="both")
+    assert "phase" not in DistillConfig().to_dict()
+    assert DistillConfig.from_dict(DistillConfig(phase="decode").to_dict()).phase == "decode"
