@@ -57,6 +57,7 @@ WRONG = {
         "--rows": ["0", "-1", "1.5", "2.7", "nan", "inf", "-inf"],
         "--skip-rows": ["-0.1", "1", "nan"],
         "--reduction": ["mean", ""],
+        "--phase": ["both", ""],
         "--block-size": ["0", "48", "-64", "256"],
         "--k-pooling": ["median", "", "max,max"],
         "--q-pooling": ["median", ""],
