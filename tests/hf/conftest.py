@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from seerattention.hf import decoding
 from tiny_models import CONFIGS, make_ids, make_model
 
 
@@ -24,3 +25,12 @@ def ids_of() -> Callable[..., torch.Tensor]:
 @pytest.fixture(params=sorted(CONFIGS))
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def rebuilds(monkeypatch):
+    """How often the cached keys of a layer are encoded from scratch."""
+    counted = []
+    make = decoding._encode_cache
+    monkeypatch.setattr(decoding, "_encode_cache", lambda *args: counted.append(1) or make(*args))
+    return counted

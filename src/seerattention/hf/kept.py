@@ -85,7 +85,7 @@ def keep(cache_layer: Any, state: KeyState, gate: nn.Module) -> None:
 
 
 def _version(x: Tensor) -> int | None:
-    """Counts changes in place; tensors of inference mode do not count."""
+    """Counts changes in place, which caches make in ``reset`` at most; tensors of inference mode do not count."""
     return None if x.is_inference() else x._version
 
 

@@ -159,12 +159,15 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
 
 
 def _mask_of_a_token(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool) -> Any:
-    """The mask of the untouched model, which takes little memory; layers that decode sparsely get told what it is."""
+    """The mask of the untouched model, which takes little memory; layers that decode sparsely get told what it is.
+
+    The token is the last of the keys: where it is not, in static caches, these layers are dense anyway. To ask for its
+    position may wait for the device.
+    """
     mask = None if make is None else make(*args, **kwargs)
     if mask is None or not decodes_sparsely(kwargs["config"]):
         return mask
     keys, padding = kwargs["kv_length"], kwargs.get("attention_mask")
-    plain = plain and _first_query(kwargs) == keys - 1
     if plain and padding is not None:
         padding = padding.bool()
         plain = padding.shape[-1] == keys and at_most_one_run_a_row(padding)
