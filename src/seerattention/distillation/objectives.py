@@ -18,16 +18,7 @@ Objective = Callable[[BlockGate, LayerInputs, Tensor, "Tensor | None"], Tensor]
 
 def prefill_loss(gate: BlockGate, inputs: LayerInputs, rows: Tensor, valid: Tensor | None) -> Tensor:
     """Of query blocks ``rows`` (SeerAttention, arXiv 2410.13276, section 3.2)."""
-    with torch.no_grad():
-        target = pooled_attention(
-            inputs.q,
-            inputs.k,
-            block_size=gate.block_size,
-            scale=inputs.scale,
-            rows=rows,
-            lengths=inputs.lengths,
-            lse=inputs.lse,
-        )
+    target = _target(pooled_attention, gate, inputs, rows)
     logits = gate(inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, rows=rows, lengths=inputs.lengths)
     return kl_sum(logits, target, valid)
 
@@ -39,24 +30,28 @@ def decode_loss(gate: BlockGate, inputs: LayerInputs, rows: Tensor, valid: Tenso
     their sum again, as the published training does.
     """
     own = (rows // gate.block_size)[:, None]
-    with torch.no_grad():
-        target = pooled_attention_decode(
-            inputs.q,
-            inputs.k,
-            block_size=gate.block_size,
-            scale=inputs.scale,
-            rows=rows,
-            lengths=inputs.lengths,
-            lse=inputs.lse,
-        )
-        others = torch.arange(target.shape[-1], device=rows.device) != own
-        target = target * others
-        target = target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    target = _target(pooled_attention_decode, gate, inputs, rows)
+    others = torch.arange(target.shape[-1], device=rows.device) != own
+    target = target * others
+    target = target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     table, tokens = (inputs.cos, inputs.sin), inputs.q.shape[2]
     keys = gate.encode_keys(inputs.k_pre, *table)
     queries = gate.encode_queries(inputs.q_pre, *table, rows=rows)
     logits = gate.score(queries, keys, rows=rows, span=Span(inputs.q.shape[0], tokens, tokens))
     return kl_sum(logits.masked_fill(~others, float("-inf")), target, valid)
+
+
+@torch.no_grad()
+def _target(op: Callable[..., Tensor], gate: BlockGate, inputs: LayerInputs, rows: Tensor) -> Tensor:
+    return op(
+        inputs.q,
+        inputs.k,
+        block_size=gate.block_size,
+        scale=inputs.scale,
+        rows=rows,
+        lengths=inputs.lengths,
+        lse=inputs.lse,
+    )
 
 
 OBJECTIVES: dict[str, Objective] = {"prefill": prefill_loss, "decode": decode_loss}
