@@ -12,8 +12,10 @@ from transformers import DynamicCache, StaticCache
 
 import seerattention as seer
 from decode_models import BOTH, EVERYTHING, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
+from gate_folders import write_published_decode
 from seerattention.hf import gates_of
 from seerattention.hf.state import state_of
+from seerattention.policies import PublishedDecode
 from tiny_models import logits_of
 
 
@@ -27,6 +29,17 @@ def test_saved_folders(model_of, ids_of, tmp_path, config):
     assert state_of(again).phases == state_of(model).phases
     assert [gate is not None for gate in gates_of(again)] == [config is BOTH] * 2
     assert all(torch.equal(a, b) for a, b in zip(generate(again, ids), expected, strict=True))
+
+
+@pytest.mark.parametrize("policy", [None, PublishedDecode(32), PublishedDecode(threshold=0.1)], ids=str)
+def test_published_gates(model_of, ids_of, tmp_path, policy):
+    folder = write_published_decode(tmp_path / "gates")
+    model = seer.attach(model_of(), folder, decode=policy, min_context=0)
+    assert state_of(model).phases["decode"].policy == (policy or seer.TokenBudget(4096))
+    with seer.record(model) as stats:
+        generate(model, ids_of(150), 5)
+    assert (stats.sparse_calls, stats.dense_calls) == (8, 2)
+    assert stats.density == 1 if policy is None else stats.density < 1
 
 
 def test_default_policies(model_of):
