@@ -10,6 +10,12 @@ from ..ops.span import LENGTH, START, Span
 from ..policies import Policy
 
 
+def check_by_token(policy: Policy) -> None:
+    """Raise ValueError for a policy that looks at a whole sequence: each token would be the end of one."""
+    if not policy.rowwise:
+        raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
+
+
 @torch.no_grad()
 def select_by_token(policy: Policy, logits: Tensor, *, block_size: int, span: Span) -> BlockIndices:
     """Choose the key blocks that each query token reads (SeerAttention-R, arXiv 2506.08889).
@@ -38,8 +44,7 @@ def select_by_token(policy: Policy, logits: Tensor, *, block_size: int, span: Sp
             f"the span has {span.batch} rows of {span.queries} query tokens over {span.num_key_blocks(block_size)} "
             f"key blocks of {block_size} tokens, got logits {tuple(logits.shape)}"
         )
-    if not policy.rowwise:
-        raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
+    check_by_token(policy)
     if span.plain and tokens == 1:
         chosen = policy.select(logits, block_size=block_size)
         indices, counts = read_lists(chosen)

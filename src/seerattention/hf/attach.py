@@ -13,6 +13,7 @@ from torch import nn
 from ..blocks import BlockIndices
 from ..config import PHASES, GateConfig
 from ..gates import BlockGate, build_gate
+from ..gates.by_token import check_by_token
 from ..gates.checkpoint import GateCheckpoint
 from ..gates.sources import load_gates
 from ..ops.dispatch import FLOATING_DTYPES
@@ -229,8 +230,7 @@ def _model_phases(
     found = {PREFILL: ModelPhase(policy, gate_config.block_size_of(PREFILL), selector)}
     if DECODE in gate_config.phases:
         policy = decode or (checkpoint and checkpoint.decode_policy) or DEFAULT_DECODE_POLICY
-        if not policy.rowwise:
-            raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
+        check_by_token(policy)
         found[DECODE] = ModelPhase(policy, gate_config.block_size_of(DECODE))
     return found
 
@@ -278,8 +278,8 @@ def _check_policy(phase: str, policy: Any) -> None:
         raise TypeError(
             f"a policy must be one of seerattention's (Threshold, TopK, ...) or None, got {type(policy).__name__}"
         )
-    if phase == DECODE and policy is not None and not policy.rowwise:
-        raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
+    if phase == DECODE and policy is not None:
+        check_by_token(policy)
 
 
 def _check_phases(policies: Mapping[str, Policy | None], phases: Iterable[str]) -> None:
