@@ -59,7 +59,7 @@ def command(
     rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a whole number.")] = 0.25,
     skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
     phase: Annotated[
-        str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens; no block recall).")
+        str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens).")
     ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
@@ -110,13 +110,7 @@ def command(
         if gates is not None:
             check_gates(gates)
         if phase == "decode":
-            say_unused(
-                context,
-                terminal,
-                ("eval_sequences", "q_pooling"),
-                "--phase decode has no block recall, and queries are not pooled",
-            )
-            eval_sequences = 0
+            say_unused(context, terminal, ("q_pooling",), "queries of --phase decode are not pooled")
         if not eval_sequences:
             say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
         job = _Job(

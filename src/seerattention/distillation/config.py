@@ -36,7 +36,7 @@ class DistillConfig:
         accumulation: batches a step.
         seed: decides which rows are drawn.
         phase: "prefill" trains the gates of prompts, "decode" those of decoding: their rows are query tokens, of which
-            those of the first block are left out, and block recall is not measured.
+            those of the first block are left out.
         eval_every: measure block recall every so many steps, besides before and after (None: only then). It takes
             ``eval_batches``; without them recall is not measured.
         eval_density: density of the ``TopK`` policy at which block recall is measured.
