@@ -84,7 +84,7 @@ def test_a_run_learns_and_leaves_the_gates_of_prompts_alone(tmp_path):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_block_recall_by_its_definition(padded):
-    """The mean over heads of the mass in the chosen blocks and the token's own, of every token behind the first block."""
+    """The mass in the chosen blocks and the token's own, mean over heads and tokens behind the first block."""
     model = attached()
     (batch,) = random_batches(1, batch=2, length=120)
     ends = [120, 120]
