@@ -19,6 +19,7 @@ COMMANDS = [
     ("inspect", "inspect", "Pictures of true and predicted attention maps."),
     ("bench", "bench", "Dense beside sparse attention on this device: from which length on sparse pays."),
     ("convert", "convert", "Turn a published AttnGates folder into this package's layout."),
+    ("join", "join", "Put prefill gates and decode gates that were trained apart into one folder."),
     ("env", "env", "Versions and devices, for bug reports."),
 ]
 
