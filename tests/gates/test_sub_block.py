@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import seerattention as seer
 from seerattention.gates import PrefillGate, SubBlockGate, build_gate
+from seerattention.ops.gate_scores import reference
 from seerattention.ops.span import Span
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 16, 32
@@ -181,6 +182,37 @@ def test_gradients_are_those_of_the_definition():
         for mine, expected in zip(*gradients, strict=True):
             assert expected.abs().max() > 1e-3
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch):
+    gate, inputs = make_gate(), make_inputs(200)
+    found = []
+    for most in (1 << 30, 1):
+        monkeypatch.setattr(reference, "MAX_PRODUCTS", most)
+        gate.zero_grad()
+        logits = gate(*inputs)
+        (logits.masked_fill(logits == -math.inf, 0) ** 2).sum().backward()
+        found.append([parameter.grad.clone() for parameter in gate.parameters()])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_training_keeps_no_products():
+    """What autograd keeps of a layer grows with the tokens and with the scores, not with the products."""
+    gate, inputs = make_gate(block_size=64, share_keys=True, width=4), make_inputs(4096)
+    kept = {}  # by storage: views of one tensor are kept once
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = gate(*inputs)
+    assert logits.requires_grad
+    products = 4 * logits.numel() * (64 // 8) ** 2
+    assert sum(kept.values()) < products / 2
+    logits.nan_to_num(neginf=0).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in gate.parameters())
 
 
 def test_shapes_of_parameters_and_encodings():
