@@ -90,6 +90,8 @@ WRONG = {
         "--lm-eval-tasks": ["nothing.yaml", "{folder}/task.yaml", ",", ""],
         "--limit": NOT_COUNTS,
         "--num-fewshot": NOT_OPTIONAL_COUNTS,
+        "--compare-gates": ["./nothing", "fine=./nothing", "={folder}", "fine=", ",", ""],
+        "--seconds": ["-1", "nan", "inf", "soon"],
     },
     "inspect": {
         "--model": MODELS,
