@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from . import tasks as tasks
     from . import testbed as testbed
     from .blocks import BlockIndices
-    from .config import DecodeGateConfig, GateConfig, PrefillGateConfig
+    from .config import DecodeGateConfig, GateConfig, PrefillGateConfig, SubBlockGateConfig
     from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
     from .hf.contexts import dense, observe
@@ -53,6 +53,7 @@ _NAMES = {
     "LayerInputs": "selectors",
     "Policy": "policies",
     "PrefillGateConfig": "config",
+    "SubBlockGateConfig": "config",
     "Threshold": "policies",
     "RelativeThreshold": "policies",
     "TokenBudget": "policies",
@@ -96,6 +97,7 @@ __all__ = [
     "Policy",
     "PrefillGateConfig",
     "RelativeThreshold",
+    "SubBlockGateConfig",
     "Threshold",
     "TokenBudget",
     "TopK",

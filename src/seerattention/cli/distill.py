@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Dtype, ModelName, Terminal, errors, load_model, resolve_device, token_count
+from .gate_form import FINE_OPTIONS, OPTION_OF, GateForm, say_what_gates_decide
 from .options import (
     check_dtype,
     check_gates,
@@ -27,7 +28,6 @@ from .options import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..config import GateConfig
     from ..distillation import DistillConfig, DistillHistory
     from ..distillation.documents import Documents
     from ..distillation.processes import Processes
@@ -63,8 +63,24 @@ def command(
     ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
+    form: Annotated[
+        str,
+        typer.Option(help="Form of fresh gates: paper, or sub_block, which looks more finely than its mask."),
+    ] = "paper",
     k_pooling: Annotated[str, typer.Option(help="Key poolings, of max, min and avg.")] = "max,min,avg",
-    q_pooling: Annotated[str, typer.Option(help="Query poolings, of max, min and avg.")] = "avg",
+    q_pooling: Annotated[
+        str | None,
+        typer.Option(help="Query poolings, of max, min and avg. Default: avg; of --form sub_block all three."),
+    ] = None,
+    q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
+    k_pitch: Annotated[int, typer.Option(help="Tokens a key sub-block, of --form sub_block.")] = 8,
+    tile_score: Annotated[
+        str, typer.Option(help="Score of a tile's products, of --form sub_block: max or logsumexp.")
+    ] = "max",
+    share_keys: Annotated[
+        bool,
+        typer.Option("--share-keys", help="One key projection a KV head, of --form sub_block: smaller and faster."),
+    ] = False,
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
@@ -110,9 +126,27 @@ def command(
         if gates is not None:
             check_gates(gates)
         if phase == "decode":
-            say_unused(context, terminal, ("q_pooling",), "queries of --phase decode are not pooled")
+            say_unused(
+                context,
+                terminal,
+                ("q_pooling", "form"),
+                "queries of --phase decode are not pooled, and its gates have one form",
+            )
         if not eval_sequences:
             say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
+        shape = GateForm(
+            "seerattention_r" if phase == "decode" else form,
+            block_size=block_size,
+            k_pooling=k_pooling,
+            q_pooling=q_pooling,
+            gate_hidden_size=gate_hidden_size,
+            q_pitch=q_pitch,
+            k_pitch=k_pitch,
+            tile_score=tile_score,
+            share_keys=share_keys,
+        )
+        if not shape.fine:
+            say_unused(context, terminal, FINE_OPTIONS, "only --form sub_block has sub-blocks")
         job = _Job(
             model=check_model(model),
             data=data,
@@ -124,7 +158,7 @@ def command(
             dtype=dtype,
             device=device,
             gates=gates,
-            gate=_gate(phase, block_size, _poolings(k_pooling), _poolings(q_pooling), gate_hidden_size or None),
+            gate=shape.config(),
         )
         settings = {
             "steps": steps or None,
@@ -140,25 +174,8 @@ def command(
             "eval_every": eval_every or None,
             "eval_density": eval_density,
         }
-        form = {
-            "block_size": block_size,
-            "k_pooling": ",".join(_poolings(k_pooling)),
-            "q_pooling": ",".join(_poolings(q_pooling)),
-            "gate_hidden_size": gate_hidden_size,
-        }
-        asked = {name: value for name, value in form.items() if gates is not None and is_given(context, name)}
+        asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
         _distill(job, settings, output, save_every or None, save_seconds, terminal, asked)
-
-
-def _gate(phase: str, block_size: int, keys: list[str], queries: list[str], width: int | None) -> dict[str, Any]:
-    """Fresh gates as ``GateConfig.from_dict`` reads them."""
-    if phase == "decode":
-        return {"block_size": block_size, "prefill": None, "decode": {"k_pooling": keys, "width": width}}
-    return {"block_size": block_size, "prefill": {"k_pooling": keys, "q_pooling": queries, "width": width}}
-
-
-def _poolings(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
 
 
 def _row_choice(rows: float) -> float | int:
@@ -211,10 +228,10 @@ def _distill(
     from ..hf.state import state_of
 
     # What can be wrong with the options is found before a model is loaded.
-    with named({name: f"--{name.replace('_', '-')}" for name in (*settings, "block_size", "k_pooling", "q_pooling")}):
+    with named({name: f"--{name.replace('_', '-')}" for name in settings}):
         config = DistillConfig(**settings)
-        with named({"width": "--gate-hidden-size"}):
-            gate_config = GateConfig.from_dict(job.gate)
+    with named(OPTION_OF):
+        gate_config = GateConfig.from_dict(job.gate)
     block_size = gate_config.block_size_of(config.phase)
     if job.gates is None and job.length <= block_size:
         raise ValueError(
@@ -239,7 +256,7 @@ def _distill(
             f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
         )
         if job.gates is not None:
-            _say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, asked)
+            say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, asked)
     try:
         with distill_progress(terminal.err) if main else nullcontext() as on_step:
             history = run_distillation(
@@ -271,24 +288,6 @@ def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
     if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
         return asdict(job)
     return {**asdict(job), _TEXT: documents.fingerprint()}
-
-
-def _say_what_gates_decide(terminal: Terminal, source: str, config: GateConfig | None, asked: dict[str, Any]) -> None:
-    from ..config import PrefillGateConfig
-
-    if config is None or not isinstance(config.prefill, PrefillGateConfig):
-        return
-    form = {
-        "block_size": config.block_size_of("prefill"),
-        "k_pooling": ",".join(config.prefill.k_pooling),
-        "q_pooling": ",".join(config.prefill.q_pooling),
-        "gate_hidden_size": config.prefill.width or 0,
-    }
-    terminal.say(f"starting from the gates in {source}: " + ", ".join(f"{name} {form[name]}" for name in form))
-    for name, value in asked.items():
-        if value != form[name]:
-            option = f"--{name.replace('_', '-')}"
-            terminal.say(f"{option} {value} has no effect: --gates {source} decides, and its {name} is {form[name]}")
 
 
 def _text(

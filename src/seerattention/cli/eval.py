@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,7 @@ from .options import (
     is_given,
     parse_density,
     parse_threshold,
+    real,
     say_unused,
 )
 
@@ -50,6 +52,10 @@ def command(
         str | None,
         typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),
     ] = None,
+    compare_gates: Annotated[
+        str | None,
+        typer.Option(help="Also these gates, in everything that asks gates: NAME=FOLDER,... (other forms, say)."),
+    ] = None,
     measure: Annotated[
         str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, lm-eval.")
     ] = "retrieval,perplexity",
@@ -63,7 +69,7 @@ def command(
             "make prompts to measure (RULER) use them."
         ),
     ] = "4K",
-    densities: Annotated[str, typer.Option(help="Densities of top-k selection.")] = "0.5,0.2,0.1,0.05",
+    densities: Annotated[str, typer.Option(help="Densities of top-k selection; none: no such.")] = "0.5,0.2,0.1,0.05",
     thresholds: Annotated[
         str | None, typer.Option(help="Also the gates with these probability thresholds, e.g. 0.002,0.005.")
     ] = None,
@@ -121,6 +127,10 @@ def command(
             "as soon as it is measured, and the same command goes on where it was stopped."
         ),
     ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(help="Begin no further measurement after so long, setting by setting until then; 0: measure all."),
+    ] = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
     ] = False,
@@ -170,9 +180,12 @@ def command(
         else:
             unused = ("limit", "num_fewshot", "apply_chat_template")
             say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
+        real("--seconds", seconds)
+        clock = _Clock(seconds) if seconds else None
+        compared = {} if compare_gates is None else dict(parse_list(compare_gates, _named_gates, "compare-gates"))
         settings = _settings(
-            default_gates(model) if gates is None else None if gates == "none" else gates,
-            parse_list(densities, parse_density, "densities"),
+            _gates(model, gates, compared),
+            [] if densities == "none" else parse_list(densities, parse_density, "densities"),
             [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
             oracle,
             selectors,
@@ -197,7 +210,14 @@ def command(
             books = book_tokens(texts, model, tokenizer, limit=max(documents + 1, 16) * longest)
         terminal.say(f"settings: {', '.join(setting.name for setting in settings)}")
         subject = Subject(loaded, tokenizer, books, batch_size, seed)
-        facts = {"model": model, "gates": gates, "dtype": str(loaded.dtype), "device": chosen, "seed": seed}
+        facts = {
+            "model": model,
+            "gates": gates,
+            "compared gates": compared,
+            "dtype": str(loaded.dtype),
+            "device": chosen,
+            "seed": seed,
+        }
         with ExitStack() as stack:
             journal = None
             if output is not None:
@@ -212,7 +232,11 @@ def command(
                 identity=None if journal is None else _identity(loaded, str(loaded.device)),
                 progress=terminal.progress,
                 show=lambda group: _show(terminal, group),
+                stop=clock,
             )
+            if clock is not None and clock.stopped:
+                again = "" if output is None else "; the same command goes on"
+                terminal.say(f"stopped after --seconds {seconds:g}, before all was measured{again}")
             numbers = _to_dict(groups, **facts)
             if output is not None:
                 write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
@@ -268,8 +292,39 @@ def _identity(model: Any, device: str) -> dict[str, Any]:
     }
 
 
+class _Clock:
+    """Whether the time is up; what it said last stays said."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.stopped = False
+
+    def __call__(self) -> bool:
+        self.stopped = self.stopped or time.monotonic() > self.end
+        return self.stopped
+
+
+def _named_gates(text: str) -> tuple[str, str]:
+    name, equals, folder = (part.strip() for part in text.partition("="))
+    if not name or not equals:
+        raise ValueError(f"expected NAME=FOLDER, got {text!r}")
+    return name, check_gates(folder, "--compare-gates")
+
+
+def _gates(model: str, gates: str | None, compared: Mapping[str, str]) -> dict[str, Any]:
+    """All gates that are measured, by what tables call them."""
+    if "gates" in compared:
+        raise ValueError("--compare-gates: 'gates' is the name of those of --gates; choose another")
+    first = None if gates == "none" else default_gates(model) if gates is None else gates
+    return {**({} if first is None else {"gates": first}), **compared}
+
+
 def _settings(
-    gates: Any, densities: Sequence[float], thresholds: Sequence[float], oracle: bool, selectors: str | None
+    gates: Mapping[str, Any],
+    densities: Sequence[float],
+    thresholds: Sequence[float],
+    oracle: bool,
+    selectors: str | None,
 ) -> list[Setting]:
     from ..baselines import Oracle, parse_selectors
     from ..evaluate import Setting
@@ -279,19 +334,24 @@ def _settings(
     settings = [Setting.dense()]
     if oracle:
         settings += [Setting(f"oracle {name}", selector=Oracle(policy)) for name, policy in policies.items()]
-    if gates is not None:
-        settings += [Setting(f"gates {name}", gates=gates, policy=policy) for name, policy in policies.items()]
-        settings += [Setting(f"gates > {value:g}", gates=gates, policy=Threshold(value)) for value in thresholds]
-    elif thresholds:
+    if thresholds and not gates:
         raise ValueError("--thresholds needs --gates")
+    for called, folder in gates.items():
+        settings += [Setting(f"{called} {name}", gates=folder, policy=policy) for name, policy in policies.items()]
+        settings += [Setting(f"{called} > {x:g}", gates=folder, policy=Threshold(x)) for x in thresholds]
     try:
         chosen = {} if selectors is None else parse_selectors(selectors)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--selectors: {error}") from error
     for name, selector in chosen.items():
-        if selector.needs_gate and gates is None:
+        if not selector.needs_gate:
+            settings.append(Setting(name, selector=selector))
+            continue
+        if not gates:
             raise ValueError(f"--selectors: {name} asks gates and needs --gates")
-        settings.append(Setting(name, gates=gates if selector.needs_gate else None, selector=selector))
+        for called, folder in gates.items():
+            shown = name if called == "gates" else f"{called} {name}"
+            settings.append(Setting(shown, gates=folder, selector=selector))
     return settings
 
 

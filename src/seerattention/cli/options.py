@@ -118,12 +118,12 @@ def check_model(model: str) -> str:
     return model
 
 
-def check_gates(gates: str) -> str:
+def check_gates(gates: str, option: str = "--gates") -> str:
     """A folder, or what could be a hub id."""
     if not gates.strip():
-        raise ValueError("--gates is empty; give a folder of gates or a hub id (owner/name)")
+        raise ValueError(f"{option} is empty; give a folder of gates or a hub id (owner/name)")
     if _means_a_path(gates) and not Path(gates).expanduser().is_dir():
-        raise FileNotFoundError(f"--gates: no folder of gates at {gates!r} (a hub id has the form 'owner/name')")
+        raise FileNotFoundError(f"{option}: no folder of gates at {gates!r} (a hub id has the form 'owner/name')")
     return gates
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,7 +36,7 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class Group:
-    """The results of one measure at one length, one a setting.
+    """The results of one measure at one length, one a setting (that was measured before a run was stopped).
 
     Attributes:
         length: 0 where prompts have lengths of their own.
@@ -63,6 +64,7 @@ def run_measures(
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     show: Callable[[Group], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[Group]:
     """Run every measure at each of its lengths. All prompts are made before anything is measured.
 
@@ -75,46 +77,73 @@ def run_measures(
         identity: what decides results and only the caller knows: a digest of the model's weights, its dtype, versions.
             Needed with a journal.
         progress: ``progress(what, total)`` is a context manager that gives ``advance(tokens)``.
-        show: called with each group when it is complete.
+        show: called with each group when it is complete, or at the end.
+        stop: asked before each case that has to be measured: True ends the run with what there is. Cases then go
+            setting by setting, all measures of each, so that what there is can be compared.
 
     Raises:
         ValueError: a journal without an identity, or prompts that cannot be made.
     """
     if journal is not None and not identity:
         raise ValueError("a journal needs an identity, or results of another model could be taken for this one's")
-    todo = []
+    plans = []
     for measure in measures:
-        chosen = measure.settings(settings)
-        if chosen:
-            todo += [(measure, n, chosen, measure.prepare(subject, n)) for n in measure.lengths(sorted(lengths))]
+        if chosen := measure.settings(settings):
+            cases = [list(chosen)] if measure.together else [[setting] for setting in chosen]
+            plans += [_Plan(measure, n, cases, measure.prepare(subject, n)) for n in measure.lengths(sorted(lengths))]
     # By place in memory: those of the caller live as long as this call.
     described = {} if journal is None else {id(each): describe(each, subject.model) for each in settings}
-    groups = []
-    for measure, length, chosen, prompts in todo:
-        results: list[Any] = []
-        kept = 0
-        what, total = _at(measure.name, length), len(chosen) * prompts.tokens
+    order = [(plan, case) for plan in plans for case in plan.cases]
+    if stop is not None:
+        places = {id(setting): place for place, setting in enumerate(settings)}
+        order.sort(key=lambda each: places.get(id(each[1][0]), 0))
+    stopped = False
+    for plan, run in itertools.groupby(order, lambda each: each[0]):
+        cases = [case for _, case in run]
+        measure, prompts = plan.measure, plan.prompts
+        what, total = _at(measure.name, plan.length), sum(map(len, cases)) * prompts.tokens
         with (progress or _silent)(what, total) as advance:
-            for case in [chosen] if measure.together else [[setting] for setting in chosen]:
+            for case in cases:
                 digest, found = None, None
                 if journal is not None:
                     told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in case]
-                    digest = case_digest(subject, measure, length, prompts, told, identity or {})
+                    digest = case_digest(subject, measure, plan.length, prompts, told, identity or {})
                     found = journal.find(digest)
                 if found is not None:
-                    results += [measure.restore(*each) for each in found]
-                    kept += len(found)
+                    plan.results += [measure.restore(*each) for each in found]
+                    plan.kept, plan.done = plan.kept + len(found), plan.done + 1
                     advance(len(case) * prompts.tokens)
                     continue
+                stopped = stopped or (stop is not None and stop())
+                if stopped:
+                    continue
                 measured = measure.run(subject, prompts, case, advance)
-                results += measured
+                plan.results, plan.done = [*plan.results, *measured], plan.done + 1
                 if journal is not None:
-                    facts = {"measure": measure.name, "length": length, "seed": subject.seed}
+                    facts = {"measure": measure.name, "length": plan.length, "seed": subject.seed}
                     journal.add(facts | {"settings": [setting.name for setting in case]}, digest, measured)
-        groups.append(Group(measure, length, results, kept))
-        if show is not None:
-            show(groups[-1])
-    return groups
+        if show is not None and plan.done == len(plan.cases):
+            show(plan.group())
+    for plan in plans:
+        if show is not None and 0 < plan.done < len(plan.cases):
+            show(plan.group())
+    return [plan.group() for plan in plans if plan.done]
+
+
+@dataclass
+class _Plan:
+    """The cases of one measure at one length, and what was found in those that were run."""
+
+    measure: Measure
+    length: int
+    cases: list[list[Setting]]
+    prompts: Prompts
+    results: list[Any] = dataclasses.field(default_factory=list)
+    kept: int = 0
+    done: int = 0
+
+    def group(self) -> Group:
+        return Group(self.measure, self.length, list(self.results), self.kept)
 
 
 def _at(name: str, length: int) -> str:
