@@ -124,7 +124,7 @@ OPS = {
         lengths=(8192, 32768, 131072),
         densities=(0.1,),
         lists=("none",),
-        targets=("sub-block-gate-path",),
+        targets=(),
     ),
 }
 GATE_SPECS = {"gate_path": PrefillGateConfig(), "sub_block_gate_path": SubBlockGateConfig()}

@@ -130,19 +130,6 @@ TARGETS: tuple[Target, ...] = (
     ),
     *(
         Target(
-            "sub-block-gate-path",
-            f"the same of 8x8 sub-block gates, {format_length(length)}",
-            "sub_block_gate_path",
-            {**_8B, "keys": length, "density": 0.1},
-            "share_TopK",
-            bound,
-            at_most=True,
-            unit="%",
-        )
-        for length, bound in ((32768, 0.25), (131072, 0.15))
-    ),
-    *(
-        Target(
             f"target-{share}",
             f"distillation target, {format_length(length)}, {text}: extra time over a dense forward",
             "pooled_attention",
