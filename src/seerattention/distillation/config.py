@@ -31,8 +31,8 @@ class DistillConfig:
             (0, 1]), a count (an int), or None for all of them. The cost of the target is proportional to it.
         skip_rows: share of the rows at the start that never enters the loss (the paper: a quarter; they see few blocks,
             so there is little to select). In a padded batch it is a share of the padded width.
-        last_rows: how many of the last rows are in the loss of every step (at most as many as ``rows`` allows), for texts
-            that end with what matters: a question about what lies before it.
+        last_rows: how many of the last rows are in the loss of every step (at most as many as ``rows`` allows), for
+            texts that end with what matters: a question about what lies before it.
         reduction: "row": the mean over rows and heads of the KL divergence of a row; "official": also divided by the
             number of key blocks, as the published code does (its mean counts masked entries).
         accumulation: batches a step.
