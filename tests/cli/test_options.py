@@ -56,6 +56,7 @@ WRONG = {
         "--clip-norm": ["-1", "nan", "inf"],
         "--rows": ["0", "-1", "1.5", "2.7", "nan", "inf", "-inf"],
         "--skip-rows": ["-0.1", "1", "nan"],
+        "--last-rows": NOT_OPTIONAL_COUNTS,
         "--reduction": ["mean", ""],
         "--phase": ["both", ""],
         "--block-size": ["0", "48", "-64", "256"],

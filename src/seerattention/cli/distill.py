@@ -58,6 +58,7 @@ def command(
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm of a layer; 0: no clipping.")] = 1.0,
     rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a whole number.")] = 0.25,
     skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
+    last_rows: Annotated[int, typer.Option(help="How many of the last query blocks are in every step.")] = 0,
     phase: Annotated[
         str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens).")
     ] = "prefill",
@@ -167,6 +168,7 @@ def command(
             "clip_norm": clip_norm or None,
             "rows": _row_choice(rows),
             "skip_rows": skip_rows,
+            "last_rows": last_rows,
             "reduction": reduction,
             "accumulation": accumulation,
             "seed": seed,

@@ -29,7 +29,16 @@ from ..files import DamagedFileError, read_json, write_file
 from ..policies import Policy, policy_from_dict
 from .card import model_card
 from .geometry import OPTIONAL, fingerprint
-from .tensors import check_dtypes, digest, is_digest_of, own_memory, read_described, read_safetensors
+from .tensors import (
+    check_dtypes,
+    digest,
+    is_digest_of,
+    own_memory,
+    pack,
+    packed_path,
+    read_described,
+    read_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +150,12 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"refusing to save gates that are not finite: {', '.join(bad)}")
 
 
-def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -> Path:
-    """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first."""
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint, *, packed: bool = False) -> Path:
+    """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first.
+
+    Args:
+        packed: compress the weights without loss (``gates.safetensors.xz``), to ship them; they are read as others.
+    """
     policies = {_PREFILL: checkpoint.policy, _DECODE: checkpoint.decode_policy}
     description = {
         "format_version": FORMAT_VERSION,
@@ -157,7 +170,13 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -
     # Made from the content: equal gates give equal files.
     description["save_id"] = digest(description, tensors)
     folder = Path(path)
-    write_file(folder / WEIGHTS_FILE, save(tensors, metadata={_HEADER_KEY: json.dumps(description)}))
+    content, plain = save(tensors, metadata={_HEADER_KEY: json.dumps(description)}), folder / WEIGHTS_FILE
+    if packed:
+        write_file(packed_path(plain), pack(content))
+        plain.unlink(missing_ok=True)  # it would be read instead
+    else:
+        write_file(plain, content)
+        packed_path(plain).unlink(missing_ok=True)
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
     write_file(folder / CARD_FILE, model_card(description))
     return folder

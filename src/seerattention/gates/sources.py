@@ -11,6 +11,7 @@ from ..config import PHASES, GateConfig
 from . import published
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
 from .published import is_published_layout, read_published
+from .tensors import packed_path
 
 
 def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
@@ -52,7 +53,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"no folder of gates at {str(source)!r} (a hub id has the form 'owner/name')")
     from huggingface_hub import snapshot_download
 
-    names = [CONFIG_FILE, WEIGHTS_FILE, "config.json", published.WEIGHTS_FILE]
+    names = [CONFIG_FILE, WEIGHTS_FILE, packed_path(Path(WEIGHTS_FILE)).name, "config.json", published.WEIGHTS_FILE]
     return Path(snapshot_download(str(source), allow_patterns=names))
 
 
