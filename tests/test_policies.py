@@ -123,7 +123,7 @@ def test_relative_threshold_by_hand(factor, floors, num_keys, seed):
 
 def test_a_toy_policy_is_known_by_its_kind(monkeypatch):
     """Being defined is enough for JSON."""
-    from seerattention import policies as module
+    from seerattention.policies import policy as module
 
     monkeypatch.setattr(module, "KINDS", dict(module.KINDS))
 
