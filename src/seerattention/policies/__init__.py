@@ -8,11 +8,14 @@ it a ``kind``.
 from __future__ import annotations
 
 from ..ops.block_selection import causal_softmax
+from .budget import Budget, Budgets
 from .policy import KINDS, Policy, policy_from_dict, read_kind
 from .rules import Dense, PublishedDecode, RelativeThreshold, Threshold, TokenBudget, TopK, TopP
 
 __all__ = [
     "KINDS",
+    "Budget",
+    "Budgets",
     "Dense",
     "Policy",
     "PublishedDecode",

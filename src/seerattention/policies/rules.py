@@ -18,17 +18,17 @@ from .policy import MOST_TOKENS, Policy, check_count, check_number
 
 __all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]
 
-_How = dict[str, Any]
+How = dict[str, Any]
 """What all selections take: block_size, lengths, span, last_blocks_dense."""
 
 
-class _ScorePolicy(Policy):
+class ScorePolicy(Policy):
     """A policy that looks at the scores, and may leave the last query blocks dense."""
 
     last_blocks_dense: int
 
     @abstractmethod
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices: ...
+    def _select(self, logits: Tensor, how: How) -> BlockIndices: ...
 
     def select(
         self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
@@ -38,7 +38,7 @@ class _ScorePolicy(Policy):
 
 
 @dataclass(frozen=True)
-class Threshold(_ScorePolicy):
+class Threshold(ScorePolicy):
     """Keep the blocks whose softmax probability is strictly above ``threshold`` (SeerAttention paper, section 3.3).
 
     The density follows from the scores and falls with the length of the prompt: probabilities of a row sum to 1.
@@ -58,12 +58,12 @@ class Threshold(_ScorePolicy):
             raise ValueError(f"threshold is a probability and must lie in [0, 1), got {self.threshold}")
         check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         return select_threshold(logits, self.threshold, softmax=True, **how)
 
 
 @dataclass(frozen=True)
-class RelativeThreshold(_ScorePolicy):
+class RelativeThreshold(ScorePolicy):
     """Keep the blocks that get more than ``factor`` times what uniform attention would give them.
 
     A row that may see n blocks keeps those of softmax probability above ``factor / n``: rows and heads whose attention
@@ -92,13 +92,13 @@ class RelativeThreshold(_ScorePolicy):
         for name in ("min_blocks", "first_blocks", "dense_rows", "last_blocks_dense"):
             check_count(name, getattr(self, name))
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         floors = {name: getattr(self, name) for name in ("min_blocks", "first_blocks", "dense_rows")}
         return select_threshold(logits, self.factor, softmax=True, relative=True, **floors, **how)
 
 
 @dataclass(frozen=True)
-class TopK(_ScorePolicy):
+class TopK(ScorePolicy):
     """Keep a fixed share of the causal blocks of each row.
 
     Row i, counted from 0, keeps ``max(1, ceil(density * (i + 1)))`` blocks, the diagonal among them.
@@ -130,7 +130,7 @@ class TopK(_ScorePolicy):
     def rowwise(self) -> bool:
         return super().rowwise and not self.uniform  # which counts all blocks of the sequence
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         if self.density == 1:
             return Dense().select(logits, block_size=how["block_size"], lengths=how["lengths"], span=how["span"])
         num_rows, num_keys = logits.shape[-2:]
@@ -157,7 +157,7 @@ class TopK(_ScorePolicy):
 
 
 @dataclass(frozen=True)
-class TopP(_ScorePolicy):
+class TopP(ScorePolicy):
     """Keep the diagonal and the fewest best other blocks with which the softmax probabilities sum to at least ``p``.
 
     Attributes:
@@ -175,12 +175,12 @@ class TopP(_ScorePolicy):
             raise ValueError(f"p is a probability mass and must lie in (0, 1], got {self.p}")
         check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         return select_topp(logits, self.p, softmax=True, **how)
 
 
 @dataclass(frozen=True)
-class TokenBudget(_ScorePolicy):
+class TokenBudget(ScorePolicy):
     """Keep the best ``ceil(tokens / block_size)`` blocks of each row, the diagonal among them.
 
     Attributes:
@@ -197,7 +197,7 @@ class TokenBudget(_ScorePolicy):
             raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {self.tokens!r}")
         check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         blocks = -(-self.tokens // how["block_size"])
         keep = torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device)
         return select_topk(logits, keep, capacity=blocks, **how)
@@ -249,7 +249,7 @@ class PublishedDecode(Policy):
         self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
     ) -> BlockIndices:
         logits = logits.masked_fill(logits == -math.inf, 0.0)  # what lies above the diagonal is ignored anyway
-        how: _How = {"block_size": block_size, "lengths": lengths, "span": span}
+        how: How = {"block_size": block_size, "lengths": lengths, "span": span}
         if self.tokens is None:
             assert self.threshold is not None
             return select_threshold(logits, self.threshold, softmax=True, first_blocks=int(self.first_block), **how)
