@@ -69,6 +69,12 @@ WRONG = {
         "--save-every": NOT_OPTIONAL_COUNTS,
         "--save-seconds": ["-1", "nan", "inf"],
     },
+    "calibrate": {
+        **{option: values for option, values in COMMON.items() if option != "--seed"},
+        "--length": LENGTHS,
+        "--sequences": NOT_COUNTS,
+        "--densities": [*DENSITIES, "1"],
+    },
     "eval": {
         **COMMON,
         "--measure": ["speed", ","],

@@ -79,6 +79,9 @@ def command(
         int, typer.Option(help="Measure block recall every so many steps; 0: only before and after.")
     ] = 100,
     eval_density: Annotated[float, typer.Option(help="Density at which block recall is measured.")] = 0.1,
+    budgets: Annotated[
+        bool, typer.Option(help="At the end, fit on the held-out sequences what spends a density (prefill gates).")
+    ] = True,
     save_every: Annotated[int, typer.Option(help="Save the state every so many steps; 0: by time only.")] = 0,
     save_seconds: Annotated[float, typer.Option(help="Save the state every so many seconds.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -118,7 +121,8 @@ def command(
             )
             eval_sequences = 0
         if not eval_sequences:
-            say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
+            unused = ("eval_every", "eval_density", "budgets")
+            say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
         job = _Job(
             model=check_model(model),
             data=data,
@@ -153,7 +157,7 @@ def command(
             "gate_hidden_size": gate_hidden_size,
         }
         asked = {name: value for name, value in form.items() if gates is not None and is_given(context, name)}
-        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked)
+        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked, budgets)
 
 
 def _gate(phase: str, block_size: int, keys: list[str], queries: list[str], width: int | None) -> dict[str, Any]:
@@ -202,8 +206,10 @@ def _distill(
     save_seconds: float,
     terminal: Terminal,
     asked: dict[str, Any],
+    budgets: bool,
 ) -> None:
-    """``asked``: what was said of the form of gates although they come from ``job.gates``."""
+    """``asked``: what was said of the form of gates although they come from ``job.gates``; ``budgets``: whether they
+    are to be fitted."""
     import torch
 
     from .. import hf
@@ -266,8 +272,23 @@ def _distill(
     except DistillationError as error:
         raise ValueError(str(error)) from error
     if main:
+        if budgets and held_out and config.phase == "prefill":
+            fit_budgets(model, held_out, terminal)
         _write_results(model, history, config, output, terminal, asdict(job))
     processes.finish()
+
+
+def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> None:
+    """Fit the budgets that are saved with the gates, or say why not: of short texts gates are good without them."""
+    from ..measure import calibrate
+
+    try:
+        found = calibrate(model, held_out)
+    except ValueError as error:
+        terminal.say(f"no budgets are stored with these gates: {error}")
+        return
+    known = ", ".join(f"{density:g}" for density in found.densities)
+    terminal.say(f"fitted budgets on the held-out sequences, for densities {known}; the default is {found.default:g}")
 
 
 def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:

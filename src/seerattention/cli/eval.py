@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ..evaluate import Report, Setting
     from ..evaluate.cases import Group
     from ..evaluate.measure import Measure
+    from ..policies import Policy
 
 
 def command(
@@ -63,7 +64,10 @@ def command(
             "make prompts to measure (RULER) use them."
         ),
     ] = "4K",
-    densities: Annotated[str, typer.Option(help="Densities of top-k selection.")] = "0.5,0.2,0.1,0.05",
+    densities: Annotated[
+        str,
+        typer.Option(help="Densities: by the budgets stored with the gates; of top-k selection where there are none."),
+    ] = "0.5,0.2,0.1,0.05",
     thresholds: Annotated[
         str | None, typer.Option(help="Also the gates with these probability thresholds, e.g. 0.002,0.005.")
     ] = None,
@@ -170,24 +174,26 @@ def command(
         else:
             unused = ("limit", "num_fewshot", "apply_chat_template")
             say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
-        settings = _settings(
-            default_gates(model) if gates is None else None if gates == "none" else gates,
-            parse_list(densities, parse_density, "densities"),
-            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
-            oracle,
-            selectors,
-        )
         check_seed(seed)
         check_dtype(dtype)
         check_model(model)
-        if gates not in (None, "none"):
-            check_gates(gates)
         if output is not None:
             check_output(output)
         needs_texts = any(getattr(each, "needs_texts", True) for each in chosen_measures)
         if not needs_texts:
             say_unused(context, terminal, ("data", "text_field"), "lm-eval tasks bring their own texts")
         texts = open_data(data, model, text_field) if needs_texts else None
+        if gates not in (None, "none"):
+            check_gates(gates)
+        chosen_gates = default_gates(model) if gates is None else None if gates == "none" else gates
+        asked_densities = parse_list(densities, parse_density, "densities")
+        settings = _settings(
+            chosen_gates,
+            _policies(chosen_gates, asked_densities, terminal),
+            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
+            oracle,
+            selectors,
+        )
         chosen = resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
         loaded, tokenizer = load_model(model, chosen, dtype)
@@ -268,17 +274,36 @@ def _identity(model: Any, device: str) -> dict[str, Any]:
     }
 
 
+def _policies(gates: Any, densities: Sequence[float], terminal: Terminal) -> dict[float, Policy]:
+    """What the gates are asked for each density."""
+    from ..gates.sources import stored_budgets
+    from ..policies import TopK
+
+    budgets = None if gates is None else stored_budgets(gates)
+    found: dict[float, Policy] = {density: TopK(density) for density in densities}
+    if budgets is None:
+        return found
+    low, high = budgets.densities[0], budgets.densities[-1]
+    spent = [density for density in densities if low <= density <= high]
+    found |= {density: budgets.policy(density) for density in spent}
+    if rest := [f"{density:g}" for density in densities if density not in spent and density != 1]:
+        terminal.say(
+            f"budgets are stored for densities from {low:g} to {high:g}; top-k selection for {', '.join(rest)}"
+        )
+    return found
+
+
 def _settings(
-    gates: Any, densities: Sequence[float], thresholds: Sequence[float], oracle: bool, selectors: str | None
+    gates: Any, densities: dict[float, Policy], thresholds: Sequence[float], oracle: bool, selectors: str | None
 ) -> list[Setting]:
     from ..baselines import Oracle, parse_selectors
     from ..evaluate import Setting
     from ..policies import Threshold, TopK
 
-    policies = {f"{density:g}": TopK(density) for density in densities}
+    policies = {f"{density:g}": policy for density, policy in densities.items()}
     settings = [Setting.dense()]
     if oracle:
-        settings += [Setting(f"oracle {name}", selector=Oracle(policy)) for name, policy in policies.items()]
+        settings += [Setting(f"oracle {density:g}", selector=Oracle(TopK(density))) for density in densities]
     if gates is not None:
         settings += [Setting(f"gates {name}", gates=gates, policy=policy) for name, policy in policies.items()]
         settings += [Setting(f"gates > {value:g}", gates=gates, policy=Threshold(value)) for value in thresholds]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..policies import Budgets
 from . import published
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
 from .published import is_published_layout, read_published
@@ -31,6 +32,16 @@ def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
         )
     checkpoint.check_base_model(config)
     return checkpoint
+
+
+def stored_budgets(source: str | os.PathLike[str]) -> Budgets | None:
+    """The budgets stored with gates, which :func:`locate` finds; None: none are.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: as :func:`load_gates`.
+    """
+    folder = locate(source)
+    return read_checkpoint(folder).budgets if (folder / CONFIG_FILE).is_file() else None
 
 
 def locate(source: str | os.PathLike[str]) -> Path:

@@ -63,7 +63,7 @@ class Budget(ScorePolicy):
             object.__setattr__(self, name, _numbers("Budget", name, getattr(self, name)))
         if len(self.blocks) != len(self.factors) or not self.blocks:
             raise ValueError(
-                f"Budget: got {len(self.blocks)} blocks and {len(self.factors)} factors; give one for each"
+                f"Budget: needs a factor for each of blocks, got {len(self.factors)} for {len(self.blocks)}"
             )
         if self.blocks[0] < 1 or any(a >= b for a, b in itertools.pairwise(self.blocks)):
             raise ValueError(f"Budget: blocks must ascend from 1 or more, got {self.blocks}")
