@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,8 @@ def command(
 
         from .. import hf
         from ..evaluate.perplexity import cut_documents
+        from ..gates.sources import load_gates, write_checkpoint
+        from ..hf.architectures import find_decoder
         from ..measure import calibrate
 
         texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
@@ -78,7 +81,9 @@ def command(
         hf.attach(loaded, folder, min_context=0)
         terminal.say(f"reading {sequences} prompts of {tokens} tokens, twice")
         found = calibrate(loaded, list(prompts.split(1)), densities=asked)
-        hf.save_gates(loaded, output)
+        # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
+        checkpoint = load_gates(folder, find_decoder(loaded).config)
+        write_checkpoint(output, dataclasses.replace(checkpoint, policy=found.policy(), budgets=found))
         known = ", ".join(f"{density:g}" for density in found.densities)
         terminal.say(f"wrote {output}: budgets for densities {known}; the default is {found.default:g}")
         emitted: dict[str, Any] = {"model": model, "gates": str(folder), "output": str(output), **found.to_dict()}
