@@ -40,7 +40,9 @@ def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
         "--densities", "0.3,0.1", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert "budgets are stored for densities from 0.2 to 0.4; top-k selection for 0.1" in " ".join(result.stderr.split())
+    assert "budgets are stored for densities from 0.2 to 0.4; top-k selection for 0.1" in " ".join(
+        result.stderr.split()
+    )
     found = {row["setting"]: row["density"] for row in json.loads(result.stdout)["perplexity"]}
     assert 0.85 * 0.3 < found["gates 0.3"] < 1.05 * 0.3
     assert found["gates 0.1"] == pytest.approx(0.114, abs=0.002)  # top-k rounds up

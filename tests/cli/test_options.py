@@ -196,7 +196,7 @@ def test_the_table_above_lacks_no_command():
     assert {name for name, _, _ in COMMANDS} == set(WRONG)
 
 
-@pytest.mark.parametrize("command", ["distill", "eval", "inspect", "bench", "demo"])
+@pytest.mark.parametrize("command", ["distill", "calibrate", "eval", "inspect", "bench", "demo"])
 def test_right_options_pass_the_checks(command, seer_command, arguments, nothing_works):
     """Otherwise the table would prove nothing."""
     with pytest.raises(WorkBegan):
