@@ -41,11 +41,13 @@ if TYPE_CHECKING:
     from .hf.save import save_gates
     from .measure.calibrate import calibrate
     from .measure.stats import record
-    from .policies import Dense, Policy, RelativeThreshold, Threshold, TokenBudget, TopK, TopP
+    from .policies import Budget, Budgets, Dense, Policy, RelativeThreshold, Threshold, TokenBudget, TopK, TopP
     from .selectors import LayerInputs
 
 _NAMES = {
     "BlockIndices": "blocks",
+    "Budget": "policies",
+    "Budgets": "policies",
     "DecodeGateConfig": "config",
     "Dense": "policies",
     "DistillConfig": "distillation",
@@ -89,6 +91,8 @@ _ROOMS = (
 
 __all__ = [
     "BlockIndices",
+    "Budget",
+    "Budgets",
     "DecodeGateConfig",
     "Dense",
     "DistillConfig",

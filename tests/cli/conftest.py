@@ -71,8 +71,10 @@ def arguments(folder, tmp_path):
         "demo": ["--output", tmp_path / "out"],
         "distill": [*model, "--data", folder / "text.txt", "--output", tmp_path / "out", "--length", "512"],
         "eval": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
+        "calibrate": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "inspect": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "bench": ["--device", "cpu", "--lengths", "256"],
         "convert": [folder / "gates"],
+        "join": [folder / "gates", folder / "gates"],
         "env": [],
     }

@@ -74,6 +74,12 @@ WRONG = {
         "--save-every": NOT_OPTIONAL_COUNTS,
         "--save-seconds": ["-1", "nan", "inf"],
     },
+    "calibrate": {
+        **{option: values for option, values in COMMON.items() if option != "--seed"},
+        "--length": LENGTHS,
+        "--sequences": NOT_COUNTS,
+        "--densities": [*DENSITIES, "1"],
+    },
     "eval": {
         **COMMON,
         "--measure": ["speed", ","],
@@ -120,10 +126,11 @@ WRONG = {
         "--seconds": ["-1", "nan", "inf"],
     },
     "convert": {"DESTINATION": PLACES},
+    "join": {"DESTINATION": PLACES},
     "env": {},
 }
 # Options that take any text, and positions: nothing can be wrong with them before they are used.
-FREE = {"--text-field", "SOURCE"}
+FREE = {"--text-field", "SOURCE", "PREFILL", "DECODE"}
 # Sentences about models and texts that are clear without the option's name; most texts are named by their file.
 CLEAR = {
     "--model": ("no model folder at",),
@@ -197,7 +204,7 @@ def test_the_table_above_lacks_no_command():
     assert {name for name, _, _ in COMMANDS} == set(WRONG)
 
 
-@pytest.mark.parametrize("command", ["distill", "eval", "inspect", "bench", "demo"])
+@pytest.mark.parametrize("command", ["distill", "calibrate", "eval", "inspect", "bench", "demo"])
 def test_right_options_pass_the_checks(command, seer_command, arguments, nothing_works):
     """Otherwise the table would prove nothing."""
     with pytest.raises(WorkBegan):

@@ -164,7 +164,7 @@ def test_damaged_descriptions(model_of, saved):
     original = path.read_text()
     cases = [
         (lambda data: data.pop("gates"), "lacks"),
-        (lambda data: data.update(format_version=2), "format_version 2"),
+        (lambda data: data.update(format_version=3), "format_version 3"),
         (lambda data: data["gates"].update(block_size=48), "block_size"),
         (lambda data: data["gates"].pop("prefill"), "prefill"),
         (lambda data: data["policies"]["prefill"].update(kind="magic"), "magic"),

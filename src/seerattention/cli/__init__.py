@@ -15,6 +15,7 @@ COMMANDS = [
     # name, module, one line of help
     ("demo", "demo", "Distil gates on the embedded model and compare dense and sparse prefill."),
     ("distill", "distill", "Train gates for a model on your data."),
+    ("calibrate", "calibrate", "Fit budgets for trained gates: what spends a density at every length."),
     ("eval", "eval", "Perplexity and retrieval, dense beside sparse."),
     ("inspect", "inspect", "Pictures of true and predicted attention maps."),
     ("bench", "bench", "Dense beside sparse attention on this device: from which length on sparse pays."),

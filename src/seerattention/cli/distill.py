@@ -96,6 +96,9 @@ def command(
         int, typer.Option(help="Measure block recall every so many steps; 0: only before and after.")
     ] = 100,
     eval_density: Annotated[float, typer.Option(help="Density at which block recall is measured.")] = 0.1,
+    budgets: Annotated[
+        bool, typer.Option(help="At the end, fit on the held-out sequences what spends a density (prefill gates).")
+    ] = True,
     save_every: Annotated[int, typer.Option(help="Save the state every so many steps; 0: by time only.")] = 0,
     save_seconds: Annotated[float, typer.Option(help="Save the state every so many seconds.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -134,7 +137,8 @@ def command(
                 "queries of --phase decode are not pooled, and its gates have one form",
             )
         if not eval_sequences:
-            say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
+            unused = ("eval_every", "eval_density", "budgets")
+            say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
         shape = GateForm(
             "seerattention_r" if phase == "decode" else form,
             block_size=block_size,
@@ -177,7 +181,7 @@ def command(
             "eval_density": eval_density,
         }
         asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
-        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked)
+        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked, budgets)
 
 
 def _row_choice(rows: float) -> float | int:
@@ -215,8 +219,10 @@ def _distill(
     save_seconds: float,
     terminal: Terminal,
     asked: dict[str, Any],
+    budgets: bool,
 ) -> None:
-    """``asked``: what was said of the form of gates although they come from ``job.gates``."""
+    """``asked``: what was said of the form of gates although they come from ``job.gates``; ``budgets``: whether they
+    are to be fitted."""
     import torch
 
     from .. import hf
@@ -279,8 +285,23 @@ def _distill(
     except DistillationError as error:
         raise ValueError(str(error)) from error
     if main:
+        if budgets and held_out and config.phase == "prefill":
+            fit_budgets(model, held_out, terminal)
         _write_results(model, history, config, output, terminal, asdict(job))
     processes.finish()
+
+
+def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> None:
+    """Fit the budgets that are saved with the gates, or say why not: of short texts gates are good without them."""
+    from ..measure import calibrate
+
+    try:
+        found = calibrate(model, held_out)
+    except ValueError as error:
+        terminal.say(f"no budgets are stored with these gates: {error}")
+        return
+    known = ", ".join(f"{density:g}" for density in found.densities)
+    terminal.say(f"fitted budgets on the held-out sequences, for densities {known}; the default is {found.default:g}")
 
 
 def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
@@ -329,6 +350,7 @@ def _write_results(
     job: dict[str, Any],
 ) -> None:
     from .. import hf
+    from ..evaluate.figures import learning_curves
     from ..evaluate.tables import Table
     from ..files import replacing, write_file
 
@@ -337,7 +359,7 @@ def _write_results(
     write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     picture = output / "curves.png"
     with replacing(picture) as temporary:
-        _curves(history).savefig(temporary, format="png", dpi=120)
+        learning_curves(history).savefig(temporary, format="png", dpi=120)
 
     rows = []
     for layer, losses in history.loss_per_layer.items():
@@ -361,30 +383,6 @@ def _write_results(
         f"({history.tokens / max(history.seconds, 1e-9):,.0f} tokens/s). Gates, history and curves are in {output}"
     )
     terminal.emit({"output": str(output), **result})
-
-
-def _curves(history: DistillHistory) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    from ..evaluate.figures import COLORS, new_figure
-
-    figure, axes = new_figure(width=9.6, columns=2 if history.recall else 1)
-    for losses in history.loss_per_layer.values():
-        axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
-    axes[0].plot(
-        range(1, len(history.loss) + 1), history.loss, color=COLORS[0], linewidth=1.8, label="mean of the layers"
-    )
-    axes[0].set(xlabel="step", ylabel="loss (KL divergence)")
-    axes[0].legend(frameon=False)
-    if history.recall:
-        for layer, values in history.recall.items():
-            axes[1].plot(history.recall_steps, values, marker="o", markersize=3, linewidth=1.2, label=layer)
-        axes[1].set(xlabel="step", ylabel=f"block recall at density {history.recall_density:g}")
-        if len(history.recall) <= 12:
-            axes[1].legend(frameon=False, fontsize=7, ncols=2)
-    for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,6 @@ from .common import (
     ModelName,
     Terminal,
     book_tokens,
-    default_gates,
     errors,
     load_model,
     open_data,
@@ -25,6 +24,7 @@ from .common import (
     resolve_device,
     token_count,
 )
+from .eval_settings import all_gates, make_settings, named_gates
 from .options import (
     check_dtype,
     check_gates,
@@ -40,7 +40,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluate import Report, Setting
+    from ..evaluate import Report
     from ..evaluate.cases import Group
     from ..evaluate.measure import Measure
 
@@ -69,7 +69,13 @@ def command(
             "make prompts to measure (RULER) use them."
         ),
     ] = "4K",
-    densities: Annotated[str, typer.Option(help="Densities of top-k selection; none: no such.")] = "0.5,0.2,0.1,0.05",
+    densities: Annotated[
+        str,
+        typer.Option(
+            help="Densities: by the budgets stored with the gates, or of top-k selection where there are none. "
+            "none: no such."
+        ),
+    ] = "0.5,0.2,0.1,0.05",
     thresholds: Annotated[
         str | None, typer.Option(help="Also the gates with these probability thresholds, e.g. 0.002,0.005.")
     ] = None,
@@ -182,25 +188,26 @@ def command(
             say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
         real("--seconds", seconds)
         clock = _Clock(seconds) if seconds else None
-        compared = {} if compare_gates is None else dict(parse_list(compare_gates, _named_gates, "compare-gates"))
-        settings = _settings(
-            _gates(model, gates, compared),
-            [] if densities == "none" else parse_list(densities, parse_density, "densities"),
-            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
-            oracle,
-            selectors,
-        )
+        compared = {} if compare_gates is None else dict(parse_list(compare_gates, named_gates, "compare-gates"))
         check_seed(seed)
         check_dtype(dtype)
         check_model(model)
-        if gates not in (None, "none"):
-            check_gates(gates)
         if output is not None:
             check_output(output)
         needs_texts = any(getattr(each, "needs_texts", True) for each in chosen_measures)
         if not needs_texts:
             say_unused(context, terminal, ("data", "text_field"), "lm-eval tasks bring their own texts")
         texts = open_data(data, model, text_field) if needs_texts else None
+        if gates not in (None, "none"):
+            check_gates(gates)
+        settings = make_settings(
+            all_gates(model, gates, compared),
+            [] if densities == "none" else parse_list(densities, parse_density, "densities"),
+            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
+            oracle,
+            selectors,
+            terminal,
+        )
         chosen = resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
         loaded, tokenizer = load_model(model, chosen, dtype)
@@ -302,57 +309,6 @@ class _Clock:
     def __call__(self) -> bool:
         self.stopped = self.stopped or time.monotonic() > self.end
         return self.stopped
-
-
-def _named_gates(text: str) -> tuple[str, str]:
-    name, equals, folder = (part.strip() for part in text.partition("="))
-    if not name or not equals:
-        raise ValueError(f"expected NAME=FOLDER, got {text!r}")
-    return name, check_gates(folder, "--compare-gates")
-
-
-def _gates(model: str, gates: str | None, compared: Mapping[str, str]) -> dict[str, Any]:
-    """All gates that are measured, by what tables call them."""
-    if "gates" in compared:
-        raise ValueError("--compare-gates: 'gates' is the name of those of --gates; choose another")
-    first = None if gates == "none" else default_gates(model) if gates is None else gates
-    return {**({} if first is None else {"gates": first}), **compared}
-
-
-def _settings(
-    gates: Mapping[str, Any],
-    densities: Sequence[float],
-    thresholds: Sequence[float],
-    oracle: bool,
-    selectors: str | None,
-) -> list[Setting]:
-    from ..baselines import Oracle, parse_selectors
-    from ..evaluate import Setting
-    from ..policies import Threshold, TopK
-
-    policies = {f"{density:g}": TopK(density) for density in densities}
-    settings = [Setting.dense()]
-    if oracle:
-        settings += [Setting(f"oracle {name}", selector=Oracle(policy)) for name, policy in policies.items()]
-    if thresholds and not gates:
-        raise ValueError("--thresholds needs --gates")
-    for called, folder in gates.items():
-        settings += [Setting(f"{called} {name}", gates=folder, policy=policy) for name, policy in policies.items()]
-        settings += [Setting(f"{called} > {x:g}", gates=folder, policy=Threshold(x)) for x in thresholds]
-    try:
-        chosen = {} if selectors is None else parse_selectors(selectors)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--selectors: {error}") from error
-    for name, selector in chosen.items():
-        if not selector.needs_gate:
-            settings.append(Setting(name, selector=selector))
-            continue
-        if not gates:
-            raise ValueError(f"--selectors: {name} asks gates and needs --gates")
-        for called, folder in gates.items():
-            shown = name if called == "gates" else f"{called} {name}"
-            settings.append(Setting(shown, gates=folder, selector=selector))
-    return settings
 
 
 def _choice(items: Sequence[str], known: Sequence[str], what: str) -> list[str]:

@@ -34,6 +34,7 @@ __all__ = [
     "named",
     "parse_density",
     "parse_index",
+    "parse_target",
     "parse_threshold",
     "real",
     "say_unused",
@@ -76,6 +77,14 @@ def parse_density(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:  # NaN is no density either
         raise ValueError("a density must lie in (0, 1]")
+    return value
+
+
+def parse_target(text: str) -> float:
+    """An item of ``--densities`` where budgets are fitted."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError("the density of a budget must lie between 0 and 1")
     return value
 
 

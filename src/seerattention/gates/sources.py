@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PHASES, GateConfig
+from ..policies import Budgets
 from . import published
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
 from .published import is_published_layout, read_published
@@ -37,6 +38,16 @@ def _read(source: str | os.PathLike[str]) -> GateCheckpoint:
         f"{folder} holds no gates: neither {CONFIG_FILE} (written by save_gates) nor a published AttnGates folder "
         "(config.json with seerattn_* fields and attn_gate_weights.pth)"
     )
+
+
+def stored_budgets(source: str | os.PathLike[str]) -> Budgets | None:
+    """The budgets stored with gates, which :func:`locate` finds; None: none are.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: as :func:`load_gates`.
+    """
+    folder = locate(source)
+    return read_checkpoint(folder).budgets if (folder / CONFIG_FILE).is_file() else None
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
