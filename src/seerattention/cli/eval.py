@@ -22,6 +22,7 @@ from .common import (
     open_data,
     parse_list,
     resolve_device,
+    spending,
     token_count,
 )
 from .options import (
@@ -189,7 +190,7 @@ def command(
         asked_densities = parse_list(densities, parse_density, "densities")
         settings = _settings(
             chosen_gates,
-            _policies(chosen_gates, asked_densities, terminal),
+            spending(chosen_gates, asked_densities, terminal),
             [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
             oracle,
             selectors,
@@ -272,25 +273,6 @@ def _identity(model: Any, device: str) -> dict[str, Any]:
         "device": device,
         **{name: facts[name] for name in ("versions", "git_commit", "devices", "processor", "threads")},
     }
-
-
-def _policies(gates: Any, densities: Sequence[float], terminal: Terminal) -> dict[float, Policy]:
-    """What the gates are asked for each density."""
-    from ..gates.sources import stored_budgets
-    from ..policies import TopK
-
-    budgets = None if gates is None else stored_budgets(gates)
-    found: dict[float, Policy] = {density: TopK(density) for density in densities}
-    if budgets is None:
-        return found
-    low, high = budgets.densities[0], budgets.densities[-1]
-    spent = [density for density in densities if low <= density <= high]
-    found |= {density: budgets.policy(density) for density in spent}
-    if rest := [f"{density:g}" for density in densities if density not in spent and density != 1]:
-        terminal.say(
-            f"budgets are stored for densities from {low:g} to {high:g}; top-k selection for {', '.join(rest)}"
-        )
-    return found
 
 
 def _settings(
