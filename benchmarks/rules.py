@@ -1,7 +1,7 @@
 """Which rule spends a density best: perplexity over all positions and retrieval, of rules at equal total density.
 
-    python -m benchmarks.rules --model testbed --length 16384 --samples 16
-    python -m benchmarks.rules --model smollm2 --gates FOLDER --length 8192 --tasks single
+    python -m benchmarks.rules --model testbed --length 16384 --budget 100
+    python -m benchmarks.rules --model smollm2 --gates FOLDER --length 8192 --tasks single --samples 32
     python -m benchmarks.rules --model FOLDER --gates FOLDER --data books.jsonl --length 16384
     python -m benchmarks.rules --device cpu --tiny                                   # a rehearsal, in seconds
 
@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = make_samples(generator, options.tasks, options.length, options.samples, 4)
     started = time.monotonic()
     every = itertools.chain([(1.0, Setting.dense())], settings_of(model, gates, fitted, options, rules))
-    with torch.no_grad() if device.type == "cpu" else nullcontext():
+    with torch.no_grad():
         for target, setting in every:
             if options.budget and time.monotonic() - started > options.budget:
                 terminal.say(f"the budget of {options.budget:g} s is spent; left out: {setting.name} and what follows")

@@ -91,7 +91,16 @@ def test_json_round_trip(policy):
 
 @pytest.mark.parametrize(
     "policy",
-    [Threshold(0.01), TopK(0.3), TopK(0.3, uniform=True), TopP(0.9), TokenBudget(128), RelativeThreshold(2.0), Dense()],
+    [
+        Threshold(0.01),
+        TopK(0.3),
+        TopK(0.3, uniform=True),
+        TopP(0.9),
+        TokenBudget(128),
+        RelativeThreshold(2.0),
+        Budget(0.1, (1,), (2.0,)),
+        Dense(),
+    ],
 )
 def test_nan_and_empty_rows(policy):
     logits = make_logits(6, 6)

@@ -57,12 +57,10 @@ def test_a_budget_waits_for_nothing_and_compiles_once():
         expected = BUDGET.select(logits.cpu(), block_size=64)
         differ = blocks.to_mask().cpu() != expected.to_mask()
         assert differ.float().mean() < 1e-4  # softmax, and the factors, in their last bits
-    widths = {256, 512, 1024}
     compiled = select_kernel.device_caches[torch.cuda.current_device()][0]
-    assert len(compiled) <= 4 * len(widths) + 40  # of this process; not one a length
     before = len(compiled)
     BUDGET.select(torch.randn(1, 4, 280, 280, device="cuda"), block_size=64)
-    assert len(compiled) == before
+    assert len(compiled) == before  # another length of a width that was there
 
 
 def test_in_a_cuda_graph():

@@ -110,7 +110,7 @@ def test_budgets_may_be_edited_by_hand_and_damage_is_seen(calibrated, model_of, 
     with caplog.at_level(logging.WARNING):
         assert stored_budgets(tmp_path).default == 0.4
     assert "budgets" in caplog.text
-    for change in ({"curves": []}, {"curves": "x"}, {"default": 0.9}, {"tokens": -1}):
+    for change in ({"curves": []}, {"curves": "x"}, {"default": 0.9}, {"tokens": -1}, {"block_size": 64}):
         path.write_text(json.dumps({**data, "budgets": {**data["budgets"], **change}}))
         with pytest.raises(DamagedFileError, match="describes no valid gates"):
             seer.attach(model_of(), tmp_path)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .common import Terminal, default_gates
+from .common import Terminal, default_gates, spending
 from .options import check_gates
 
 if TYPE_CHECKING:
     from ..evaluate import Setting
-    from ..policies import Policy
 
 __all__ = ["all_gates", "make_settings", "named_gates"]
 
@@ -35,25 +34,6 @@ def all_gates(model: str, gates: str | None, compared: Mapping[str, str]) -> dic
     return {**({} if first is None else {"gates": first}), **compared}
 
 
-def _policies(gates: Any, densities: Sequence[float], terminal: Terminal) -> dict[float, Policy]:
-    """What the gates are asked for each density."""
-    from ..gates.sources import stored_budgets
-    from ..policies import TopK
-
-    budgets = None if gates is None else stored_budgets(gates)
-    found: dict[float, Policy] = {density: TopK(density) for density in densities}
-    if budgets is None:
-        return found
-    low, high = budgets.densities[0], budgets.densities[-1]
-    spent = [density for density in densities if low <= density <= high]
-    found |= {density: budgets.policy(density) for density in spent}
-    if rest := [f"{density:g}" for density in densities if density not in spent and density != 1]:
-        terminal.say(
-            f"budgets are stored for densities from {low:g} to {high:g}; top-k selection for {', '.join(rest)}"
-        )
-    return found
-
-
 def make_settings(
     gates: Mapping[str, Any],
     densities: Sequence[float],
@@ -73,7 +53,7 @@ def make_settings(
     if thresholds and not gates:
         raise ValueError("--thresholds needs --gates")
     for called, folder in gates.items():
-        for density, policy in _policies(folder, densities, terminal).items():
+        for density, policy in spending(folder, densities, terminal).items():
             settings.append(Setting(f"{called} {density:g}", gates=folder, policy=policy))
         settings += [Setting(f"{called} > {x:g}", gates=folder, policy=Threshold(x)) for x in thresholds]
     try:

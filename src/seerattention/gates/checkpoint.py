@@ -240,6 +240,8 @@ def _parse(data: dict[str, Any], path: Path, weights: dict[str, Tensor], folder:
         decode_policy = None if stored is None else policy_from_dict(stored)
         base_model = _base_model(data["base_model"])
         budgets = None if data.get(_BUDGETS) is None else Budgets.from_dict(data[_BUDGETS])
+        if budgets is not None and budgets.block_size != gate_config.block_size_of(_PREFILL):
+            raise ValueError(f"its budgets are for blocks of {budgets.block_size} tokens")
     except NotImplementedError as error:
         raise NotImplementedError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:

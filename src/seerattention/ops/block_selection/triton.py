@@ -32,8 +32,8 @@ SIZES = ["bound", "heads", "num_rows", "num_keys", "s_keep_b", "capacity", "last
 SIZES += ["first_blocks", "dense_rows", "s_bounds_h", "s_bounds_r"]
 # Registers of a thread, by rule: as many as the search wants.
 KIND_REGISTERS = {"threshold": 128, "topk": 168, "topp": 216}
-# Of a threshold with a floor, for float32 and for others, which want more. They must not be short: with 168 for bfloat16
-# ptxas 12.8 kept two values in one register, and lists from 4,096 scores came out wrong (docs/experiments.md).
+# Of a threshold with a floor, for float32 and for others, which want more. They must not be short: with 168 for
+# bfloat16 ptxas 12.8 kept two values in one register, and lists of 4,096 scores came out wrong (docs/experiments.md).
 FLOOR_REGISTERS, OTHER_FLOOR_REGISTERS = 184, 255
 # Blocks that one warp holds, and the least width of a row.
 BLOCKS_PER_WARP, MIN_WIDTH = 2048, 128
