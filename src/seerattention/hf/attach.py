@@ -21,6 +21,7 @@ from ..policies import Dense, Policy, Threshold, TokenBudget, TopK
 from ..selectors import Selector, as_selector
 from .architectures import FAMILIES, find_decoder, gated_indices
 from .attention import register
+from .generation import listen
 from .implementation import NAME, configs_of, give_back, original_of, stand_in
 from .layer import LayerState
 from .phases import DECODE, PREFILL, ModelPhase
@@ -44,7 +45,8 @@ def attach(
 ) -> nn.Module:
     """Make a Hugging Face model prefill long prompts, and decode after them, block-sparsely.
 
-    The model is changed in place, by hooks only.
+    The model is changed in place, by hooks; and its ``prepare_inputs_for_generation`` is listened to, as only
+    ``generate`` knows where a prompt ends. So give the model whose ``generate`` is called, not a part of it.
 
     Gates stay out of the model's parameters and state dict; they follow their layers' devices and dtypes.
 
@@ -132,6 +134,7 @@ def attach(
         state.configs = [(config, stand_in(config, state)) for config in own]
         state.find_out_decoding()
         state.attach_hooks()
+        state.listeners = listen(model, state)
     except BaseException:
         _undo(state)
         raise

@@ -18,7 +18,7 @@ from .architectures import find_attention
 from .forward import Call, current_forward
 from .implementation import NAME
 from .kept import kept_keys
-from .phases import DECODE, PREFILL, LayerPhase, phase_of, unnoticed
+from .phases import DECODE, PREFILL, LayerPhase, unnoticed
 
 if TYPE_CHECKING:
     from .state import ModelState
@@ -211,12 +211,12 @@ class LayerState:
         if table is not None:
             static = isinstance(kwargs.get("past_key_values"), StaticCache)
             call = Call(self, module, *table, position_ids=kwargs.get("position_ids"), static_cache=static)
-            if hidden.shape[1] == 1:
+            if forward.decoded_of(hidden.shape[1]) > 0:
                 self._look_into(call, kwargs.get("past_key_values"))
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
     def _look_into(self, call: Call, cache: Any) -> None:
-        """Find the cache layer of a decoded token, before the token is in it."""
+        """Find the cache layer of decoded tokens, before they are in it."""
         gate, layers = self.decode_gate, getattr(cache, "layers", ())
         index = getattr(call.module, "layer_idx", self.index)
         if gate is not None and self.decodes and index < len(layers):
@@ -233,7 +233,7 @@ class LayerState:
 
     def _captures(self, output: Tensor) -> bool:
         """Whether what a submodule gave is kept: prompts are, for observers too, and tokens for a decode gate."""
-        return DECODE in self.phases or phase_of(output.shape[self.model.family.token_axis]) == PREFILL
+        return not unnoticed(output.shape[self.model.family.token_axis], DECODE in self.phases)
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
     def _keep(self, query: Tensor | None = None, key: Tensor | None = None) -> None:
