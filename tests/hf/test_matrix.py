@@ -2,7 +2,7 @@
 
 Of each way: with ``Dense()`` the model is the untouched one, bit for bit; with every block it is so to rounding; with
 fewer blocks it reads the blocks and gives the logits of a reference, or gives what the definition says of its chunks;
-detached, it is the untouched model again. What is dense today, and what transformers refuses, is listed with the reason.
+detached, it is the untouched model again. What is dense, and what transformers refuses, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -131,13 +131,19 @@ def generated_in_turns(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat(logits)
 
 
-def after_a_dense_chunk(room: int | None = None, size: int = LENGTH - 64, valid: int = LENGTH) -> Run:
-    """The logits of what follows on 64 tokens in chunks of ``size``, up to the tokens that are ``valid``; on a static
-    cache, if there is a ``room``."""
+def on_a_static_cache(cuts, room: int = 50) -> Run:
+    def run(model: nn.Module, ids: Tensor) -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + room)
+        return in_chunks(model, ids, cuts, cache)
+
+    return run
+
+
+def after_a_dense_chunk(size: int = LENGTH - 64, valid: int = LENGTH) -> Run:
+    """The logits of what follows on 64 tokens in chunks of ``size``, up to the tokens that are ``valid``."""
 
     def run(model: nn.Module, ids: Tensor) -> Tensor:
-        config, parts = model.config, []
-        cache = DynamicCache(config=config) if room is None else StaticCache(config=config, max_cache_len=room)
+        cache, parts = DynamicCache(config=model.config), []
         padding = [{}, {"attention_mask": (torch.arange(LENGTH) < valid).long()[None]}][valid < LENGTH]
         with seer.dense(model) if seer.hf.is_attached(model) else nullcontext():
             model(ids[:, :64], past_key_values=cache, use_cache=True)
@@ -200,14 +206,20 @@ WAYS = {
     "prefill_chunk_size of 1000": Way(generated(prefill_chunk_size=1000), pieces=pieces(1000)),
     "generate": Way(generated(), one_shot, part=FIRST_IS_LAST),
     "generate without a cache": Way(generated(use_cache=False), generated(), lists=False),
+    "a static cache": Way(on_a_static_cache([]), one_shot),
+    "a static cache that is full": Way(on_a_static_cache([], 0), one_shot),
+    "a static cache, in chunks": Way(on_a_static_cache([64, 96, 160]), one_shot),
+    "a static cache that is full, in chunks": Way(on_a_static_cache([64, 160], 0), one_shot),
+    "generate on a static cache": Way(generated(cache_implementation="static"), generated()),
+    "generate on a static cache, in chunks": Way(
+        generated(cache_implementation="static", prefill_chunk_size=63), pieces=pieces(63)
+    ),
     "prompt lookup": Way(generated(prompt_lookup_num_tokens=3), generated()),
 }
 # Forwards that are dense in this version: the way, and the reason that the one warning gives (None: expected, silent).
 DENSE = {
     "chunks shorter than a block": (after_a_dense_chunk(size=BLOCK - 1), "fewer tokens than a block"),
     "chunks padded on the right": (after_a_dense_chunk(valid=150), "padded on the right"),
-    "a static cache": (after_a_dense_chunk(room=LENGTH + 50), "StaticCache"),
-    "a static cache that is full then": (after_a_dense_chunk(room=LENGTH), "StaticCache"),
 }
 # What transformers refuses, with gates and without.
 REFUSED = {

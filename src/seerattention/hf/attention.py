@@ -28,6 +28,8 @@ from .conditions import (
     BELOW_MIN_CONTEXT,
     DENSE_POLICY,
     NO_GATE,
+    SHORT_CHUNK,
+    UNKNOWN_PROMPT,
     must_be_dense,
     records_gradients,
     warn_dense,
@@ -50,15 +52,6 @@ _OTHER_DEVICES_MIN_CONTEXT = 4096
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
-# Why nobody can tell.
-_SHORT = (
-    "it brings fewer tokens than a block to a cache, and a forward does not say whether these are a prompt or "
-    "candidates of speculative decoding; generate() does"
-)
-_UNKNOWN = (
-    "it does not say which of its tokens are a prompt: a step of generate() without a cache whose first step was not "
-    "seen, or a model that does not take logits_to_keep"
-)
 _SKIPPED_BY_OBSERVERS = (_SLIDING,)
 
 
@@ -110,6 +103,7 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         return attend_densely(arguments)
     forward.seen.add(call.layer.index)
     device_type = arguments.query.device.type
+    given, arguments = arguments, _with_valid_keys(arguments, call)
     if not torch.is_autocast_enabled(device_type):
         result = _attend_sparsely(arguments, call, forward)
     else:
@@ -118,7 +112,15 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         tensors = {name: getattr(arguments, name).to(dtype) for name in ("query", "key", "value")}
         with torch.autocast(device_type, enabled=False):
             result = _attend_sparsely(arguments._replace(**tensors), call, forward)
-    return attend_densely(arguments) if result is None else result
+    return attend_densely(given) if result is None else result
+
+
+def _with_valid_keys(arguments: Arguments, call: Call) -> Arguments:
+    """Without the room that a static cache has behind its tokens. The mask stays: what it says is of tokens only."""
+    keys = call.valid_keys
+    if keys is None or keys >= arguments.key.shape[2]:
+        return arguments
+    return arguments._replace(key=arguments.key[:, :, :keys], value=arguments.value[:, :, :keys])
 
 
 def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
@@ -129,7 +131,7 @@ def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tupl
         return _attend_prompt(arguments, call, forward)
     if decoded == queries:
         return _attend_tokens(arguments, call, forward)
-    if decoded == UNKNOWN:
+    if decoded == UNKNOWN or call.valid_keys is not None:  # speculation on static caches is refused by transformers
         _note_unknown(arguments, call, forward)
         return None
     mask = _read_mask(arguments, forward)
@@ -140,9 +142,9 @@ def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tupl
 
 def _note_unknown(arguments: Arguments, call: Call, forward: Forward) -> None:
     layer = call.layer
-    call.reason = _UNKNOWN
+    call.reason = UNKNOWN_PROMPT
     if layer.may_be_sparse and arguments.key.shape[2] >= _min_context(layer, arguments.query.device):
-        warn_dense(layer, _UNKNOWN)
+        warn_dense(layer, UNKNOWN_PROMPT)
     _count(arguments, call, forward, None, None)
 
 
@@ -162,13 +164,14 @@ def _attend_tokens(arguments: Arguments, call: Call, forward: Forward) -> tuple[
 def _read_mask(arguments: Arguments, forward: Forward) -> tuple[bool, Tensor | None]:
     """Whether the mask is causality and padding, and the padding on the device of the queries; one a forward."""
     plain, padding = read_mask(arguments.mask, forward, original_of(arguments.module.config))
-    device = arguments.query.device
-    if padding is None or padding.device == device:
+    device, keys = arguments.query.device, arguments.key.shape[2]
+    if padding is None or (padding.device == device and padding.shape[1] == keys):
         return plain, padding
-    name = ("padding", id(padding), device)
+    name = ("padding", id(padding), keys, device)
     if name not in forward.facts:
-        forward.facts[name] = padding.to(device), padding  # kept, so that its id is its own
-    return plain, forward.facts[name][0]
+        # Kept with what it was made of, so that its id is its own. There may be room behind the tokens.
+        forward.facts[name] = padding[:, :keys].to(device), padding
+    return plain and padding.shape[1] >= keys, forward.facts[name][0]
 
 
 def _count(
@@ -220,7 +223,7 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         _count(arguments, call, forward, blocks, lengths)
     result: tuple[Tensor, Tensor | None] | None = None
     if inputs is not None and forward.observers:
-        if blocks is None and not call.part:
+        if blocks is None and not call.part and call.valid_keys is None:
             # Before the observers, who would otherwise compute its log-sum-exp again.
             result, lse = attend_densely_with_lse(arguments)
             inputs = dataclasses.replace(inputs, lse=lse)
@@ -250,14 +253,12 @@ def _not_a_prompt(
     chunk = length != key_length
     mine = chunk_of(padding, length, forward) if chunk and padding is not None else padding
     reason = None
-    if call.static_cache and chunk:
-        reason = "StaticCache prefill is not sparse yet"
-    elif chunk and forward.observers:
+    if chunk and forward.observers:
         reason = "a chunk of a prompt on top of a cache"  # which observers do not take; see the caller
     elif chunk and length < layer.model.block_size and forward.prepared is None:
         if layer.may_be_sparse and key_length >= _min_context(layer, arguments.query.device) and not forward.dense:
-            warn_dense(layer, _SHORT)
-        return _SHORT
+            warn_dense(layer, SHORT_CHUNK)
+        return SHORT_CHUNK
     elif window is not None and key_length > window:
         if layer.may_be_sparse:
             warn_dense(layer, f"it is longer than the sliding window of its layers ({window} tokens)")

@@ -15,6 +15,16 @@ DENSE_POLICY = "the policy of the layer is Dense()"
 NO_GATE = "the layer has no gate, or another part in this phase"
 ONE_BLOCK = "there is no more than one block to read"
 
+# Where nobody can tell what is asked for.
+SHORT_CHUNK = (
+    "it brings fewer tokens than a block to a cache, and a forward does not say whether these are a prompt or "
+    "candidates of speculative decoding; generate() does"
+)
+UNKNOWN_PROMPT = (
+    "it does not say which of its tokens are a prompt: a step of generate() without a cache whose first step was not "
+    "seen, or a model that does not take logits_to_keep"
+)
+
 
 def warn_dense(layer: LayerState, reason: str) -> None:
     """Say once a model why a forward is dense that could be expected to be sparse."""

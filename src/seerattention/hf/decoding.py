@@ -37,7 +37,6 @@ from .history import history_problem, history_table, keys_before_rope
 from .kept import keep, take_kept
 
 _NO_CACHE = "its cache has no layers, or it came without one"
-_STATIC = "decoding on a StaticCache is not sparse yet"
 _WINDOW = "it decodes behind the sliding window of its layers ({} tokens)"
 _CACHE = "the cache ({}) does not hold the keys of a layer as they are (sliding, quantized or offloaded)"
 _MASK = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
@@ -138,18 +137,22 @@ def _not_decoding(arguments: Arguments, call: Call, plain: bool) -> str | None:
     window = arguments.options.get("sliding_window")
     window = call.layer.geometry.window if window is None else window
     keys, past = arguments.key.shape[2], call.past
-    if call.static_cache:
-        return _STATIC
     if window is not None and keys >= window:
         return _WINDOW.format(window)
-    held: Any = getattr(past, "keys", None)
-    if past is None:
-        pass  # what is given is all that there is
-    elif not isinstance(held, Tensor) or held.shape != arguments.key.shape or held.device != arguments.key.device:
+    if past is not None and not _holds(past, call, arguments.key):  # without a cache what is given is all that there is
         return _CACHE.format(type(past).__name__)
     if not arguments.options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         return "attention is not causal"
     return None if plain else _MASK
+
+
+def _holds(past: Any, call: Call, key: Tensor) -> bool:
+    """Whether a cache layer holds these very keys, and behind them room at most."""
+    held = getattr(past, "keys", None)
+    if not isinstance(held, Tensor) or held.device != key.device:
+        return False
+    slots = held.shape[2] if call.valid_keys is None else call.valid_keys
+    return (*held.shape[:2], slots, held.shape[3]) == tuple(key.shape)
 
 
 def _rows(call: Call, forward: Forward, padding: Tensor, queries: int) -> _Rows | None:

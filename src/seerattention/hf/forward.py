@@ -75,6 +75,7 @@ class Call:
     """One forward call of one attention layer: what the hooks saw, for the attention function.
 
     Attributes:
+        valid_keys: of a static cache, the slots that hold tokens, those of this forward included; None: all do.
         past: of decoded tokens, the cache layer; None: there is none, or decoding is dense.
         state: the encoded keys that were kept for what the cache layer held before these tokens.
         part: whether it is a part of the call only: the prompt, or what follows on it in the same forward.
@@ -86,7 +87,7 @@ class Call:
     cos: Tensor
     sin: Tensor
     position_ids: Tensor | None
-    static_cache: bool
+    valid_keys: int | None = None
     query: Tensor | None = None
     key: Tensor | None = None
     past: Any = None
@@ -208,6 +209,13 @@ class Forward:
         """End the forward in its own context."""
         self.close()
         _forward.set(self._outer)
+
+    def tokens_in(self, cache: Any, layer: int) -> int:
+        """How many tokens a static cache holds before this forward, which is waited for once a forward."""
+        name = ("tokens in a cache", id(cache))
+        if name not in self.facts:
+            self.facts[name] = int(cache.get_seq_length(layer)), cache  # kept, so that its id is its own
+        return self.facts[name][0]
 
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
         """Whether the content's positions rise by one from token to token (they restart in packed sequences).

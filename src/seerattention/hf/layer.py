@@ -209,10 +209,12 @@ class LayerState:
             )
         forward.called.add(self.index)
         if table is not None:
-            static = isinstance(kwargs.get("past_key_values"), StaticCache)
-            call = Call(self, module, *table, position_ids=kwargs.get("position_ids"), static_cache=static)
+            cache = kwargs.get("past_key_values")
+            call = Call(self, module, *table, position_ids=kwargs.get("position_ids"))
+            if isinstance(cache, StaticCache):
+                call.valid_keys = forward.tokens_in(cache, call.module.layer_idx) + hidden.shape[1]
             if forward.decoded_of(hidden.shape[1]) > 0:
-                self._look_into(call, kwargs.get("past_key_values"))
+                self._look_into(call, cache)
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
     def _look_into(self, call: Call, cache: Any) -> None:
@@ -221,7 +223,7 @@ class LayerState:
         index = getattr(call.module, "layer_idx", self.index)
         if gate is not None and self.decodes and index < len(layers):
             call.past = layers[index]
-            call.state = kept_keys(call.past, gate)
+            call.state = kept_keys(call.past, gate, in_place=call.valid_keys is not None)
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if not self.stray and self._captures(output):
