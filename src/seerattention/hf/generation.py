@@ -101,6 +101,9 @@ class Listener:
             return self._prepared(inputs, self._decoded_without_cache(ids, first))
         if first:
             return self._prepared(inputs, 0, candidates=True)
+        if kwargs.get("next_sequence_length") is None:
+            # Later chunks of a prompt are no first forwards to early versions; nothing else is taken whole.
+            return self._prepared(inputs, 0)
         if queries == 1:
             return inputs  # it looks like what it is
         # Assistants are never told that their first forward is one.
