@@ -25,6 +25,7 @@ from .generation import listen
 from .implementation import NAME, configs_of, give_back, original_of, stand_in
 from .layer import LayerState
 from .phases import DECODE, PREFILL, ModelPhase
+from .sharding import head_rank
 from .state import ModelState, is_attached, set_state, state_of
 
 DEFAULT_POLICY = Threshold(2e-3)
@@ -113,6 +114,7 @@ def attach(
         phases=_model_phases(gate_config, checkpoint, prefill, decode, chosen),
         min_context=min_context,
         register=register,
+        head_rank=head_rank(model),
     )
     layers: Any = decoder.layers
     state.layers = [LayerState(state, index, layer) for index, layer in enumerate(layers)]

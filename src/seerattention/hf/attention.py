@@ -349,7 +349,7 @@ def _layer_inputs(
         sin=sin,
         lengths=lengths,
         scale=arguments.scale,
-        gate=layer.gate,
+        gate=layer.gate_of(query.shape[1], layer.gate),
         span=span,
     )
     return inputs, starts  # type: ignore[return-value]

@@ -183,6 +183,7 @@ def _select(
     minimum: int,
 ) -> BlockIndices:
     gate, policy, state = chooses
+    gate = cast("DecodeGate", call.layer.gate_of(arguments.query.shape[1], gate))
     batch, _, queries, _ = arguments.query.shape
     keys, device = arguments.key.shape[2], arguments.query.device
     cos, sin = call.cos.to(device), call.sin.to(device)

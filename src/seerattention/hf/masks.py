@@ -155,10 +155,10 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     queries = _num_queries(kwargs)
     keys, window, padding = kwargs["kv_length"], kwargs.get("local_size"), kwargs.get("attention_mask")
     causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    # transformers refuses to skip the mask where it is more than causal (packed sequences, mask overlays), and that of
-    # one token on a static cache, so that compiled code always has one.
-    skips = kwargs.get("allow_is_causal_skip", True) or (causal and queries == 1)
-    plain = skips and (causal or (window is not None and keys <= window)) and not kwargs.get("kv_offset", 0)
+    # A window that is not felt, unless the mask is more than that (packed sequences, mask overlays), which transformers
+    # then refuses to skip. What is more than causal by itself has a function of its own.
+    wide = window is not None and keys <= window and kwargs.get("allow_is_causal_skip", True)
+    plain = (causal or wide) and not kwargs.get("kv_offset", 0)
     if queries == 1:
         return _mask_of_a_token(make, args, kwargs, plain)
     slots = keys  # that hold tokens

@@ -47,6 +47,7 @@ class ModelState:
         configs: the decoder's config objects, with what stands in them while they are attached.
         others: config objects of other parts of the model, with their implementations.
         listeners: what stands in the place of methods that prepare inputs of ``generate``.
+        head_rank: which part of the heads this process has; None: all are here.
         detached: set by detach; forwards that are under way then end with an error where they were sparse before.
     """
 
@@ -69,6 +70,7 @@ class ModelState:
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
     listeners: list[Listener] = field(default_factory=list)
+    head_rank: int | None = None
     _forwards: set[Forward] = field(default_factory=set)
     _hooks: list[Any] = field(default_factory=list)
 
