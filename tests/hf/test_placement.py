@@ -139,7 +139,7 @@ def test_bitsandbytes(saved, ids_of, bits):
     assert stats.sparse_calls == 8
 
 
-# ---- caches that do not hold keys as they are -------------------------------------------------------------------------
+# ---- caches that do not hold keys as they are ------------------------------------------------------------
 
 
 def quantized_cache(config):
