@@ -210,11 +210,15 @@ class Forward:
         self.close()
         _forward.set(self._outer)
 
-    def tokens_in(self, cache: Any, layer: int) -> int:
-        """How many tokens a static cache holds before this forward, which is waited for once a forward."""
+    def tokens_in(self, cache: Any, layer: int, slots: Tensor | None) -> int:
+        """How many slots of a static cache hold tokens before this forward, which is waited for once a forward.
+
+        Early versions of transformers count keys that are not 0 there, but hand each layer the ``slots`` of the tokens.
+        """
         name = ("tokens in a cache", id(cache))
         if name not in self.facts:
-            self.facts[name] = int(cache.get_seq_length(layer)), cache  # kept, so that its id is its own
+            held = cache.get_seq_length(layer) if slots is None else slots[0]
+            self.facts[name] = int(held), cache  # kept, so that its id is its own
         return self.facts[name][0]
 
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:

@@ -227,7 +227,8 @@ class LayerState:
             cache = kwargs.get("past_key_values")
             call = Call(self, module, *table, position_ids=kwargs.get("position_ids"))
             if isinstance(cache, StaticCache):
-                call.valid_keys = forward.tokens_in(cache, call.module.layer_idx) + hidden.shape[1]
+                held = forward.tokens_in(cache, call.module.layer_idx, kwargs.get("cache_position"))  # type: ignore
+                call.valid_keys = held + hidden.shape[1]
             if forward.decoded_of(hidden.shape[1]) > 0:
                 self._look_into(call, cache)
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
