@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import seerattention as seer
 from decode_models import BOTH, GREEDY, ONLY_DECODE, SPARSE, attach, feed, generate
+from seerattention.gates import KeyState
 from seerattention.hf import generation
 from seerattention.hf.state import state_of
 
@@ -124,6 +125,22 @@ def test_speculation_on_a_kept_cache_and_in_half_precision(model_of, ids_of, way
     options = options_of(way, lambda seed: model_of(seed=seed).bfloat16())
     model, ids = gated(model_of(dtype=torch.bfloat16), "both"), prompt(ids_of)
     assert generate(model, ids, **options)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant of another kind"])
+def test_rejected_candidates_leave_what_is_encoded(model_of, ids_of, way, rebuilds, monkeypatch):
+    """Keys of the prompt are encoded once a layer, and not again for every crop."""
+    options = options_of(way, lambda seed: model_of(seed=seed))
+    model, ids = gated(model_of(), "both"), prompt(ids_of)
+    expected = generate(model, ids)
+    rebuilds.clear()
+    crop, crops = KeyState.crop, []
+    monkeypatch.setattr(KeyState, "crop", lambda state, lengths: crops.append(1) or crop(state, lengths))
+    found = generate(model, ids, **options)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert len(rebuilds) == 2
+    assert crops
 
 
 # ---- short chunks ---------------------------------------------------------------------------------------------------

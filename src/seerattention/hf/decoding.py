@@ -209,7 +209,7 @@ def _encode_cache(
 ) -> KeyState:
     """Encoded keys of all but the last ``queries`` of ``key [B, Hkv, Tk, D]``, which are after RoPE."""
     (gate, rows), old = chooses, key.shape[2] - queries
-    state = gate.new_state(history=0)  # what a crop takes back is encoded anew
+    state = gate.new_state()
     if old == 0:
         return state
     cos, sin = (table.to(key.device)[:, :old] for table in history_table(call, forward, key.shape[2]))
