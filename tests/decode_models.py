@@ -37,5 +37,5 @@ def feed(model, ids, cache, **inputs):
 def nothing_kept():
     """Every step makes its encoded keys anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seerattention.hf.layer.kept_keys", lambda cache_layer, gate: None)
+        patch.setattr("seerattention.hf.layer.kept_keys", lambda cache_layer, gate, **_: None)
         yield

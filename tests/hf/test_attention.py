@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from transformers import StaticCache
 
 import seerattention as seer
 from tiny_models import attach, gradients_of, logits_of
@@ -133,17 +132,6 @@ def test_prefill_chunk_size_with_every_block_is_dense(model_of, ids_of):
     expected = model.generate(ids, **options)
     attach(model, seer.TopK(1.0))
     assert torch.equal(model.generate(ids, prefill_chunk_size=32, **options), expected)
-
-
-def test_static_cache_is_dense_with_a_warning(model_of, ids_of):
-    model, ids = model_of(), ids_of(100)
-    options = {"use_cache": True}
-    with torch.inference_mode():
-        expected = model(ids, past_key_values=StaticCache(model.config, max_cache_len=128), **options).logits
-        attach(model, seer.TokenBudget(32))
-        with pytest.warns(UserWarning, match="StaticCache"):
-            logits = model(ids, past_key_values=StaticCache(model.config, max_cache_len=128), **options).logits
-    assert torch.equal(logits, expected)
 
 
 WINDOWED = {

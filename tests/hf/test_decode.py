@@ -82,7 +82,7 @@ def test_each_step_is_its_definition(model_of, ids_of, name, policy, monkeypatch
     gate, layer = gates_of(model, "decode")[0], state_of(model).layers[0]
     seer.set_policy(model, decode=policy)
     given, read = [], 0
-    attend = seer.hf.attention.attend_token
+    attend = seer.hf.attention.attend_tokens
 
     def watched(arguments, blocks):
         out = attend(arguments, blocks)
@@ -90,7 +90,7 @@ def test_each_step_is_its_definition(model_of, ids_of, name, policy, monkeypatch
             given.append(out[:, 0])
         return out
 
-    monkeypatch.setattr(seer.hf.attention, "attend_token", watched)
+    monkeypatch.setattr(seer.hf.attention, "attend_tokens", watched)
     cache = DynamicCache(config=model.config)
     feed(model, ids[:, :50], cache)
     for end in range(51, 121):

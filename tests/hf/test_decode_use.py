@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 import seerattention as seer
 from decode_models import BOTH, EVERYTHING, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
@@ -66,7 +66,7 @@ def test_layers_may_have_policies_of_their_own(model_of, ids_of):
     assert (stats.sparse_calls, stats.dense_calls) == (4, 6)
 
 
-@pytest.mark.parametrize("name", ["training", "gradients", "weights", "static", "window", "positions", "dynamic"])
+@pytest.mark.parametrize("name", ["training", "gradients", "weights", "window", "positions", "dynamic"])
 def test_what_cannot_be_sparse_is_dense_with_one_warning(model_of, ids_of, name):
     options = {
         "window": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0},
@@ -74,7 +74,7 @@ def test_what_cannot_be_sparse_is_dense_with_one_warning(model_of, ids_of, name)
     }.get(name, {})
     implementation = {"attn_implementation": "eager"} if name == "weights" else {}
     model, ids = model_of("qwen2", **options, **implementation), ids_of(64)
-    cache = StaticCache(model.config, max_cache_len=80) if name == "static" else DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
 
     def run(gradients):
         model.train(name == "training")

@@ -254,7 +254,7 @@ def test_adaption_prompts_wrap_the_attention_module(model_of, ids_of, before):
     assert torch.equal(logits_of(model, ids), expected)
 
 
-# What one forward does not show: that the prompt goes on after it. Such forwards are prompts of their own.
+# What one forward does not show: where the prompt ends. ``generate`` knows.
 
 
 def test_chunks_of_generate_are_those_of_forwards(model_of, ids_of):
@@ -269,24 +269,27 @@ def test_chunks_of_generate_are_those_of_forwards(model_of, ids_of):
     torch.testing.assert_close(got.logits[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_cache_every_step_is_a_prompt_of_its_own(model_of, ids_of):
+def test_without_a_cache_every_step_reads_the_prompt_as_the_first_did(model_of, ids_of):
     model, ids = attach(model_of(), seer.TokenBudget(32)), ids_of(128)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, eos_token_id=None, **options)
     with seer.record(model) as stats:
         got = model.generate(ids, use_cache=False, eos_token_id=None, **options)
-    assert (stats.sparse_calls, stats.dense_calls) == (2 * 4, 0)
-    for length in range(128, 132):
-        assert got[0, length] == logits_of(model, got[:, :length])[0, -1].argmax()
+    assert (stats.sparse_calls, stats.dense_calls) == (2 * 4, 2 * 3)  # what was decoded comes again in three steps
+    assert torch.equal(got, expected)
+    assert got[0, 128] == logits_of(model, ids)[0, -1].argmax()
 
 
-def test_speculative_decoding_reads_prompt_and_first_candidates_as_one_prompt(model_of, ids_of):
+def test_speculative_decoding_tells_prompt_and_first_candidates_apart(model_of, ids_of):
     model = attach(model_of(), seer.TokenBudget(32))
     ids = ids_of(60).repeat(1, 3)  # the end of the prompt stands in it before, so there are candidates
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     forwards = []
     model.model.register_forward_hook(lambda module, args, output: forwards.append(output.last_hidden_state.shape[1]))
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
     with seer.record(model) as stats, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "seerattention: this forward")
-        model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=4, **options)
+        warnings.filterwarnings("error", "seerattention")
+        got = model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=4, **options)
     assert forwards[0] == 180 + 4
-    assert (stats.sparse_calls, stats.dense_calls) == (2, 2 * (len(forwards) - 1))
+    assert (stats.sparse_calls, stats.dense_calls) == (2, 2 * len(forwards))
+    assert torch.equal(got, expected)

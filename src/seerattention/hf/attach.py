@@ -21,9 +21,11 @@ from ..policies import Budgets, Dense, Policy, RelativeThreshold, TokenBudget, T
 from ..selectors import Selector, as_selector
 from .architectures import FAMILIES, find_decoder, gated_indices
 from .attention import register
+from .generation import listen
 from .implementation import NAME, configs_of, give_back, original_of, stand_in
 from .layer import LayerState
 from .phases import DECODE, PREFILL, ModelPhase
+from .sharding import head_rank
 from .state import ModelState, is_attached, set_state, state_of
 
 DEFAULT_POLICY = RelativeThreshold(1.0)
@@ -45,7 +47,8 @@ def attach(
 ) -> nn.Module:
     """Make a Hugging Face model prefill long prompts, and decode after them, block-sparsely.
 
-    The model is changed in place, by hooks only.
+    The model is changed in place, by hooks; and its ``prepare_inputs_for_generation`` is listened to, as only
+    ``generate`` knows where a prompt ends. So give the model whose ``generate`` is called, not a part of it.
 
     Gates stay out of the model's parameters and state dict; they follow their layers' devices and dtypes.
 
@@ -122,6 +125,7 @@ def attach(
         min_context=min_context,
         register=register,
         budgets=budgets,
+        head_rank=head_rank(model),
     )
     layers: Any = decoder.layers
     state.layers = [LayerState(state, index, layer) for index, layer in enumerate(layers)]
@@ -143,6 +147,7 @@ def attach(
         state.configs = [(config, stand_in(config, state)) for config in own]
         state.find_out_decoding()
         state.attach_hooks()
+        state.listeners = listen(model, state)
     except BaseException:
         _undo(state)
         raise

@@ -23,15 +23,27 @@ from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.indices import ordered_lists, read_lists
 from ..ops.span import Span
 from ..selectors import LayerInputs, Selector
-from .conditions import must_be_dense, records_gradients, warn_dense
-from .decoding import attend_token, select_for_token
+from .conditions import (
+    ASKED_FOR,
+    BELOW_MIN_CONTEXT,
+    DENSE_POLICY,
+    NO_GATE,
+    SHORT_CHUNK,
+    UNKNOWN_PROMPT,
+    must_be_dense,
+    records_gradients,
+    warn_dense,
+)
+from .decoding import attend_tokens, select_for_tokens
 from .dense import Arguments, attend_densely, attend_densely_with_lse
-from .forward import Call, Forward, current_forward
+from .forward import Attended, Call, Forward, current_forward
+from .generation import UNKNOWN
 from .history import chunk_of, chunk_span, history_problem, history_table, keys_before_rope
 from .implementation import NAME, decodes_sparsely, original_of
 from .layer import LayerState
 from .masks import read_mask, seer_mask
-from .phases import DECODE, PREFILL, phase_of, unnoticed
+from .parts import join, split
+from .phases import PREFILL, unnoticed
 
 DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
 """Prompts shorter than this many tokens are attended densely when ``min_context`` is None, by device type."""
@@ -40,7 +52,6 @@ _OTHER_DEVICES_MIN_CONTEXT = 4096
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
-_SHORT = "it has fewer tokens than a block, on a cache: candidates of speculative decoding look like this"
 _SKIPPED_BY_OBSERVERS = (_SLIDING,)
 
 
@@ -92,6 +103,7 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         return attend_densely(arguments)
     forward.seen.add(call.layer.index)
     device_type = arguments.query.device.type
+    given, arguments = arguments, _with_valid_keys(arguments, call)
     if not torch.is_autocast_enabled(device_type):
         result = _attend_sparsely(arguments, call, forward)
     else:
@@ -100,48 +112,92 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         tensors = {name: getattr(arguments, name).to(dtype) for name in ("query", "key", "value")}
         with torch.autocast(device_type, enabled=False):
             result = _attend_sparsely(arguments._replace(**tensors), call, forward)
-    return attend_densely(arguments) if result is None else result
+    return attend_densely(given) if result is None else result
+
+
+def _with_valid_keys(arguments: Arguments, call: Call) -> Arguments:
+    """Without the room that a static cache has behind its tokens. The mask stays: what it says is of tokens only."""
+    keys = call.valid_keys
+    if keys is None or keys >= arguments.key.shape[2]:
+        return arguments
+    return arguments._replace(key=arguments.key[:, :, :keys], value=arguments.value[:, :, :keys])
 
 
 def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
     """None: nothing is attended yet, and it is to be dense."""
-    if phase_of(arguments.query.shape[2]) == DECODE:
-        return _attend_token(arguments, call, forward)
-    return _attend_prompt(arguments, call, forward)
+    queries = arguments.query.shape[2]
+    decoded = forward.decoded_of(queries)
+    if decoded == 0:
+        return _attend_prompt(arguments, call, forward)
+    if decoded == queries:
+        return _attend_tokens(arguments, call, forward)
+    if decoded == UNKNOWN or call.valid_keys is not None:  # speculation on static caches is refused by transformers
+        _note_unknown(arguments, call, forward)
+        return None
+    mask = _read_mask(arguments, forward)
+    prompt, tokens = split(arguments, call, forward, mask, decoded)
+    outputs = _attend_prompt(*prompt, forward), _attend_tokens(*tokens, forward)
+    return join(arguments, mask[1], *(output and output[0] for output in outputs))
 
 
-def _attend_token(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
+def _note_unknown(arguments: Arguments, call: Call, forward: Forward) -> None:
+    layer = call.layer
+    call.reason = UNKNOWN_PROMPT
+    if layer.may_be_sparse and arguments.key.shape[2] >= _min_context(layer, arguments.query.device):
+        warn_dense(layer, UNKNOWN_PROMPT)
+    _count(arguments, call, forward, None, None)
+
+
+def _attend_tokens(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
     layer, device = call.layer, arguments.query.device
     if not layer.decodes and not forward.statistics:
         return None
     mask = _read_mask(arguments, forward)
-    blocks = select_for_token(arguments, call, forward, mask, _min_context(layer, device))
-    if forward.statistics:
-        _count(arguments, call, forward, blocks, None if mask[1] is None else mask[1].sum(-1))
+    blocks = select_for_tokens(arguments, call, forward, mask, _min_context(layer, device))
+    _count(arguments, call, forward, blocks, None if mask[1] is None else mask[1].sum(-1), decoding=True)
     if blocks is None:
         return None
     forward.sparse = True
-    return attend_token(arguments, blocks), None
+    return attend_tokens(arguments, blocks), None
 
 
 def _read_mask(arguments: Arguments, forward: Forward) -> tuple[bool, Tensor | None]:
     """Whether the mask is causality and padding, and the padding on the device of the queries; one a forward."""
     plain, padding = read_mask(arguments.mask, forward, original_of(arguments.module.config))
-    device = arguments.query.device
-    if padding is None or padding.device == device:
+    device, keys = arguments.query.device, arguments.key.shape[2]
+    if padding is None or (padding.device == device and padding.shape[1] == keys):
         return plain, padding
-    name = ("padding", id(padding), device)
+    name = ("padding", id(padding), keys, device)
     if name not in forward.facts:
-        forward.facts[name] = padding.to(device), padding  # kept, so that its id is its own
-    return plain, forward.facts[name][0]
+        # Kept with what it was made of, so that its id is its own. There may be room behind the tokens.
+        forward.facts[name] = padding[:, :keys].to(device), padding
+    return plain and padding.shape[1] >= keys, forward.facts[name][0]
 
 
 def _count(
-    arguments: Arguments, call: Call, forward: Forward, blocks: BlockIndices | None, lengths: Tensor | None
+    arguments: Arguments,
+    call: Call,
+    forward: Forward,
+    blocks: BlockIndices | None,
+    lengths: Tensor | None,
+    decoding: bool = False,
 ) -> None:
-    layer, keys = call.layer, arguments.key.shape[2]
+    if not forward.statistics:
+        return
+    layer, query = call.layer, arguments.query
+    attended = Attended(
+        blocks,
+        tuple(query.shape),
+        arguments.key.shape[2],
+        query.device,
+        lengths,
+        layer.model.block_size,
+        decoding,
+        None if blocks is not None else call.reason,
+        _min_context(layer, query.device),
+    )
     for statistics in forward.statistics:
-        statistics.add(layer.index, blocks, lengths, arguments.query, keys, layer.model.block_size)
+        statistics.add(layer.index, attended)
 
 
 def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:
@@ -150,7 +206,7 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     inputs: LayerInputs | None = None
     blocks: BlockIndices | None = None
     plain, padding = _read_mask(arguments, forward)
-    problem = _not_a_prompt(arguments, call, forward, plain, padding)
+    problem = call.reason = _not_a_prompt(arguments, call, forward, plain, padding)
     if problem is None:
         selector = layer.selector(PREFILL)
         wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector)
@@ -158,6 +214,8 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
             inputs, starts = _layer_inputs(arguments, call, forward, padding)
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
+        if selector is None:
+            call.reason = NO_GATE
     elif forward.observers and problem not in _SKIPPED_BY_OBSERVERS:
         raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
     if forward.statistics:
@@ -165,7 +223,7 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         _count(arguments, call, forward, blocks, lengths)
     result: tuple[Tensor, Tensor | None] | None = None
     if inputs is not None and forward.observers:
-        if blocks is None:
+        if blocks is None and not call.part and call.valid_keys is None:
             # Before the observers, who would otherwise compute its log-sum-exp again.
             result, lse = attend_densely_with_lse(arguments)
             inputs = dataclasses.replace(inputs, lse=lse)
@@ -195,12 +253,12 @@ def _not_a_prompt(
     chunk = length != key_length
     mine = chunk_of(padding, length, forward) if chunk and padding is not None else padding
     reason = None
-    if call.static_cache and chunk:
-        reason = "StaticCache prefill is not sparse yet"
-    elif chunk and forward.observers:
+    if chunk and forward.observers:
         reason = "a chunk of a prompt on top of a cache"  # which observers do not take; see the caller
-    elif chunk and length < layer.model.block_size:
-        return _SHORT
+    elif chunk and length < layer.model.block_size and forward.prepared is None:
+        if layer.may_be_sparse and key_length >= _min_context(layer, arguments.query.device) and not forward.dense:
+            warn_dense(layer, SHORT_CHUNK)
+        return SHORT_CHUNK
     elif window is not None and key_length > window:
         if layer.may_be_sparse:
             warn_dense(layer, f"it is longer than the sliding window of its layers ({window} tokens)")
@@ -223,8 +281,10 @@ def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: 
     layer = call.layer
     query, key = arguments.query, arguments.key
     if forward.dense or selector.dense:
-        return False
-    if key.shape[2] < _min_context(layer, query.device):
+        call.reason = ASKED_FOR if forward.dense else DENSE_POLICY
+    elif key.shape[2] < _min_context(layer, query.device):
+        call.reason = BELOW_MIN_CONTEXT
+    if call.reason is not None:
         return False
     gradients = records_gradients(arguments)
     reason = must_be_dense(arguments, layer, gradients)
@@ -233,6 +293,7 @@ def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: 
     if reason is not None:
         warn_dense(layer, reason)
     layer.model.note(reason is None, gradients)
+    call.reason = reason
     return reason is None
 
 
@@ -288,7 +349,7 @@ def _layer_inputs(
         sin=sin,
         lengths=lengths,
         scale=arguments.scale,
-        gate=layer.gate,
+        gate=layer.gate_of(query.shape[1], layer.gate),
         span=span,
     )
     return inputs, starts  # type: ignore[return-value]

@@ -8,6 +8,23 @@ from ..ops.dispatch import FLOATING_DTYPES
 from .dense import Arguments
 from .layer import LayerState
 
+# Reasons that nobody is warned of, as they are what was asked for; ``record`` gives them.
+ASKED_FOR = "seerattention.dense(model) was open"
+BELOW_MIN_CONTEXT = "it has fewer tokens than min_context"
+DENSE_POLICY = "the policy of the layer is Dense()"
+NO_GATE = "the layer has no gate, or another part in this phase"
+ONE_BLOCK = "there is no more than one block to read"
+
+# Where nobody can tell what is asked for.
+SHORT_CHUNK = (
+    "it brings fewer tokens than a block to a cache, and a forward does not say whether these are a prompt or "
+    "candidates of speculative decoding; generate() does"
+)
+UNKNOWN_PROMPT = (
+    "it does not say which of its tokens are a prompt: a step of generate() without a cache whose first step was not "
+    "seen, or a model that does not take logits_to_keep"
+)
+
 
 def warn_dense(layer: LayerState, reason: str) -> None:
     """Say once a model why a forward is dense that could be expected to be sparse."""

@@ -1,4 +1,7 @@
-"""One token on a cache: a layer's decode gate scores the cached blocks, a policy chooses, the token reads those.
+"""Decoded tokens: a layer's decode gate scores the blocks before each, a policy chooses, the token reads those.
+
+Usually that is one token on a cache. Candidates of speculative decoding are several, and without a cache all that was
+decoded comes again in every step: each token is decided as it would be alone.
 
 The gate's encoded keys stay with the cache layer (``kept.py``): a step encodes nothing but a block that it completes.
 Where none are kept for the keys that are in the cache, they are made from these, turned back by the rotary table
@@ -16,15 +19,24 @@ from ..blocks import BlockIndices, num_blocks, shift_left
 from ..gates import DecodeGate, KeyState, select_by_token
 from ..ops.block_sparse_decode import block_sparse_decode
 from ..ops.indices import is_ordered, ordered_lists, read_lists
-from ..ops.span import Span
+from ..ops.span import START, Span
 from ..policies import Policy
-from .conditions import must_be_dense, records_gradients, warn_dense
+from .conditions import (
+    ASKED_FOR,
+    BELOW_MIN_CONTEXT,
+    DENSE_POLICY,
+    NO_GATE,
+    ONE_BLOCK,
+    must_be_dense,
+    records_gradients,
+    warn_dense,
+)
 from .dense import Arguments
 from .forward import Call, Forward
 from .history import history_problem, history_table, keys_before_rope
 from .kept import keep, take_kept
 
-_STATIC = "decoding on a StaticCache is not sparse yet"
+_NO_CACHE = "its cache has no layers, or it came without one"
 _WINDOW = "it decodes behind the sliding window of its layers ({} tokens)"
 _CACHE = "the cache ({}) does not hold the keys of a layer as they are (sliding, quantized or offloaded)"
 _MASK = "its mask is more than causal (a 4-D mask, packed sequences, or padding between valid tokens)"
@@ -37,7 +49,7 @@ class _Rows(NamedTuple):
     """The rows of a left-padded batch.
 
     Attributes:
-        lengths: tokens of each row, the decoded one included; on the host, and ``[B]`` on the device.
+        lengths: tokens of each row, the decoded ones included; on the host, and ``[B]`` on the device.
         on_device: see there.
         padding: slots in front of each row's tokens, ``[B]``.
     """
@@ -47,23 +59,21 @@ class _Rows(NamedTuple):
     padding: Tensor
 
 
-def select_for_token(
+def select_for_tokens(
     arguments: Arguments, call: Call, forward: Forward, mask: tuple[bool, Tensor | None], minimum: int
 ) -> BlockIndices | None:
-    """The key blocks that each row's token reads, or None: the layer is dense.
+    """The key blocks that each decoded token reads, or None: the layer is dense, for ``call.reason``.
 
     Args:
-        arguments: of a forward of one token.
+        arguments: of decoded tokens, the last ones of the keys.
         call, forward: what hooks saw.
         mask: whether it is no more than padding, and the padding ``[B, Tk]``.
-        minimum: rows of fewer tokens read everything.
+        minimum: tokens that see fewer, their own included, read everything.
     """
-    layer, keys = call.layer, arguments.key.shape[2]
+    layer, queries, keys = call.layer, arguments.query.shape[2], arguments.key.shape[2]
     gate, policy = layer.decode_gate, layer.decode_policy
-    # Not worth a warning: nobody expects these to be sparse.
-    if not layer.decodes or gate is None or policy is None or forward.dense:
-        return None
-    if keys <= gate.block_size or keys < minimum or call.past is None:
+    call.reason = _not_worth_a_warning(call, forward, keys, minimum)
+    if call.reason is not None or gate is None or policy is None:
         return None
     (plain, padding), state = mask, call.state
     if call.position_ids is None:
@@ -72,13 +82,14 @@ def select_for_token(
     reason = _not_decoding(arguments, call, plain) or must_be_dense(arguments, layer, gradients)
     rows = None
     if reason is None and padding is not None:
-        rows = _rows(call, forward, padding)
+        rows = _rows(call, forward, padding, queries)
         if rows is None:
             reason = _POSITIONS
         elif max(rows.lengths) < minimum:
+            call.reason = BELOW_MIN_CONTEXT
             return None
     lengths = [keys] * len(arguments.key) if rows is None else rows.lengths
-    if state is not None and state.lengths != [length - 1 for length in lengths]:
+    if state is not None and state.lengths != [length - queries for length in lengths]:
         state = None
     if min(lengths) == keys:
         rows = None  # a mask, but no padding
@@ -89,6 +100,7 @@ def select_for_token(
         else:
             reason = _POSITIONS
     layer.model.note(reason is None, gradients)
+    call.reason = reason
     if reason is not None:
         warn_dense(layer, reason)
         return None
@@ -96,36 +108,60 @@ def select_for_token(
     return _select(arguments, call, forward, (gate, policy, state), rows, minimum)
 
 
-def attend_token(arguments: Arguments, blocks: BlockIndices) -> Tensor:
-    """``[B, 1, Hq, D]``."""
+def attend_tokens(arguments: Arguments, blocks: BlockIndices) -> Tensor:
+    """``[B, Tq, Hq, D]``."""
     out = block_sparse_decode(arguments.query, arguments.key, arguments.value, blocks, scale=arguments.scale)
     return cast(Tensor, out).transpose(1, 2).contiguous()
 
 
+def _not_worth_a_warning(call: Call, forward: Forward, keys: int, minimum: int) -> str | None:
+    """Why nobody expects these tokens to be sparse, or None."""
+    gate = call.layer.decode_gate
+    if gate is None:
+        return NO_GATE
+    if forward.dense:
+        return ASKED_FOR
+    if not call.layer.decodes:
+        return DENSE_POLICY
+    if keys < minimum:
+        return BELOW_MIN_CONTEXT
+    if keys <= gate.block_size:
+        return ONE_BLOCK
+    if call.past is None and forward.prepared is None:
+        return _NO_CACHE
+    return None
+
+
 def _not_decoding(arguments: Arguments, call: Call, plain: bool) -> str | None:
-    """Why this is not one token of each row that sees all before it, or None."""
+    """Why these are not tokens of each row that see all before them, or None."""
     window = arguments.options.get("sliding_window")
     window = call.layer.geometry.window if window is None else window
     keys, past = arguments.key.shape[2], call.past
-    if call.static_cache:
-        return _STATIC
     if window is not None and keys >= window:
         return _WINDOW.format(window)
-    held: Any = getattr(past, "keys", None)
-    if not isinstance(held, Tensor) or held.shape != arguments.key.shape or held.device != arguments.key.device:
+    if past is not None and not _holds(past, call, arguments.key):  # without a cache what is given is all that there is
         return _CACHE.format(type(past).__name__)
     if not arguments.options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         return "attention is not causal"
     return None if plain else _MASK
 
 
-def _rows(call: Call, forward: Forward, padding: Tensor) -> _Rows | None:
+def _holds(past: Any, call: Call, key: Tensor) -> bool:
+    """Whether a cache layer holds these very keys, and behind them room at most."""
+    held = getattr(past, "keys", None)
+    if not isinstance(held, Tensor) or held.device != key.device:
+        return False
+    slots = held.shape[2] if call.valid_keys is None else call.valid_keys
+    return (*held.shape[:2], slots, held.shape[3]) == tuple(key.shape)
+
+
+def _rows(call: Call, forward: Forward, padding: Tensor, queries: int) -> _Rows | None:
     """The rows of a batch with padding ``[B, Tk]``, for which the host waits once a forward; None: a row does not end
-    with the token, or has another position."""
+    with the tokens, or has other positions."""
     name = ("rows of a token", id(padding), id(call.position_ids))
     if name not in forward.facts:
         lengths = padding.sum(-1)
-        right = padding[:, -1]
+        right = padding[:, -queries:].all(-1)
         if call.position_ids is not None and call.position_ids.dim() == 2:
             right = right & (call.position_ids[:, -1].to(lengths.device) == lengths - 1)
         else:
@@ -147,32 +183,40 @@ def _select(
     minimum: int,
 ) -> BlockIndices:
     gate, policy, state = chooses
-    batch, _, keys, _ = arguments.key.shape
-    device = arguments.query.device
+    gate = cast("DecodeGate", call.layer.gate_of(arguments.query.shape[1], gate))
+    batch, _, queries, _ = arguments.query.shape
+    keys, device = arguments.key.shape[2], arguments.query.device
     cos, sin = call.cos.to(device), call.sin.to(device)
-    take_kept(call.past)
+    if call.past is not None:
+        take_kept(call.past)
     if state is None:
-        state = _encode_cache(arguments.key, call, forward, gate, rows)
+        state = _encode_cache(arguments.key, queries, call, forward, (gate, rows))
     query, key = call.layer.take(call)
     with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
         encoded = gate.encode_keys(key.to(arguments.key.dtype), cos, sin, state=state)
-    keep(call.past, state, gate)
-    span = Span(batch, 1, keys) if rows is None else _span(rows, keys, forward)
+    if call.past is not None:
+        keep(call.past, state, gate)
+    span = Span(batch, queries, keys) if rows is None else _span(rows, queries, keys, forward)
     logits = gate.score(gate.encode_queries(query, cos, sin), encoded, span=span)
     blocks = select_by_token(policy, logits, block_size=gate.block_size, span=span)
-    if rows is not None and min(rows.lengths) < minimum:
-        blocks = _complete_short_rows(blocks, rows.on_device, minimum)
+    if (keys if rows is None else min(rows.lengths)) - queries + 1 < minimum:
+        blocks = _complete_early_tokens(blocks, span, minimum)
     return blocks
 
 
-def _encode_cache(key: Tensor, call: Call, forward: Forward, gate: DecodeGate, rows: _Rows | None) -> KeyState:
-    """Encoded keys of all but the last of ``key [B, Hkv, Tk, D]``, which are after RoPE."""
-    state, old = gate.new_state(history=0), key.shape[2] - 1  # what a crop takes back is encoded anew
+def _encode_cache(
+    key: Tensor, queries: int, call: Call, forward: Forward, chooses: tuple[DecodeGate, _Rows | None]
+) -> KeyState:
+    """Encoded keys of all but the last ``queries`` of ``key [B, Hkv, Tk, D]``, which are after RoPE."""
+    (gate, rows), old = chooses, key.shape[2] - queries
+    state = gate.new_state()
+    if old == 0:
+        return state
     cos, sin = (table.to(key.device)[:, :old] for table in history_table(call, forward, key.shape[2]))
     cached = key[:, :, :old]
     lengths = None
     if rows is not None:
-        lengths = [length - 1 for length in rows.lengths]
+        lengths = [length - queries for length in rows.lengths]
         cached = shift_left(cached, rows.padding)
     with torch.inference_mode(False), torch.no_grad():
         before = keys_before_rope(call.layer.model.family.half_split(cached, cos.shape[-1]), cos, sin)
@@ -180,27 +224,28 @@ def _encode_cache(key: Tensor, call: Call, forward: Forward, gate: DecodeGate, r
     return state
 
 
-def _span(rows: _Rows, keys: int, forward: Forward) -> Span:
+def _span(rows: _Rows, queries: int, keys: int, forward: Forward) -> Span:
     """Where the tokens of left-padded rows are; one a forward and device."""
-    name = ("span of a token", keys, id(rows))
+    name = ("span of tokens", queries, keys, id(rows))
     if name not in forward.facts:
         lengths = rows.on_device
         forward.facts[name] = Span.of_rows(
-            1, keys, start=lengths - 1, length=torch.ones_like(lengths), key_slot=rows.padding
+            queries, keys, start=lengths - queries, length=torch.full_like(lengths, queries), key_slot=rows.padding
         )
     return forward.facts[name]
 
 
-def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:
-    """Rows that would be dense alone, for having fewer than ``minimum`` tokens, read everything."""
+def _complete_early_tokens(blocks: BlockIndices, span: Span, minimum: int) -> BlockIndices:
+    """Tokens that would be dense alone, for seeing fewer than ``minimum``, read everything."""
     longest = min(num_blocks(max(minimum - 1, 0), blocks.block_size), blocks.num_key_blocks)
     indices, counts = read_lists(blocks)
     if indices.shape[-1] < longest:
         indices = nn.functional.pad(indices, (0, longest - indices.shape[-1]))
-    short = (lengths < minimum)[:, None, None]
+    seen = span.column(START, indices.device)[:, None] + torch.arange(1, span.queries + 1, device=indices.device)
+    early = (seen < minimum)[:, None]  # [B, 1, Tq]
     everything = torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device)
-    own = ((lengths + blocks.block_size - 1) // blocks.block_size).to(counts.dtype)[:, None, None]
-    indices = torch.where(short[..., None], everything, indices)
-    counts = torch.where(short, own, counts)
+    own = ((seen + blocks.block_size - 1) // blocks.block_size).to(counts.dtype)[:, None]
+    indices = torch.where(early[..., None], everything, indices)
+    counts = torch.where(early, own, counts)
     make = ordered_lists if is_ordered(blocks) else BlockIndices
     return make(indices, counts, blocks.num_key_blocks, blocks.block_size, True, blocks.span)

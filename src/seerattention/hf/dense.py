@@ -66,7 +66,7 @@ def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         arguments.query,
         arguments.key,
         arguments.value,
-        mask.materialize() if isinstance(mask, SeerMask) else mask,
+        mask.original() if isinstance(mask, SeerMask) else mask,
         dropout=arguments.dropout,
         scaling=arguments.scaling,
         **arguments.options,

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .generation import take_prepared
+
 if TYPE_CHECKING:
+    from ..blocks import BlockIndices
     from ..gates import KeyState
     from .layer import LayerState
     from .state import ModelState
@@ -72,8 +75,11 @@ class Call:
     """One forward call of one attention layer: what the hooks saw, for the attention function.
 
     Attributes:
-        past: of a decoded token, the cache layer; None: there is none, or decoding is dense.
-        state: the encoded keys that were kept for what the cache layer held before this token.
+        valid_keys: of a static cache, the slots that hold tokens, those of this forward included; None: all do.
+        past: of decoded tokens, the cache layer; None: there is none, or decoding is dense.
+        state: the encoded keys that were kept for what the cache layer held before these tokens.
+        part: whether it is a part of the call only: the prompt, or what follows on it in the same forward.
+        reason: why it is attended densely, once that is known.
     """
 
     layer: LayerState
@@ -81,11 +87,39 @@ class Call:
     cos: Tensor
     sin: Tensor
     position_ids: Tensor | None
-    static_cache: bool
+    valid_keys: int | None = None
     query: Tensor | None = None
     key: Tensor | None = None
     past: Any = None
     state: KeyState | None = None
+    part: bool = False
+    reason: str | None = None
+
+
+class Attended(NamedTuple):
+    """What a layer did with the queries of a call, or with a part of them, for whoever counts it.
+
+    Attributes:
+        blocks: the lists that were read; None: everything was.
+        shape: of the queries, ``[B, Hq, Tq, D]``.
+        keys: Tk.
+        device: of both.
+        lengths: tokens of each padded row, ``[B]``; None: no padding.
+        block_size: in which dense calls are counted.
+        decoding: whether the queries are decoded tokens.
+        reason: why it was dense.
+        min_context: tokens below which it would have been.
+    """
+
+    blocks: BlockIndices | None
+    shape: tuple[int, ...]
+    keys: int
+    device: torch.device
+    lengths: Tensor | None
+    block_size: int
+    decoding: bool
+    reason: str | None
+    min_context: int
 
 
 class Arguments(dict[str, Any]):
@@ -104,10 +138,12 @@ class Forward:
         called, seen: indices of layers whose attention module was called, and that reached the attention function.
         sparse: whether a layer was attended sparsely.
         facts: what was found out about this forward, by name, so that it is asked and waited for once.
+        prepared: what ``generate`` said of this forward; None: nothing.
     """
 
-    def __init__(self, state: ModelState, arguments: Arguments | None):
-        """``arguments`` live as long as the call of the decoder; None: not known (compiled code)."""
+    def __init__(self, state: ModelState, arguments: Arguments | None, tokens: Tensor | None = None):
+        """``arguments`` live as long as the call of the decoder; None: not known (compiled code). It begins with
+        ``tokens [B, T]``, or their embeddings."""
         mine = [watch for watch in _watches.get() if watch.state is state]
         self.state = state
         self.dense = any(watch.kind == DENSE for watch in mine)
@@ -118,6 +154,7 @@ class Forward:
         self.seen: set[int] = set()
         self.sparse = False
         self.facts: dict[Any, Any] = {}
+        self.prepared = take_prepared(state, tokens)
         self._call: Callable[[], Call | None] = _nothing
         self._keeper: Callable[[], Tensor | None] = _nothing
         self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
@@ -127,6 +164,13 @@ class Forward:
         while self._outer is not None and self._outer._arguments is not None and self._outer._arguments() is None:
             self._outer = self._outer._outer
         _forward.set(self)
+
+    def decoded_of(self, queries: int) -> int:
+        """How many of the last of ``queries`` tokens are decoded ones (or candidates) and no prompt, or ``UNKNOWN``.
+
+        Where ``generate`` says nothing, one token is decoded, and several are a prompt.
+        """
+        return int(queries == 1) if self.prepared is None else self.prepared.decoded_of(queries)
 
     @property
     def call(self) -> Call | None:
@@ -165,6 +209,17 @@ class Forward:
         """End the forward in its own context."""
         self.close()
         _forward.set(self._outer)
+
+    def tokens_in(self, cache: Any, layer: int, slots: Tensor | None) -> int:
+        """How many slots of a static cache hold tokens before this forward, which is waited for once a forward.
+
+        Early versions of transformers count keys that are not 0 there, but hand each layer the ``slots`` of the tokens.
+        """
+        name = ("tokens in a cache", id(cache))
+        if name not in self.facts:
+            held = cache.get_seq_length(layer) if slots is None else slots[0]
+            self.facts[name] = int(held), cache  # kept, so that its id is its own
+        return self.facts[name][0]
 
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
         """Whether the content's positions rise by one from token to token (they restart in packed sequences).

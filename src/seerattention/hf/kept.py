@@ -2,8 +2,9 @@
 
 They lie on the cache layer itself, so that whoever copies or drops a cache copies or drops them. What happens to a
 cache in between (crop, reorder, repeat, select, reset, offloading, prompts in chunks, dense steps) is not followed:
-every one of these puts another tensor in the place of the keys. So encoded keys are good for exactly one tensor, the
-one that the step left behind, and whoever finds another one there makes them anew from it.
+every one of these puts another tensor in the place of the keys, or, in static caches, writes into the one that is
+there, which torch counts. So encoded keys are good for exactly one tensor, the one that the step left behind as it was
+then, and whoever finds another one there makes them anew from it; but for a crop, which leaves a view of it.
 """
 
 from __future__ import annotations
@@ -60,16 +61,42 @@ class KeptKeys:
             and self._gate_version == _parameters(gate)
         )
 
+    def after_crop(self, keys: Any, gate: nn.Module) -> KeyState | None:
+        """What is left where ``keys`` are the first ones of the tensor that they were made of, as ``crop`` leaves them
+        after rejected candidates; None: they are not, or blocks were opened whose tokens are gone."""
+        old = None if self._keys is None else self._keys()
+        if old is None or self.state is None or not isinstance(keys, Tensor) or keys._base is not old:
+            return None
+        if not self.is_of(old, gate):
+            return None
+        removed = old.shape[2] - keys.shape[2]
+        same = keys.storage_offset() == old.storage_offset() and keys.stride() == old.stride()
+        lengths = [length - removed for length in self.state.lengths]
+        if not same or keys.shape[:2] != old.shape[:2] or min(lengths) < 0 or self.state.crop_needs_keys(lengths):
+            return None
+        self.state.crop(lengths)
+        self._keys = None  # they are good for this once
+        return self.state
+
     def belong_to(self, keys: Tensor, gate: nn.Module) -> None:
         """Say what they were made of."""
         self._keys, self._keys_version = weakref.ref(keys), _version(keys)
         self._gate, self._gate_version = weakref.ref(gate), _parameters(gate)
 
 
-def kept_keys(cache_layer: Any, gate: nn.Module) -> KeyState | None:
-    """The encoded keys of a cache layer as it is now; None: there are none, or they are of other keys."""
-    kept = cache_layer.__dict__.get(_ATTRIBUTE)
-    return kept.state if kept is not None and kept.is_of(getattr(cache_layer, "keys", None), gate) else None
+def kept_keys(cache_layer: Any, gate: nn.Module, in_place: bool = False) -> KeyState | None:
+    """The encoded keys of a cache layer as it is now; None: there are none, or they are of other keys.
+
+    Args:
+        cache_layer: of transformers.
+        gate: of decoding.
+        in_place: the cache is static, and writes into the tensor that it has: where torch does not count such changes
+            (in inference mode), nothing can be kept.
+    """
+    kept, keys = cache_layer.__dict__.get(_ATTRIBUTE), getattr(cache_layer, "keys", None)
+    if kept is None or (in_place and isinstance(keys, Tensor) and _version(keys) is None):
+        return None
+    return kept.state if kept.is_of(keys, gate) else kept.after_crop(keys, gate)
 
 
 def take_kept(cache_layer: Any) -> None:
@@ -85,7 +112,8 @@ def keep(cache_layer: Any, state: KeyState, gate: nn.Module) -> None:
 
 
 def _version(x: Tensor) -> int | None:
-    """Counts changes in place, which caches make in ``reset`` at most; tensors of inference mode do not count."""
+    """Counts changes in place, which static caches make at every step, and others in ``reset`` at most; tensors of
+    inference mode do not count."""
     return None if x.is_inference() else x._version
 
 

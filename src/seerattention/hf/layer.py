@@ -18,7 +18,8 @@ from .architectures import find_attention
 from .forward import Call, current_forward
 from .implementation import NAME
 from .kept import kept_keys
-from .phases import DECODE, PREFILL, LayerPhase, phase_of, unnoticed
+from .phases import DECODE, PREFILL, LayerPhase, unnoticed
+from .sharding import part_of_gate
 
 if TYPE_CHECKING:
     from .state import ModelState
@@ -39,6 +40,8 @@ class LayerState:
         self.phases: dict[str, LayerPhase] = {PREFILL: LayerPhase()}
         self.stray = False  # in a copy of the layer alone, without its model: the hooks do nothing
         self.lost = False  # the layer has no attention module any more that could be hooked
+        self._heads = self.geometry.num_heads  # as last seen: of those that are spread over processes, a part
+        self._parts: dict[int, tuple[tuple[int, ...] | None, BlockGate]] = {}
         self._placement: tuple[torch.device, torch.dtype] | None = None
         self._hooks: list[Any] = []
         self._hooked: tuple[nn.Module, ...] = ()
@@ -161,6 +164,18 @@ class LayerState:
                 if device is not None and next(gate.parameters()).device != device:
                     gate.to(device)
 
+    def gate_of(self, heads: int, gate: BlockGate | None) -> BlockGate | None:
+        """``gate`` for the query heads that this process has."""
+        self._heads = heads
+        if gate is None or gate.num_heads == heads:
+            return gate
+        name = (heads, *(parameter.data_ptr() for parameter in gate.parameters()))  # gates move
+        known, part = self._parts.get(id(gate), (None, gate))
+        if known != name:
+            part = part_of_gate(gate, heads, self.model.head_rank)
+            self._parts[id(gate)] = name, part
+        return part
+
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
         """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
         if call.query is None or call.key is None:
@@ -209,19 +224,24 @@ class LayerState:
             )
         forward.called.add(self.index)
         if table is not None:
-            static = isinstance(kwargs.get("past_key_values"), StaticCache)
-            call = Call(self, module, *table, position_ids=kwargs.get("position_ids"), static_cache=static)
-            if hidden.shape[1] == 1:
-                self._look_into(call, kwargs.get("past_key_values"))
+            cache = kwargs.get("past_key_values")
+            call = Call(self, module, *table, position_ids=kwargs.get("position_ids"))
+            if isinstance(cache, StaticCache):
+                held = forward.tokens_in(cache, call.module.layer_idx, kwargs.get("cache_position"))  # type: ignore
+                call.valid_keys = held + hidden.shape[1]
+            if forward.decoded_of(hidden.shape[1]) > 0:
+                self._look_into(call, cache)
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
     def _look_into(self, call: Call, cache: Any) -> None:
-        """Find the cache layer of a decoded token, before the token is in it."""
+        """Find the cache layer of decoded tokens, before they are in it."""
         gate, layers = self.decode_gate, getattr(cache, "layers", ())
         index = getattr(call.module, "layer_idx", self.index)
         if gate is not None and self.decodes and index < len(layers):
             call.past = layers[index]
-            call.state = kept_keys(call.past, gate)
+            mine = self.gate_of(self._heads, gate)
+            assert mine is not None
+            call.state = kept_keys(call.past, mine, in_place=call.valid_keys is not None)
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if not self.stray and self._captures(output):
@@ -233,7 +253,7 @@ class LayerState:
 
     def _captures(self, output: Tensor) -> bool:
         """Whether what a submodule gave is kept: prompts are, for observers too, and tokens for a decode gate."""
-        return DECODE in self.phases or phase_of(output.shape[self.model.family.token_axis]) == PREFILL
+        return not unnoticed(output.shape[self.model.family.token_axis], DECODE in self.phases)
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
     def _keep(self, query: Tensor | None = None, key: Tensor | None = None) -> None:

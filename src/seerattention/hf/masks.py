@@ -22,7 +22,10 @@ from transformers.masking_utils import (
 )
 
 from .forward import Forward, current_forward
+from .generation import single_tokens
 from .implementation import decodes_sparsely, original_of
+
+_DESCRIBED = "_seer_described"
 
 # What reads memory without an op that could be answered for; and what chooses its kernel by the kind of mask.
 _READS_MEMORY = (
@@ -45,6 +48,17 @@ class _Recipe:
         self.make = make
         self.arguments = arguments
         self.made: dict[torch.device, Tensor] = {}
+        self.skipped: bool | None = None  # whether the untouched model does without; None: not asked yet
+
+    def original(self, device: torch.device) -> Tensor | None:
+        """What the untouched model would get: nothing, where its kernel needs to be told of causality only, as for a
+        prompt in an empty static cache."""
+        if self.skipped is None:
+            mask = self.make(**self.arguments)
+            self.skipped = mask is None
+            if mask is not None:
+                self.made[device] = mask.to(device)
+        return None if self.skipped else self.on(device)
 
     def on(self, device: torch.device) -> Tensor:
         mask = self.made.get(device)
@@ -56,13 +70,13 @@ class _Recipe:
 
 class SeerMask(Tensor):
     """``[B, 1, Tq, Tk]`` without storage: causality and padding of whole prompts, or of chunks whose queries are the
-    last slots; at most one run of valid tokens a row.
+    last slots that hold tokens (static caches have room behind them); at most one run of valid tokens a row.
 
     Any op, and any function of torch that gets it, sees the mask that the untouched model would have made.
 
     Attributes:
-        padding: bool ``[B, Tk]``, True where there is a token.
-        queries: Tq.
+        padding: bool ``[B, S]``, True where there is a token; S are the slots up to that of the last query.
+        queries, keys: Tq and Tk.
         full: whether there is no padding at all.
     """
 
@@ -70,17 +84,24 @@ class SeerMask(Tensor):
     full: bool
     recipe: _Recipe
     queries: int
+    keys: int
 
     @staticmethod
-    def __new__(cls, padding: Tensor, full: bool, dtype: torch.dtype, recipe: _Recipe, queries: int) -> SeerMask:
-        batch, length = padding.shape
-        mask = Tensor._make_wrapper_subclass(cls, (batch, 1, queries, length), dtype=dtype, device=padding.device)
-        mask.padding, mask.full, mask.recipe, mask.queries = padding, full, recipe, queries
+    def __new__(
+        cls, padding: Tensor, full: bool, dtype: torch.dtype, recipe: _Recipe, queries: int, keys: int
+    ) -> SeerMask:
+        shape = (padding.shape[0], 1, queries, keys)
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=padding.device)
+        mask.padding, mask.full, mask.recipe, mask.queries, mask.keys = padding, full, recipe, queries, keys
         return mask
 
     def materialize(self) -> Tensor:
-        """The mask as the untouched model makes it."""
+        """The mask as the untouched model makes it, where it makes one."""
         return self.recipe.on(self.padding.device)
+
+    def original(self) -> Tensor | None:
+        """What dense attention of the untouched model gets."""
+        return self.recipe.original(self.padding.device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SeerMask(padding={tuple(self.padding.shape)}, dtype={self.dtype}, device={self.device})"
@@ -95,7 +116,7 @@ class SeerMask(Tensor):
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
             if device is not None and dtype in (None, mask.dtype):  # layers on several devices: still no storage
                 padding = mask.padding.to(device, non_blocking=non_blocking)
-                return cls(padding, mask.full, mask.dtype, mask.recipe, mask.queries)
+                return cls(padding, mask.full, mask.dtype, mask.recipe, mask.queries, mask.keys)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -108,8 +129,8 @@ class SeerMask(Tensor):
 
     # For torch.compile, which takes tensors like this apart and puts them together again.
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[bool, torch.dtype, _Recipe, int]]:
-        return ["padding"], (self.full, self.dtype, self.recipe, self.queries)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[bool, torch.dtype, _Recipe, int, int]]:
+        return ["padding"], (self.full, self.dtype, self.recipe, self.queries, self.keys)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> SeerMask:
@@ -133,25 +154,28 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **kwargs)  # None, or the padding itself
     queries = _num_queries(kwargs)
     keys, window, padding = kwargs["kv_length"], kwargs.get("local_size"), kwargs.get("attention_mask")
-    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function or (
-        window is not None and keys <= window
-    )
-    # transformers refuses to skip the mask where it is more than causal (packed sequences, mask overlays).
-    plain = plain and kwargs.get("allow_is_causal_skip", True)
-    plain = plain and not kwargs.get("kv_offset", 0)
+    causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    # A window that is not felt, unless the mask is more than that (packed sequences, mask overlays), which transformers
+    # then refuses to skip. What is more than causal by itself has a function of its own.
+    wide = window is not None and keys <= window and kwargs.get("allow_is_causal_skip", True)
+    plain = (causal or wide) and not kwargs.get("kv_offset", 0)
     if queries == 1:
         return _mask_of_a_token(make, args, kwargs, plain)
-    plain = plain and (queries == keys or _first_query(kwargs) == keys - queries)
+    slots = keys  # that hold tokens
+    if plain and queries != keys:
+        first = _first_query(kwargs)
+        slots, plain = first + queries, first >= 0 and first + queries <= keys
     if plain and padding is not None:
+        padding = padding[:, :slots]
         if bool(padding.all()):
             padding = None
         else:
             padding = padding.bool()
-            plain = padding.shape[-1] == keys and at_most_one_run_a_row(padding)
+            plain = padding.shape[-1] == slots and at_most_one_run_a_row(padding)
     if plain and make is sdpa_mask and padding is None and queries == keys:
         return None
     if plain and (make is sdpa_mask or make is eager_mask):
-        return _without_storage(make, kwargs, padding)
+        return _without_storage(make, kwargs, padding, slots)
     mask = None if make is None else make(*args, **kwargs)
     if make is not sdpa_mask and make is not eager_mask:
         _describe(mask, plain, padding)
@@ -159,18 +183,18 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
 
 
 def _mask_of_a_token(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool) -> Any:
-    """The mask of the untouched model, which takes little memory; layers that decode sparsely get told what it is.
+    """The mask of the untouched model, which takes little memory; layers that may be sparse get told what it is.
 
-    The token is the last of the keys: where it is not, in static caches, these layers are dense anyway. To ask for its
-    position may wait for the device.
+    The token is the last of the keys, or in static caches of those that hold tokens. To ask for its position may wait
+    for the device, so whoever needs it looks at the cache.
     """
     mask = None if make is None else make(*args, **kwargs)
-    if mask is None or not decodes_sparsely(kwargs["config"]):
+    if mask is None or not (decodes_sparsely(kwargs["config"]) or single_tokens()):
         return mask
     keys, padding = kwargs["kv_length"], kwargs.get("attention_mask")
     if plain and padding is not None:
         padding = padding.bool()
-        plain = padding.shape[-1] == keys and at_most_one_run_a_row(padding)
+        plain = padding.shape[-1] <= keys and at_most_one_run_a_row(padding)
     _describe(mask, plain, padding)
     return mask
 
@@ -186,23 +210,28 @@ def _first_query(arguments: dict[str, Any]) -> int:
 
 
 @torch.compiler.disable(reason="a tensor without storage is made")
-def _without_storage(make: Callable[..., Tensor], arguments: dict[str, Any], padding: Tensor | None) -> SeerMask:
+def _without_storage(
+    make: Callable[..., Tensor], arguments: dict[str, Any], padding: Tensor | None, slots: int
+) -> SeerMask:
     dtype = torch.bool if make is sdpa_mask else arguments["dtype"]
     full = padding is None
     if padding is None:
         device = arguments["device"] if "device" in arguments else arguments["cache_position"].device
-        padding = torch.ones(arguments["batch_size"], arguments["kv_length"], dtype=torch.bool, device=device)
+        padding = torch.ones(arguments["batch_size"], slots, dtype=torch.bool, device=device)
     if isinstance(arguments.get("q_offset"), Tensor):  # a static cache counts up in place before a layer asks
         arguments = {**arguments, "q_offset": arguments["q_offset"].clone()}
-    return SeerMask(padding, full, dtype, _Recipe(make, arguments), _num_queries(arguments))
+    return SeerMask(padding, full, dtype, _Recipe(make, arguments), _num_queries(arguments), arguments["kv_length"])
 
 
 @torch.compiler.disable(reason="what is known of a forward is kept by context")
 def _describe(mask: Any, plain: bool, padding: Tensor | None) -> None:
-    """Tell the forward under way what a mask of another kind (block masks, user's own) means."""
+    """Tell the forward under way what a mask of another kind (block masks, user's own) means. ``generate`` makes those
+    of static caches before the forward begins: they carry it themselves."""
     forward = current_forward()
     if forward is not None:
         forward.masks.append((mask, plain, padding))
+    elif isinstance(mask, Tensor):
+        mask.__dict__[_DESCRIBED] = plain, padding
 
 
 def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, Tensor | None]:
@@ -212,6 +241,8 @@ def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, 
     for known, plain, padding in forward.masks:
         if known is mask:
             return plain, padding
+    if isinstance(mask, Tensor) and _DESCRIBED in mask.__dict__:
+        return mask.__dict__[_DESCRIBED]
     if mask is None:
         return original != "eager", None  # which without a mask attends to everything
     if isinstance(mask, Tensor) and mask.dim() == 2:

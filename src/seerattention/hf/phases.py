@@ -13,13 +13,9 @@ from ..gates import BlockGate
 from ..policies import Policy
 from ..selectors import GateSelector, Selector
 from .forward import watching
+from .generation import single_tokens
 
 PREFILL, DECODE = PHASES
-
-
-def phase_of(length: int) -> str:
-    """The phase of a forward of this many tokens."""
-    return DECODE if length == 1 else PREFILL
 
 
 def unnoticed(length: int, decodes: bool) -> bool:
@@ -29,7 +25,7 @@ def unnoticed(length: int, decodes: bool) -> bool:
         length: tokens.
         decodes: whether a layer of the model decodes sparsely.
     """
-    return length == 1 and not decodes and not watching()
+    return length == 1 and not decodes and not watching() and not single_tokens()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..policies import Budgets, Policy
 from ..selectors import LayerInputs
 from .architectures import Family, find_decoder
 from .forward import Arguments, Forward, current_forward
+from .generation import Listener, stop_listening
 from .implementation import NAME, StandIn
 from .phases import PREFILL, ModelPhase, unnoticed
 
@@ -46,6 +47,8 @@ class ModelState:
         configs: the decoder's config objects, with what stands in them while they are attached.
         others: config objects of other parts of the model, with their implementations.
         budgets: what was fitted for the prefill gates (``measure.calibrate``, or stored with them); None: nothing.
+        listeners: what stands in the place of methods that prepare inputs of ``generate``.
+        head_rank: which part of the heads this process has; None: all are here.
         detached: set by detach; forwards that are under way then end with an error where they were sparse before.
     """
 
@@ -68,6 +71,8 @@ class ModelState:
     decodes: bool = False
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
+    listeners: list[Listener] = field(default_factory=list)
+    head_rank: int | None = None
     _forwards: set[Forward] = field(default_factory=set)
     _hooks: list[Any] = field(default_factory=list)
 
@@ -124,6 +129,7 @@ class ModelState:
 
     def remove_hooks(self) -> None:
         """Forwards that are under way keep the hook that ends them."""
+        stop_listening(self.listeners)
         for layer in self.layers:
             layer.remove_hooks()
         for forward in tuple(self._forwards):
@@ -139,12 +145,11 @@ class ModelState:
             self._align()
         if not self._standing() or (length is not None and unnoticed(length, self.decodes)):
             return None
-        single = length == 1
         if torch.compiler.is_compiling():
-            self._open(module, single, None)
+            self._open(module, tokens, None)
             return None
         arguments = Arguments(kwargs)
-        self._open(module, single, arguments)
+        self._open(module, tokens, arguments)
         return args, arguments
 
     def _standing(self) -> bool:
@@ -174,10 +179,10 @@ class ModelState:
             )
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
-    def _open(self, module: nn.Module, single: bool, arguments: Arguments | None) -> None:
-        forward = Forward(self, arguments)
+    def _open(self, module: nn.Module, tokens: torch.Tensor | None, arguments: Arguments | None) -> None:
+        forward = Forward(self, arguments, tokens)
         self._forwards.add(forward)
-        if not single or self.decodes:
+        if self.decodes or tokens is None or tokens.shape[1] > 1 or forward.prepared is not None:
             for layer in self.layers:
                 layer.follow_modules(module)
 

@@ -2,68 +2,79 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import BlockIndices, first_query_block
-from ..hf.forward import RECORD, watch
+from ..hf.forward import RECORD, Attended, watch
 from ..hf.state import state_of
 from ..ops.indices import read_lists
+
+_NO_REASON = "its gate was not asked"
 
 
 class Statistics:
     """Densities of the attention calls made inside ``record``. Sums stay on the device until they are read.
 
-    A call is one forward of one attention layer. Its density is the selected blocks over the causal blocks of its query
-    blocks, over all heads and batch rows; blocks that are wholly padding do not count.
+    A call is one forward of one attention layer (two, where a forward brings a prompt and decoded tokens). Its density
+    is the selected blocks over the causal blocks of its query blocks, over all heads and batch rows; blocks that are
+    wholly padding do not count.
     """
 
     def __init__(self) -> None:
         self.sparse_calls = 0
         self.dense_calls = 0
+        self.min_context: int | None = None
+        self._reasons: dict[int, Counter[str]] = {}
         self._layers: dict[int, Tensor] = {}
-        self._prompts: dict[int, Tensor] = {}  # the same of calls of more than one token
+        self._prompts: dict[int, Tensor] = {}  # the same of prompts
         self._shares: dict[torch.device, Tensor] = {}  # sums of the sparse calls' densities
 
-    def add(
-        self,
-        layer: int,
-        blocks: BlockIndices | None,
-        lengths: Tensor | None,
-        query: Tensor,
-        key_length: int,
-        block_size: int,
-    ) -> None:
-        """Count one call; ``blocks`` is None for a dense one. Called by the attention function."""
-        if blocks is not None:
-            block_size = blocks.block_size
-        batch, heads, query_length, _ = query.shape
+    def add(self, layer: int, attended: Attended) -> None:
+        """Count one call, or a part of one. Called by the attention function; nothing waits for the device."""
+        blocks, (batch, heads, queries, _), device = attended.blocks, attended.shape, attended.device
+        block_size = attended.block_size if blocks is None else blocks.block_size
+        by_token = blocks is not None and blocks.by_token
         span = None if blocks is None else blocks.span
-        first = first_query_block(query_length, key_length, block_size)
-        rows = torch.arange(first, -(-key_length // block_size), device=query.device)
-        if span is not None and not span.plain:
-            rows, valid = span.row_blocks(block_size), span.valid_rows(block_size)
-        elif lengths is None:
-            valid = torch.ones(batch, len(rows), dtype=torch.bool, device=query.device)
+        self.min_context = attended.min_context
+        if span is not None and (by_token or not span.plain):
+            rows, valid = span.row_blocks(block_size, device, by_token), span.valid_rows(block_size, device, by_token)
+            rows, valid = (x.expand(batch, -1) for x in (rows, valid))
+        elif attended.decoding:
+            ends = attended.lengths
+            ends = torch.full((batch,), attended.keys, device=device) if ends is None else ends.to(device)
+            rows = (ends[:, None] - queries + torch.arange(queries, device=device)) // block_size
+            valid = rows >= 0
         else:
-            valid = rows[None, :] * block_size < lengths.to(query.device)[:, None]
+            first = attended.keys - queries
+            rows = torch.arange(first // block_size, -(-attended.keys // block_size), device=device)
+            if attended.lengths is None:
+                valid = torch.ones(batch, len(rows), dtype=torch.bool, device=device)
+            else:
+                valid = rows[None, :] * block_size < attended.lengths.to(device)[:, None]
         causal = (valid * (rows + 1)).sum(dtype=torch.float64) * heads
         if blocks is None:
             selected = causal
             self.dense_calls += 1
+            self._reasons.setdefault(layer, Counter())[attended.reason or _NO_REASON] += 1
         else:
             counts = read_lists(blocks)[1]
             shared = heads // counts.shape[1]  # lists may be shared by the query heads of a group
             selected = (counts * valid[:, None]).sum(dtype=torch.float64) * shared
             self.sparse_calls += 1
-            share, device = selected / causal, query.device
+            share = selected / causal
             self._shares[device] = self._shares[device] + share if device in self._shares else share
         counted = torch.stack((selected, causal))
-        for sums in (self._layers, self._prompts) if query_length > 1 else (self._layers,):
+        for sums in (self._layers,) if attended.decoding else (self._layers, self._prompts):
             sums[layer] = sums[layer] + counted if layer in sums else counted
+
+    @property
+    def dense_reasons(self) -> dict[int, dict[str, int]]:
+        """How often each layer was dense, by reason; layers that never were are left out."""
+        return {layer: dict(reasons.most_common()) for layer, reasons in sorted(self._reasons.items())}
 
     @property
     def density(self) -> float:
@@ -79,7 +90,7 @@ class Statistics:
 
     @property
     def prompt_density(self) -> float:
-        """Like ``total_density``, without decoding steps (calls of one token)."""
+        """Like ``total_density``, without decoded tokens."""
         return _share(self._prompts)
 
     @property
@@ -101,6 +112,7 @@ def record(model: nn.Module) -> Iterator[Statistics]:
         with seerattention.record(model) as stats:
             model.generate(...)
         stats.density, stats.total_density  # of the layers that ran sparsely, and of all
+        stats.dense_reasons                 # why layers were dense: {layer: {reason: calls}}
 
     Raises:
         ValueError: nothing is attached to ``model``.
