@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .ops.block_selection import causal_softmax, dense_indices, select_threshold, select_topk, select_topp
-from .ops.block_selection.shares import CEIL_SLACK, share_of, share_of_causal
+from .ops.block_selection.interface import select_counted
+from .ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of, share_of_causal
 from .ops.indices import BlockIndices
 from .ops.span import Span
 
@@ -224,6 +225,8 @@ class TopK(_ScorePolicy):
             else:
                 keep = share_of_causal(self.density, num_rows, num_keys, logits.device)
             capacity = max(1, math.ceil(num_keys * self.density - CEIL_SLACK))  # what the last row keeps
+            if not differ:
+                return select_counted(logits, keep, capacity=capacity, **how)
         return select_topk(logits, keep, diagonal_extra=self.uniform, capacity=capacity, **how)
 
 
@@ -269,9 +272,9 @@ class TokenBudget(_ScorePolicy):
         _check_count("last_blocks_dense", self.last_blocks_dense)
 
     def _select(self, logits: Tensor, how: _How) -> BlockIndices:
-        blocks = -(-self.tokens // how["block_size"])
-        keep = torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device)
-        return select_topk(logits, keep, capacity=blocks, **how)
+        num_rows, num_keys = logits.shape[-2:]
+        blocks = min(-(-self.tokens // how["block_size"]), num_keys)
+        return select_counted(logits, number_of_blocks(blocks, num_rows, logits.device), capacity=blocks, **how)
 
 
 @dataclass(frozen=True)
@@ -332,6 +335,11 @@ class PublishedDecode(Policy):
         mask = chosen.to_mask()
         mask[..., :1] |= mask.any(-1, keepdim=True)  # rows without a query stay empty
         return BlockIndices.from_mask(mask, block_size, span=chosen.span)
+
+
+# What these launch follows from their arguments and the shapes of the logits alone (``ops/replay.py``). Subclasses may
+# look at more.
+REPLAYED = frozenset({Threshold, RelativeThreshold, TopK, TopP, TokenBudget})
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> Policy:

@@ -169,7 +169,11 @@ def _opaque(op: str, implementation: str | None, x: Tensor, *others: Tensor | No
                 f"{op}: the Triton kernels take a width up to {MAX_TRITON_WIDTH}, got {width}; pass implementation=None"
             )
         return implementation != "reference"
-    if x.device.type != "cuda" or width > MAX_TRITON_WIDTH or x.dtype not in (torch.float16, torch.bfloat16):
+    if (
+        dispatch.device_type(x.device) != "cuda"
+        or width > MAX_TRITON_WIDTH
+        or x.dtype not in (torch.float16, torch.bfloat16)
+    ):
         return False
     return not (torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others)))
 
