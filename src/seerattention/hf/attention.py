@@ -258,7 +258,9 @@ def _layer_inputs(
     query, key, value = arguments.query, arguments.key, arguments.value
     layer.place_gate(query.device)
     query_pre, key_pre = layer.take(call)
-    cos, sin = call.cos.to(query.device), call.sin.to(query.device)
+    cos, sin = call.cos, call.sin
+    if cos.device != query.device:
+        cos, sin = cos.to(query.device), sin.to(query.device)
     lengths = starts = span = None
     if query.shape[2] != key.shape[2]:
         queries, keys, half_split = query.shape[2], key.shape[2], layer.model.family.half_split

@@ -103,10 +103,11 @@ class Forward:
             and the padding.
         called, seen: indices of layers whose attention module was called, and that reached the attention function.
         sparse: whether a layer was attended sparsely.
+        positions_are_made: whether the decoder was given no positions, and so counts from the end of its cache on.
         facts: what was found out about this forward, by name, so that it is asked and waited for once.
     """
 
-    def __init__(self, state: ModelState, arguments: Arguments | None):
+    def __init__(self, state: ModelState, arguments: Arguments | None, positions_are_made: bool = False):
         """``arguments`` live as long as the call of the decoder; None: not known (compiled code)."""
         mine = [watch for watch in _watches.get() if watch.state is state]
         self.state = state
@@ -117,10 +118,10 @@ class Forward:
         self.called: set[int] = set()
         self.seen: set[int] = set()
         self.sparse = False
+        self.positions_are_made = positions_are_made
         self.facts: dict[Any, Any] = {}
         self._call: Callable[[], Call | None] = _nothing
         self._keeper: Callable[[], Tensor | None] = _nothing
-        self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
         self._outer = _forward.get()
         self._arguments = None if arguments is None else weakref.ref(arguments)
         # Ctrl-C runs no hooks, so forwards may be left over that it ended.
@@ -159,7 +160,6 @@ class Forward:
         self._call = _nothing
         self.masks.clear()
         self.facts.clear()
-        self._positions.clear()
 
     def leave(self) -> None:
         """End the forward in its own context."""
@@ -169,24 +169,22 @@ class Forward:
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
         """Whether the content's positions rise by one from token to token (they restart in packed sequences).
 
-        All layers of a forward share one tensor of positions, so the answer, which waits for the device, is kept as
-        long as the forward lasts.
+        Of positions that the decoder made itself that is known. All layers of a forward share one tensor of others, so
+        the answer, which waits for the device, is kept as long as the forward lasts.
         """
-        if position_ids is None:
+        if position_ids is None or self.positions_are_made:
             return True
         if position_ids.dim() != 2:
             return False
-        asked = (position_ids, padding)
-        for references, answer in self._positions:
-            if all((ref and ref()) is x for ref, x in zip(references, asked, strict=True)):
-                return answer
-        consecutive = position_ids.diff(dim=-1) == 1
-        if padding is not None:
-            padding = padding.to(position_ids.device)
-            consecutive = consecutive | ~(padding[:, 1:] & padding[:, :-1])
-        answer = bool(consecutive.all())
-        self._positions.append((tuple(None if x is None else weakref.ref(x) for x in asked), answer))
-        return answer
+        name = ("run on", id(position_ids), id(padding))
+        if name not in self.facts:
+            consecutive = position_ids.diff(dim=-1) == 1
+            if padding is not None:
+                mask = padding.to(position_ids.device)
+                consecutive = consecutive | ~(mask[:, 1:] & mask[:, :-1])
+            # The tensors are kept, so that their ids are their own.
+            self.facts[name] = bool(consecutive.all()), position_ids, padding
+        return self.facts[name][0]
 
     def positions_end_at(self, position_ids: Tensor | None, padding: Tensor | None, keys: int) -> bool:
         """Whether the last slot of every row of a chunk holds its last token, and its position counts all tokens of the

@@ -142,7 +142,8 @@ class ModelState:
             self._open(module, single, None)
             return None
         arguments = Arguments(kwargs)
-        self._open(module, single, arguments)
+        made = len(args) < 2 and kwargs.get("position_ids") is None and kwargs.get("cache_position") is None
+        self._open(module, single, arguments, made)
         return args, arguments
 
     def _standing(self) -> bool:
@@ -172,8 +173,10 @@ class ModelState:
             )
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
-    def _open(self, module: nn.Module, single: bool, arguments: Arguments | None) -> None:
-        forward = Forward(self, arguments)
+    def _open(
+        self, module: nn.Module, single: bool, arguments: Arguments | None, positions_are_made: bool = False
+    ) -> None:
+        forward = Forward(self, arguments, positions_are_made)
         self._forwards.add(forward)
         if not single or self.decodes:
             for layer in self.layers:
