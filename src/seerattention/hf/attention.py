@@ -21,6 +21,7 @@ from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.indices import ordered_lists, read_lists
+from ..ops.replay import capturing
 from ..ops.span import Span
 from ..selectors import LayerInputs, Selector
 from .conditions import must_be_dense, records_gradients, warn_dense
@@ -41,6 +42,10 @@ _OTHER_DEVICES_MIN_CONTEXT = 4096
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
 _SHORT = "it has fewer tokens than a block, on a cache: candidates of speculative decoding look like this"
+_CAPTURED = (
+    "a CUDA graph is captured, in which masks, positions and caches cannot be looked at: capture whole prompts without "
+    "attention_mask and position_ids, with use_cache=True"
+)
 _SKIPPED_BY_OBSERVERS = (_SLIDING,)
 
 
@@ -214,7 +219,7 @@ def _not_a_prompt(
     elif chunk and not forward.positions_end_at(positions, padding, key_length):
         reason = "the position_ids of a chunk do not count the tokens of its cache, or its rows are padded on the right"
     if reason is not None and layer.may_be_sparse:
-        warn_dense(layer, reason)
+        warn_dense(layer, _CAPTURED if capturing(arguments.query.device) and not call.static_cache else reason)
     return reason
 
 

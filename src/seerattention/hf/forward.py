@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.replay import capturing, of_capture
+
 if TYPE_CHECKING:
     from ..gates import KeyState
     from .layer import LayerState
@@ -128,6 +130,8 @@ class Forward:
         while self._outer is not None and self._outer._arguments is not None and self._outer._arguments() is None:
             self._outer = self._outer._outer
         _forward.set(self)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            of_capture(self.facts)
 
     @property
     def call(self) -> Call | None:
@@ -164,6 +168,7 @@ class Forward:
     def leave(self) -> None:
         """End the forward in its own context."""
         self.close()
+        of_capture(None)
         _forward.set(self._outer)
 
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
@@ -174,7 +179,7 @@ class Forward:
         """
         if position_ids is None or self.positions_are_made:
             return True
-        if position_ids.dim() != 2:
+        if position_ids.dim() != 2 or capturing(position_ids.device):
             return False
         name = ("run on", id(position_ids), id(padding))
         if name not in self.facts:
@@ -190,7 +195,7 @@ class Forward:
         """Whether the last slot of every row of a chunk holds its last token, and its position counts all tokens of the
         row: ``keys``, or as many as ``padding [B, keys]`` says; rows that hold none yet are right too. The answer waits
         for the device once a forward."""
-        if position_ids is None or position_ids.dim() != 2:
+        if position_ids is None or position_ids.dim() != 2 or capturing(position_ids.device):
             return False
         name = ("ends", id(position_ids), id(padding), keys)
         if name not in self.facts:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dispatch
 
-__all__ = ["Replays", "capturing", "current_stream", "may_keep", "recorder"]
+__all__ = ["Replays", "capturing", "current_stream", "facts_of_capture", "may_keep", "of_capture", "recorder"]
 
 # Geometries that are kept at a time.
 MOST = 256
@@ -49,6 +49,16 @@ def capturing(device: torch.device) -> bool:
 def may_keep(device: torch.device) -> bool:
     """Whether a tensor that is made on a device now is this process's to keep: nothing is traced or captured."""
     return not torch.compiler.is_compiling() and not capturing(device)
+
+
+def of_capture(facts: dict[Any, Any] | None) -> None:
+    """Say where what this thread computes while a CUDA graph is captured may be kept: until the next call of this."""
+    _local.facts = facts
+
+
+def facts_of_capture() -> dict[Any, Any] | None:
+    """What :func:`of_capture` was given last."""
+    return getattr(_local, "facts", None)
 
 
 def current_stream(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..replay import current_stream, may_keep
+from ..replay import capturing, current_stream, facts_of_capture
 
 # Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
 CEIL_SLACK = 1e-9
@@ -35,19 +35,23 @@ def number_of_blocks(number: int, num_rows: int, device: torch.device) -> Tensor
 def _kept(make: Callable[[], Tensor], device: torch.device, *arguments: Hashable) -> Tensor:
     """Every layer of a forward asks for the same: on CUDA devices the answer, a few launches, is kept for its stream.
 
-    Not while a graph is traced or recorded, whose memory is not this process's to keep.
+    While a graph is captured, whose memory is not this process's to keep, that is until the forward ends; where
+    something is traced, not at all.
     """
-    if dispatch.device_type(device) != "cuda" or not may_keep(device):
+    if dispatch.device_type(device) != "cuda" or torch.compiler.is_compiling():
         return make()
-    key = (arguments, device, current_stream(device))
-    found = _KEPT.get(key)
+    kept: dict[Hashable, Tensor] | None = facts_of_capture() if capturing(device) else _KEPT
+    if kept is None:
+        return make()
+    key = ("kept", arguments, device, current_stream(device))
+    found = kept.get(key)
     if found is None:
         with torch.inference_mode(False):
             found = make()
         if type(found) is Tensor:  # not a stand-in of a tracer
-            if len(_KEPT) >= _MOST_KEPT:
-                _KEPT.clear()
-            _KEPT[key] = found
+            if kept is _KEPT and len(kept) >= _MOST_KEPT:
+                kept.clear()
+            kept[key] = found
     return found
 
 
