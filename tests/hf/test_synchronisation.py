@@ -1,4 +1,4 @@
-"""Prefill on a GPU waits for the GPU once per forward at most, not once per layer: shown without a GPU, on the device "meta".
+"""Prefill on a GPU waits for the GPU once per forward at most, not once per layer: shown on the device "meta".
 
 A meta tensor has a device, a shape and no values: what asks for a value, or moves data between host and device, is
 caught. Ops run as their fake implementations; what their kernels' launchers do is tested below, with kernels that do

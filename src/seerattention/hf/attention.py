@@ -34,11 +34,6 @@ from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .phases import DECODE, PREFILL, phase_of, unnoticed
 
-DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
-"""Prompts shorter than this many tokens are attended densely when ``min_context`` is None, by device type."""
-
-_OTHER_DEVICES_MIN_CONTEXT = 4096
-
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
 _SHORT = "it has fewer tokens than a block, on a cache: candidates of speculative decoding look like this"
@@ -252,7 +247,7 @@ def _not_a_chunk(call: Call, forward: Forward, selector: Selector, key: Tensor) 
 def _min_context(layer: LayerState, device: torch.device) -> int:
     """Prompts of fewer tokens, what is cached included, are attended densely."""
     minimum = layer.model.min_context
-    return DEFAULT_MIN_CONTEXT.get(device.type, _OTHER_DEVICES_MIN_CONTEXT) if minimum is None else minimum
+    return layer.model.default_min_context(device) if minimum is None else minimum
 
 
 def _layer_inputs(

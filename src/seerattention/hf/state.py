@@ -24,6 +24,7 @@ from ..selectors import LayerInputs
 from .architectures import Family, find_decoder
 from .forward import Arguments, Forward, current_forward
 from .implementation import NAME, StandIn
+from .min_context import Shape, default_min_context
 from .phases import PREFILL, ModelPhase, unnoticed
 
 if TYPE_CHECKING:
@@ -66,11 +67,12 @@ class ModelState:
     decodes: bool = False
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
+    _minimums: dict[torch.device, int] = field(default_factory=dict)
     _forwards: set[Forward] = field(default_factory=set)
     _hooks: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forwards": set()}
+        return {**self.__dict__, "_forwards": set(), "_minimums": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -87,6 +89,16 @@ class ModelState:
     def block_size(self) -> int:
         """Tokens a block of prefill."""
         return self.phases[PREFILL].block_size
+
+    def default_min_context(self, device: torch.device) -> int:
+        """What ``min_context=None`` means on a device; looked up once."""
+        if device not in self._minimums:
+            try:
+                shape = Shape.of(self.decoder.config)
+            except ValueError:
+                shape = None
+            self._minimums[device] = default_min_context(shape, device)
+        return self._minimums[device]
 
     def set_policy(self, phase: str, policy: Policy) -> None:
         """Of the layers that have none of their own."""
