@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def add(self, step: Any, args: Sequence[Any]) -> None:
-        """A launch, which ``step.run(args, stream)`` does again; see ``launch.py``."""
+        """A launch, which ``step.run(args, stream)`` does again; see ``triton_launch.py``."""
         self.steps.append((step, list(args)))
 
     def finish(self, results: Sequence[Tensor]) -> Recording | None:
@@ -253,6 +253,6 @@ def _launcher(device: torch.device) -> Any:
     """What knows how kernels are launched on a device; None: there are none."""
     if dispatch.device_type(device) != "cuda" or not dispatch.triton_importable():
         return None
-    from . import launch  # imported late: triton is an optional dependency
+    from . import triton_launch  # imported late: triton is an optional dependency
 
-    return launch
+    return triton_launch

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..indices import num_blocks
-from ..launch import launch
+from ..triton_launch import launch
 from .reference import Grid
 
 # Tokens that a thread reads at a time, whatever the block: so many loads are under way. And bytes of each.

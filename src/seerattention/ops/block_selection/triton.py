@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import power_of_2
-from ..launch import launch
+from ..triton_launch import launch
 from ..triton_span import span_row
 from .reference import Rule, topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..hopper import copy_tile, key_place, pin, thread_barrier, tile_descriptor
 from ..indices import BlockIndices
-from ..launch import launch
+from ..triton_launch import launch
 from ..triton_span import LN2
 from .triton_parts import RUNTIME_SCALARS, empty_results, plan
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import BlockIndices
-from ..launch import launch
+from ..triton_launch import launch
 from ..triton_span import LN2, key_offset, page_of, span_row
 from .triton_parts import RUNTIME_SCALARS, empty_results, plan
 

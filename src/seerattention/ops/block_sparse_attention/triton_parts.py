@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import BlockIndices, read_lists, span_of
-from ..launch import launch
 from ..span import Span
+from ..triton_launch import launch
 from ..triton_span import LOG2E, span_constants
 
 # A part writes, and its merging reads, as many bytes as two tiles of keys and values: shorter parts would not pay.

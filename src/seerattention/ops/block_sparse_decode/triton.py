@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import BlockIndices, read_lists, span_of
-from ..launch import launch
+from ..triton_launch import launch
 from ..triton_span import LN2, LOG2E, key_offset, page_of, span_row
 
 # Programs that share out the lists of a call, at most, for each multiprocessor.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..indices import num_blocks
-from ..launch import launch
+from ..triton_launch import launch
 from ..triton_span import LOG2E
 from .reference import Tiles
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import power_of_2
-from ..launch import launch
+from ..triton_launch import launch
 
 TOKENS = 32
 

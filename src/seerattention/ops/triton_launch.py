@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -51,18 +52,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    noting = recorder()
+    if noting is not None:
+        with _disable_current_modes():  # an interpreted kernel is many operations of torch
+            bound = _run(kernel, grid, args, constants)
+        noting.add(Ordinary(kernel, grid, constants) if bound is None else Launch(bound, grid), args)
+    else:
+        _run(kernel, grid, args, constants)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Bound | None:
+    """Launch; what it is bound to, or None."""
     key = _variant(kernel, args, constants)
     bound = None if key is None else _bound.get(key)
     if bound is None or _somebody_listens():
         compiled = kernel[grid](*args, **constants)
-        if key is not None:
-            bound = _bind(key, kernel, compiled, args, constants)
-    else:
-        active = driver.active
-        bound.run(grid, args, active.get_current_stream(active.get_current_device()))
-    noting = recorder()
-    if noting is not None:
-        noting.add(Ordinary(kernel, grid, constants) if bound is None else Launch(bound, grid), args)
+        return None if key is None else _bind(key, kernel, compiled, args, constants)
+    active = driver.active
+    bound.run(grid, args, active.get_current_stream(active.get_current_device()))
+    return bound
 
 
 def _device_index(args: tuple[Any, ...]) -> int:
