@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seerattention.cli.common import Terminal
+from seerattention.evaluate.crossing import pays_from
 from seerattention.files import write_file
 from seerattention.hf import crossings
 from seerattention.hf.min_context import Shape
@@ -41,17 +42,6 @@ def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, int, int, int]]:
             found.setdefault(case["model"], {})[case["length"]] = result["metrics"]["speedup"]
     lines = [(name, *Shape.of(MODELS[name].config()), pays_from(speedups)) for name, speedups in found.items()]
     return sorted(lines, key=lambda line: line[1:])
-
-
-def pays_from(speedups: dict[int, float]) -> int:
-    """The shortest length from which on no length was slower."""
-    lengths = sorted(speedups)
-    found = 2 * lengths[-1]
-    for length in reversed(lengths):
-        if speedups[length] < 1:
-            break
-        found = length
-    return found
 
 
 def source(root: Path = ROOT) -> str:

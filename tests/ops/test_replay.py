@@ -152,19 +152,26 @@ def test_memory_of_a_replay_is_not_that_of_the_one_before(gate, lists):
     assert len({read_lists(x)[0].data_ptr() for x in made}) == 4
 
 
-def test_what_computes_or_reads_is_not_replayed():
-    x = torch.randn(64)
-    for function in (
-        lambda: (x + 1,),
-        lambda: (torch.zeros(3),),
-        lambda: (torch.empty(3) if bool(x[0] > 1e9) else torch.empty(3),),
-        lambda: (torch.empty(3).copy_(x[:3]),),
-    ):
-        replays, calls = replay.Replays(), []
-        for _ in range(4):
-            replays.call(lambda function=function: calls.append(1) or function(), (x,))
-        assert len(calls) == 4
-        assert not count_recordings(replays)
+def reads(x):
+    return (torch.empty(3) if bool(x[0] > 1e9) else torch.empty(4),)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: (x + 1,), lambda x: (torch.zeros(3),), lambda x: (torch.empty(3).copy_(x[:3]),), reads],
+    ids=["computes", "fills", "copies", "reads"],
+)
+def test_what_is_more_than_launches_is_not_replayed(function):
+    x, calls, replays = torch.randn(64), [], replay.Replays()
+
+    def counted():
+        calls.append(1)
+        return function(x)
+
+    for _ in range(4):
+        replays.call(counted, (x,))
+    assert len(calls) == 4
+    assert not count_recordings(replays)
 
 
 @torch.no_grad()
