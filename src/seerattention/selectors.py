@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .blocks import BlockIndices
 from .gates import BlockGate
+from .ops.custom_op import tracing
 from .ops.indices import num_blocks, ordered_lists, read_lists
 from .ops.replay import Replays
 from .ops.span import Span
@@ -156,7 +157,8 @@ class GateSelector(Selector):
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
         gate = inputs.gate
-        if inputs.lengths is not None or inputs.span is not None or gate is None or type(self.policy) not in REPLAYED:
+        plain = inputs.lengths is None and inputs.span is None and not tracing()
+        if gate is None or not plain or type(self.policy) not in REPLAYED:
             return self._select(inputs)
         # Of whole prompts all launches follow from shapes, so that they need not be found anew in every layer.
         replayed = gate.replayed()

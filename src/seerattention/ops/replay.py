@@ -222,10 +222,12 @@ class Replays:
             tensors: everything that changes from call to call, parameters of modules too; all on one device.
             settings: what else the function depends on.
         """
+        if torch.compiler.is_compiling():
+            return function()
         device = tensors[0].device
         launcher = _launcher(device)
-        if launcher is None or not may_keep(device) or not launcher.ready(device):
-            return function()
+        if launcher is None or recorder() is not None or not may_keep(device) or not launcher.ready(device):
+            return function()  # where another recording is under way, this is a part of it
         stream = current_stream(device)
         key = (settings, stream, device, *[_geometry(x) for x in tensors])
         known = self._known.get(key, 1)
@@ -239,9 +241,9 @@ class Replays:
             self._known[key] = 0
             return function()
         # Views, and the memory that the function allocates, are to be seen one by one: inference mode hides steps.
-        with torch.inference_mode(False), torch.no_grad(), Recorder(tensors) as recorder:
+        with torch.inference_mode(False), torch.no_grad(), Recorder(tensors) as noting:
             results = function()
-        self._known[key] = recorder.finish(results)
+        self._known[key] = noting.finish(results)
         return results
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..attend import attend
-from ..custom_op import custom_op
+from ..custom_op import custom_op, tracing
 from ..indices import BlockIndices, is_ordered, read_lists, span_of
 from ..replay import Replays
 from ..span import Span
@@ -92,7 +92,13 @@ def _replayed(
     settings: tuple[Hashable, ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``attend()``; of lists that are in order and of rows that are alike, all launches follow from shapes."""
-    if not isinstance(blocks, BlockIndices) or blocks.span is not None or blocks.by_token or not is_ordered(blocks):
+    if (
+        tracing()
+        or not isinstance(blocks, BlockIndices)
+        or blocks.span is not None
+        or blocks.by_token
+        or not is_ordered(blocks)
+    ):
         return attend()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return attend()  # which raises

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..custom_op import custom_op
+from ..custom_op import custom_op, tracing
 from ..indices import num_blocks
+from ..replay import Replays
 from ..span import Span
 from . import reference
 from .reference import Tiles
@@ -16,6 +17,7 @@ __all__ = ["encode_blocks", "gate_scores"]
 
 IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 REDUCTIONS = ("max", "logsumexp")
+_ENCODED = Replays()
 # Rows of scores begin at multiples of this many elements, so that those who read them may load whole vectors.
 ROW_ALIGNMENT = 16
 # A Triton program holds whole encoded vectors.
@@ -63,7 +65,11 @@ def encode_blocks(
         return reference.encode_blocks(pooled, linear, cos, sin, pitch)
     if linear is None and cos is None:
         return pooled
-    return _encode_blocks(pooled, linear, cos, sin, pitch, implementation)
+    if tracing():
+        return _encode_blocks(pooled, linear, cos, sin, pitch, implementation)
+    tensors = [x for x in (pooled, linear, cos, sin) if x is not None]
+    given = (linear is None, cos is None, pitch, implementation)
+    return _ENCODED.call(lambda: (_encode_blocks(pooled, linear, cos, sin, pitch, implementation),), tensors, *given)[0]
 
 
 def gate_scores(
