@@ -39,7 +39,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, int, int, int]]:
     for result in eager:
         case = result["case"]
         if case["density"] == density and case["model"] in MODELS and case["model"] != "tiny":
-            found.setdefault(case["model"], {})[case["length"]] = result["metrics"]["speedup"]
+            found.setdefault(case["model"], {})[case["length"]] = result["metrics"]["model_speedup"]
     lines = [(name, *Shape.of(MODELS[name].config()), pays_from(speedups)) for name, speedups in found.items()]
     return sorted(lines, key=lambda line: line[1:])
 

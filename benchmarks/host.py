@@ -104,7 +104,8 @@ def _measure(
 
     metrics = {f"dense_{what}": value for what, value in dense.items()}
     metrics |= {f"sparse_{what}": value for what, value in sparse.items()}
-    metrics["speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
+    metrics["speedup"] = dense["wall_s"] / sparse["wall_s"]
+    metrics["model_speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
     metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
     yield {"case": case, "metrics": metrics, "whole_layers": whole, "without_layers_s": fixed}
@@ -188,7 +189,7 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
         ("way", lambda result: result["case"].get("way", "eager")),
         ("dense ms", metric("dense_wall_s", ".4g", 1e3)),
         ("sparse ms", metric("sparse_wall_s", ".4g", 1e3)),
-        ("speed-up", metric("speedup", ".2f")),
+        ("speed-up", metric("model_speedup", ".2f")),
         ("dense GPU ms", metric("dense_gpu_s", ".4g", 1e3)),
         ("sparse GPU ms", metric("sparse_gpu_s", ".4g", 1e3)),
         ("more host ms a layer", metric("extra_host_s_a_layer", ".3f", 1e3)),

@@ -11,7 +11,7 @@ from seerattention.hf.min_context import Shape
 def result(length, speedup, density=0.2, **case):
     return {
         "case": {"model": "smollm2-135m", "length": length, "density": density, **case},
-        "metrics": {"speedup": speedup},
+        "metrics": {"model_speedup": speedup},
     }
 
 
