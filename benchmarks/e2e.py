@@ -37,7 +37,7 @@ from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.settings import Setting
 from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_prefill
-from seerattention.hf.attention import DEFAULT_MIN_CONTEXT
+from seerattention.hf.min_context import Shape, default_min_context
 
 from .command import PROMPT, ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup
 from .models import lower_right, num_layers, random_tokens, without_layers
@@ -84,7 +84,7 @@ def measure(name: str, model: Any, length: int, options: argparse.Namespace) -> 
         return result.median if layers == whole else fixed + max(0.0, result.median - fixed) * whole / layers
 
     results = []
-    default = DEFAULT_MIN_CONTEXT[model.device.type]
+    default = default_min_context(Shape.of(model.config), model.device)
     for min_context in (0, default) if length <= 2 * default else (0,):
         seer.attach(model, seer.GateConfig(), min_context=min_context)
         settings = [

@@ -1,12 +1,16 @@
 """What the host takes: its time for each layer, the kernels' own time and how many are launched, dense and sparse.
 
     python -m benchmarks.host --model smollm2-135m qwen2.5-0.5b llama-3.1-8b --lengths 2048 8192 32768
+    python -m benchmarks.host --model smollm2-135m --lengths 8192 --ways eager graphs decode
     python -m benchmarks.host --device cpu --tiny                                    # a rehearsal, in seconds
 
-A prompt in one forward, eager, logits of the last token only, no cache kept. ``wall``: until the device is done.
-``host``: until the call returns, the device being idle before; where kernels are short the host is what a forward waits
-for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a layer" is sparse minus dense, over the
-layers. Before anything is timed every block through the sparse kernel has to give what dense attention gives.
+Ways: ``eager``, a prompt in one forward, logits of the last token only, no cache kept; ``graphs``, the same with a
+cache, dense and sparse captured in a CUDA graph each and replayed; ``decode``, one token on a cache of so many.
+``wall``: until the device is done. ``host``: until the call returns, the device being idle before; where kernels are
+short the host is what a forward waits for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a
+layer" is sparse minus dense, over the layers. With fewer layers than the model has (``--layers``) the speed-up is that
+of the whole model: what a layer takes, times as many, and what the model takes without layers. Before anything is timed
+every block through the sparse kernel has to give what dense attention gives; a case that fails is reported and left.
 """
 
 from __future__ import annotations
@@ -20,16 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
 
 import seerattention as seer
-from seerattention.cli.common import resolve_device
+from seerattention.cli.common import Terminal, resolve_device
+from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import warm_seconds
 
 from .command import PROMPT, ModelBenchmark, case_of, make_table, metric, model_parser
 from .e2e import check_model
-from .models import random_tokens
+from .models import num_layers, random_tokens, without_layers
 from .results import own_arguments
+
+Step = Callable[[], object]
+
+WAYS = ("eager", "graphs", "decode")
+# Relative difference of last logits, of a graph's replay from the call that it was captured of.
+_SAME = 1e-3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lengths=[2048, 4096, 8192, 16384, 32768],
         prepare=lambda model: model,
         check=check,
-        cases=lambda options, lengths: [(length, density) for length in lengths for density in options.densities],
+        cases=lambda options, lengths: [
+            (length, density, way) for length in lengths for density in options.densities for way in options.ways
+        ],
         measure=lambda name, model, case, options: _measure(name, model, *case, options),
         table=_table,
     )
@@ -56,40 +70,103 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(
-    name: str, model: Any, length: int, density: float, options: argparse.Namespace
+    name: str, model: Any, length: int, density: float, way: str, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    ids, layers = random_tokens(name, length).to(model.device), model.config.num_hidden_layers
-    dense = _times(model, ids, options.repeats)
-    seer.attach(model, seer.GateConfig(), prefill=seer.TopK(density), min_context=0)
+    layers, whole = model.config.num_hidden_layers, num_layers(name)
+    case = {"model": name, "length": length, "density": density, "layers": layers}
+    case |= {"dtype": str(model.dtype).removeprefix("torch."), **({} if way == "eager" else {"way": way})}
+    ids = random_tokens(name, length).to(model.device)
     try:
-        sparse = _times(model, ids, options.repeats)
-    finally:
-        seer.detach(model)
+        with without_layers(model):
+            fixed = _times(_STEPS["eager"](model, ids), model.device, options.repeats, profiled=False)["wall_s"]
+        dense = _times(_STEPS[way](model, ids), model.device, options.repeats)
+        gates = seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()) if way == "decode" else seer.GateConfig()
+        chosen: dict[str, Any] = {"prefill": seer.TopK(density)}
+        if way == "decode":
+            chosen = {"decode": seer.TokenBudget(max(1, round(density * length)))}
+        seer.attach(model, gates, min_context=0, **chosen)
+        try:
+            with seer.record(model) as stats, torch.inference_mode():
+                _STEPS["eager" if way == "graphs" else way](model, ids)()
+            if not stats.sparse_calls:
+                raise WrongResultError(f"no layer was attended sparsely ({way})")
+            sparse = _times(_STEPS[way](model, ids), model.device, options.repeats)
+        finally:
+            seer.detach(model)
+    except (RuntimeError, WrongResultError) as error:  # out of memory, a capture that failed
+        Terminal().say(f"{case} failed: {error}")
+        return
+
+    def scaled(seconds: float) -> float:
+        if layers == whole or way == "decode":  # of which the rest is little
+            return seconds
+        return fixed + max(0.0, seconds - fixed) * whole / layers
+
     metrics = {f"dense_{what}": value for what, value in dense.items()}
     metrics |= {f"sparse_{what}": value for what, value in sparse.items()}
     metrics["speedup"] = dense["wall_s"] / sparse["wall_s"]
+    metrics["model_speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
     metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
-    case = {"model": name, "length": length, "density": density, "layers": layers}
-    yield {"case": {**case, "dtype": str(model.dtype).removeprefix("torch.")}, "metrics": metrics}
+    yield {"case": case, "metrics": metrics, "whole_layers": whole, "without_layers_s": fixed}
+
+
+def _prompt(model: Any, ids: Tensor) -> Step:
+    return lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
 
 
 @torch.inference_mode()
-def _times(model: Any, ids: Tensor, repeats: int) -> dict[str, float]:
-    """Medians in seconds of one forward, and kernels launched; what only a GPU has is 0 elsewhere."""
+def _captured(model: Any, ids: Tensor) -> Step:
+    """Replays a graph of a prompt with a cache."""
 
-    def forward() -> None:
-        model(input_ids=ids, logits_to_keep=1, use_cache=False)
+    def forward() -> Tensor:
+        return model(input_ids=ids, logits_to_keep=1, use_cache=True).logits
 
-    for _ in range(3):  # compiles
-        forward()
-    timed = [warm_seconds(forward, ids.device) for _ in range(repeats)]
+    side = torch.cuda.Stream(ids.device)
+    side.wait_stream(torch.cuda.current_stream(ids.device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles
+            expected = forward().float()
+    torch.cuda.synchronize(ids.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = forward()
+    graph.replay()
+    difference = float((found.float() - expected).norm() / expected.norm())
+    if not difference <= _SAME:
+        raise WrongResultError(f"a replay of the graph is {difference:.1e} from the forward that it was captured of")
+
+    def replay() -> Tensor:
+        graph.replay()
+        return found
+
+    return replay
+
+
+def _decoding(model: Any, ids: Tensor) -> Step:
+    """A step on a cache that grows by it."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = ids[:, :1].clone()
+    return lambda: model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+
+_STEPS: dict[str, Callable[[Any, Tensor], Step]] = {"eager": _prompt, "graphs": _captured, "decode": _decoding}
+
+
+@torch.inference_mode()
+def _times(step: Step, device: torch.device, repeats: int, profiled: bool = True) -> dict[str, float]:
+    """Medians in seconds of one step, and kernels launched; what only a GPU has is 0 elsewhere."""
+    for _ in range(4):  # compiles, and finds out what can be launched again
+        step()
+    timed = [warm_seconds(step, device) for _ in range(repeats)]
     wall, host = (statistics.median(column) for column in zip(*timed, strict=True))
-    gpu, launches = _kernels(forward) if ids.device.type == "cuda" else (0.0, 0)
+    gpu, launches = _kernels(step) if device.type == "cuda" and profiled else (0.0, 0)
     return {"wall_s": wall, "host_s": host, "gpu_s": gpu, "launches": launches}
 
 
-def _kernels(forward: Callable[[], None]) -> tuple[float, int]:
+def _kernels(forward: Step) -> tuple[float, int]:
     """Seconds of all kernels of a forward, and how many there are."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         forward()
@@ -101,6 +178,7 @@ def _kernels(forward: Callable[[], None]) -> tuple[float, int]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.host", __doc__, check_length=2048)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--ways", nargs="+", default=["eager"], choices=WAYS, help="graphs: on a GPU only")
     return parser.parse_args(arguments)
 
 
@@ -108,15 +186,20 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         *PROMPT,
         ("density", case_of("density", "g")),
+        ("way", lambda result: result["case"].get("way", "eager")),
         ("dense ms", metric("dense_wall_s", ".4g", 1e3)),
         ("sparse ms", metric("sparse_wall_s", ".4g", 1e3)),
-        ("speed-up", metric("speedup", ".2f")),
+        ("speed-up", metric("model_speedup", ".2f")),
         ("dense GPU ms", metric("dense_gpu_s", ".4g", 1e3)),
         ("sparse GPU ms", metric("sparse_gpu_s", ".4g", 1e3)),
         ("more host ms a layer", metric("extra_host_s_a_layer", ".3f", 1e3)),
         ("more launches a layer", metric("extra_launches_a_layer", ".1f")),
     ]
-    return make_table(results, columns, "One prompt in one forward, eager; medians.")
+    return make_table(
+        results,
+        columns,
+        "Medians; the speed-up is that of all layers.",
+    )
 
 
 if __name__ == "__main__":

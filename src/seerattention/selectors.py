@@ -15,8 +15,11 @@ from torch import Tensor
 
 from .blocks import BlockIndices
 from .gates import BlockGate
+from .ops.custom_op import tracing
+from .ops.indices import num_blocks, ordered_lists, read_lists
+from .ops.replay import Replays
 from .ops.span import Span
-from .policies import Dense, Policy
+from .policies import REPLAYED, Dense, Policy
 
 __all__ = ["SELECTORS", "FunctionSelector", "GateSelector", "LayerInputs", "Selector", "as_selector"]
 
@@ -135,6 +138,9 @@ class Selector(ABC):
         }
 
 
+_LISTS = Replays()
+
+
 @dataclass(frozen=True)
 class GateSelector(Selector):
     """The layer's gate scores, a policy chooses.
@@ -150,6 +156,30 @@ class GateSelector(Selector):
     takes_chunks = True
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
+        gate = inputs.gate
+        plain = inputs.lengths is None and inputs.span is None and not tracing()
+        if gate is None or not plain or type(self.policy) not in REPLAYED:
+            return self._select(inputs)
+        # Of whole prompts all launches follow from shapes, so that they need not be found anew in every layer.
+        replayed = gate.replayed()
+        if replayed is None:
+            return self._select(inputs)
+        chosen: BlockIndices | None = None
+
+        def select() -> tuple[Tensor, Tensor]:
+            nonlocal chosen
+            chosen = self._select(inputs)
+            return read_lists(chosen)
+
+        parameters, settings = replayed
+        tensors = (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters)
+        indices, counts = _LISTS.call(select, tensors, *settings, self.policy)
+        if chosen is not None:
+            return chosen
+        num = num_blocks(inputs.k_pre.shape[2], gate.block_size)
+        return ordered_lists(indices, counts, num, gate.block_size)
+
+    def _select(self, inputs: LayerInputs) -> BlockIndices:
         logits = inputs.gate_logits(masked=False)
         assert inputs.gate is not None
         lengths = inputs.lengths if inputs.span is None else None  # the span knows them

@@ -54,6 +54,15 @@ def test_host(tmp_path, capsys):
     assert metrics["extra_host_s_a_layer"] == (metrics["sparse_host_s"] - metrics["dense_host_s"]) / 2
     assert 0 < metrics["dense_host_s"] <= metrics["dense_wall_s"]
     assert "more host ms a layer" in capsys.readouterr().out
+    fixed = result["without_layers_s"]
+    dense, sparse = (fixed + 2 * max(0.0, metrics[f"{name}_wall_s"] - fixed) for name in ("dense", "sparse"))
+    assert metrics["model_speedup"] == pytest.approx(dense / sparse)  # of four layers
+
+
+def test_host_of_a_step(tmp_path):
+    options = ["--layers", "2", "--densities", "0.5", "--ways", "eager", "decode", "--output", str(tmp_path)]
+    assert benchmarks.host.main([*TINY, *options]) == 0
+    assert [result["case"].get("way") for result in results_of(tmp_path, "host")] == [None, "decode"]
 
 
 def test_e2e_times_no_wrong_model(tmp_path, monkeypatch, capsys):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from seerattention.evaluate import bench
 from seerattention.evaluate.bench import BenchResult, pays_from
+from seerattention.hf.min_context import Shape, default_min_context
 
 SMALL = ["--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--seconds", "0.01"]
 
@@ -56,9 +58,24 @@ def test_bench_takes_heads_from_a_model(seer_command, folder):
     assert shape["head_dim"] == config["head_dim"]
 
 
+def test_bench_saves_what_it_measured(seer_command, folder, monkeypatch, tmp_path):
+    """And says where; the model's shape then has another default on this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ("--model", folder / "model", "--lengths", "256,512", "--densities", "0.5", "--save", "--json")
+    result = seer_command("bench", *SMALL, *options)
+    assert result.exit_code == 0, result.stderr
+    saved = json.loads(result.stdout)["saved"]
+    assert set(saved["speedups"]) == {"256", "512"}
+    assert saved["min_context"] in (256, 512, 1024)
+    assert saved["path"] in "".join(result.stderr.split())
+    shape = Shape.of(AutoConfig.from_pretrained(folder / "model"))
+    assert default_min_context(shape, torch.device("cpu")) == saved["min_context"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--save"], "say which with --model"),
         (["--lengths", "100"], "at least two blocks, 128 tokens"),
         (["--densities", "0"], "must lie in (0, 1]"),
         (["--block-size", "48"], "one of 32, 64, 128"),

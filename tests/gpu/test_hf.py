@@ -141,7 +141,10 @@ def test_padded_rows_equal_the_row_alone(side):
         torch.testing.assert_close(batched[row : row + 1, span], alone, rtol=1e-2, atol=1e-2)
 
 
-def test_default_min_context():
+def test_default_min_context(monkeypatch, tmp_path):
+    """Of a device and a shape of which nothing is known."""
+    monkeypatch.setattr("seerattention.hf.min_context.CROSSINGS", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = attached(policy=seer.TokenBudget(256), min_context=None)
     with seer.record(model) as stats:
         logits_of(model, make_ids(4095).cuda())

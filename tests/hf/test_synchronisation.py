@@ -1,4 +1,4 @@
-"""Prefill on a GPU waits for the GPU once per forward, not once per layer: shown without a GPU, on the device "meta".
+"""Prefill on a GPU waits for the GPU once per forward at most, not once per layer: shown on the device "meta".
 
 A meta tensor has a device, a shape and no values: what asks for a value, or moves data between host and device, is
 caught. Ops run as their fake implementations; what their kernels' launchers do is tested below, with kernels that do
@@ -83,33 +83,40 @@ def model(model_of):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_prefill_waits_once_per_forward(model, monkeypatch, policy):
-    """For the positions, which transformers makes itself or gets: packed sequences restart in them. They are ready
-    before any layer has run."""
+def test_prefill_does_not_wait(model, monkeypatch, policy):
+    """The decoder makes its positions itself, so that it is known what they are."""
     seer.set_policy(model, policy)
     ids = torch.ones(1, 333, dtype=torch.long, device="meta")
     with seer.record(model) as stats:
         found = waits_of(model, monkeypatch, input_ids=ids)
     assert (stats.sparse_calls, stats.dense_calls) == (8, 0)  # of two forwards
+    assert found == {}
+
+
+@pytest.mark.parametrize("policy", POLICIES[:1], ids=str)
+def test_prefill_waits_once_per_forward_for_positions_that_it_is_given(model, monkeypatch, policy):
+    """Packed sequences restart in them. They are ready before any layer has run."""
+    seer.set_policy(model, policy)
+    ids = torch.ones(1, 333, dtype=torch.long, device="meta")
+    with seer.record(model) as stats:
+        found = waits_of(model, monkeypatch, input_ids=ids, position_ids=torch.arange(333, device="meta")[None])
+    assert (stats.sparse_calls, stats.dense_calls) == (8, 0)  # of two forwards
     assert found == {("positions_run_on", "_local_scalar_dense"): 1}
 
 
-def test_a_mask_of_ones_costs_one_more_as_it_does_in_sdpa(model, monkeypatch):
+def test_a_mask_of_ones_costs_one_as_it_does_in_sdpa(model, monkeypatch):
     ids = torch.ones(1, 333, dtype=torch.long, device="meta")
     with seer.record(model) as stats:
         found = waits_of(model, monkeypatch, input_ids=ids, attention_mask=torch.ones_like(ids))
     assert (stats.sparse_calls, stats.dense_calls) == (8, 0)  # of two forwards
-    assert found == {
-        ("seer_mask", "_local_scalar_dense"): 1,
-        ("positions_run_on", "_local_scalar_dense"): 1,
-    }
+    assert found == {("seer_mask", "_local_scalar_dense"): 1}
 
 
 def test_the_oracle_does_not_wait(model_of, monkeypatch):
     model = seer.attach(model_of().to("meta"), selector=seer.baselines.Oracle(seer.TopK(0.3)), min_context=0)
     ids = torch.ones(1, 333, dtype=torch.long, device="meta")
     found = waits_of(model, monkeypatch, input_ids=ids)
-    assert found == {("positions_run_on", "_local_scalar_dense"): 1}
+    assert found == {}
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -181,3 +181,17 @@ def test_a_compiled_model_without_a_cache_is_dense_and_says_so(model_of, ids_of)
         logits = compiled(ids, use_cache=False).logits
     assert (stats.sparse_calls, stats.dense_calls) == (0, 2)
     torch.testing.assert_close(logits, model_of()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_compiled_each_for_itself(model_of, ids_of):
+    """Regional compilation: one layer's code serves all, prompts of one length after the other."""
+    model = attached(model_of())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = [model(ids_of(length)).logits for length in (200, 200, 230)]
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        with seer.record(model) as stats:
+            for length, logits in zip((200, 200, 230), expected, strict=True):
+                torch.testing.assert_close(model(ids_of(length)).logits, logits, rtol=1e-5, atol=1e-5)
+    assert (stats.sparse_calls, stats.dense_calls) == (6, 0)

@@ -41,6 +41,14 @@ def command(
         str, typer.Option(help="auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save",
+            help="Keep the length from which on whole forwards of --model pay, for this machine and this shape: the "
+            "default min_context from then on.",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
     ] = False,
@@ -59,6 +67,8 @@ def command(
             whole(option, value)
         real("--seconds", seconds)
         check_dtype(dtype)
+        if save and model is None:
+            raise ValueError("--save is for models of one shape; say which with --model")
         if model is not None:
             check_model(model)
             say_unused(context, terminal, ("heads", "kv_heads", "head_dim"), f"--model {model} has its own")
@@ -86,8 +96,12 @@ def command(
         terminal.table(_table(results, asked_lengths, asked_densities))
         for line in _advice(minimum, asked_lengths):
             terminal.out.print(line, markup=False, soft_wrap=True)
+        saved = None
+        if save:
+            saved = _save(str(model), asked_lengths, asked_densities[0], chosen, shape.dtype, facts, terminal)
         terminal.emit(
             {
+                **({} if saved is None else {"saved": saved}),
                 "environment": facts,
                 "device": str(chosen),
                 "shape": {
@@ -101,6 +115,32 @@ def command(
                 "min_context": {f"{density:g}": length for density, length in minimum.items()},
             }
         )
+
+
+def _save(
+    model: str,
+    lengths: Sequence[int],
+    density: float,
+    device: Any,
+    dtype: Any,
+    facts: dict[str, Any],
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """Measure whole forwards of a few layers, and keep from which length on they pay."""
+    from ..evaluate.crossing import LAYERS, measure_prompts, pays_from
+    from ..hf import min_context
+
+    config = load_config(model)
+    with terminal.progress(f"{LAYERS} layers of the model", len(lengths)) as advance:
+        speedups = measure_prompts(config, lengths, density, device, dtype, advance=advance)
+    found = pays_from(speedups)
+    versions = {name: facts["versions"][name] for name in ("seerattention", "torch", "triton")}
+    how = {"density": density, "speedups": speedups, "dtype": str(dtype).removeprefix("torch."), "versions": versions}
+    path = min_context.save(min_context.Shape.of(config), device, found, how)
+    if found > lengths[-1]:
+        terminal.say(f"sparse forwards do not pay up to {lengths[-1]} tokens here")
+    terminal.say(f"from now on min_context is {found} by default for this shape on this machine; kept in {path}")
+    return {"min_context": found, "speedups": speedups, "path": str(path)}
 
 
 def _dtype(name: str, device: Any) -> Any:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ..ops.indices import BlockIndices, is_ordered, ordered_lists, read_lists
+from ..ops.replay import Replays
 from ..ops.span import LENGTH, START, Span
-from ..policies import Policy
+from ..policies import REPLAYED, Policy
+
+_LISTS = Replays()
 
 
 def check_by_token(policy: Policy) -> None:
@@ -45,6 +48,14 @@ def select_by_token(policy: Policy, logits: Tensor, *, block_size: int, span: Sp
             f"key blocks of {block_size} tokens, got logits {tuple(logits.shape)}"
         )
     check_by_token(policy)
+    if span.plain and tokens == 1 and type(policy) in REPLAYED:
+
+        def select() -> tuple[Tensor, Tensor]:
+            return read_lists(policy.select(logits, block_size=block_size))
+
+        # As many key blocks as in the step before, but where one has begun.
+        indices, counts = _LISTS.call(select, (logits,), policy, block_size)
+        return ordered_lists(indices, counts, columns, block_size, True, span)
     if span.plain and tokens == 1:
         chosen = policy.select(logits, block_size=block_size)
         indices, counts = read_lists(chosen)

@@ -178,6 +178,9 @@ class DecodeGate(BlockGate):
                 f"{self.num_kv_heads}, up to {columns}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
             )
         scores = (queries.float() @ keys.float().transpose(-1, -2)) * self.scale
+        if span.plain and rows is None and span.queries == 1 and num == span.keys // self.block_size:
+            # The common step: one token, and keys that are complete blocks, all of which it sees.
+            return nn.functional.pad(scores, (0, columns - num), value=float("-inf")) if num < columns else scores
         scores = nn.functional.pad(scores, (0, columns - num))
         open_or_later = torch.arange(columns, device=scores.device) >= self._complete(span, rows, scores.device)
         return scores.masked_fill(open_or_later, float("-inf"))

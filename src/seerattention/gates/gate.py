@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -100,6 +100,11 @@ class BlockGate(nn.Module, ABC):
     @abstractmethod
     def check_rotary(self, rotary_dim: int) -> None:
         """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""
+
+    def replayed(self) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
+        """Parameters and settings, with which all that it launches follows from the geometry of its arguments
+        (``ops/replay.py``); None: something else may have a say."""
+        return None
 
     def resolve(self, config: Widened) -> Widened:
         """The config with its width, which follows from head_dim where it says none; sets ``width`` and ``scale``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ class PrefillGate(BlockGate):
 
     k_linear: nn.Parameter
     q_linear: nn.Parameter | None
+    # Said by each class for itself: its launches follow from its configuration and the geometry of its arguments.
+    launches_by_geometry = True
 
     def __init__(
         self,
@@ -58,6 +62,16 @@ class PrefillGate(BlockGate):
         for weight, kinds in ((self.k_linear, self.config.k_pooling), (self.q_linear, self.config.q_pooling)):
             if weight is not None:
                 draw_projection(weight, [kind == "avg" or "avg" not in kinds for kind in kinds])
+
+    def replayed(self) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
+        """See :meth:`BlockGate.replayed`."""
+        if "launches_by_geometry" not in vars(type(self)) or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        parameters = self._parameters  # nn.Module's own way takes microseconds
+        k_linear, q_linear = parameters["k_linear"], parameters["q_linear"]
+        assert k_linear is not None
+        tensors = (k_linear,) if q_linear is None else (k_linear, q_linear)
+        return tensors, (self.config, self.block_size, self.q_pitch, self.k_pitch, self.scale)
 
     def extra_repr(self) -> str:
         return (

@@ -116,6 +116,11 @@ class KeyState:
             ValueError: another batch size than before, or lengths that do not fit.
         """
         batch, _, width, _ = keys.shape
+        if width == 1 and lengths is None and only_complete and self._takes_inside_a_block(batch):
+            assert self._tokens is not None
+            self._tokens = torch.cat((self._tokens, keys), 2)
+            self.lengths, self._open_encoded = [length + 1 for length in self.lengths], False
+            return
         before, first = self.lengths or [0] * batch, self._first or [0] * batch
         if batch != len(before):
             raise ValueError(f"the state holds {len(before)} rows, got keys of {batch}; reset, repeat or select first")
@@ -145,6 +150,17 @@ class KeyState:
         self._tokens = _own(_cut(self._tokens, first, keys, before, kept, after), keys)
         self._open_encoded = not only_complete or all(length % self.pitch == 0 for length in after)
         self.lengths, self._first = after, kept
+
+    def _takes_inside_a_block(self, batch: int) -> bool:
+        """Whether the next token of every row neither begins nor completes a block, and nothing is forgotten for it:
+        most steps of decoding."""
+        if len(self.lengths) != batch or self._tokens is None or len(self._tokens) != batch:
+            return False
+        length, first = self.lengths[0], self._first[0]
+        if self._tokens.shape[2] != length - first:  # a crop leaves those that it forgets
+            return False
+        inside = 0 < length % self.pitch < self.pitch - 1 and length + 1 - self.history < first + self.pitch
+        return inside and self.lengths.count(length) == batch and self._first.count(first) == batch
 
     def crop(
         self,

@@ -15,6 +15,8 @@ class SubBlockGate(PrefillGate):
     [Hq, C_k, W]``, with shared keys ``[Hkv, C_k, W]``. Fresh ones are drawn as those of :class:`PrefillGate`.
     """
 
+    launches_by_geometry = True
+
     def __init__(
         self, config: SubBlockGateConfig, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int
     ):

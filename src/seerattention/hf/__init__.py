@@ -9,8 +9,8 @@ from ..gates.sources import convert
 from ..selectors import LayerInputs
 from .architectures import FAMILIES, Family, find_decoder
 from .attach import attach, detach, set_policy
-from .attention import DEFAULT_MIN_CONTEXT
 from .contexts import dense, observe
+from .min_context import DEFAULT_MIN_CONTEXT
 from .save import save_gates
 from .state import gates_of, is_attached
 

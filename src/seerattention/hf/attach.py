@@ -68,8 +68,8 @@ def attach(
             :class:`~seerattention.selectors.Selector`, or a callable as ``selector(q, k, layer=, scale=, lengths=)``
             with tensors after RoPE, right-padded. Gates may be given too; they are then loaded, and asked by selectors
             that ask them.
-        min_context: prompts of fewer tokens are attended densely. None takes the default of the device
-            (:data:`~seerattention.hf.attention.DEFAULT_MIN_CONTEXT`), 0 is sparse at any length.
+        min_context: prompts of fewer tokens are attended densely. None takes the default of the device and the model's
+            shape (:mod:`seerattention.hf.min_context`; ``seer bench --save`` measures it), 0 is sparse at any length.
 
     Returns:
         The model itself.

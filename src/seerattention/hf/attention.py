@@ -21,11 +21,13 @@ from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.indices import ordered_lists, read_lists
+from ..ops.replay import capturing
 from ..ops.span import Span
 from ..selectors import LayerInputs, Selector
 from .conditions import (
     ASKED_FOR,
     BELOW_MIN_CONTEXT,
+    CAPTURED,
     DENSE_POLICY,
     NO_GATE,
     SHORT_CHUNK,
@@ -44,11 +46,6 @@ from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .parts import join, split
 from .phases import PREFILL, unnoticed
-
-DEFAULT_MIN_CONTEXT = {"cpu": 2048, "cuda": 4096}
-"""Prompts shorter than this many tokens are attended densely when ``min_context`` is None, by device type."""
-
-_OTHER_DEVICES_MIN_CONTEXT = 4096
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
@@ -102,6 +99,10 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     if forward is None or call is None:
         return attend_densely(arguments)
     forward.seen.add(call.layer.index)
+    if call.unreadable:
+        if call.layer.may_be_sparse:
+            warn_dense(call.layer, CAPTURED)
+        return attend_densely(arguments)
     device_type = arguments.query.device.type
     given, arguments = arguments, _with_valid_keys(arguments, call)
     if not torch.is_autocast_enabled(device_type):
@@ -253,7 +254,9 @@ def _not_a_prompt(
     chunk = length != key_length
     mine = chunk_of(padding, length, forward) if chunk and padding is not None else padding
     reason = None
-    if chunk and forward.observers:
+    if chunk and capturing(arguments.query.device):
+        reason = CAPTURED
+    elif chunk and forward.observers:
         reason = "a chunk of a prompt on top of a cache"  # which observers do not take; see the caller
     elif chunk and length < layer.model.block_size and forward.prepared is None:
         if layer.may_be_sparse and key_length >= _min_context(layer, arguments.query.device) and not forward.dense:
@@ -272,7 +275,7 @@ def _not_a_prompt(
     elif chunk and not forward.positions_end_at(positions, padding, key_length):
         reason = "the position_ids of a chunk do not count the tokens of its cache, or its rows are padded on the right"
     if reason is not None and layer.may_be_sparse:
-        warn_dense(layer, reason)
+        warn_dense(layer, CAPTURED if capturing(arguments.query.device) else reason)
     return reason
 
 
@@ -308,7 +311,7 @@ def _not_a_chunk(call: Call, forward: Forward, selector: Selector, key: Tensor) 
 def _min_context(layer: LayerState, device: torch.device) -> int:
     """Prompts of fewer tokens, what is cached included, are attended densely."""
     minimum = layer.model.min_context
-    return DEFAULT_MIN_CONTEXT.get(device.type, _OTHER_DEVICES_MIN_CONTEXT) if minimum is None else minimum
+    return layer.model.default_min_context(device) if minimum is None else minimum
 
 
 def _layer_inputs(
@@ -319,7 +322,9 @@ def _layer_inputs(
     query, key, value = arguments.query, arguments.key, arguments.value
     layer.place_gate(query.device)
     query_pre, key_pre = layer.take(call)
-    cos, sin = call.cos.to(query.device), call.sin.to(query.device)
+    cos, sin = call.cos, call.sin
+    if cos.device != query.device:
+        cos, sin = cos.to(query.device), sin.to(query.device)
     lengths = starts = span = None
     if query.shape[2] != key.shape[2]:
         queries, keys, half_split = query.shape[2], key.shape[2], layer.model.family.half_split

@@ -15,6 +15,11 @@ DENSE_POLICY = "the policy of the layer is Dense()"
 NO_GATE = "the layer has no gate, or another part in this phase"
 ONE_BLOCK = "there is no more than one block to read"
 
+CAPTURED = (
+    "a CUDA graph is captured, in which masks, positions and caches cannot be looked at: capture whole prompts without "
+    "attention_mask and position_ids, with use_cache=True"
+)
+
 # Where nobody can tell what is asked for.
 SHORT_CHUNK = (
     "it brings fewer tokens than a block to a cache, and a forward does not say whether these are a prompt or "

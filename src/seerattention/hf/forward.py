@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.replay import capturing, of_capture
 from .generation import take_prepared
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Call:
 
     Attributes:
         valid_keys: of a static cache, the slots that hold tokens, those of this forward included; None: all do.
+        unreadable: a static cache, of which a CUDA graph that is captured cannot say how many tokens it holds.
         past: of decoded tokens, the cache layer; None: there is none, or decoding is dense.
         state: the encoded keys that were kept for what the cache layer held before these tokens.
         part: whether it is a part of the call only: the prompt, or what follows on it in the same forward.
@@ -88,6 +90,7 @@ class Call:
     sin: Tensor
     position_ids: Tensor | None
     valid_keys: int | None = None
+    unreadable: bool = False
     query: Tensor | None = None
     key: Tensor | None = None
     past: Any = None
@@ -137,11 +140,18 @@ class Forward:
             and the padding.
         called, seen: indices of layers whose attention module was called, and that reached the attention function.
         sparse: whether a layer was attended sparsely.
+        positions_are_made: whether the decoder was given no positions, and so counts from the end of its cache on.
         facts: what was found out about this forward, by name, so that it is asked and waited for once.
         prepared: what ``generate`` said of this forward; None: nothing.
     """
 
-    def __init__(self, state: ModelState, arguments: Arguments | None, tokens: Tensor | None = None):
+    def __init__(
+        self,
+        state: ModelState,
+        arguments: Arguments | None,
+        tokens: Tensor | None = None,
+        positions_are_made: bool = False,
+    ):
         """``arguments`` live as long as the call of the decoder; None: not known (compiled code). It begins with
         ``tokens [B, T]``, or their embeddings."""
         mine = [watch for watch in _watches.get() if watch.state is state]
@@ -153,17 +163,19 @@ class Forward:
         self.called: set[int] = set()
         self.seen: set[int] = set()
         self.sparse = False
+        self.positions_are_made = positions_are_made
         self.facts: dict[Any, Any] = {}
         self.prepared = take_prepared(state, tokens)
         self._call: Callable[[], Call | None] = _nothing
         self._keeper: Callable[[], Tensor | None] = _nothing
-        self._positions: list[tuple[tuple[weakref.ref[Tensor] | None, ...], bool]] = []
         self._outer = _forward.get()
         self._arguments = None if arguments is None else weakref.ref(arguments)
         # Ctrl-C runs no hooks, so forwards may be left over that it ended.
         while self._outer is not None and self._outer._arguments is not None and self._outer._arguments() is None:
             self._outer = self._outer._outer
         _forward.set(self)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            of_capture(self.facts)
 
     def decoded_of(self, queries: int) -> int:
         """How many of the last of ``queries`` tokens are decoded ones (or candidates) and no prompt, or ``UNKNOWN``.
@@ -203,11 +215,11 @@ class Forward:
         self._call = _nothing
         self.masks.clear()
         self.facts.clear()
-        self._positions.clear()
 
     def leave(self) -> None:
         """End the forward in its own context."""
         self.close()
+        of_capture(None)
         _forward.set(self._outer)
 
     def tokens_in(self, cache: Any, layer: int, slots: Tensor | None) -> int:
@@ -224,30 +236,28 @@ class Forward:
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
         """Whether the content's positions rise by one from token to token (they restart in packed sequences).
 
-        All layers of a forward share one tensor of positions, so the answer, which waits for the device, is kept as
-        long as the forward lasts.
+        Of positions that the decoder made itself that is known. All layers of a forward share one tensor of others, so
+        the answer, which waits for the device, is kept as long as the forward lasts.
         """
-        if position_ids is None:
+        if position_ids is None or self.positions_are_made:
             return True
-        if position_ids.dim() != 2:
+        if position_ids.dim() != 2 or capturing(position_ids.device):
             return False
-        asked = (position_ids, padding)
-        for references, answer in self._positions:
-            if all((ref and ref()) is x for ref, x in zip(references, asked, strict=True)):
-                return answer
-        consecutive = position_ids.diff(dim=-1) == 1
-        if padding is not None:
-            padding = padding.to(position_ids.device)
-            consecutive = consecutive | ~(padding[:, 1:] & padding[:, :-1])
-        answer = bool(consecutive.all())
-        self._positions.append((tuple(None if x is None else weakref.ref(x) for x in asked), answer))
-        return answer
+        name = ("run on", id(position_ids), id(padding))
+        if name not in self.facts:
+            consecutive = position_ids.diff(dim=-1) == 1
+            if padding is not None:
+                mask = padding.to(position_ids.device)
+                consecutive = consecutive | ~(mask[:, 1:] & mask[:, :-1])
+            # The tensors are kept, so that their ids are their own.
+            self.facts[name] = bool(consecutive.all()), position_ids, padding
+        return self.facts[name][0]
 
     def positions_end_at(self, position_ids: Tensor | None, padding: Tensor | None, keys: int) -> bool:
         """Whether the last slot of every row of a chunk holds its last token, and its position counts all tokens of the
         row: ``keys``, or as many as ``padding [B, keys]`` says; rows that hold none yet are right too. The answer waits
         for the device once a forward."""
-        if position_ids is None or position_ids.dim() != 2:
+        if position_ids is None or position_ids.dim() != 2 or capturing(position_ids.device):
             return False
         name = ("ends", id(position_ids), id(padding), keys)
         if name not in self.facts:

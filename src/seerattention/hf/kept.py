@@ -118,4 +118,6 @@ def _version(x: Tensor) -> int | None:
 
 
 def _parameters(gate: nn.Module) -> tuple[Any, ...]:
-    return tuple((p.data_ptr(), _version(p), p.dtype) for p in gate.parameters())
+    # Walking through the modules takes longer than all else; most gates have parameters of their own only.
+    parameters = gate.parameters() if gate._modules else gate._parameters.values()
+    return tuple([(p.data_ptr(), _version(p), p.dtype) for p in parameters if p is not None])

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from ..gates import BlockGate, DecodeGate
 from ..ops.dispatch import FLOATING_DTYPES
+from ..ops.replay import capturing
 from ..policies import Policy
 from ..selectors import Selector
 from .architectures import find_attention
@@ -43,6 +44,8 @@ class LayerState:
         self._heads = self.geometry.num_heads  # as last seen: of those that are spread over processes, a part
         self._parts: dict[int, tuple[tuple[int, ...] | None, BlockGate]] = {}
         self._placement: tuple[torch.device, torch.dtype] | None = None
+        # Where the parameter is that the gates follow: a module's dict of parameters, and its name in there.
+        self._guide: tuple[dict[str, Any], str] | None = None
         self._hooks: list[Any] = []
         self._hooked: tuple[nn.Module, ...] = ()
 
@@ -112,7 +115,7 @@ class LayerState:
     def attach_hooks(self) -> None:
         attention, family = self.attention, self.model.family
         query, key = getattr(attention, family.query), getattr(attention, family.key)
-        self._hooked = (attention, query, key)
+        self._hooked, self._guide = (attention, query, key), None
         self._hooks.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         self._hooks.append(query.register_forward_hook(self._after_query))
         self._hooks.append(key.register_forward_hook(self._after_key))
@@ -150,10 +153,10 @@ class LayerState:
         parameters of other dtypes, in which gates cannot compute.
         """
         gates = [phase.gate for phase in self.phases.values() if phase.gate is not None]
-        if not gates:
+        if not gates or self._in_place(gates, device):
             return
-        parameters = () if self.lost else self.attention.parameters()
-        parameter = next((p for p in parameters if p.dtype in FLOATING_DTYPES and not p.is_meta), None)
+        self._guide = None
+        parameter = None if self.lost else self._find_guide()
         placement = None if parameter is None else (parameter.device, parameter.dtype)
         moved = placement is not None and placement != self._placement
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
@@ -175,6 +178,26 @@ class LayerState:
             part = part_of_gate(gate, heads, self.model.head_rank)
             self._parts[id(gate)] = name, part
         return part
+
+    def _find_guide(self) -> Tensor | None:
+        """The first parameter of the layer's attention that gates can follow."""
+        for module in self.attention.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype in FLOATING_DTYPES and not parameter.is_meta:
+                    self._guide = module._parameters, name
+                    return parameter
+        return None
+
+    def _in_place(self, gates: list[BlockGate], device: torch.device | None) -> bool:
+        """Whether nothing has moved since the gates were placed: to walk through all parameters takes long, and is
+        asked for in every call."""
+        if self._guide is None or self._placement is None:
+            return False
+        parameters, name = self._guide
+        guide, (place, dtype) = parameters.get(name), self._placement
+        if guide is None or guide.dtype != dtype or guide.device != place or device not in (None, place):
+            return False
+        return all(_first_parameter(gate).device == place for gate in gates)
 
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
         """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
@@ -226,7 +249,9 @@ class LayerState:
         if table is not None:
             cache = kwargs.get("past_key_values")
             call = Call(self, module, *table, position_ids=kwargs.get("position_ids"))
-            if isinstance(cache, StaticCache):
+            if isinstance(cache, StaticCache) and capturing(hidden.device):
+                call.unreadable = True
+            elif isinstance(cache, StaticCache):
                 held = forward.tokens_in(cache, call.module.layer_idx, kwargs.get("cache_position"))  # type: ignore
                 call.valid_keys = held + hidden.shape[1]
             if forward.decoded_of(hidden.shape[1]) > 0:
@@ -263,3 +288,11 @@ class LayerState:
         if call is not None and call.layer is self:
             call.query = call.query if query is None else query
             call.key = call.key if key is None else key
+
+
+def _first_parameter(gate: BlockGate) -> Tensor:
+    """As ``next(gate.parameters())``, which takes microseconds."""
+    for parameter in gate._parameters.values():
+        if parameter is not None:
+            return parameter
+    return next(gate.parameters())

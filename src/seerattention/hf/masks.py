@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from ..ops.replay import capturing
 from .forward import Forward, current_forward
 from .generation import single_tokens
 from .implementation import decodes_sparsely, original_of
@@ -165,6 +166,8 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     if plain and queries != keys:
         first = _first_query(kwargs)
         slots, plain = first + queries, first >= 0 and first + queries <= keys
+    if padding is not None and capturing(padding.device):
+        plain = False  # its values are those of later replays
     if plain and padding is not None:
         padding = padding[:, :slots]
         if bool(padding.all()):
@@ -192,6 +195,7 @@ def _mask_of_a_token(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], p
     if mask is None or not (decodes_sparsely(kwargs["config"]) or single_tokens()):
         return mask
     keys, padding = kwargs["kv_length"], kwargs.get("attention_mask")
+    plain = plain and (padding is None or not capturing(padding.device))
     if plain and padding is not None:
         padding = padding.bool()
         plain = padding.shape[-1] <= keys and at_most_one_run_a_row(padding)
@@ -247,7 +251,7 @@ def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, 
         return original != "eager", None  # which without a mask attends to everything
     if isinstance(mask, Tensor) and mask.dim() == 2:
         padding = mask.bool()
-        plain = at_most_one_run_a_row(padding)
+        plain = not capturing(mask.device) and at_most_one_run_a_row(padding)
         forward.masks.append((mask, plain, padding))
         return plain, padding
     return False, None

@@ -25,6 +25,7 @@ from .architectures import Family, find_decoder
 from .forward import Arguments, Forward, current_forward
 from .generation import Listener, stop_listening
 from .implementation import NAME, StandIn
+from .min_context import Shape, default_min_context
 from .phases import PREFILL, ModelPhase, unnoticed
 
 if TYPE_CHECKING:
@@ -73,11 +74,12 @@ class ModelState:
     turns_back: bool | None = None
     listeners: list[Listener] = field(default_factory=list)
     head_rank: int | None = None
+    _minimums: dict[torch.device, int] = field(default_factory=dict)
     _forwards: set[Forward] = field(default_factory=set)
     _hooks: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forwards": set()}
+        return {**self.__dict__, "_forwards": set(), "_minimums": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -94,6 +96,16 @@ class ModelState:
     def block_size(self) -> int:
         """Tokens a block of prefill."""
         return self.phases[PREFILL].block_size
+
+    def default_min_context(self, device: torch.device) -> int:
+        """What ``min_context=None`` means on a device; looked up once."""
+        if device not in self._minimums:
+            try:
+                shape = Shape.of(self.decoder.config)
+            except ValueError:
+                shape = None
+            self._minimums[device] = default_min_context(shape, device)
+        return self._minimums[device]
 
     def set_policy(self, phase: str, policy: Policy) -> None:
         """Of the layers that have none of their own."""
@@ -149,7 +161,8 @@ class ModelState:
             self._open(module, tokens, None)
             return None
         arguments = Arguments(kwargs)
-        self._open(module, tokens, arguments)
+        made = len(args) < 2 and kwargs.get("position_ids") is None and kwargs.get("cache_position") is None
+        self._open(module, tokens, arguments, made)
         return args, arguments
 
     def _standing(self) -> bool:
@@ -179,8 +192,14 @@ class ModelState:
             )
 
     @torch.compiler.disable(reason="Dynamo does not know contexts")
-    def _open(self, module: nn.Module, tokens: torch.Tensor | None, arguments: Arguments | None) -> None:
-        forward = Forward(self, arguments, tokens)
+    def _open(
+        self,
+        module: nn.Module,
+        tokens: torch.Tensor | None,
+        arguments: Arguments | None,
+        positions_are_made: bool = False,
+    ) -> None:
+        forward = Forward(self, arguments, tokens, positions_are_made)
         self._forwards.add(forward)
         if self.decodes or tokens is None or tokens.shape[1] > 1 or forward.prepared is not None:
             for layer in self.layers:

@@ -14,6 +14,7 @@ from .rules import Dense, PublishedDecode, RelativeThreshold, Threshold, TokenBu
 
 __all__ = [
     "KINDS",
+    "REPLAYED",
     "Budget",
     "Budgets",
     "Dense",
@@ -28,3 +29,7 @@ __all__ = [
     "policy_from_dict",
     "read_kind",
 ]
+
+REPLAYED = frozenset({Budget, Threshold, RelativeThreshold, TopK, TopP, TokenBudget})
+"""What these launch follows from their arguments and the shapes of the logits alone (``ops/replay.py``). Subclasses may
+look at more."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops.block_selection import select_threshold
+from ..ops.block_selection.shares import kept_for_device
 from ..ops.indices import BlockIndices
 from .policy import check_count, check_number
 from .rules import Dense, How, ScorePolicy
@@ -210,11 +211,10 @@ def _numbers(owner: str, name: str, values: Any) -> tuple[float, ...]:
 
 
 def _table(blocks: tuple[float, ...], factors: tuple[float, ...], rows: int, device: torch.device) -> Tensor:
-    """Float32 ``[1, rows]``: the factor of each row. Kept, but for what is made while a CUDA graph is captured, whose
-    memory is the graph's."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _make_table(blocks, factors, rows, device)
-    return _kept_table(blocks, factors, rows, device)
+    """Float32 ``[1, rows]``: the factor of each row, kept."""
+    if device.type != "cuda":
+        return _kept_table(blocks, factors, rows, device)
+    return kept_for_device(lambda: _make_table(blocks, factors, rows, device), device, blocks, factors, rows)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops.block_selection import dense_indices, select_threshold, select_topk, select_topp
-from ..ops.block_selection.shares import CEIL_SLACK, share_of, share_of_causal
+from ..ops.block_selection.interface import select_counted
+from ..ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of, share_of_causal
 from ..ops.indices import BlockIndices
 from ..ops.span import Span
 from .policy import MOST_TOKENS, Policy, check_count, check_number
@@ -153,6 +154,8 @@ class TopK(ScorePolicy):
             else:
                 keep = share_of_causal(self.density, num_rows, num_keys, logits.device)
             capacity = max(1, math.ceil(num_keys * self.density - CEIL_SLACK))  # what the last row keeps
+            if not differ:
+                return select_counted(logits, keep, capacity=capacity, **how)
         return select_topk(logits, keep, diagonal_extra=self.uniform, capacity=capacity, **how)
 
 
@@ -198,9 +201,9 @@ class TokenBudget(ScorePolicy):
         check_count("last_blocks_dense", self.last_blocks_dense)
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
-        blocks = -(-self.tokens // how["block_size"])
-        keep = torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device)
-        return select_topk(logits, keep, capacity=blocks, **how)
+        num_rows, num_keys = logits.shape[-2:]
+        blocks = min(-(-self.tokens // how["block_size"]), num_keys)
+        return select_counted(logits, number_of_blocks(blocks, num_rows, logits.device), capacity=blocks, **how)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..indices import num_blocks
+from ..triton_launch import launch
 from .reference import Grid
 
 # Tokens that a thread reads at a time, whatever the block: so many loads are under way. And bytes of each.
@@ -140,30 +141,31 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
     heads_at_once = max(1, min(columns // padded_dim, power_of_2(heads)))
     step = min(TOKENS, block_size & -block_size)  # the largest power of two that divides a block
     blocks = TOKENS // block_size if step == block_size else 1
-    with torch.cuda.device_of(x):
-        block_pooling_fwd_kernel[(batch * num_blocks(grid.num, blocks) * num_blocks(heads, heads_at_once),)](
-            x,
-            grid.table,
-            out,
-            heads,
-            length,
-            grid.num,
-            grid.offset,
-            x.stride(0) if x.shape[0] > 1 else 0,  # packed rows share the one of x
-            *x.stride()[1:3],
-            HAS_TABLE=grid.table is not None,
-            CHUNK=grid.offset > 0 or (grid.table is not None and grid.align > 0),
-            MAX_SLOT=slots.get("max", -1),
-            MIN_SLOT=slots.get("min", -1),
-            AVG_SLOT=slots.get("avg", -1),
-            NUM_KINDS=len(kinds),
-            BLOCK=block_size,
-            ALIGN=grid.align,
-            BLOCKS=blocks,
-            STEP=step,
-            HEADS=heads_at_once,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded_dim,
-            num_warps=max(1, heads_at_once * padded_dim * MAX_WARPS // columns),
-        )
+    launch(
+        block_pooling_fwd_kernel,
+        (batch * num_blocks(grid.num, blocks) * num_blocks(heads, heads_at_once),),
+        x,
+        grid.table,
+        out,
+        heads,
+        length,
+        grid.num,
+        grid.offset,
+        x.stride(0) if x.shape[0] > 1 else 0,  # packed rows share the one of x
+        *x.stride()[1:3],
+        HAS_TABLE=grid.table is not None,
+        CHUNK=grid.offset > 0 or (grid.table is not None and grid.align > 0),
+        MAX_SLOT=slots.get("max", -1),
+        MIN_SLOT=slots.get("min", -1),
+        AVG_SLOT=slots.get("avg", -1),
+        NUM_KINDS=len(kinds),
+        BLOCK=block_size,
+        ALIGN=grid.align,
+        BLOCKS=blocks,
+        STEP=step,
+        HEADS=heads_at_once,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim,
+        num_warps=max(1, heads_at_once * padded_dim * MAX_WARPS // columns),
+    )
     return out

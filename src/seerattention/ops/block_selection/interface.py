@@ -134,6 +134,25 @@ def select_topk(
 
 
 @torch.no_grad()
+def select_counted(
+    scores: Tensor, keep: Tensor, *, block_size: int, capacity: int, diagonal_extra: bool = False,
+    lengths: Tensor | None = None, span: Span | None = None, last_blocks_dense: int = 0,
+) -> BlockIndices:  # fmt: skip
+    """:func:`select_topk` for policies, which know their counts: nothing is done to ``keep``.
+
+    Args:
+        scores, block_size, diagonal_extra, lengths, span, last_blocks_dense: see there.
+        keep: int64 ``[Nq]`` on the device of the scores, from 1 to what ``capacity`` leaves room for.
+        capacity: of the lists, the diagonal included.
+    """
+    table = _check("select_topk", scores, block_size, lengths, span, last_blocks_dense)
+    num_keys = scores.shape[-1]
+    capacity = num_keys if last_blocks_dense else min(num_keys, capacity)
+    rule = Rule("topk", capacity, block_size, table, last_blocks_dense, keep=keep[None], diagonal_extra=diagonal_extra)
+    return ordered_lists(*_block_selection(scores, rule, None), num_keys, block_size, span=span)
+
+
+@torch.no_grad()
 def select_topp(
     probabilities: Tensor, p: float, *, block_size: int = 64, lengths: Tensor | None = None, last_blocks_dense: int = 0,
     softmax: bool = False, implementation: str | None = None, span: Span | None = None,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import power_of_2
+from ..triton_launch import launch
 from ..triton_span import span_row
 from .reference import Rule, topp_target
 from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units, units_above, value_of
@@ -314,40 +315,41 @@ def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     keep, bounds, registers = rule.keep, rule.bounds, KIND_REGISTERS[rule.kind]
     if rule.min_blocks:
         registers = FLOOR_REGISTERS if x.dtype == torch.float32 else OTHER_FLOOR_REGISTERS
-    with torch.cuda.device_of(x):
-        select_kernel[(num_rows, batch * heads)](
-            x,
-            keep,
-            rule.table,
-            bounds,
-            indices,
-            counts,
-            bound,
-            heads,
-            num_rows,
-            num_keys,
-            *x.stride()[:3],
-            keep.stride(0) if keep is not None and keep.shape[0] > 1 else 0,
-            rule.capacity,
-            rule.last_blocks_dense,
-            rule.block_size,
-            rule.min_blocks,
-            rule.first_blocks,
-            rule.dense_rows,
-            _step(bounds, 0),
-            _step(bounds, 1),
-            RULE=rule.kind,
-            SOFTMAX=rule.softmax,
-            RELATIVE=rule.relative,
-            BOUNDS=bounds is not None,
-            FLOOR=rule.min_blocks > 0,
-            FIRST=rule.first_blocks > 0,
-            DIAGONAL_EXTRA=rule.diagonal_extra,
-            TABLE=rule.table is not None,
-            VECTOR=VECTOR if _whole_vectors(x) else 1,
-            BLOCK=block,
-            LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
-            num_warps=num_warps,
-            **_limit(min(registers, REGISTERS // (32 * num_warps))),
-        )
+    launch(
+        select_kernel,
+        (num_rows, batch * heads),
+        x,
+        keep,
+        rule.table,
+        bounds,
+        indices,
+        counts,
+        bound,
+        heads,
+        num_rows,
+        num_keys,
+        *x.stride()[:3],
+        keep.stride(0) if keep is not None and keep.shape[0] > 1 else 0,
+        rule.capacity,
+        rule.last_blocks_dense,
+        rule.block_size,
+        rule.min_blocks,
+        rule.first_blocks,
+        rule.dense_rows,
+        _step(bounds, 0),
+        _step(bounds, 1),
+        RULE=rule.kind,
+        SOFTMAX=rule.softmax,
+        RELATIVE=rule.relative,
+        BOUNDS=bounds is not None,
+        FLOOR=rule.min_blocks > 0,
+        FIRST=rule.first_blocks > 0,
+        DIAGONAL_EXTRA=rule.diagonal_extra,
+        TABLE=rule.table is not None,
+        VECTOR=VECTOR if _whole_vectors(x) else 1,
+        BLOCK=block,
+        LEVELS=min(4, (block // MIN_WIDTH).bit_length()),
+        num_warps=num_warps,
+        **_limit(min(registers, REGISTERS // (32 * num_warps))),
+    )
     return indices, counts

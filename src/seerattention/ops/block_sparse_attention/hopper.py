@@ -16,7 +16,6 @@ which this file has been compiled, and ``tests/ops/test_offline_compile.py`` com
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..hopper import copy_tile, key_place, pin, thread_barrier, tile_descriptor
 from ..indices import BlockIndices
+from ..triton_launch import launch
 from ..triton_span import LN2
 from .triton_parts import RUNTIME_SCALARS, empty_results, plan
 
@@ -252,22 +252,23 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """As in ``triton.py``; ``hopper_usable`` found no reason against it."""
     padded_dim, num_kv_heads = 64 if q.shape[3] <= 64 else 128, k.shape[1]
-    launch = plan(q, k, blocks, scale, return_lse, TILE, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
-    if launch is None:
+    planned = plan(q, k, blocks, scale, return_lse, TILE, PROGRAMS_PER_MULTIPROCESSOR[padded_dim])
+    if planned is None:
         return empty_results(q, return_lse)
     tile = [1, 1, TILE, padded_dim]
-    programs = launch.programs * (q.shape[1] // num_kv_heads)  # of one KV head
-    with torch.cuda.device(q.device):
-        block_sparse_attention_hopper_kernel[(programs, launch.parts, launch.batch * num_kv_heads)](
-            tile_descriptor(q, tile),
-            tile_descriptor(k, tile),
-            tile_descriptor(v, tile),
-            *launch.arguments,
-            HEAD_DIM=q.shape[3],
-            PADDED_DIM=padded_dim,
-            TILE=TILE,
-            num_warps=NUM_WARPS,
-            maxnreg=MAX_REGISTERS[padded_dim],
-            **launch.constants,
-        )
-        return launch.results()
+    programs = planned.programs * (q.shape[1] // num_kv_heads)  # of one KV head
+    launch(
+        block_sparse_attention_hopper_kernel,
+        (programs, planned.parts, planned.batch * num_kv_heads),
+        tile_descriptor(q, tile),
+        tile_descriptor(k, tile),
+        tile_descriptor(v, tile),
+        *planned.arguments,
+        HEAD_DIM=q.shape[3],
+        PADDED_DIM=padded_dim,
+        TILE=TILE,
+        num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS[padded_dim],
+        **planned.constants,
+    )
+    return planned.results()

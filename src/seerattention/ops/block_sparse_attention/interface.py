@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..attend import attend
-from ..custom_op import custom_op
-from ..indices import BlockIndices, read_lists, span_of
+from ..custom_op import custom_op, tracing
+from ..indices import BlockIndices, is_ordered, read_lists, span_of
+from ..replay import Replays
 from ..span import Span
 
 OP = "block_sparse_attention"
+_ATTENTION = Replays()
 
 
 def hopper_usable(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices) -> str | None:
@@ -72,10 +76,35 @@ def block_sparse_attention(
         TypeError: dtypes that differ or are not supported.
         NotImplementedError: an input requires grad while grad mode is on.
     """
-    span = _check(q, k, v, blocks, scale)
-    scale = dispatch.default_scale(q.shape[-1], scale)
-    out, lse = _block_sparse_attention(q, k, v, blocks, span, scale, return_lse, implementation)
-    return (out, lse) if return_lse else out
+
+    def attend() -> tuple[Tensor, ...]:
+        span = _check(q, k, v, blocks, scale)
+        used = dispatch.default_scale(q.shape[-1], scale)
+        results = _block_sparse_attention(q, k, v, blocks, span, used, return_lse, implementation)
+        return results if return_lse else results[:1]
+
+    results = _replayed(attend, q, k, v, blocks, (scale, return_lse, implementation))
+    return results if return_lse else results[0]  # type: ignore[return-value]
+
+
+def _replayed(
+    attend: Callable[[], tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices,
+    settings: tuple[Hashable, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``attend()``; of lists that are in order and of rows that are alike, all launches follow from shapes."""
+    if (
+        tracing()
+        or not isinstance(blocks, BlockIndices)
+        or blocks.span is not None
+        or blocks.by_token
+        or not is_ordered(blocks)
+    ):
+        return attend()
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return attend()  # which raises
+    tensors = (q, k, v, *read_lists(blocks))
+    settings = (*settings, blocks.num_key_blocks, blocks.block_size, dispatch.hopper_automatic())
+    return _ATTENTION.call(attend, tensors, *settings)
 
 
 def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ several programs share a list (``triton_parts.py``).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import BlockIndices
+from ..triton_launch import launch
 from ..triton_span import LN2, key_offset, page_of, span_row
 from .triton_parts import RUNTIME_SCALARS, empty_results, plan
 
@@ -202,29 +202,29 @@ def block_sparse_attention(
     """
     head_dim, block_size = q.shape[3], blocks.block_size
     tile, num_warps, num_stages = _launch_shape(q.dtype, head_dim, block_size, dispatch.shared_memory(q.device))
-    launch = plan(q, k, blocks, scale, return_lse, tile, PROGRAMS_PER_MULTIPROCESSOR)
-    if launch is None:
+    planned = plan(q, k, blocks, scale, return_lse, tile, PROGRAMS_PER_MULTIPROCESSOR)
+    if planned is None:
         return empty_results(q, return_lse)
-    guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        block_sparse_attention_fwd_kernel[(launch.programs, launch.parts, launch.batch * q.shape[1])](
-            q,
-            k,
-            v,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *launch.arguments,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=max(16, power_of_2(head_dim)),
-            TILE=tile,
-            HALVES=_in_halves(q, tile),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            STAGES=num_stages,
-            num_warps=num_warps,
-            **launch.constants,
-        )
-        return launch.results()
+    launch(
+        block_sparse_attention_fwd_kernel,
+        (planned.programs, planned.parts, planned.batch * q.shape[1]),
+        q,
+        k,
+        v,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *planned.arguments,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=max(16, power_of_2(head_dim)),
+        TILE=tile,
+        HALVES=_in_halves(q, tile),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        STAGES=num_stages,
+        num_warps=num_warps,
+        **planned.constants,
+    )
+    return planned.results()
 
 
 def _in_halves(q: Tensor, tile: int) -> bool:

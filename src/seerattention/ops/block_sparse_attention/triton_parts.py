@@ -24,6 +24,7 @@ from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import BlockIndices, read_lists, span_of
 from ..span import Span
+from ..triton_launch import launch
 from ..triton_span import LOG2E, span_constants
 
 # A part writes, and its merging reads, as many bytes as two tiles of keys and values: shorter parts would not pay.
@@ -198,7 +199,9 @@ def merge_parts(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | N
     """Put parts ``[parts, B, Hq, Tq(, D)]`` together, into ``out [B, Hq, Tq, D]`` and ``lse [B, Hq, Tq]``."""
     batch, num_heads, query_length, head_dim = out.shape
     rows = 16
-    merge_parts_kernel[(triton.cdiv(query_length, rows), batch * num_heads)](
+    launch(
+        merge_parts_kernel,
+        (triton.cdiv(query_length, rows), batch * num_heads),
         part_out,
         part_lse,
         out,

@@ -7,8 +7,6 @@ shapes alone: nothing waits for the device, and a CUDA graph replays any lists.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import BlockIndices, read_lists, span_of
+from ..triton_launch import launch
 from ..triton_span import LN2, LOG2E, key_offset, page_of, span_row
 
 # Programs that share out the lists of a call, at most, for each multiprocessor.
@@ -203,61 +202,63 @@ def block_sparse_decode(
         written = torch.empty(batch, heads, queries, parts, head_dim, **new)
         written_lse = torch.empty(batch, heads, queries, parts, **new)
     constants = {"TABLE": table is not None, "PACKED": span.packed, "RETURN_LSE": return_lse}
-    guard = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        block_sparse_decode_fwd_kernel[(parts, queries, batch * kv_heads)](
-            q,
-            k,
-            v,
+    launch(
+        block_sparse_decode_fwd_kernel,
+        (parts, queries, batch * kv_heads),
+        q,
+        k,
+        v,
+        written,
+        written_lse,
+        indices,
+        counts,
+        table,
+        None if pages is None else pages.table,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *indices.stride()[:3],
+        *counts.stride()[:2],
+        0 if pages is None else pages.table.stride(0),
+        kv_heads,
+        queries,
+        span.keys,
+        slots,
+        scale * LOG2E.value,
+        GROUP=group,
+        PADDED_GROUP=max(16, power_of_2(group)),
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim,
+        BLOCK=block_size,
+        TILE=tile,
+        PAGE=0 if pages is None else pages.page_size,
+        IN_PARTS=parts > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        STAGES=stages,
+        num_warps=num_warps,
+        **constants,
+    )
+    if parts > 1:
+        launch(
+            merge_decode_parts_kernel,
+            (queries, batch * heads),
             written,
             written_lse,
-            indices,
-            counts,
+            out,
+            lse,
             table,
-            None if pages is None else pages.table,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
             *out.stride()[:3],
-            *indices.stride()[:3],
-            *counts.stride()[:2],
-            0 if pages is None else pages.table.stride(0),
-            kv_heads,
+            heads,
             queries,
-            span.keys,
             slots,
-            scale * LOG2E.value,
-            GROUP=group,
-            PADDED_GROUP=max(16, power_of_2(group)),
+            parts,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
-            BLOCK=block_size,
-            TILE=tile,
-            PAGE=0 if pages is None else pages.page_size,
-            IN_PARTS=parts > 1,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            STAGES=stages,
-            num_warps=num_warps,
+            PADDED_PARTS=power_of_2(parts),
+            num_warps=4,
             **constants,
         )
-        if parts > 1:
-            merge_decode_parts_kernel[(queries, batch * heads)](
-                written,
-                written_lse,
-                out,
-                lse,
-                table,
-                *out.stride()[:3],
-                heads,
-                queries,
-                slots,
-                parts,
-                HEAD_DIM=head_dim,
-                PADDED_DIM=padded_dim,
-                PADDED_PARTS=power_of_2(parts),
-                num_warps=4,
-                **constants,
-            )
     return out, lse
 
 

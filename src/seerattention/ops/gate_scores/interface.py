@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..custom_op import custom_op
+from ..custom_op import custom_op, tracing
 from ..indices import num_blocks
+from ..replay import Replays
 from ..span import Span
 from . import reference
 from .reference import Tiles
@@ -16,6 +17,7 @@ __all__ = ["encode_blocks", "gate_scores"]
 
 IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 REDUCTIONS = ("max", "logsumexp")
+_ENCODED = Replays()
 # Rows of scores begin at multiples of this many elements, so that those who read them may load whole vectors.
 ROW_ALIGNMENT = 16
 # A Triton program holds whole encoded vectors.
@@ -63,7 +65,11 @@ def encode_blocks(
         return reference.encode_blocks(pooled, linear, cos, sin, pitch)
     if linear is None and cos is None:
         return pooled
-    return _encode_blocks(pooled, linear, cos, sin, pitch, implementation)
+    if tracing():
+        return _encode_blocks(pooled, linear, cos, sin, pitch, implementation)
+    tensors = [x for x in (pooled, linear, cos, sin) if x is not None]
+    given = (linear is None, cos is None, pitch, implementation)
+    return _ENCODED.call(lambda: (_encode_blocks(pooled, linear, cos, sin, pitch, implementation),), tensors, *given)[0]
 
 
 def gate_scores(
@@ -169,7 +175,11 @@ def _opaque(op: str, implementation: str | None, x: Tensor, *others: Tensor | No
                 f"{op}: the Triton kernels take a width up to {MAX_TRITON_WIDTH}, got {width}; pass implementation=None"
             )
         return implementation != "reference"
-    if x.device.type != "cuda" or width > MAX_TRITON_WIDTH or x.dtype not in (torch.float16, torch.bfloat16):
+    if (
+        dispatch.device_type(x.device) != "cuda"
+        or width > MAX_TRITON_WIDTH
+        or x.dtype not in (torch.float16, torch.bfloat16)
+    ):
         return False
     return not (torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others)))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..indices import num_blocks
+from ..triton_launch import launch
 from ..triton_span import LOG2E
 from .reference import Tiles
 
@@ -247,43 +248,44 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
         block_m, block_n, part = 64, 64, 128 if width <= 128 else 64
     part = min(part, max(16, power_of_2(width)))
     rows = tiles.rows
-    with torch.cuda.device_of(scores):
-        gate_scores_kernel[(num_blocks(columns, block_n), num_blocks(num_rows, block_m), batch * heads)](
-            q,
-            k,
-            rows,
-            tiles.table,
-            scores,
-            tiles.scale,
-            heads,
-            heads // k.shape[1],
-            q.shape[2],
-            k.shape[2],
-            num_rows,
-            tiles.first_row,
-            tiles.start,
-            tiles.end,
-            scores.stride(2),
-            width,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            rows.stride(0) if rows is not None and rows.shape[0] > 1 else 0,
-            HAS_ROWS=rows is not None,
-            HAS_TABLE=tiles.table is not None,
-            SINGLE=tiles.single,
-            MAX=tiles.reduce == "max",
-            MASKED=tiles.masked,
-            PRECISION="ieee" if single else "tf32",  # means nothing to 16-bit products
-            BLOCK=tiles.block_size,
-            Q_PITCH=tiles.q_pitch,
-            K_PITCH=tiles.k_pitch,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_W=part,
-            WHOLE=width <= part,
-            num_warps=4 if single else 8,
-            num_stages=2,
-        )
+    launch(
+        gate_scores_kernel,
+        (num_blocks(columns, block_n), num_blocks(num_rows, block_m), batch * heads),
+        q,
+        k,
+        rows,
+        tiles.table,
+        scores,
+        tiles.scale,
+        heads,
+        heads // k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        num_rows,
+        tiles.first_row,
+        tiles.start,
+        tiles.end,
+        scores.stride(2),
+        width,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        rows.stride(0) if rows is not None and rows.shape[0] > 1 else 0,
+        HAS_ROWS=rows is not None,
+        HAS_TABLE=tiles.table is not None,
+        SINGLE=tiles.single,
+        MAX=tiles.reduce == "max",
+        MASKED=tiles.masked,
+        PRECISION="ieee" if single else "tf32",  # means nothing to 16-bit products
+        BLOCK=tiles.block_size,
+        Q_PITCH=tiles.q_pitch,
+        K_PITCH=tiles.k_pitch,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_W=part,
+        WHOLE=width <= part,
+        num_warps=4 if single else 8,
+        num_stages=2,
+    )
 
 
 def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:
@@ -299,34 +301,35 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
     single = x.dtype == torch.float32
     block_w = max(16, power_of_2(middle))
     block_n = 32 if single else 64
-    with torch.cuda.device_of(x):
-        project_rotate_kernel[(num_blocks(num, block_n), batch * heads)](
-            x,
-            None if linear is None else linear.contiguous(),
-            cos,
-            sin,
-            out,
-            heads,
-            heads // x_heads,
-            num,
-            channels,
-            width,
-            half,
-            middle,
-            pitch,
-            *x.stride()[:3],
-            *_table_strides(cos, width),
-            *_table_strides(sin, width),
-            PROJECT=linear is not None,
-            ROTATE=cos is not None,
-            PLAIN=half in (0, middle),
-            PRECISION="ieee" if single else "tf32",
-            BLOCK_N=block_n,
-            BLOCK_C=16 if single else 64,
-            BLOCK_W=block_w,
-            num_warps=8 if block_w > 64 else 4,
-            num_stages=2,
-        )
+    launch(
+        project_rotate_kernel,
+        (num_blocks(num, block_n), batch * heads),
+        x,
+        None if linear is None else linear.contiguous(),
+        cos,
+        sin,
+        out,
+        heads,
+        heads // x_heads,
+        num,
+        channels,
+        width,
+        half,
+        middle,
+        pitch,
+        *x.stride()[:3],
+        *_table_strides(cos, width),
+        *_table_strides(sin, width),
+        PROJECT=linear is not None,
+        ROTATE=cos is not None,
+        PLAIN=half in (0, middle),
+        PRECISION="ieee" if single else "tf32",
+        BLOCK_N=block_n,
+        BLOCK_C=16 if single else 64,
+        BLOCK_W=block_w,
+        num_warps=8 if block_w > 64 else 4,
+        num_stages=2,
+    )
     return out
 
 

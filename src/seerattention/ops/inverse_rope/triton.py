@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import power_of_2
+from ..triton_launch import launch
 
 TOKENS = 32
 
@@ -51,24 +51,25 @@ def inverse_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         return
     x, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
     width = cos.shape[-1]
-    with torch.cuda.device_of(x):
-        inverse_rope_kernel[(triton.cdiv(length, TOKENS), batch * heads)](
-            x,
-            cos,
-            sin,
-            out,
-            heads,
-            length,
-            *x.stride()[:3],
-            *out.stride()[:3],
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            cos.stride(1),
-            sin.stride(0) if sin.shape[0] > 1 else 0,
-            sin.stride(1),
-            HALF=width // 2,
-            REST=head_dim - width,
-            PADDED_HALF=power_of_2(width // 2),
-            PADDED_REST=power_of_2(max(1, head_dim - width)),
-            TOKENS=TOKENS,
-            num_warps=4,
-        )
+    launch(
+        inverse_rope_kernel,
+        (triton.cdiv(length, TOKENS), batch * heads),
+        x,
+        cos,
+        sin,
+        out,
+        heads,
+        length,
+        *x.stride()[:3],
+        *out.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        cos.stride(1),
+        sin.stride(0) if sin.shape[0] > 1 else 0,
+        sin.stride(1),
+        HALF=width // 2,
+        REST=head_dim - width,
+        PADDED_HALF=power_of_2(width // 2),
+        PADDED_REST=power_of_2(max(1, head_dim - width)),
+        TOKENS=TOKENS,
+        num_warps=4,
+    )

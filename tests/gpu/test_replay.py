@@ -1,0 +1,117 @@
+"""Launches that are bound and replayed, and prompts in CUDA graphs, give what calls one by one give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seerattention as seer
+from seerattention.ops import block_pooling, replay, triton_launch
+from tiny_models import make_ids, make_model
+
+POLICIES = [seer.TopK(0.3), seer.TokenBudget(128), seer.Threshold(0.05), seer.TopP(0.7)]
+
+
+def attached(policy, **options):
+    torch.manual_seed(0)
+    model = make_model("llama", dtype=torch.bfloat16, head_dim=64).cuda()
+    return seer.attach(model, seer.GateConfig(), prefill=policy, min_context=0, **options)
+
+
+@torch.inference_mode()
+def logits_of(model, ids, **inputs):
+    return model(input_ids=ids, **inputs).logits
+
+
+@pytest.fixture
+def ordinary(monkeypatch):
+    """A function that runs another one with every launch through the JIT."""
+
+    def run(function):
+        with monkeypatch.context() as changed:
+            changed.setattr(triton_launch, "KNOWN", False)
+            return function()
+
+    return run
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_replays_equal_ordinary_launches(policy, ordinary):
+    model = attached(policy)
+    for length in (1000, 1000, 1000, 1024, 1024, 1024, 1000):
+        ids = make_ids(length, seed=length).cuda()
+        assert torch.equal(logits_of(model, ids), ordinary(lambda ids=ids: logits_of(model, ids)))
+
+
+def test_replays_on_streams_of_their_own():
+    model, ids = attached(seer.TopK(0.3)), make_ids(1000).cuda()
+    expected = logits_of(model, ids)
+    for _ in range(3):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                found = logits_of(model, ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(found, expected)
+
+
+def test_a_layer_is_replayed(monkeypatch):
+    """Else what is tested above would be nothing."""
+    model, ids, calls = attached(seer.TopK(0.3)), make_ids(1000).cuda(), []
+    for _ in range(2):
+        logits_of(model, ids)
+    launch = replay.Recording.replay
+    monkeypatch.setattr(replay.Recording, "replay", lambda *given: calls.append(1) or launch(*given))
+    logits_of(model, ids)
+    assert len(calls) == 2 * model.config.num_hidden_layers  # lists, and attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0, 1, 8])
+@pytest.mark.parametrize("length", [16, 17, 64, 1000])
+def test_variants_of_a_kernel_are_told_apart(dtype, shift, length, ordinary):
+    """By dtype, alignment, and whether integers are 1 or multiples of 16, in any order of calls."""
+    x = torch.randn(2, 4, length, 64 + shift, device="cuda", dtype=dtype)[..., shift:]
+    for _ in range(2):
+        found = block_pooling(x, ("max", "avg"), implementation="triton")
+        assert torch.equal(found, ordinary(lambda: block_pooling(x, ("max", "avg"), implementation="triton")))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_prompt_in_a_cuda_graph(policy):
+    """Captured once, replayed on other prompts of the length: sparse, and what an eager call gives."""
+    model, static = attached(policy), make_ids(1000, seed=0).cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            logits_of(model, static, use_cache=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with seer.record(model) as stats, torch.cuda.graph(graph), torch.inference_mode():
+        found = model(input_ids=static, use_cache=True).logits
+    assert stats.dense_calls == 0
+    for seed in (1, 2, 3):
+        fresh = make_ids(1000, seed=seed).cuda()
+        static.copy_(fresh)
+        graph.replay()
+        torch.testing.assert_close(found, logits_of(model, fresh, use_cache=True), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("given", ["attention_mask", "position_ids"])
+def test_what_cannot_be_looked_at_in_a_capture_is_dense(given):
+    model, ids = attached(seer.TopK(0.3)), make_ids(1000).cuda()
+    inputs = {
+        "attention_mask": {"attention_mask": torch.ones_like(ids)},
+        "position_ids": {"position_ids": torch.arange(1000, device="cuda")[None]},
+    }[given]
+    logits_of(model, ids, use_cache=True, **inputs)
+    with seer.dense(model):
+        expected = logits_of(model, ids, use_cache=True, **inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(UserWarning, match="a CUDA graph is captured"), torch.cuda.graph(graph), torch.inference_mode():
+        found = model(input_ids=ids, use_cache=True, **inputs).logits
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,214 @@
+"""Replays: what was launched for one geometry is launched again for other tensors, and never where that may be wrong.
+
+Kernels run in Triton's interpreter, as if the CPU were a GPU; ``test_launch.py`` looks at launches of compiled ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import seerattention as seer
+from seerattention.gates import build_gate
+from seerattention.ops import block_sparse_attention, dispatch, replay
+from seerattention.ops.indices import BlockIndices, read_lists
+from seerattention.selectors import GateSelector, LayerInputs
+
+pytest.importorskip("triton")
+launch = pytest.importorskip("seerattention.ops.triton_launch")
+
+HEADS, KV_HEADS, DIM = 4, 2, 32
+POLICIES = [
+    seer.TopK(0.4),
+    seer.TopK(0.4, last_blocks_dense=1),
+    seer.TokenBudget(64),
+    seer.Threshold(0.2),
+    seer.RelativeThreshold(1.0, dense_rows=1),
+    seer.TopP(0.7),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """The CPU passes for a GPU, on which kernels are interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU")
+    monkeypatch.setattr(dispatch, "device_type", lambda device: "cuda")
+    monkeypatch.setattr(launch, "ready", lambda device: True)
+
+
+@pytest.fixture
+def gate():
+    torch.manual_seed(0)
+    spec = seer.GateConfig(block_size=32).spec_of("prefill")
+    gate = build_gate(spec, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, block_size=32)
+    return gate.half().requires_grad_(False)
+
+
+def inputs_of(gate, length, seed, dtype=torch.float16, **changes):
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(heads):
+        return torch.randn(1, length, heads, DIM, generator=generator).to(dtype).transpose(1, 2)
+
+    q, k, v, q_pre, k_pre = make(HEADS), make(KV_HEADS), make(KV_HEADS), make(HEADS), make(KV_HEADS)
+    angles = torch.arange(length)[:, None] * 10.0 ** -torch.arange(0, 4, 4 / DIM * 2)[None]
+    table = torch.cat((angles, angles), -1)[None]
+    made = LayerInputs(0, q, k, v, q_pre, k_pre, table.cos().to(dtype), table.sin().to(dtype), None, 0.2, gate)
+    return LayerInputs(**{**vars(made), **changes})
+
+
+def count_recordings(replays):
+    return sum(isinstance(known, replay.Recording) for known in replays._known.values())
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    replays = replay.Replays()
+    monkeypatch.setattr("seerattention.selectors._LISTS", replays)
+    return replays
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    replays = replay.Replays()
+    module = importlib.import_module("seerattention.ops.block_sparse_attention.interface")
+    monkeypatch.setattr(module, "_ATTENTION", replays)
+    return replays
+
+
+def same_lists(found, expected):
+    assert torch.equal(found.to_mask(), expected.to_mask())
+    assert (found.num_key_blocks, found.block_size, found.by_token) == (
+        expected.num_key_blocks,
+        expected.block_size,
+        False,
+    )
+    assert read_lists(found)[0].shape == read_lists(expected)[0].shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_replay_selects_what_a_call_does(gate, lists, policy):
+    selector = GateSelector(policy)
+    for seed in range(4):  # the second call is recorded, those from the third on are replayed
+        inputs = inputs_of(gate, 200, seed)
+        expected = selector._select(inputs)
+        same_lists(selector.select(inputs), expected)
+    assert count_recordings(lists) == 1
+
+
+@torch.no_grad()
+def test_other_geometries_have_recordings_of_their_own(gate, lists):
+    selector = GateSelector(seer.TopK(0.4))
+    for _ in range(3):
+        for length, policy in ((200, seer.TopK(0.4)), (231, seer.TopK(0.4)), (200, seer.TopK(0.6))):
+            inputs = inputs_of(gate, length, length)
+            same_lists(GateSelector(policy).select(inputs), GateSelector(policy)._select(inputs))
+    assert count_recordings(lists) == 3
+    shifted = inputs_of(gate, 201, 5)  # another alignment, and other strides
+    shifted = LayerInputs(**{**vars(shifted), "q_pre": torch.cat((shifted.q_pre, shifted.q_pre), 2)[:, :, 1:202]})
+    for _ in range(3):
+        same_lists(selector.select(shifted), selector._select(shifted))
+
+
+@torch.no_grad()
+def test_a_replay_reads_parameters_as_they_are(gate, lists):
+    selector = GateSelector(seer.TopK(0.4))
+    for seed in range(3):
+        selector.select(inputs_of(gate, 200, seed))
+    gate.k_linear.data = torch.randn_like(gate.k_linear).half()
+    gate.q_linear.data.neg_() if gate.q_linear is not None else None
+    inputs = inputs_of(gate, 200, 7)
+    same_lists(selector.select(inputs), selector._select(inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_replay_attends_as_a_call_does(gate, attention, return_lse):
+    mask = torch.rand(1, HEADS, 7, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    blocks = BlockIndices.from_mask(mask | torch.eye(7, dtype=torch.bool), 32)
+    for seed in range(4):
+        x = inputs_of(gate, 200, seed)
+        found = block_sparse_attention(x.q, x.k, x.v, blocks, return_lse=return_lse)
+        expected = block_sparse_attention(
+            x.q.float(), x.k.float(), x.v.float(), blocks, return_lse=return_lse, implementation="reference"
+        )
+        for a, b in zip(found, expected, strict=True) if return_lse else [(found, expected)]:
+            torch.testing.assert_close(a.float(), b, rtol=5e-3, atol=5e-3)
+        assert (found[0] if return_lse else found).stride() == x.q.stride()
+    assert count_recordings(attention) == 1  # of lists in float32 and of the reference nothing is launched
+
+
+@torch.no_grad()
+def test_memory_of_a_replay_is_not_that_of_the_one_before(gate, lists):
+    selector = GateSelector(seer.TopK(0.4))
+    made = [selector.select(inputs_of(gate, 200, seed)) for seed in range(4)]
+    expected = [selector._select(inputs_of(gate, 200, seed)) for seed in range(4)]
+    for found, wanted in zip(made, expected, strict=True):
+        same_lists(found, wanted)
+    assert len({read_lists(x)[0].data_ptr() for x in made}) == 4
+
+
+def reads(x):
+    return (torch.empty(3) if bool(x[0] > 1e9) else torch.empty(4),)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: (x + 1,), lambda x: (torch.zeros(3),), lambda x: (torch.empty(3).copy_(x[:3]),), reads],
+    ids=["computes", "fills", "copies", "reads"],
+)
+def test_what_is_more_than_launches_is_not_replayed(function):
+    x, calls, replays = torch.randn(64), [], replay.Replays()
+
+    def counted():
+        calls.append(1)
+        return function(x)
+
+    for _ in range(4):
+        replays.call(counted, (x,))
+    assert len(calls) == 4
+    assert not count_recordings(replays)
+
+
+@torch.no_grad()
+def test_policies_and_gates_of_others_are_asked_every_time(gate, lists):
+    class Mine(seer.TopK):
+        kind = "mine_of_test_replay"
+
+        def _select(self, logits, how):
+            seen.append(logits.shape)
+            return super()._select(logits, how)
+
+    seen = []
+    for seed in range(4):
+        GateSelector(Mine(0.4)).select(inputs_of(gate, 200, seed))
+    assert len(seen) == 4
+    hooked = []
+    gate.register_forward_hook(lambda *args: hooked.append(1))
+    for seed in range(4):
+        GateSelector(seer.TopK(0.4)).select(inputs_of(gate, 200, seed))
+    assert len(hooked) == 4
+    assert not count_recordings(lists)
+
+
+def test_few_geometries_are_kept(monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 4)
+    replays = replay.Replays()
+    for number in range(20):
+        replays.call(lambda: (torch.empty(1),), (torch.empty(number + 1),))
+        assert len(replays._known) <= 4
+
+
+@torch.no_grad()
+def test_nothing_is_replayed_while_a_graph_is_captured(gate, lists, monkeypatch):
+    selector = GateSelector(seer.TopK(0.4))
+    for seed in range(3):
+        selector.select(inputs_of(gate, 200, seed))
+    monkeypatch.setattr(replay, "may_keep", lambda device: False)
+    monkeypatch.setattr(replay.Recording, "replay", lambda *_: pytest.fail("replayed"))
+    inputs = inputs_of(gate, 200, 3)
+    same_lists(selector.select(inputs), selector._select(inputs))

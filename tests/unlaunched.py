@@ -1,0 +1,170 @@
+"""Launches of compiled kernels on a GPU that is not there: what the JIT would launch, what is bound, what is replayed.
+
+A driver that only names a GPU compiles every kernel for it and keeps a note of each launch instead of doing it. This
+must be a process of its own with TRITON_INTERPRET unset, as in `tests/ops/test_launch.py`:
+
+    env -u TRITON_INTERPRET python tests/unlaunched.py
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import seerattention as seer
+from seerattention.gates import build_gate
+from seerattention.ops import block_sparse_attention, dispatch, triton_launch
+from seerattention.selectors import GateSelector, LayerInputs
+
+noted, held = [], []
+loaded = itertools.count(1)
+
+
+class Launcher:
+    """What triton calls to launch: takes a note."""
+
+    def __init__(self, src, metadata):
+        self.name, self.signature = metadata.name, list(src.signature.values())
+        self.variant = str((metadata.hash, metadata.num_warps, metadata.num_stages))
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        values = []
+        held.append(args)  # so that no address is given twice
+        for kind, value in zip(self.signature, args, strict=True):
+            if kind.startswith("*"):
+                address = value if isinstance(value, int) else value.data_ptr()
+                values.append(("address", address))
+            elif kind.startswith("tensordesc"):
+                values.append(("address", value.base.data_ptr(), tuple(value.shape), tuple(value.strides)))
+            elif kind != "constexpr":
+                values.append(value)
+        noted.append((self.name, self.variant, (x, y, z), values))
+
+
+class Utils:
+    def load_binary(self, *given):
+        return 1, next(loaded), 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+triton.runtime.driver.set_active(Driver())
+dispatch.device_type = lambda device: "cuda"
+dispatch.hopper_unusable = functools.cache(lambda device: None)
+dispatch.multiprocessors = lambda device: 132
+dispatch.shared_memory = lambda device: 232448
+dispatch.capability = lambda device: 9
+
+
+def launches_of(function):
+    """The launches of a call, addresses by where they first occur."""
+    noted.clear()
+    function()
+    held.clear()
+    places: dict[int, int] = {}
+    return [
+        (name, variant, grid, [
+            (places.setdefault(value[1], len(places)), *value[2:]) if isinstance(value, tuple) else value
+            for value in values
+        ])
+        for name, variant, grid, values in noted
+    ]  # fmt: skip
+
+
+def layer(gate, length, policy, dtype=torch.bfloat16):
+    def make(heads):
+        return torch.randn(1, length, heads, 64).to(dtype).transpose(1, 2)
+
+    table = torch.randn(1, length, 64).to(dtype)
+    inputs = LayerInputs(0, make(4), make(2), make(2), make(4), make(2), table, table.neg(), None, 0.125, gate)
+    blocks = GateSelector(policy).select(inputs)
+    return block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale)
+
+
+@torch.inference_mode()
+def check_layers():
+    spec = seer.GateConfig().spec_of("prefill")
+    gate = build_gate(spec, num_heads=4, num_kv_heads=2, head_dim=64, block_size=64).bfloat16().requires_grad_(False)
+    for length, policy in itertools.product((200, 1024), (seer.TopK(0.2), seer.Threshold(0.1), seer.TokenBudget(128))):
+        torch.manual_seed(0)
+        triton_launch.KNOWN = False
+        expected = launches_of(lambda length=length, policy=policy: layer(gate, length, policy))
+        triton_launch.KNOWN = True
+        assert len(expected) in (7, 8), [name for name, *_ in expected]  # lists in parts are merged
+        for _ in range(4):  # ordinary, bound and recorded, replayed, replayed
+            torch.manual_seed(0)
+            found = launches_of(lambda length=length, policy=policy: layer(gate, length, policy))
+            assert found == expected, (found, expected)
+    from seerattention.ops.block_sparse_attention import interface  # noqa: F401
+    from seerattention.selectors import _LISTS
+
+    assert sum(type(known).__name__ == "Recording" for known in _LISTS._known.values()) == 6
+
+
+def check_variants():
+    """Wherever the JIT tells two calls apart, so does the key; of random arguments of every kernel's parameters."""
+    from triton.runtime.jit import native_specialize_impl
+
+    from seerattention.ops.block_pooling.triton import block_pooling_fwd_kernel
+    from seerattention.ops.gate_scores.triton import project_rotate_kernel
+
+    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+    numbers = [
+        0,
+        1,
+        2,
+        15,
+        16,
+        17,
+        32,
+        -1,
+        -16,
+        2**31 - 1,
+        2**31,
+        2**31 + 16,
+        -(2**31),
+        -(2**31) - 16,
+        2**40,
+        2**40 + 1,
+    ]
+    memory = [torch.zeros(64, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int32)]
+    values = [*numbers, None, 0.5, 1.0, *[x[i:] for x in memory for i in (0, 1, 4, 8)]]
+    choose = random.Random(0)
+    for kernel in (block_pooling_fwd_kernel, project_rotate_kernel):
+        free = [parameter for parameter in kernel.params if not parameter.is_constexpr]
+        seen = {}
+        for _ in range(20000):
+            args = tuple(choose.choice(values) for _ in range(3)) + (16,) * (len(free) - 3)
+            order = choose.sample(range(len(free)), len(free))
+            args = tuple(args[i] for i in order)
+            special = tuple(
+                native_specialize_impl(backend, value, False, not parameter.do_not_specialize, True)
+                for value, parameter in zip(args, free, strict=True)
+            )
+            key = triton_launch._variant(kernel, args, {})
+            assert key is not None
+            assert seen.setdefault(key, special) == special, (args, special, seen[key])
+
+
+check_layers()
+check_variants()
+print("same")
