@@ -51,10 +51,14 @@ def command(
         typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, lm-eval.")
+        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, tasks, lm-eval.")
     ] = "retrieval,perplexity",
     tasks: Annotated[
-        str, typer.Option(help="Retrieval tasks: any of single, multikey, multivalue, variable, keyvalue.")
+        str,
+        typer.Option(
+            help="Retrieval tasks: any of single, multikey, multivalue, variable, keyvalue. Of --measure tasks: any of "
+            "those that seer compare has; default: all."
+        ),
     ] = "single,multikey,keyvalue",
     lengths: Annotated[
         str,
@@ -100,7 +104,9 @@ def command(
     ] = None,
     apply_chat_template: Annotated[
         bool,
-        typer.Option("--apply-chat-template", help="Ask lm-eval tasks in the form of the tokenizer's chat template."),
+        typer.Option(
+            "--apply-chat-template", help="Ask lm-eval tasks, and --measure tasks, in the tokenizer's chat template."
+        ),
     ] = False,
     data: Annotated[
         str | None,
@@ -141,18 +147,24 @@ def command(
         from ..evaluate.registry import MEASURES
         from ..evaluate.retrieval import METHODS
         from ..files import write_file
-        from ..tasks import TASKS
+        from ..tasks import TASKS, TEXT_TASKS
 
         terminal = Terminal(as_json)
         names = _choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
         harness_tasks = [] if lm_eval_tasks is None else parse_list(lm_eval_tasks, str, "lm-eval-tasks")
         names = _with_harness(names, harness_tasks, is_given(context, "measure"))
         asked_lengths = sorted(parse_list(lengths, token_count, "lengths"))
-        task_list = _choice(parse_list(tasks, str, "tasks"), TASKS, "tasks")
+        task_list = _choice(parse_list(tasks, str, "tasks"), [*TASKS, *TEXT_TASKS], "tasks")
+        text_tasks = [task for task in task_list if task in TEXT_TASKS]
+        task_list = [task for task in task_list if task in TASKS]
+        if "retrieval" in names and not task_list:
+            raise ValueError("--tasks names no retrieval task; leave retrieval out of --measure, or name one")
         _choice([method], METHODS, "method")
         chosen_measures = _measures(
             names,
             tasks=task_list,
+            text_tasks=text_tasks or list(TEXT_TASKS),
+            chat=apply_chat_template,
             samples=samples,
             questions=questions,
             method=method,
@@ -168,7 +180,7 @@ def command(
             check_task_files("--lm-eval-tasks", harness_tasks)
             require_lm_eval()
         else:
-            unused = ("limit", "num_fewshot", "apply_chat_template")
+            unused = ("limit", "num_fewshot", *(() if "tasks" in names else ("apply_chat_template",)))
             say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
         settings = _settings(
             default_gates(model) if gates is None else None if gates == "none" else gates,

@@ -2,12 +2,12 @@
 
 | task | in the text | asked, and how it is scored |
 |---|---|---|
-| niah_single_1, 2, 3 | one needle: a number in one repeated sentence, a number in a book, a long code in a book | it; exact |
+| niah_single_1, 2, 3 | a number in one repeated sentence, a number in a book, a long code in a book | it; exact |
 | niah_multikey_1 | four needles with different names in a book | one of them; exact |
 | niah_multikey_2, 3 | needles all over: numbers of names, codes of codes | one of them; exact |
 | niah_multivalue, niah_multiquery | four numbers of one name; four names with a number each | all; share |
 | variable_tracking | a chain of five variables that take each other's value | their names; share |
-| common_words, frequent_words | a list of words; made-up words by a power law | ten, or three, that come most often; share |
+| common_words, frequent_words | a list of words; made-up words by a power law | the ten, or three, commonest; share |
 | qa_squad, qa_hotpot | one paragraph, or two, with the answer among others | a question; normalised match |
 | long_qa | one article after the other, in order | a question on a paragraph of any; normalised match |
 | many_shot | labelled examples | the label of a new one; exact |
@@ -34,7 +34,8 @@ __all__ = ["RULER_TASKS", "TEXT_TASKS", "Body", "Draft", "Kit", "TextSample", "T
 
 RULER_TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-    "niah_multivalue", "niah_multiquery", "variable_tracking", "common_words", "frequent_words", "qa_squad", "qa_hotpot",
+    "niah_multivalue", "niah_multiquery", "variable_tracking", "common_words", "frequent_words", "qa_squad",
+    "qa_hotpot",
 )  # fmt: skip
 TEXT_TASKS = (*RULER_TASKS, "long_qa", "many_shot", "copy")
 

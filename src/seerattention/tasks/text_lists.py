@@ -43,7 +43,7 @@ def _common_words(kit: Kit, length: int) -> Draft:
                 break
             if len(words) == often * COMMON:
                 raise ValueError(f"{-left} tokens more are needed than the {max(size, 0)} that are left for the text")
-            surplus = -(-(-left) // (seldom * len(listed[0])))
+            surplus = 1 + -left // (seldom * len(listed[0]))
             del words[max(often * COMMON, len(words) - surplus * seldom) :]
         tokens, places = kit.book(left), []
         for index, item in zip(order, listed, strict=True):
