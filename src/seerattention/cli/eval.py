@@ -22,6 +22,7 @@ from .common import (
     open_data,
     parse_list,
     resolve_device,
+    run_identity,
     token_count,
 )
 from .options import (
@@ -221,7 +222,7 @@ def command(
                 settings,
                 asked_lengths,
                 journal=journal,
-                identity=None if journal is None else _identity(loaded, str(loaded.device)),
+                identity=None if journal is None else run_identity(loaded, str(loaded.device)),
                 progress=terminal.progress,
                 show=lambda group: _show(terminal, group),
             )
@@ -261,23 +262,6 @@ def _show(terminal: Terminal, group: Group) -> None:
             "delete it to measure them again"
         )
     terminal.table(group.measure.table(group.results))
-
-
-def _identity(model: Any, device: str) -> dict[str, Any]:
-    """What decides results beside settings, prompts and options: results of anything else are not taken for these."""
-    from ..distillation.identity import weights_digest
-    from ..evaluate.environment import environment
-
-    facts = environment()
-    return {
-        "weights": weights_digest(model),
-        "config": {
-            k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-        },
-        "dtype": str(model.dtype),
-        "device": device,
-        **{name: facts[name] for name in ("versions", "git_commit", "devices", "processor", "threads")},
-    }
 
 
 def _settings(

@@ -13,22 +13,25 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..gates.sources import load_gates
 from ..gates.tensors import digest as gates_digest
+from .forward import prompt_device
 from .journal import Journal
 from .measure import Advance, Measure, Prompts, Subject
 from .settings import Setting
 from .tables import format_length
 
-__all__ = ["Group", "case_digest", "describe", "run_measures"]
+__all__ = ["Case", "Group", "case_digest", "describe", "prompts_digest", "run_case", "run_measures"]
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -95,26 +98,74 @@ def run_measures(
         kept = 0
         what, total = _at(measure.name, length), len(chosen) * prompts.tokens
         with (progress or _silent)(what, total) as advance:
-            for case in [chosen] if measure.together else [[setting] for setting in chosen]:
-                digest, found = None, None
-                if journal is not None:
-                    told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in case]
-                    digest = case_digest(subject, measure, length, prompts, told, identity or {})
-                    found = journal.find(digest)
-                if found is not None:
-                    results += [measure.restore(*each) for each in found]
-                    kept += len(found)
-                    advance(len(case) * prompts.tokens)
-                    continue
-                measured = measure.run(subject, prompts, case, advance)
+            for settings_of in [chosen] if measure.together else [[setting] for setting in chosen]:
+                told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in settings_of]
+                case = Case(measure, length, prompts, settings_of, told if journal is not None else None)
+                measured, found = run_case(subject, case, journal=journal, identity=identity or {}, advance=advance)
                 results += measured
-                if journal is not None:
-                    facts = {"measure": measure.name, "length": length, "seed": subject.seed}
-                    journal.add(facts | {"settings": [setting.name for setting in case]}, digest, measured)
+                kept += len(measured) if found else 0
         groups.append(Group(measure, length, results, kept))
         if show is not None:
             show(groups[-1])
     return groups
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured at a time, and written.
+
+    Attributes:
+        measure, length, prompts: see :class:`~seerattention.evaluate.measure.Measure`.
+        settings: those that run together.
+        told: what :func:`describe` says of each; None: ask it.
+    """
+
+    measure: Measure
+    length: int
+    prompts: Prompts
+    settings: Sequence[Setting]
+    told: Sequence[Mapping[str, Any] | None] | None = None
+
+
+def run_case(
+    subject: Subject,
+    case: Case,
+    *,
+    journal: Journal | None = None,
+    identity: Mapping[str, Any] | None = None,
+    advance: Advance | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> tuple[list[Any], bool]:
+    """The results of a case, one a setting, and whether they were in the journal.
+
+    What it took is written beside them: seconds, and the most device memory that was allocated meanwhile.
+
+    Args:
+        facts: plain values, to be written too, for readers.
+    """
+    measure, digest = case.measure, None
+    if journal is not None:
+        told = case.told if case.told is not None else [describe(s, subject.model) for s in case.settings]
+        digest = case_digest(subject, measure, case.length, case.prompts, told, identity or {})
+        found = journal.find(digest)
+        if found is not None:
+            if advance is not None:
+                advance(len(case.settings) * case.prompts.tokens)
+            return [measure.restore(*each) for each in found], True
+    device = prompt_device(subject.model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    measured = list(measure.run(subject, case.prompts, case.settings, advance))
+    if journal is not None:
+        cost = {"seconds": time.perf_counter() - start, "peak_bytes": None}
+        if device.type == "cuda":
+            cost["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        what: dict[str, Any] = {"measure": measure.name, "length": case.length, "seed": subject.seed}
+        what["settings"] = [setting.name for setting in case.settings]
+        what["prompts"] = prompts_digest(case.prompts)
+        journal.add({**what, **cost, **(facts or {})}, digest, measured)
+    return measured, False
 
 
 def _at(name: str, length: int) -> str:
@@ -151,6 +202,12 @@ def case_digest(
     except _Unknown:
         return None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def prompts_digest(prompts: Prompts) -> str:
+    """What tells prompts from others, for readers."""
+    told = {name: _array_digest(array) for name, array in prompts.decides.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(setting: Setting, model: nn.Module) -> dict[str, Any] | None:
