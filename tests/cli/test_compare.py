@@ -35,6 +35,11 @@ def test_compare_then_report(seer_command, common, tmp_path):
     assert "score - dense" in result.stderr
     again = seer_command("compare", *common, "--output", tmp_path / "out", "--json")
     assert json.loads(again.stdout)["settings"] == data["settings"]  # times too: nothing was measured again
+    made = seer_command("report", tmp_path / "out")
+    assert made.exit_code == 0, made.stderr
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert all(name in page for name in names)
+    assert any((tmp_path / "out" / "figures").glob("perplexity-density-*.png"))
 
 
 def test_presets_can_be_run():
@@ -66,3 +71,30 @@ def test_compare_refuses(seer_command, common, tmp_path, options, says):
     assert result.exit_code == 1
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_report_refuses(seer_command, folder, tmp_path):
+    refused = seer_command("report", tmp_path)
+    assert refused.exit_code == 1
+    assert "holds no results" in refused.stderr
+
+
+def test_report_shows_what_it_is_given(seer_command, folder, tmp_path):
+    from ..evaluate.comparison_folder import write_folder
+
+    write_folder(tmp_path / "results")
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    arguments = ["report", tmp_path / "results", "--output", tmp_path / "page", "--gates", gates]
+    refused = seer_command(*arguments)
+    assert "no history.json" in refused.stderr
+    history = {"loss": [1.0], "loss_per_layer": {"layers.0": [1.0]}, "recall": {}, "recall_steps": []}
+    (gates / "history.json").write_text(json.dumps({"history": history}))
+    costs = {"selector": "x", "length": 64, "median_s": 1, "density": 0.1, "implementation": "torch", "decides": "rows"}
+    (tmp_path / "results" / "selection.json").write_text(json.dumps({"results": [{"costs": costs}]}))
+    made = seer_command(*arguments)
+    assert made.exit_code == 0, made.stderr
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "Learning curves" in page
+    assert "Costs of selection" in page
+    assert not (tmp_path / "results" / "index.html").exists()

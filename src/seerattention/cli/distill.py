@@ -334,6 +334,7 @@ def _write_results(
     job: dict[str, Any],
 ) -> None:
     from .. import hf
+    from ..evaluate.figures import learning_figure
     from ..evaluate.tables import Table
     from ..files import replacing, write_file
 
@@ -342,7 +343,7 @@ def _write_results(
     write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     picture = output / "curves.png"
     with replacing(picture) as temporary:
-        _curves(history).savefig(temporary, format="png", dpi=120)
+        learning_figure(history.to_dict()).savefig(temporary, format="png", dpi=120)
 
     rows = []
     for layer, losses in history.loss_per_layer.items():
@@ -366,30 +367,6 @@ def _write_results(
         f"({history.tokens / max(history.seconds, 1e-9):,.0f} tokens/s). Gates, history and curves are in {output}"
     )
     terminal.emit({"output": str(output), **result})
-
-
-def _curves(history: DistillHistory) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    from ..evaluate.figures import COLORS, new_figure
-
-    figure, axes = new_figure(width=9.6, columns=2 if history.recall else 1)
-    for losses in history.loss_per_layer.values():
-        axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
-    axes[0].plot(
-        range(1, len(history.loss) + 1), history.loss, color=COLORS[0], linewidth=1.8, label="mean of the layers"
-    )
-    axes[0].set(xlabel="step", ylabel="loss (KL divergence)")
-    axes[0].legend(frameon=False)
-    if history.recall:
-        for layer, values in history.recall.items():
-            axes[1].plot(history.recall_steps, values, marker="o", markersize=3, linewidth=1.2, label=layer)
-        axes[1].set(xlabel="step", ylabel=f"block recall at density {history.recall_density:g}")
-        if len(history.recall) <= 12:
-            axes[1].legend(frameon=False, fontsize=7, ncols=2)
-    for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "bar_figure", "line_figure", "new_figure", "over_density"]
+__all__ = ["COLORS", "bar_figure", "learning_figure", "line_figure", "new_figure", "over_density"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -29,7 +29,7 @@ def new_figure(width: float = 6.4, height: float = 3.6, rows: int = 1, columns: 
 
 
 def line_figure(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Any]],
     *,
     x_label: str,
     y_label: str,
@@ -42,14 +42,15 @@ def line_figure(
     """Lines with markers.
 
     Args:
-        series: name -> (x, y, standard errors or None).
+        series: name -> (x, y, standard errors or None); errors are ``[n]``, or ``[2, n]`` below and above.
         reference: name and value of a horizontal line (the dense model).
         x_ticks: value -> label, where the automatic ticks do not fit.
     """
     figure, (axis,) = new_figure()
     for i, (name, (x, y, errors)) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]
-        marker = _MARKERS[i % len(_MARKERS)] if len(x) <= 24 else None
+        # Where colours come again, markers are others.
+        marker = _MARKERS[(i + i // len(COLORS)) % len(_MARKERS)] if len(x) <= 24 else None
         axis.errorbar(
             x,
             y,
@@ -75,7 +76,7 @@ def line_figure(
         axis.invert_xaxis()
     _label(axis, x_label, y_label)
     if len(series) + (reference is not None) > 1:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=9 if len(series) < 8 else 7)
     return figure
 
 
@@ -109,6 +110,29 @@ def bar_figure(labels: Sequence[str], series: Mapping[str, Sequence[float]], *, 
         axis.legend(
             frameon=False, fontsize=9, ncols=min(3, len(series)), loc="upper center", bbox_to_anchor=(0.5, 1.16)
         )
+    return figure
+
+
+def learning_figure(history: Mapping[str, Any]) -> Figure:
+    """Loss, and block recall where it was measured, of a distillation: its ``history.json`` has the numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    recall = history.get("recall") or {}
+    figure, axes = new_figure(width=9.6, columns=2 if recall else 1)
+    for losses in history["loss_per_layer"].values():
+        axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
+    steps = range(1, len(history["loss"]) + 1)
+    axes[0].plot(steps, history["loss"], color=COLORS[0], linewidth=1.8, label="mean of the layers")
+    axes[0].set(xlabel="step", ylabel="loss (KL divergence)")
+    axes[0].legend(frameon=False)
+    if recall:
+        for layer, values in recall.items():
+            axes[1].plot(history["recall_steps"], values, marker="o", markersize=3, linewidth=1.2, label=layer)
+        axes[1].set(xlabel="step", ylabel=f"block recall at density {history['recall_density']:g}")
+        if len(recall) <= 12:
+            axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -170,8 +170,8 @@ def draw_maps(maps: Sequence[HeadMap], block_size: int) -> Figure:
     return figure
 
 
-def draw_recall(recall: np.ndarray) -> Figure:
-    """Block recall of every head, layers down, heads to the right."""
+def draw_recall(recall: np.ndarray, label: str = "block recall") -> Figure:
+    """Block recall of every head, or another share of this ``label``, layers down, heads to the right."""
     layers, heads = recall.shape
     figure = Figure(
         figsize=(max(3.4, 0.42 * heads + 1.6), max(2.2, 0.3 * layers + 1.0)), layout="constrained", facecolor="white"
@@ -198,7 +198,7 @@ def draw_recall(recall: np.ndarray) -> Figure:
     axis.set_ylabel("layer", fontsize=9)
     axis.tick_params(labelsize=8)
     bar = figure.colorbar(image, ax=axis)
-    bar.set_label("block recall", fontsize=8)
+    bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
 
