@@ -91,7 +91,9 @@ def test_report_shows_what_it_is_given(seer_command, folder, tmp_path):
     history = {"loss": [1.0], "loss_per_layer": {"layers.0": [1.0]}, "recall": {}, "recall_steps": []}
     (gates / "history.json").write_text(json.dumps({"history": history}))
     costs = {"selector": "x", "length": 64, "median_s": 1, "density": 0.1, "implementation": "torch", "decides": "rows"}
-    (tmp_path / "results" / "selection.json").write_text(json.dumps({"results": [{"costs": costs}]}))
+    (tmp_path / "results" / "selection.json").write_text(
+        json.dumps({"runs": [{"results": [{"case": {"length": 64}, "costs": costs}]}]})
+    )
     made = seer_command(*arguments)
     assert made.exit_code == 0, made.stderr
     page = (tmp_path / "page" / "index.html").read_text()

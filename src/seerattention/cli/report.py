@@ -72,5 +72,11 @@ def _costs(results: Path, selection: Path | None) -> list[Any]:
     path = results / "selection.json" if selection is None else selection
     if selection is None and not path.is_file():
         return []
-    rows = read_json(path).get("results", [])
-    return [row["costs"] for row in rows if "costs" in row]
+    found: dict[str, Any] = {}
+    for run in read_json(path).get("runs", []):
+        for result in run["results"]:  # of a case that was measured several times the latest counts
+            if "costs" in result:
+                found[str(sorted(result["case"].items()))] = result["costs"]
+    if not found:
+        raise ValueError(f"{path} holds no costs of selection; python -m benchmarks.selection writes them")
+    return list(found.values())

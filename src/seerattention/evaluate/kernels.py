@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,12 +131,14 @@ class GateInputs:
         return self.gate(q, k, self.cos, self.sin, masked=False)
 
 
-def make_gate(shape: AttentionShape, length: int, device: torch.device, seed: int = 0) -> GateInputs:
-    """A fresh gate of the published form and the rotary table of ``length`` tokens."""
+def make_gate(
+    shape: AttentionShape, length: int, device: torch.device, seed: int = 0, config: Any = None
+) -> GateInputs:
+    """A fresh gate, and the rotary table of ``length`` tokens; ``config`` is its form, None: the published one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = build_gate(
-            PrefillGateConfig(),
+            PrefillGateConfig() if config is None else config,
             block_size=shape.block_size,
             num_heads=shape.heads,
             num_kv_heads=shape.kv_heads,
