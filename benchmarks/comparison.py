@@ -60,7 +60,7 @@ def _parts(path: Path, comparison: Comparison) -> list[str]:
     machine = ", ".join(item["name"] for item in environment.get("devices", [])) or environment.get("processor", "")
     parts = [
         f"### {facts.get('model')}, {machine}",
-        f"`{path.as_posix()}`, commit {str(environment.get('git_commit'))[:10]}, made with `{' '.join(facts['command'])}`.",
+        f"`{path.as_posix()}`, commit {str(environment.get('git_commit'))[:10]}: `{' '.join(facts['command'])}`",
     ]
     for length in comparison.lengths:
         parts.append(f"#### {format_length(length)} tokens")

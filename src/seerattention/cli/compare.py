@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,9 +171,16 @@ def command(
             run = _begin(journal, identity, loaded, model=model, gates=folders, seed=seed, device=place)
             sweep = Sweep(subject, plan, journal, identity, run)
             terminal.say(f"{len(plan.contenders)} methods under their rules, {len(plan.densities)} densities: {output}")
-            run_sweep(sweep, progress=terminal.progress, say=terminal.say, last=rank == 0)
+            bar = terminal.progress if rank == 0 else _no_progress
+            run_sweep(sweep, progress=bar, say=terminal.say, last=rank == 0)
         if rank == 0:
             _show(terminal, Comparison.read(output))
+
+
+@contextmanager
+def _no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Of several processes the first one shows how far all are."""
+    yield lambda amount: None
 
 
 def _chosen(preset: str, **given: Any) -> dict[str, Any]:

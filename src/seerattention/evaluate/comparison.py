@@ -260,7 +260,8 @@ def summary_table(comparison: Comparison, length: int) -> Table:
         f"{100 * SOLVED:.0f} % ({', '.join(solved) or 'none'}), answers generated greedily. Density: everything that "
         "is kept over everything visible, all layers and rows; the number in a name is the density that was asked for, "
         "reached on held-out prompts by the knob of the rule. Brackets: 95 % of paired bootstrap resamples of the same "
-        "questions, or documents. Prefill: median, the whole model; speed: dense attention over it, in turns with it."
+        "questions, or documents. Prefill: one prompt through the whole model, median; speed: dense attention over it, "
+        "in turns with it. Training-free methods choose in plain torch, not with the kernels of their authors."
     )
     missed = [entry.name for entry in comparison.at(length) if entry.contender.get("reached") is False]
     if missed:

@@ -86,6 +86,7 @@ class Sweep:
 
     def __init__(self, subject: Subject, plan: Plan, journal: Journal, identity: Mapping[str, Any], run: str) -> None:
         self.subject, self.plan, self.journal, self.identity, self.run = subject, plan, journal, identity, run
+        self._single = replace(subject, batch_size=1)
         self._prepared: dict[tuple[str, int], Prompts] = {}
 
     def prompts(self, measure: Measure, length: int) -> Prompts:
@@ -93,8 +94,12 @@ class Sweep:
         key = measure.name, length
         if key not in self._prepared:
             keep = {k: v for k, v in self._prepared.items() if k[1] == length}
-            self._prepared = {**keep, key: measure.prepare(self.subject, length)}
+            self._prepared = {**keep, key: measure.prepare(self._of(measure), length)}
         return self._prepared[key]
+
+    def _of(self, measure: Measure) -> Subject:
+        """Times are those of one prompt."""
+        return self._single if measure is self.plan.timing else self.subject
 
     def case(self, measure: Measure, length: int, settings: Sequence[Setting]) -> Case:
         """Of a measure."""
@@ -124,7 +129,7 @@ class Sweep:
     def run_case(self, case: Case, facts: Mapping[str, Any], advance: Advance | None) -> list[Any]:
         """The results of a case, from the journal or measured."""
         found, _ = run_case(
-            self.subject, case, journal=self.journal, identity=self.identity, advance=advance, facts=facts
+            self._of(case.measure), case, journal=self.journal, identity=self.identity, advance=advance, facts=facts
         )
         return found
 

@@ -85,7 +85,7 @@ class Draft:
         answers, score: as of :class:`TextSample`.
         gold: a right answer as text, without space before it.
         room: tokens for the answer.
-        gold_tokens: tokens of ``gold``, where it is not text.
+        lead_tokens, gold_tokens: tokens of both, where they are no text.
     """
 
     opening: str
@@ -96,6 +96,7 @@ class Draft:
     score: str
     gold: str
     room: int
+    lead_tokens: tuple[int, ...] = field(default=())
     gold_tokens: tuple[int, ...] = field(default=())
 
 
@@ -249,10 +250,11 @@ class TextTasks:
 
     def _lead_and_gold(self, draft: Draft) -> tuple[list[int], list[int]]:
         """The last tokens of the prompt and those of the answer; the space between them belongs to the answer."""
-        lead = self.kit.tokens(draft.lead)
         if draft.gold_tokens:
-            return lead, list(draft.gold_tokens)
-        both = self.kit.tokens(f"{draft.lead} {draft.gold}")
+            return list(draft.lead_tokens), list(draft.gold_tokens)
+        words = draft.lead.lstrip() if self._after else draft.lead  # behind a template nothing comes before it
+        lead = self.kit.tokens(words)
+        both = self.kit.tokens(f"{words} {draft.gold}")
         if both[: len(lead)] == lead:
             return lead, both[len(lead) :]
         return lead, self.kit.tokens(f" {draft.gold}")

@@ -134,12 +134,9 @@ def _copy(kit: Kit, length: int) -> Draft:
     """A passage of one book inside another text; its first tokens come again at the end."""
     passage = kit.book(SHOWN + COPIED)
 
-    def body(size: int) -> Body:
-        made = kit.woven(size - SHOWN, [passage], kit.book)
-        return Body(made.tokens + passage[:SHOWN], made.places)
-
     return Draft(
-        "One passage of the following text is repeated at its end.\n", body, "", "", ("",), "copied", "", COPIED,
+        "One passage of the following text is repeated behind it.\n",
+        lambda size: kit.woven(size, [passage], kit.book), "", "", ("",), "copied", "", COPIED, tuple(passage[:SHOWN]),
         tuple(passage[SHOWN:]),
     )  # fmt: skip
 
