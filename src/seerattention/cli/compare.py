@@ -28,7 +28,7 @@ from .common import (
     run_identity,
     token_count,
 )
-from .options import check_dtype, check_gates, check_model, check_output, check_seed, named, parse_density
+from .options import check_choice, check_dtype, check_gates, check_model, check_output, check_seed, named, parse_density
 
 if TYPE_CHECKING:
     from ..evaluate.contenders import Contender
@@ -146,6 +146,7 @@ def command(
         check_dtype(dtype)
         check_model(model)
         check_output(output)
+        _check_questions(qa_data)
         folders = _gate_folders(model, gates)
         plan = _plan(
             _contenders(folders, chosen),
@@ -212,11 +213,26 @@ def _gate_folders(model: str, gates: str | None) -> dict[str, str]:
 
 
 def _contenders(folders: Mapping[str, str], chosen: Mapping[str, Any]) -> list[Contender]:
-    from ..evaluate.contenders import make_contenders
+    from ..evaluate.contenders import PROTOCOLS, RULES, make_contenders
 
-    rules, protocols = (parse_list(chosen[name], str, name) for name in ("rules", "protocols"))
-    selectors = chosen["selectors"]
-    return make_contenders(folders, "" if selectors == "none" else selectors, rules, protocols)
+    rules = check_choice(parse_list(chosen["rules"], str, "rules"), RULES, "rules")
+    protocols = check_choice(parse_list(chosen["protocols"], str, "protocols"), PROTOCOLS, "protocols")
+    selectors = chosen["selectors"].strip()
+    if not selectors:
+        raise ValueError("--selectors is empty; give selectors separated by commas, or none")
+    with named("--selectors"):
+        return make_contenders(folders, "" if selectors == "none" else selectors, rules, protocols)
+
+
+def _check_questions(folder: Path | None) -> None:
+    """Question sets that can be read."""
+    from ..tasks.questions import load_questions
+
+    try:
+        with named("--qa-data"):
+            load_questions(None if folder is None else str(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--qa-data: {error}") from error
 
 
 def _plan(
@@ -228,10 +244,11 @@ def _plan(
 ) -> Plan:
     from ..evaluate.perplexity import PerplexityMeasure
     from ..evaluate.sweep import Plan
-    from ..evaluate.text_tasks import TextMeasure
+    from ..evaluate.text_tasks import ANSWERS, TextMeasure
     from ..evaluate.timing import TimingMeasure
     from ..tasks import RULER_TASKS, TEXT_TASKS
 
+    check_choice([options["answers"]], ANSWERS, "answers")
     groups = {"all": TEXT_TASKS, "ruler": RULER_TASKS}
     tasks = groups.get(chosen["tasks"]) or parse_list(chosen["tasks"], str, "tasks")
     with named("--tasks"):

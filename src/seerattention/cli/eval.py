@@ -26,6 +26,7 @@ from .common import (
     token_count,
 )
 from .options import (
+    check_choice,
     check_dtype,
     check_gates,
     check_model,
@@ -151,16 +152,16 @@ def command(
         from ..tasks import TASKS, TEXT_TASKS
 
         terminal = Terminal(as_json)
-        names = _choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
+        names = check_choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
         harness_tasks = [] if lm_eval_tasks is None else parse_list(lm_eval_tasks, str, "lm-eval-tasks")
         names = _with_harness(names, harness_tasks, is_given(context, "measure"))
         asked_lengths = sorted(parse_list(lengths, token_count, "lengths"))
-        task_list = _choice(parse_list(tasks, str, "tasks"), [*TASKS, *TEXT_TASKS], "tasks")
+        task_list = check_choice(parse_list(tasks, str, "tasks"), [*TASKS, *TEXT_TASKS], "tasks")
         text_tasks = [task for task in task_list if task in TEXT_TASKS]
         task_list = [task for task in task_list if task in TASKS]
         if "retrieval" in names and not task_list:
             raise ValueError("--tasks names no retrieval task; leave retrieval out of --measure, or name one")
-        _choice([method], METHODS, "method")
+        check_choice([method], METHODS, "method")
         chosen_measures = _measures(
             names,
             tasks=task_list,
@@ -289,13 +290,6 @@ def _settings(
             raise ValueError(f"--selectors: {name} asks gates and needs --gates")
         settings.append(Setting(name, gates=gates if selector.needs_gate else None, selector=selector))
     return settings
-
-
-def _choice(items: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    unknown = [item for item in items if item not in known]
-    if unknown:
-        raise ValueError(f"--{what}: {', '.join(unknown)} is not known; choose from {', '.join(known)}")
-    return list(items)
 
 
 def _to_dict(groups: Sequence[Group], **facts: Any) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import Terminal, errors
-from .options import check_output
+from .common import Terminal, errors, parse_list
+from .options import check_output, named
 
 
 def command(
@@ -39,44 +40,57 @@ def command(
         terminal = Terminal()
         place = results if output is None else output
         check_output(place)
+        costs = _costs(results, selection)
+        histories = None if gates is None else _histories(parse_list(gates, str, "gates"))
         comparison = Comparison.read(results)
+        if histories is None:
+            compared = [folder for folder in comparison.facts.get("gates", {}).values() if _history(folder).is_file()]
+            histories = _histories(compared)
         report = build_comparison_report(
             comparison,
-            histories=_histories(comparison, gates),
-            costs=_costs(results, selection),
+            histories=histories,
+            costs=costs,
             figures=place / "figures",
         )
         terminal.say(f"report: {report.save(place / 'index.html')}")
 
 
-def _histories(comparison: Any, gates: str | None) -> dict[str, Any]:
+def _history(folder: str) -> Path:
+    return Path(folder).expanduser() / "history.json"
+
+
+def _histories(folders: Sequence[str]) -> dict[str, Any]:
+    """Learning curves by the names of the folders."""
     from ..files import read_json
 
-    if gates is None:
-        named = dict(comparison.facts.get("gates", {}))
-    else:
-        named = {Path(folder).name: folder for folder in gates.split(",")}
     found = {}
-    for name, folder in named.items():
-        path = Path(folder).expanduser() / "history.json"
-        if path.is_file():
-            found[name] = read_json(path)["history"]
-        elif gates is not None:
+    for folder in folders:
+        path = _history(folder)
+        if not path.is_file():
             raise FileNotFoundError(f"--gates: no history.json in {folder}; seer distill writes one")
+        with named("--gates"):
+            history = read_json(path).get("history")
+            if not isinstance(history, dict) or not {"loss", "loss_per_layer"} <= set(history):
+                raise ValueError(f"{path} is not what seer distill writes")
+        found[path.parent.name] = history
     return found
 
 
 def _costs(results: Path, selection: Path | None) -> list[Any]:
+    """Rows that ``benchmarks.selection`` wrote; of a case that was measured several times the latest."""
     from ..files import read_json
 
     path = results / "selection.json" if selection is None else selection
-    if selection is None and not path.is_file():
-        return []
+    if not path.is_file():
+        if selection is None:
+            return []
+        raise FileNotFoundError(f"--selection: no such file: {path}")
     found: dict[str, Any] = {}
-    for run in read_json(path).get("runs", []):
-        for result in run["results"]:  # of a case that was measured several times the latest counts
-            if "costs" in result:
-                found[str(sorted(result["case"].items()))] = result["costs"]
-    if not found:
-        raise ValueError(f"{path} holds no costs of selection; python -m benchmarks.selection writes them")
+    with named("--selection"):
+        for run in read_json(path).get("runs", []):
+            for result in run["results"]:
+                if "costs" in result:
+                    found[str(sorted(result["case"].items()))] = result["costs"]
+        if not found:
+            raise ValueError(f"{path} holds no costs of selection; python -m benchmarks.selection writes them")
     return list(found.values())
