@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tasks": "all",
         "selectors": "xattention,xattention:stride=16,flexprefill,flashprefill,minference,mean_pool,"
         "sub_block:query_parts=8:key_parts=8,sub_block:query_parts=8:key_parts=8:reduce=max,streaming,random,"
-        "oracle:policy=top_k(0.1),oracle:reduce=mass:policy=top_k(0.1),oracle_cover",
+        "oracle:policy=top_k(0.1),oracle:reduce=mass:policy=top_k(0.1)",
         "densities": "0.05,0.1,0.2",
         "rules": "own,project",
         "protocols": "every_row_sparse,as_published",
