@@ -169,7 +169,8 @@ def command(
             identity = run_identity(loaded, place.partition(":")[0])
             if place.startswith("cuda"):
                 identity.pop("threads")  # a launcher of several processes sets it
-            run = _begin(journal, identity, loaded, model=model, gates=folders, seed=seed, device=place)
+            told = {name: "of the package" if _in_package(folder) else folder for name, folder in folders.items()}
+            run = _begin(journal, identity, loaded, model=model, gates=told, seed=seed, device=place)
             sweep = Sweep(subject, plan, journal, identity, run)
             terminal.say(f"{len(plan.contenders)} methods under their rules, {len(plan.densities)} densities: {output}")
             bar = terminal.progress if rank == 0 else _no_progress
@@ -210,6 +211,11 @@ def _gate_folders(model: str, gates: str | None) -> dict[str, str]:
     if len(set(names)) < len(names):
         names = folders
     return {f"gates {name}": folder for name, folder in zip(names, folders, strict=True)}
+
+
+def _in_package(folder: str) -> bool:
+    """Whether gates come with the package: where that lies says nothing to other readers."""
+    return Path(__file__).parents[1] in Path(folder).resolve().parents
 
 
 def _contenders(folders: Mapping[str, str], chosen: Mapping[str, Any]) -> list[Contender]:

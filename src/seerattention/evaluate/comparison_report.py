@@ -146,6 +146,8 @@ def curves(comparison: Comparison, length: int) -> list[tuple[str, Any, str]]:
             limits = (-3.0, 103.0) if y is score else None
             reference = None if level is None else ("dense", level)
             figure = line_figure(series, x_label=x.label, y_label=y.label, reference=reference, y_limits=limits)
+            widest = max(value for xs, _, _ in series.values() for value in xs)
+            figure.axes[0].set_xlim(0, 1.08 * widest)
             words = f"{y.label.partition(',')[0].capitalize()} over {x.label.partition(',')[0]}, {rule} rule"
             found.append((f"{name}-{rule}", figure, f"{words}, {format_length(length)} tokens."))
     return found
