@@ -178,6 +178,21 @@ def test_a_sweep_stops_and_goes_on(subject, tmp_path, monkeypatch):
     assert len(told["settings"]) == 4
 
 
+def test_what_runs_out_of_memory_is_named_and_left_out(subject, tmp_path, monkeypatch):
+    run, said = TextMeasure.run, []
+
+    def run_out(self, subject, prompts, settings, advance=None):
+        if settings[0].name.startswith("xattention, own"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, subject, prompts, settings, advance)
+
+    monkeypatch.setattr(TextMeasure, "run", run_out)
+    run_sweep(sweep_of(subject, plan_of(), tmp_path), progress=quiet, say=said.append)
+    assert said == ["out of memory, and left out: xattention, own rule 0.3 at 1K; a smaller --batch-size may do"]
+    names = {entry.name for entry in Comparison.read(tmp_path).at(LENGTH)}
+    assert names == {"dense", "xattention, project rule 0.3", "streaming, own rule 0.3"}
+
+
 def test_gates_are_compared_too(subject, tmp_path):
     seer.attach(subject.model, seer.GateConfig())
     seer.save_gates(subject.model, tmp_path / "gates")

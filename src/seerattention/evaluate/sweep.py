@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from .calibration import CalibrationMeasure, CalibrationResult
@@ -24,6 +25,7 @@ from .map_measure import MapMeasure
 from .measure import Advance, Measure, Prompts, Subject
 from .perplexity import PerplexityMeasure
 from .settings import Setting
+from .tables import format_length
 from .text_tasks import TextMeasure
 from .timing import TimingMeasure
 
@@ -160,6 +162,8 @@ def run_sweep(
 ) -> None:
     """Run every unit of a plan, beside other processes that do the same in the same folder.
 
+    What runs out of device memory is named at the end and left out; the others go on.
+
     Args:
         progress: ``progress(what, total)`` is a context manager that gives ``advance(tokens)``.
         say: for remarks.
@@ -170,13 +174,21 @@ def run_sweep(
     """
     units = units_of(sweep.plan)
     tokens = {length: sweep.tokens(length) for length in sorted(sweep.plan.lengths)}  # all prompts, before any work
-    left = []
+    left, failed = [], []
+
+    def run(unit: Unit, advance: Advance) -> None:
+        try:
+            sweep(unit, advance)
+        except torch.OutOfMemoryError:
+            failed.append(f"{unit.name} at {format_length(unit.length)}")
+            torch.cuda.empty_cache()
+
     with progress(f"{len(units)} settings", sum(tokens[unit.length] for unit in units)) as advance:
         for unit in units:
             done = _Counted(advance, tokens[unit.length])
             with _taken(sweep, unit, wait=False) as mine:
                 if mine:
-                    sweep(unit, done)
+                    run(unit, done)
                 else:
                     left.append(unit)
             done.finish()
@@ -184,7 +196,9 @@ def run_sweep(
             say(f"waiting for {len(left)} settings that other processes have taken")
             for unit in left:
                 with _taken(sweep, unit, wait=True):
-                    sweep(unit, lambda tokens: None)
+                    run(unit, lambda tokens: None)
+    if failed:
+        say(f"out of memory, and left out: {'; '.join(failed)}; a smaller --batch-size may do")
 
 
 class _Counted:
