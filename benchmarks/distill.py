@@ -44,6 +44,11 @@ _LOSS_TOLERANCE = 1e-2
 _CHECKED_ROWS = 0.5
 # A 24 GB card has 24 GiB or a little less, of which the CUDA context, the display and fragments take about this much.
 FITS_BYTES = int(22.5 * 2**30)
+FORMS = {
+    "paper": seer.PrefillGateConfig(),
+    "sub_block": seer.SubBlockGateConfig(),
+    "sub_block_shared": seer.SubBlockGateConfig(share_keys=True),
+}
 _SKIP_ROWS = 0.0  # every row, so that "rows" is the share of all of them
 
 
@@ -54,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark = ModelBenchmark(
         name="distill",
         lengths=[8192, 32768, 65536],
-        prepare=lambda model: seer.attach(model, seer.GateConfig()),
+        prepare=lambda model: seer.attach(model, seer.GateConfig(prefill=FORMS[options.form])),
         check=lambda model, name, length: _checked(check_losses(model, random_tokens(name, length))),
         cases=lambda options, lengths: [(length, rows) for length in lengths for rows in options.rows],
-        measure=lambda name, model, case, options: [measure(name, model, *case, options.repeats)],
+        measure=lambda name, model, case, options: [measure(name, model, *case, options.repeats, options.form)],
         table=_table,
     )
     return benchmark.run(given, options, torch.float32 if options.tiny else getattr(torch, options.dtype))
@@ -67,7 +72,7 @@ def _checked(loss_error: float) -> tuple[dict[str, Any], str]:
     return {"loss_error": loss_error}, f"losses agree with the reference to {loss_error:.1e}"
 
 
-def measure(name: str, model: Any, length: int, rows: float, repeats: int) -> dict[str, Any]:
+def measure(name: str, model: Any, length: int, rows: float, repeats: int, form: str) -> dict[str, Any]:
     """Time steps and forwards in turns; the first of each is a warm-up."""
     device = model.device
     batch = {"input_ids": random_tokens(name, length).to(device)}
@@ -102,6 +107,7 @@ def measure(name: str, model: Any, length: int, rows: float, repeats: int) -> di
         "model": name,
         "length": length,
         "rows": rows,
+        "form": form,
         "layers": layers,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -165,6 +171,7 @@ def _seconds(function: Any, device: torch.device) -> float:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.distill", __doc__, check_length=2048)
+    parser.add_argument("--form", choices=list(FORMS), default="paper", help="form of the gates")
     parser.add_argument("--rows", type=float, nargs="+", default=[1.0, 0.25], help="share of the query-block rows")
     return parser.parse_args(arguments)
 
@@ -173,6 +180,7 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         *PROMPT,
         ("rows", case_of("rows", "g")),
+        ("gates", lambda result: result["case"].get("form", "paper")),
         ("step s", metric("step_s", ".3g")),
         ("tokens/s", metric("tokens_per_s", ".0f")),
         ("step / forward", metric("step_over_forward", ".2f")),

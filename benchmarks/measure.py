@@ -39,7 +39,7 @@ from seerattention.ops.pooled_attention import (
 from seerattention.policies import Policy, Threshold, TokenBudget, TopK, TopP
 
 from .candidates import AUTOMATIC, attention_candidates, our_implementations
-from .registry import Case
+from .registry import GATE_SPECS, Case
 
 _CANNOT_RUN = (RuntimeError, ValueError, NotImplementedError)
 _GATE_TOLERANCE = 3e-2  # of bfloat16 pooling and projections against the same in float32
@@ -108,7 +108,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
             return measure_pooled_attention(case, options)
         if case.op == "pooled_attention_decode":
             return measure_pooled_attention_decode(case, options)
-        if case.op == "gate_path":
+        if case.op in GATE_SPECS:
             return measure_gate_path(case, options)
         return measure_attention(case, options)
 
@@ -251,7 +251,7 @@ def measure_gate_path(case: Case, options: Options) -> dict[str, Any]:
     """Pooling, gate and selection by every policy, beside sparse attention on the lists of ``TopK(density)``."""
     shape, device, length = case.shape, options.device, case.keys
     q, k, v = make_inputs(shape, length, length, device)
-    gate = make_gate(shape, length, device)
+    gate = make_gate(shape, length, device, spec=GATE_SPECS[case.op])
     logits = gate.logits(q, k)
     last = logits[:, :, -1].float().softmax(-1)
     policies: dict[str, Policy] = {
@@ -283,10 +283,11 @@ def measure_gate_path(case: Case, options: Options) -> dict[str, Any]:
     attend = partial(block_sparse_attention, q, k, v, lists["TopK"])
     checked.add("ours: sparse attention", attend, partial(check_attention, attend, q, k, v, lists["TopK"]))
     checked.add("part: gate logits", partial(gate.logits, q, k), gate_error)
-    pooled = ((q, gate.gate.config.q_pooling), (k, gate.gate.config.k_pooling))
+    module = gate.gate
+    pooled = ((q, module.config.q_pooling, module.q_pitch), (k, module.config.k_pooling, module.k_pitch))
 
     def pool() -> list[Tensor]:
-        return [block_pooling(x, kinds, block_size=shape.block_size) for x, kinds in pooled]
+        return [block_pooling(x, kinds, block_size=pitch) for x, kinds, pitch in pooled]
 
     checked.add("part: pooling", pool, gate_error)  # logits are right only if what they are made of is
     select = partial(policies["TopK"].select, logits, block_size=shape.block_size)
@@ -324,7 +325,7 @@ def _target_error(
 
 def _gate_error(logits: Tensor, case: Case, q: Tensor, k: Tensor, rows: list[int]) -> float:
     """Relative error of the gate's causal logits, against pooling and gate in float32 on the same numbers."""
-    exact = make_gate(case.shape, case.keys, q.device)
+    exact = make_gate(case.shape, case.keys, q.device, spec=GATE_SPECS[case.op])
     exact.gate.float()
     expected = exact.gate(
         q.float(), k.float(), exact.cos.float(), exact.sin.float(), rows=torch.tensor(rows, device=q.device)

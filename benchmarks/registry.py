@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from seerattention.config import PrefillGateConfig, SubBlockGateConfig
 from seerattention.evaluate.kernels import AttentionShape
 
 SHAPES = {
@@ -118,7 +119,15 @@ OPS = {
         lists=("none",),
         targets=("gate-path",),
     ),
+    "sub_block_gate_path": Op(
+        "the same of a gate finer than its mask: sub-blocks of 8 queries and 8 keys",
+        lengths=(8192, 32768, 131072),
+        densities=(0.1,),
+        lists=("none",),
+        targets=(),
+    ),
 }
+GATE_SPECS = {"gate_path": PrefillGateConfig(), "sub_block_gate_path": SubBlockGateConfig()}
 
 
 def make_cases(

@@ -25,7 +25,7 @@ import torch
 
 from seerattention.baselines import Oracle, OracleCover
 from seerattention.cli.common import Terminal, resolve_device
-from seerattention.config import PrefillGateConfig
+from seerattention.config import PrefillGateConfig, SubBlockGateConfig
 from seerattention.evaluate.calibration import search
 from seerattention.evaluate.comparison import costs_table
 from seerattention.evaluate.contenders import Contender, make_contenders
@@ -34,7 +34,6 @@ from seerattention.evaluate.timing import peak_memory, time_functions
 from seerattention.ops.block_sparse_attention import block_sparse_attention
 from seerattention.ops.indices import BlockIndices
 from seerattention.selectors import LayerInputs
-from seerattention.testbed import GATE_CONFIG
 
 from .command import Budget, make_parser, release
 from .registry import SHAPES, TINY_LENGTHS
@@ -43,7 +42,8 @@ from .results import own_arguments, start_run
 #: Forms of gates to time, by what tables call them. Another form joins by a line.
 FORMS: dict[str, Any] = {
     "gate, paper's form": PrefillGateConfig(),
-    "gate, the testbed's form (max, min, mean of queries)": GATE_CONFIG.prefill,
+    "gate, max, min and mean of queries": PrefillGateConfig(q_pooling=("max", "min", "avg")),
+    "gate, 8x8 sub-blocks": SubBlockGateConfig(),
 }
 BASELINES = (
     "streaming,random,mean_pool,sub_block,sub_block:query_parts=8:key_parts=8,xattention,xattention:stride=16,"
@@ -172,7 +172,7 @@ def _contenders(
     """Inputs of a layer, and what chooses from them: each form of gate in a layer of its own."""
     found = []
     for name, config in FORMS.items():
-        made = make_gate(shape, length, q.device, config=config)
+        made = make_gate(shape, length, q.device, spec=config)
         inputs = _inputs(shape, q, k, v, made.cos, made.sin, made.gate)
         found.append((inputs, make_contenders({name: "fresh"}, "", ("project", "top_k"))))
     made = make_gate(shape, length, q.device)

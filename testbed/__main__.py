@@ -259,6 +259,22 @@ def smollm2(
     write(output)
 
 
+@app.command()
+def smollm2_gates(
+    gates: Annotated[Path, typer.Argument(help="Folder that `seer distill --model smollm2` wrote.")],
+    target: Annotated[Path | None, typer.Option(help="Default: the embedded folder of the package.")] = None,
+) -> None:
+    """Put trained gates for SmolLM2 into the package, compressed."""
+    from .smollm2 import embed_gates
+
+    if target is None:
+        import seerattention.testbed
+
+        target = Path(seerattention.testbed.__file__).parent / "gates-smollm2"
+    size = embed_gates(gates, target)
+    typer.echo(f"packaged into {target}: {size / 2**20:.1f} MiB")
+
+
 @app.command(name="all", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def everything(
     context: typer.Context,

@@ -1,4 +1,4 @@
-"""``python -m testbed smollm2``: the real pre-trained model as a folder, and what it was made from."""
+"""``python -m testbed smollm2`` and ``smollm2-gates``: the real pre-trained model as a folder, and gates for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.testbed import smollm2
 
 
@@ -21,3 +22,20 @@ def write(folder: Path) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     typer.echo(f"{folder}: {'was there already' if known else f'made from {source}'}")
+
+
+def embed_gates(source: Path, target: Path) -> int:
+    """Write trained gates as the package embeds them, compressed without loss; returns their size on disk.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: ``source`` holds no valid gates.
+        ValueError: they are those of another model.
+    """
+    checkpoint = read_checkpoint(source)
+    if checkpoint.base_model.get("name") != smollm2.HUB_ID:
+        raise ValueError(
+            f"{source} holds gates for {checkpoint.base_model.get('name')}, not for {smollm2.HUB_ID}; distil them with "
+            "`seer distill --model smollm2`"
+        )
+    write_checkpoint(target, checkpoint, packed=True)
+    return sum(path.stat().st_size for path in target.iterdir())

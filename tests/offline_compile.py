@@ -337,8 +337,9 @@ def block_selection(module, target):
         rules = [Rule(kind, num, 64, None, 1, 0.1, softmax=s) for kind in ("threshold", "topp") for s in (False, True)]
         rules += [Rule("topk", num, 64, None, 1, keep=keep)]
         rules += [rules[1]._replace(relative=True, min_blocks=4, first_blocks=1)]
+        rules += [rules[-1]._replace(bounds=torch.zeros(2, num))]
         for rule in rules:
-            name = f"{rule.kind} {num} {rule.softmax} {rule.relative}"
+            name = f"{rule.kind} {num} {rule.softmax} {rule.relative} {rule.bounds is not None}"
             yield name, functools.partial(module.select, scores, rule)
     for num in (16384, 32768) if target == "sm_90" else ():  # 8 and 16 warps share the registers
         scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
@@ -346,6 +347,10 @@ def block_selection(module, target):
         yield f"topp {num} True", functools.partial(module.select, scores, rule)
         rule = Rule("topk", num, 64, None, 0, keep=keep, diagonal_extra=True)
         yield f"topk {num}", functools.partial(module.select, scores, rule)
+    if target == "sm_90":  # a compiler short of registers gave wrong lists of these
+        rule = Rule("threshold", 4096, 64, None, 0, 0.0, relative=True, min_blocks=4)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"floor 4096 {dtype}", functools.partial(module.select, torch.zeros(1, 2, 8, 4096, dtype=dtype), rule)
 
 
 # Calls, module, targets; consumers' GPUs (sm_86) differ from sm_80 in their shared memory only, which wide heads fill.

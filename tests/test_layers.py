@@ -237,11 +237,11 @@ assert not any(name.startswith("triton.") for name in sys.modules)
 
 
 def test_tracked_tree_is_small():
-    """What git tracks stays under 42 MiB, weights included, so that a clone is quick."""
+    """What git tracks stays under 50 MiB, weights included, so that a clone is quick."""
     try:
         done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout, or no git")
     files = [ROOT / name for name in done.stdout.split("\0") if name]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    assert size < 42 * 2**20, f"{size / 2**20:.1f} MiB are tracked"
+    assert size < 50 * 2**20, f"{size / 2**20:.1f} MiB are tracked"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from seerattention.baselines import Oracle, Selector
 from seerattention.ops import BlockIndices, pooled_attention
 from seerattention.policies import (
+    Budget,
     Dense,
     Policy,
     RelativeThreshold,
@@ -33,6 +34,9 @@ policies = st.one_of(
     st.builds(TopP, st.floats(0.01, 1), last),
     st.builds(TokenBudget, st.integers(1, 2000), last),
     st.builds(RelativeThreshold, st.floats(0, 8), *[st.integers(0, 6)] * 3, last),
+    st.builds(
+        Budget, st.just(0.1), st.just((1, 5, 9)), st.tuples(*[st.floats(0.1, 8)] * 3), *[st.integers(0, 6)] * 2, last
+    ),
     st.just(Dense()),
 )
 
@@ -87,7 +91,16 @@ def test_json_round_trip(policy):
 
 @pytest.mark.parametrize(
     "policy",
-    [Threshold(0.01), TopK(0.3), TopK(0.3, uniform=True), TopP(0.9), TokenBudget(128), RelativeThreshold(2.0), Dense()],
+    [
+        Threshold(0.01),
+        TopK(0.3),
+        TopK(0.3, uniform=True),
+        TopP(0.9),
+        TokenBudget(128),
+        RelativeThreshold(2.0),
+        Budget(0.1, (1,), (2.0,)),
+        Dense(),
+    ],
 )
 def test_nan_and_empty_rows(policy):
     logits = make_logits(6, 6)
@@ -123,7 +136,7 @@ def test_relative_threshold_by_hand(factor, floors, num_keys, seed):
 
 def test_a_toy_policy_is_known_by_its_kind(monkeypatch):
     """Being defined is enough for JSON."""
-    from seerattention import policies as module
+    from seerattention.policies import policy as module
 
     monkeypatch.setattr(module, "KINDS", dict(module.KINDS))
 

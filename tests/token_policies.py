@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import seerattention as seer
-from seerattention.policies import PublishedDecode, RelativeThreshold
+from seerattention.policies import Budget, PublishedDecode, RelativeThreshold
 
 
 def probabilities(scores: list[float]) -> list[float]:
@@ -33,6 +33,8 @@ def naive(policy: seer.Policy, scores: list[float], block_size: int) -> set[int]
     if isinstance(policy, seer.Dense) or policy == seer.TopP(1.0):
         return set(range(own + 1))
     shares = probabilities(scores)
+    if isinstance(policy, Budget):
+        policy = RelativeThreshold(policy.factor(own + 1), policy.min_blocks, policy.first_blocks, dense_rows=0)
     if isinstance(policy, RelativeThreshold):
         if own < policy.dense_rows:
             return set(range(own + 1))

@@ -34,18 +34,20 @@ if TYPE_CHECKING:
     from . import tasks as tasks
     from . import testbed as testbed
     from .blocks import BlockIndices
-    from .config import DecodeGateConfig, GateConfig, PrefillGateConfig
+    from .config import DecodeGateConfig, GateConfig, PrefillGateConfig, SubBlockGateConfig
     from .distillation import DistillConfig, distill
     from .hf.attach import attach, detach, set_policy
     from .hf.contexts import dense, observe
     from .hf.save import save_gates
     from .measure.calibrate import calibrate
     from .measure.stats import record
-    from .policies import Dense, Policy, RelativeThreshold, Threshold, TokenBudget, TopK, TopP
+    from .policies import Budget, Budgets, Dense, Policy, RelativeThreshold, Threshold, TokenBudget, TopK, TopP
     from .selectors import LayerInputs
 
 _NAMES = {
     "BlockIndices": "blocks",
+    "Budget": "policies",
+    "Budgets": "policies",
     "DecodeGateConfig": "config",
     "Dense": "policies",
     "DistillConfig": "distillation",
@@ -53,6 +55,7 @@ _NAMES = {
     "LayerInputs": "selectors",
     "Policy": "policies",
     "PrefillGateConfig": "config",
+    "SubBlockGateConfig": "config",
     "Threshold": "policies",
     "RelativeThreshold": "policies",
     "TokenBudget": "policies",
@@ -88,6 +91,8 @@ _ROOMS = (
 
 __all__ = [
     "BlockIndices",
+    "Budget",
+    "Budgets",
     "DecodeGateConfig",
     "Dense",
     "DistillConfig",
@@ -96,6 +101,7 @@ __all__ = [
     "Policy",
     "PrefillGateConfig",
     "RelativeThreshold",
+    "SubBlockGateConfig",
     "Threshold",
     "TokenBudget",
     "TopK",

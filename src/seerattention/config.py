@@ -18,6 +18,8 @@ PHASES = ("prefill", "decode")
 BLOCK_SIZES = (32, 64, 128)
 DECODE_BLOCK_SIZES = (16, *BLOCK_SIZES)
 POOLING_KINDS = ("max", "min", "avg")
+PITCHES = (4, 8, 16, 32, 64, 128)
+REDUCTIONS = ("max", "logsumexp")
 # Wider gates than any model has heads: a number that was meant for something else.
 MAX_WIDTH = 1024
 
@@ -160,6 +162,11 @@ class PrefillGateConfig(GateSpec):
         object.__setattr__(self, "rope", rope)
         object.__setattr__(self, "block_size", block_size)
 
+    @property
+    def share_keys(self) -> bool:
+        """Whether a KV head's query heads share its encoded keys: where queries have a linear layer of their own."""
+        return bool(self.q_linear)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PrefillGateConfig:
         """Inverse of :meth:`to_dict`; also of what earlier versions wrote."""
@@ -183,6 +190,62 @@ class PrefillGateConfig(GateSpec):
                 f"q_pooling={self.q_pooling}, width={width}; leave q_linear=None"
             )
         return dataclasses.replace(self, width=width, q_linear=q_linear)
+
+
+@dataclass(frozen=True)
+class SubBlockGateConfig(GateSpec):
+    """A prefill gate that looks more finely than its mask: blocks are cut into sub-blocks on both sides.
+
+    Sub-blocks are pooled, projected, rotated at their first tokens and multiplied as in the form of the paper; one
+    score a tile is made of all its products. What a single token asks for, or holds, is lost in a vector of 64 tokens
+    and not in one of 8. Products cost what attention costs, divided by ``q_pitch * k_pitch``; none is written out.
+
+    Attributes:
+        q_pitch, k_pitch: tokens a sub-block of queries and of keys: powers of two from 4 to the block size.
+        k_pooling, q_pooling: how keys and queries are pooled per sub-block, concatenated in this order.
+        width: channels of the projected vectors; None is the model's head_dim.
+        reduce: what makes one score of a tile's products: ``"max"`` or ``"logsumexp"``.
+        share_keys: one key projection for the query heads of a KV head, rather than one for each of them. Encoded keys
+            then take a group's share of the time and memory.
+        rope: rotate sub-blocks at the positions of their first tokens.
+        block_size: tokens a block of the mask: 32, 64 or 128; None: that of :class:`GateConfig`.
+    """
+
+    form = "sub_block"
+    phase = "prefill"
+    module = "seerattention.gates.sub_block:SubBlockGate"
+    q_linear: ClassVar[bool] = True
+
+    q_pitch: int = 8
+    k_pitch: int = 8
+    k_pooling: tuple[str, ...] = POOLING_KINDS
+    q_pooling: tuple[str, ...] = POOLING_KINDS
+    width: int | None = None
+    reduce: str = "max"
+    share_keys: bool = False
+    rope: bool = True
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            _check_block_size(self.block_size)
+        for name in ("q_pitch", "k_pitch"):
+            pitch, most = getattr(self, name), self.block_size or BLOCK_SIZES[-1]
+            _check_integer(name, pitch)
+            if pitch not in PITCHES or pitch > most:
+                raise ValueError(f"{name} must be one of {PITCHES} and at most the block size ({most}), got {pitch}")
+        object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
+        object.__setattr__(self, "q_pooling", _kinds("q_pooling", self.q_pooling))
+        if self.width is not None:
+            _check_width("width", self.width)
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
+        _check_flag("share_keys", self.share_keys)
+        _check_flag("rope", self.rope)
+
+    def resolve(self, head_dim: int) -> SubBlockGateConfig:
+        """The same with ``width`` filled in for a model with this head_dim."""
+        return dataclasses.replace(self, width=self.width or head_dim)
 
 
 @dataclass(frozen=True)
@@ -230,7 +293,8 @@ class GateConfig:
 
     Attributes:
         block_size: tokens a block, shared by mask and pooling: 32, 64 or 128.
-        prefill: the gate that reads prompts (:class:`PrefillGateConfig`), or None for none.
+        prefill: the gate that reads prompts (:class:`PrefillGateConfig`, or :class:`SubBlockGateConfig`), or None for
+            none.
         decode: the gate that decodes (:class:`DecodeGateConfig`), or None: decoding is dense.
     """
 
@@ -245,6 +309,8 @@ class GateConfig:
             if spec is not None and not (isinstance(spec, GateSpec) and spec.phase == phase):
                 names = " or ".join(known.__name__ for known in FORMS.values() if known.phase == phase)
                 raise TypeError(f"{phase} must be a {names} or None, got {type(spec).__name__}")
+            if spec is not None:
+                self.spec_of(phase)  # raises where what it says does not go with the block size
         if not self.phases:
             raise ValueError("GateConfig needs at least one gate; prefill and decode are both None")
 

@@ -73,8 +73,10 @@ def arguments(folder, tmp_path):
         "eval": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "compare": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "report": [tmp_path],
+        "calibrate": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "inspect": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "bench": ["--device", "cpu", "--lengths", "256"],
         "convert": [folder / "gates"],
+        "join": [folder / "gates", folder / "gates"],
         "env": [],
     }

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gate_folders import write_own, write_own_of_both_phases
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "prefill_llama_hd32"
 RUN = [sys.executable, "-c", "from seerattention.cli import main; main()"]
 
@@ -43,6 +45,18 @@ def test_convert_errors_are_one_line(tmp_path):
     assert done.returncode == 1
     assert "no folder of gates" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_join(tmp_path):
+    write_own(tmp_path / "prompts")
+    write_own_of_both_phases(tmp_path / "decoding")
+    done = seer("join", str(tmp_path / "prompts"), str(tmp_path / "decoding"), str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    policy = {"kind": "token_budget", "tokens": 64, "last_blocks_dense": 0}
+    assert json.loads(done.stdout)["policies"]["decode"] == policy
+    failed = seer("join", str(tmp_path / "decoding"), str(tmp_path / "prompts"), str(tmp_path / "out"))
+    assert failed.returncode == 1
+    assert "no gates for 'decode'" in failed.stderr
 
 
 def test_help_lists_commands_and_imports_no_torch():

@@ -112,3 +112,47 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, monkeypatch):
     assert failed.stderr.splitlines()[-1].startswith(
         f"error: cannot write {tmp_path / 'out' / STATE_FILE}: No space left"
     )
+
+
+def test_sub_block_gates_are_distilled_and_go_on(run, tmp_path):
+    output = tmp_path / "out"
+    fine = ("--form", "sub_block", "--k-pitch", 4, "--share-keys", "--tile-score", "logsumexp")
+    with interrupted_after(2):
+        run(output, *fine)
+    other = run(output, "--form", "sub_block")
+    assert other.exit_code == 1
+    assert "belongs to a run with other settings" in other.stderr
+    done = run(output, *fine)
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((output / "gate_config.json").read_text())["gates"]["prefill"]
+    assert config == {
+        "form": "sub_block", "q_pitch": 8, "k_pitch": 4, "k_pooling": ["max", "min", "avg"],
+        "q_pooling": ["max", "min", "avg"], "width": None, "reduce": "logsumexp", "share_keys": True, "rope": True,
+    }  # fmt: skip
+    again = run(tmp_path / "more", "--gates", output, "--k-pitch", 8, "--form", "sub_block")
+    assert again.exit_code == 0, again.stderr
+    said = again.stderr
+    assert "form sub_block, block_size 64, k_pooling max,min,avg" in said
+    assert f"--k-pitch 8 has no effect: --gates {output} decides, and its k_pitch is 4" in said
+    assert "--form" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--form", "fine"], "--form must be one of paper, sub_block, got 'fine'"),
+        (["--form", "sub_block", "--q-pitch", 3], "--q-pitch: q_pitch must be one of"),
+        (["--form", "sub_block", "--k-pitch", 128], "--k-pitch: k_pitch must be one of"),
+        (["--form", "sub_block", "--tile-score", "mean"], "--tile-score: reduce must be one of"),
+    ],
+)
+def test_wrong_forms(run, tmp_path, arguments, sentence):
+    result = run(tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert sentence in result.stderr.splitlines()[-1]
+
+
+def test_options_of_sub_blocks_say_that_the_form_of_the_paper_has_none(run, tmp_path):
+    result = run(tmp_path / "out", "--q-pitch", 16, "--share-keys")
+    assert result.exit_code == 0, result.stderr
+    assert "--q-pitch, --share-keys have no effect: only --form sub_block has sub-blocks" in result.stderr

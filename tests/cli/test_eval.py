@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import seerattention as seer
 from seerattention.distillation.lock import locked
 from seerattention.evaluate import MEASURES, register
 
@@ -74,6 +75,58 @@ def test_eval_refuses_selectors(seer_command, common, selectors, says):
     result = seer_command("eval", *common[:2], "--gates", "none", *common[4:], "--selectors", selectors)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert says in result.stderr
+
+
+def test_eval_compares_gates_of_several_forms(seer_command, folder, common, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    seer.attach(model, seer.GateConfig(prefill=seer.SubBlockGateConfig()))
+    seer.save_gates(model, tmp_path / "fine")
+    result = seer_command(
+        "eval", *common, "--compare-gates", f"fine={tmp_path / 'fine'}", "--lengths", "768", "--densities", "0.5",
+        "--measure", "perplexity", "--documents", 1, "--selectors", "gate:policy=top_p(0.5),oracle", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    found = {item["setting"]: item["last_quarter"]["perplexity"] for item in data["perplexity"]}
+    rule = "gate:policy=top_p(0.5)"
+    assert list(found) == ["dense", "gates 0.5", "fine 0.5", rule, f"fine {rule}", "oracle"]
+    assert found["fine 0.5"] != found["gates 0.5"]
+    assert found[f"fine {rule}"] != found[rule]
+    assert data["compared gates"] == {"fine": str(tmp_path / "fine")}
+
+
+def test_eval_stops_after_its_seconds_and_goes_on(seer_command, common, tmp_path, monkeypatch):
+    from seerattention.cli import eval as command
+
+    arguments = ["eval", *common, "--lengths", "768", "--densities", "none", "--measure", "perplexity"]
+    arguments += ["--documents", 1, "--output", tmp_path / "out", "--json"]
+    arguments += ["--selectors", "gate:policy=top_k(0.5),oracle"]
+    monkeypatch.setattr(command._Clock, "__call__", late_after(command._Clock, 2))
+    result = seer_command(*arguments, "--seconds", 1000)
+    assert result.exit_code == 0, result.stderr
+    assert "stopped after --seconds 1000, before all was measured; the same command goes on" in result.stderr
+    first = json.loads(result.stdout)["perplexity"]
+    assert [item["setting"] for item in first] == ["dense", "gate:policy=top_k(0.5)"]
+    monkeypatch.undo()
+    result = seer_command(*arguments, "--seconds", 1000)
+    assert "stopped" not in result.stderr
+    assert "2 of 3 results were measured before" in result.stderr
+    last = json.loads(result.stdout)["perplexity"]
+    assert last[:2] == first
+    assert last[2]["setting"] == "oracle"
+
+
+def late_after(clock, times):
+    """A clock's answer that is "too late" after so many that are not, by turning its own end back."""
+    asked, answer = [], clock.__call__
+
+    def ask(self):
+        asked.append(0)
+        if len(asked) > times:
+            self.end = 0.0
+        return answer(self)
+
+    return ask
 
 
 def test_eval_perplexity_is_that_of_the_model(seer_command, folder):

@@ -56,11 +56,16 @@ WRONG = {
         "--clip-norm": ["-1", "nan", "inf"],
         "--rows": ["0", "-1", "1.5", "2.7", "nan", "inf", "-inf"],
         "--skip-rows": ["-0.1", "1", "nan"],
+        "--last-rows": NOT_OPTIONAL_COUNTS,
         "--reduction": ["mean", ""],
         "--phase": ["both", ""],
         "--block-size": ["0", "48", "-64", "256"],
         "--k-pooling": ["median", "", "max,max"],
         "--q-pooling": ["median", ""],
+        "--form": ["fine", ""],
+        "--q-pitch": ["0", "3", "24", "256", "8.5"],
+        "--k-pitch": ["0", "3", "24", "256", "8.5"],
+        "--tile-score": ["mean", ""],
         "--gate-hidden-size": ["-2", "7", "1000000000"],
         "--document-tokens": NOT_OPTIONAL_COUNTS,
         "--eval-sequences": NOT_OPTIONAL_COUNTS,
@@ -68,6 +73,12 @@ WRONG = {
         "--eval-density": ["0", "2", "nan"],
         "--save-every": NOT_OPTIONAL_COUNTS,
         "--save-seconds": ["-1", "nan", "inf"],
+    },
+    "calibrate": {
+        **{option: values for option, values in COMMON.items() if option != "--seed"},
+        "--length": LENGTHS,
+        "--sequences": NOT_COUNTS,
+        "--densities": [*DENSITIES, "1"],
     },
     "eval": {
         **COMMON,
@@ -86,6 +97,8 @@ WRONG = {
         "--lm-eval-tasks": ["nothing.yaml", "{folder}/task.yaml", ",", ""],
         "--limit": NOT_COUNTS,
         "--num-fewshot": NOT_OPTIONAL_COUNTS,
+        "--compare-gates": ["./nothing", "fine=./nothing", "={folder}", "fine=", ",", ""],
+        "--seconds": ["-1", "nan", "inf", "soon"],
     },
     "compare": {
         **COMMON,
@@ -130,10 +143,11 @@ WRONG = {
         "--seconds": ["-1", "nan", "inf"],
     },
     "convert": {"DESTINATION": PLACES},
+    "join": {"DESTINATION": PLACES},
     "env": {},
 }
 # Options that take any text, and positions: nothing can be wrong with them before they are used.
-FREE = {"--text-field", "SOURCE", "RESULTS"}
+FREE = {"--text-field", "SOURCE", "PREFILL", "DECODE", "RESULTS"}
 # Sentences about models and texts that are clear without the option's name; most texts are named by their file.
 CLEAR = {
     "--model": ("no model folder at",),
@@ -207,7 +221,7 @@ def test_the_table_above_lacks_no_command():
     assert {name for name, _, _ in COMMANDS} == set(WRONG)
 
 
-@pytest.mark.parametrize("command", ["distill", "eval", "compare", "inspect", "bench", "demo"])
+@pytest.mark.parametrize("command", ["distill", "calibrate", "eval", "compare", "inspect", "bench", "demo"])
 def test_right_options_pass_the_checks(command, seer_command, arguments, nothing_works):
     """Otherwise the table would prove nothing."""
     with pytest.raises(WorkBegan):

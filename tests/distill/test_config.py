@@ -22,6 +22,7 @@ from seerattention.distillation import DistillConfig, DistillHistory
         ("rows", 1.5),
         ("rows", True),
         ("skip_rows", 1.0),
+        ("last_rows", -1),
         ("reduction", "mean"),
         ("accumulation", 0),
         ("eval_every", 0),
@@ -90,3 +91,10 @@ def test_layers_that_do_not_learn_are_named():
     assert history.mean_recall() == pytest.approx((0.9 + 0.6 + 0.4) / 3)
     assert history.loss[0] == 1.0
     assert DistillHistory.from_dict(json.loads(json.dumps(history.to_dict()))) == history
+
+
+def test_what_is_newer_than_a_state_is_not_in_its_settings():
+    assert not {"phase", "last_rows"} & DistillConfig().to_dict().keys()
+    config = DistillConfig(last_rows=3, phase="decode")
+    assert config.to_dict()["last_rows"] == 3
+    assert DistillConfig.from_dict(config.to_dict()) == config

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ import seerattention as seer
 from seerattention.distillation import DistillConfig, distill
 from seerattention.distillation.objectives import decode_loss
 from seerattention.hf import gates_of
+from seerattention.measure import block_recall
 
 from .tiny import random_batches, tiny_llama, topic_batches
 
@@ -78,11 +82,51 @@ def test_a_run_learns_and_leaves_the_gates_of_prompts_alone(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), saved.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_block_recall_by_its_definition(padded):
+    """The mass in the chosen blocks and the token's own, mean over heads and tokens behind the first block."""
+    model = attached()
+    (batch,) = random_batches(1, batch=2, length=120)
+    ends = [120, 120]
+    if padded:
+        batch["attention_mask"] = torch.ones(2, 120, dtype=torch.long)
+        batch["attention_mask"][0, 100:], ends[0] = 0, 100
+    found = block_recall(model, [batch], seer.TopK(0.5), phase="decode")
+    for inputs in inputs_of(model, batch):
+        gate = gates_of(model, "decode")[inputs.layer]
+        scores = inputs.q.double() @ inputs.k.double().repeat_interleave(2, 1).mT * inputs.scale
+        probabilities = scores.masked_fill(torch.ones(120, 120).triu(1).bool(), float("-inf")).softmax(-1)
+        table = inputs.cos, inputs.sin
+        queries, keys = gate.encode_queries(inputs.q_pre, *table), gate.encode_keys(inputs.k_pre, *table)
+        mass, pairs = 0.0, 0
+        for b, kv, t in itertools.product(range(2), range(2), range(BLOCK, 120)):
+            if t >= ends[b]:
+                continue
+            own, complete = t // BLOCK, (t + 1) // BLOCK
+            keep = math.ceil(0.5 * (own + 1))
+            logits = (queries[b, kv, t].double() @ keys[b, kv, :complete].double().T)[:own]
+            chosen = [own, *logits.argsort(descending=True)[: keep - 1].tolist()]
+            mine = probabilities[b, 2 * kv : 2 * kv + 2, t]
+            mass += sum(float(mine[:, n * BLOCK : (n + 1) * BLOCK].sum(-1).mean()) for n in chosen)
+            pairs += 1
+        assert found[inputs.layer] == pytest.approx(mass / pairs, rel=1e-4)
+
+
+def test_recall_is_measured_as_gates_learn():
+    model = attached(seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(block_size=16)))
+    config = DistillConfig(phase="decode", rows=0.25, learning_rate=3e-3, warmup=2, eval_density=0.3)
+    history = distill(model, topic_batches(4) * 15, config, eval_batches=topic_batches(1))
+    assert history.recall_steps == [0, 60]
+    assert all(values[1] > values[0] for values in history.recall.values())
+    # Without a policy it is that of the model, whose budget holds everything here.
+    assert all(value == pytest.approx(1) for value in block_recall(model, topic_batches(1), phase="decode").values())
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"a gate for decode; attach gates first: .*GateConfig\(decode="):
         distill(seer.attach(tiny_llama(), seer.GateConfig()), topic_batches(1), DistillConfig(phase="decode"))
-    with pytest.raises(ValueError, match="block recall of decode gates is not measured"):
-        distill(attached(), topic_batches(1), DistillConfig(phase="decode"), eval_batches=topic_batches(1))
+    with pytest.raises(ValueError, match=r"no gates for decoding to measure.*GateConfig\(decode="):
+        block_recall(seer.attach(tiny_llama(), seer.GateConfig()), topic_batches(1), seer.TopK(0.5), phase="decode")
     with pytest.raises(ValueError, match="phase must be one of"):
         DistillConfig(phase="both")
     assert "phase" not in DistillConfig().to_dict()

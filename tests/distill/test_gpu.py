@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seerattention.config import PrefillGateConfig, SubBlockGateConfig
 from seerattention.distillation import DistillConfig, distill
 
 from .tiny import attached_llama, forget, gate_tensors, random_batches, topic_batches
@@ -12,11 +13,12 @@ from .tiny import attached_llama, forget, gate_tensors, random_batches, topic_ba
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_losses_equal_those_of_the_cpu():
+@pytest.mark.parametrize("spec", [PrefillGateConfig(), SubBlockGateConfig(), SubBlockGateConfig(share_keys=True)])
+def test_losses_equal_those_of_the_cpu(spec):
     config = DistillConfig(steps=5, rows=0.5, warmup=1, eval_density=0.3)
     held_out = random_batches(1, seed=9)
-    expected = distill(attached_llama(), random_batches(5), config, eval_batches=held_out)
-    history = distill(attached_llama().cuda(), random_batches(5), config, eval_batches=held_out)
+    expected = distill(attached_llama(spec=spec), random_batches(5), config, eval_batches=held_out)
+    history = distill(attached_llama(spec=spec).cuda(), random_batches(5), config, eval_batches=held_out)
     assert history.loss == pytest.approx(expected.loss, rel=2e-2)
     for layer, values in expected.recall.items():
         assert history.recall[layer] == pytest.approx(values, abs=1e-2)

@@ -87,6 +87,19 @@ def test_rows_are_drawn_from_what_is_not_skipped():
     assert draw_rows(16, 100, 0.0, 0, 0).tolist() == list(range(16))
 
 
+def test_the_last_rows_are_always_among_them():
+    others = set()
+    for draw in range(40):
+        rows = draw_rows(16, 6, 0.25, 3, draw, last_rows=2).tolist()
+        assert rows == sorted(set(rows))
+        assert len(rows) == 6
+        assert rows[-2:] == [14, 15]
+        others.update(rows[:-2])
+    assert others == set(range(4, 14))
+    assert draw_rows(16, 2, 0.25, 3, 0, last_rows=5).tolist() == [14, 15]
+    assert draw_rows(16, None, 0.5, 3, 0, last_rows=5).tolist() == list(range(8, 16))
+
+
 def test_rows_depend_on_seed_and_draw_only():
     first = draw_rows(64, 8, 0.0, 7, 11)
     torch.manual_seed(123)

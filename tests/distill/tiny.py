@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from seerattention.config import GateConfig
+from seerattention.config import GateConfig, GateSpec, PrefillGateConfig
 from seerattention.hf import attach
 from seerattention.hf.state import gates_of
 
@@ -38,11 +38,11 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 
     return model.to(dtype).eval()
 
 
-def attached_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The tiny model with fresh gates of block size 32."""
+def attached_llama(seed: int = 0, dtype: torch.dtype = torch.float32, spec: GateSpec | None = None) -> LlamaForCausalLM:
+    """The tiny model with fresh gates of block size 32, of the paper's form if no other is given."""
     model = tiny_llama(seed, dtype)
     torch.manual_seed(seed + 1)
-    return attach(model, GateConfig(block_size=32), min_context=0)
+    return attach(model, GateConfig(block_size=32, prefill=spec or PrefillGateConfig()), min_context=0)
 
 
 def random_batches(count: int, batch: int = 2, length: int = 320, seed: int = 5) -> list[dict[str, torch.Tensor]]:

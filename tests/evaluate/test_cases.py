@@ -193,3 +193,28 @@ def test_a_name_is_taken_once(monkeypatch):
     with pytest.raises(ValueError, match="already a measure called 'toy'"):
         register(type("Other", (Toy,), {}))
     monkeypatch.delitem(MEASURES, "toy")
+
+
+def test_a_run_that_is_told_to_stop_ends_with_what_there_is_setting_by_setting(toy, subject, tmp_path):
+    def stop():
+        return len(toy.runs) >= 3
+
+    shown, settings = [], [DENSE, SPARSE]
+    common = {"journal": Journal(tmp_path), "identity": IDENTITY}
+    groups = run_measures(subject, [TOY], settings, [256, 320], stop=stop, show=shown.append, **common)
+    assert toy.runs == [("dense", 256), ("dense", 320), (SPARSE.name, 256)]
+    assert [(group.length, len(group.results)) for group in groups] == [(256, 2), (320, 1)]
+    assert sorted(group.length for group in shown) == [256, 320]
+    rest = run_measures(subject, [TOY], settings, [256, 320], stop=lambda: False, **common)
+    assert toy.runs[3:] == [(SPARSE.name, 320)]
+    assert numbers_of(rest) == numbers_of(run_measures(subject, [TOY], settings, [256, 320]))
+    toy.runs.clear()
+    assert run_measures(subject, [TOY], settings, [256], stop=lambda: True) == []
+    assert toy.runs == []
+
+
+def test_what_is_on_disk_is_taken_after_the_time_is_up(toy, subject, tmp_path):
+    expected = numbers_of(run(subject, tmp_path))
+    journal = Journal(tmp_path)
+    again = run_measures(subject, [TOY], [DENSE, SPARSE], [256], journal=journal, identity=IDENTITY, stop=lambda: True)
+    assert numbers_of(again) == expected

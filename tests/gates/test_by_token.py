@@ -13,7 +13,7 @@ import seerattention as seer
 from seerattention.gates import build_gate, select_by_token
 from seerattention.ops import block_selection, block_sparse_decode
 from seerattention.ops.span import LENGTH, START, Span
-from seerattention.policies import PublishedDecode, RelativeThreshold, policy_from_dict
+from seerattention.policies import Budget, PublishedDecode, RelativeThreshold, policy_from_dict
 from token_policies import naive
 
 BLOCK, HEADS = 16, 2
@@ -25,6 +25,7 @@ POLICIES = {
     "mass": seer.TopP(0.7),
     "everything": seer.TopP(1.0),
     "relative": RelativeThreshold(1.0, min_blocks=3, dense_rows=2),
+    "by position": Budget(0.3, (1, 6), (0.5, 1.5), min_blocks=3),
     "dense": seer.Dense(),
     "published budget": PublishedDecode(tokens=3 * BLOCK),
     "published threshold": PublishedDecode(threshold=0.1),

@@ -18,7 +18,7 @@ from gate_folders import CONFIG, load_checkpoint, write_own, write_published, wr
 from seerattention.distillation.saved import check_same_run, load_state, save_state
 from seerattention.files import DamagedFileError
 from seerattention.gates import tensors
-from seerattention.gates.checkpoint import read_checkpoint
+from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.gates.sources import convert, load_gates
 
 TESTBED = Path(seer.__file__).parent / "testbed" / "gates"
@@ -398,3 +398,34 @@ def test_the_form_of_a_gate_has_a_name_and_old_files_have_the_papers():
     data = seer.GateConfig(block_size=128).to_dict()
     assert data["prefill"].pop("form") == "paper"
     assert seer.GateConfig.from_dict(data) == seer.GateConfig(block_size=128)
+
+
+def test_packed_gates_are_the_same_and_are_verified(own, tmp_path):
+    saved, folder = read_checkpoint(own), tmp_path / "packed"
+    write_checkpoint(folder, saved, packed=True)
+    packed = folder / "gates.safetensors.xz"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "gate_config.json", packed.name]
+    again = read_checkpoint(folder)
+    assert again.gate_config == saved.gate_config
+    assert again.weights.keys() == saved.weights.keys()
+    assert all(torch.equal(x, again.weights[name]) for name, x in saved.weights.items())
+    content = packed.read_bytes()
+    for damaged in (content[:-20], b"", content[:200] + b"x" + content[201:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=r"gates\.safetensors\.xz is damaged"):
+            read_checkpoint(folder)
+    packed.unlink()
+    with pytest.raises(FileNotFoundError, match=r"gates\.safetensors"):
+        read_checkpoint(folder)
+
+
+def test_of_packed_and_plain_gates_only_those_saved_last_are_there(own, tmp_path):
+    saved, folder = read_checkpoint(own), tmp_path / "gates"
+    for packed, name in ((True, "gates.safetensors.xz"), (False, "gates.safetensors"), (True, "gates.safetensors.xz")):
+        write_checkpoint(folder, saved, packed=packed)
+        assert [path.name for path in folder.glob("gates.*")] == [name]
+
+
+def test_packing_saves_a_third_of_weights_in_half_precision():
+    content = (TESTBED / "gates.safetensors").read_bytes()
+    assert len(tensors.pack(content)) < 0.71 * len(content)

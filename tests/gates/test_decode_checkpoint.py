@@ -14,11 +14,12 @@ from gate_folders import (
     DECODE_PREFIX,
     make_gates,
     published_decode_weights,
+    write_own,
     write_published_decode,
 )
 from seerattention.files import DamagedFileError
 from seerattention.gates.checkpoint import GateCheckpoint, gate_tensors, read_checkpoint, write_checkpoint
-from seerattention.gates.sources import convert, load_gates
+from seerattention.gates.sources import convert, join, load_gates
 
 
 def loaded(checkpoint, phase="decode"):
@@ -150,3 +151,36 @@ def test_weights_of_a_phase_without_gates_are_unexpected(tmp_path):
     checkpoint.weights["layers.0.prefill.k_linear"] = torch.ones(1)
     with pytest.raises(DamagedFileError, match=r"unexpected: layers\.0\.prefill\.k_linear"):
         loaded(checkpoint)
+
+
+def test_gates_of_both_phases_are_joined(tmp_path):
+    write_own(tmp_path / "prompts")
+    published = write_published_decode(tmp_path / "decoding")
+    parts = {"prefill": load_gates(tmp_path / "prompts", CONFIG), "decode": load_gates(published, CONFIG)}
+    joined = read_checkpoint(join(tmp_path / "prompts", published, tmp_path / "both"))
+    assert joined.gate_config == seer.GateConfig(block_size=32, decode=seer.DecodeGateConfig(width=16, block_size=16))
+    assert (joined.policy, joined.decode_policy) == (seer.TopK(0.25), seer.TokenBudget(4096))
+    assert joined.weights.keys() == parts["prefill"].weights.keys() | parts["decode"].weights.keys()
+    for part in parts.values():
+        assert all(torch.equal(joined.weights[name], value) for name, value in part.weights.items())
+    for phase in ("prefill", "decode"):
+        loaded(joined, phase)
+    # Again, with a source that has both already: what it has for the other phase is left out.
+    again = read_checkpoint(join(tmp_path / "both", tmp_path / "both", tmp_path / "both"))
+    assert again.gate_config == joined.gate_config
+    assert again.weights.keys() == joined.weights.keys()
+
+
+def test_gates_that_cannot_be_joined(tmp_path):
+    write_own(tmp_path / "prompts")
+    write_published_decode(tmp_path / "decoding")
+    with pytest.raises(ValueError, match="no gates for 'decode', only for prefill"):
+        join(tmp_path / "prompts", tmp_path / "prompts", tmp_path / "out")
+    with pytest.raises(ValueError, match="no gates for 'prefill', only for decode"):
+        join(tmp_path / "decoding", tmp_path / "decoding", tmp_path / "out")
+    write_published_decode(tmp_path / "other", num_attention_heads=8)
+    with pytest.raises(ValueError, match="different base models: num_attention_heads: 4 and 8"):
+        join(tmp_path / "prompts", tmp_path / "other", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no folder of gates"):
+        join(tmp_path / "prompts", tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -42,6 +42,10 @@ def main() -> None:
         launch_gate_path(dtype)
         synchronize()
         print(f"gate path: {dtype}")
+    for num_keys in (4096, 8192) if DEVICE == "cuda" else (256,):  # rows of two warps and of four
+        launch_selection(num_keys)
+        synchronize()
+        print(f"selection: rows of {num_keys} blocks")
 
 
 def synchronize() -> None:
@@ -90,6 +94,12 @@ def launch_gate_path(dtype: torch.dtype) -> None:
         )
         for policy in POLICIES:
             policy.select(logits, block_size=64, lengths=lengths)
+
+
+def launch_selection(num_keys: int) -> None:
+    logits = torch.randn(1, 2, 3, num_keys, device=DEVICE)
+    for policy in (*POLICIES, seer.RelativeThreshold(0.0), seer.RelativeThreshold(2.0), seer.TopK(1 - 1e-6)):
+        policy.select(logits, block_size=64)
 
 
 if __name__ == "__main__":

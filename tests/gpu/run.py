@@ -29,10 +29,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # Files that take long, and in how many shares they run; first, so that none of them is left over at the end.
 SHARES = {
+    "test_block_sparse_attention.py": 6,
+    "test_block_sparse_decode.py": 4,
+    "test_spans.py": 4,
+    "test_pooled_attention_decode.py": 5,
     "test_block_selection.py": 4,
+    "test_gate_scores.py": 2,
     "test_pooled_attention.py": 3,
-    "test_pooled_attention_decode.py": 3,
-    "test_block_sparse_attention.py": 3,
 }
 
 

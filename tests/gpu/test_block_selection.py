@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_equals_reference(shape, dtype):
             assert_identical(select_topp, probabilities, p, **common)
 
 
-@pytest.mark.parametrize("num_keys", [8192, 16384, 20000, 32768])
+@pytest.mark.parametrize("num_keys", [4096, 8192, 16384, 20000, 32768])
 def test_widest_rows(num_keys):
     """From half a million tokens to two, in blocks of 64; no row of scores is copied or sorted on the way."""
     scores = make_scores(3, num_keys, torch.float32)
@@ -61,6 +63,8 @@ def test_widest_rows(num_keys):
     for p in (0.5, 0.9999):
         assert_identical(select_topp, probabilities, p)
     assert_identical(select_threshold, probabilities, 2.0 / num_keys)
+    for dtype, factor in itertools.product((torch.float32, torch.bfloat16), (0.0, 2.0, 100.0)):
+        assert_identical(select_threshold, probabilities.to(dtype), factor, relative=True, min_blocks=4)
     lengths = torch.tensor([64 * num_keys - 100, 64 * num_keys], device="cuda")
     assert_identical(select_topk, scores, [50] * 3, lengths=lengths)
 

@@ -107,12 +107,20 @@ def test_products_of_sub_blocks_are_not_written():
     assert torch.cuda.max_memory_allocated() - before < 1.1 * scores.nbytes + 2**20
 
 
+SPECS = {
+    "paper": seer.PrefillGateConfig(),
+    "sub_block": seer.SubBlockGateConfig(),
+    "sub_block, shared keys": seer.SubBlockGateConfig(share_keys=True, k_pitch=4, width=64),
+}
+
+
 @pytest.mark.parametrize("length", [8192, 32768 + 17, 131072])
-def test_whole_path_at_real_sizes(length):
+@pytest.mark.parametrize("form", SPECS)
+def test_whole_path_at_real_sizes(form, length):
     """Logits of a Llama-8B layer's gate, and the lists of every policy, beside those of the plain path in float32."""
     shape = AttentionShape(32, 8, 128)
     q, k, _ = make_inputs(shape, length, length, torch.device("cuda"))
-    gate = make_gate(shape, length, torch.device("cuda"))
+    gate = make_gate(shape, length, torch.device("cuda"), spec=SPECS[form])
     with torch.inference_mode():
         logits = gate.logits(q, k)
         masked = gate.gate(q, k, gate.cos, gate.sin)
@@ -128,3 +136,34 @@ def test_whole_path_at_real_sizes(length):
             assert torch.equal(blocks.counts, same.counts)
             diagonal = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1)[..., 0]
             assert (diagonal == torch.arange(logits.shape[2], device="cuda")).all()
+
+
+@pytest.mark.parametrize("form", [form for form in SPECS if form != "paper"])
+def test_sub_block_gates_write_no_products_at_128k(form):
+    """64 products a tile would be 32 GiB for this layer; what is held is the logits and less than the queries."""
+    shape, length = AttentionShape(32, 8, 128), 131072
+    q, k, _ = make_inputs(shape, length, length, torch.device("cuda"))
+    gate = make_gate(shape, length, torch.device("cuda"), spec=SPECS[form])
+    with torch.inference_mode():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logits = gate.logits(q, k)
+        torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < logits.nbytes + q.nbytes
+
+
+@pytest.mark.parametrize("form", [form for form in SPECS if form != "paper"])
+def test_training_of_sub_block_gates_keeps_no_products(form):
+    """All rows of 64K tokens of a Llama-8B layer: at least 8 GiB of products, and their gradients as much."""
+    shape, length = AttentionShape(32, 8, 128), 65536
+    q, k, _ = make_inputs(shape, length, length, torch.device("cuda"))
+    gate = make_gate(shape, length, torch.device("cuda"), spec=SPECS[form])
+    gate.gate.float().requires_grad_(True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logits = gate.gate(q, k, gate.cos, gate.sin)
+    logits.masked_fill(logits == float("-inf"), 0).sum().backward()
+    torch.cuda.synchronize()
+    assert all(parameter.grad.isfinite().all() for parameter in gate.gate.parameters())
+    assert torch.cuda.max_memory_allocated() - before < 6 * 2**30

@@ -61,6 +61,22 @@ def test_round_trip_is_exact(model_of, tmp_path, family, dtype, form):
             assert torch.equal(value, after.state_dict()[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", [{}, {"share_keys": True, "k_pitch": 4, "reduce": "logsumexp", "rope": False}])
+def test_round_trip_of_sub_block_gates_is_exact(model_of, tmp_path, dtype, form):
+    model = attached(model_of(dtype=dtype), prefill=seer.SubBlockGateConfig(**form))
+    seer.save_gates(model, tmp_path)
+    again = seer.attach(model_of(dtype=dtype), tmp_path)
+    assert state_of(again).gate_config == state_of(model).gate_config
+    for before, after in zip(gates_of(model), gates_of(again), strict=True):
+        assert type(after) is type(before)
+        assert (after.q_pitch, after.k_pitch, after.reduce) == (before.q_pitch, before.k_pitch, before.reduce)
+        assert all(torch.equal(x, after.state_dict()[name]) for name, x in before.state_dict().items())
+    ids = torch.arange(130)[None] % 90
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
 def state_geometry(model) -> int:
     return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
 
@@ -148,7 +164,7 @@ def test_damaged_descriptions(model_of, saved):
     original = path.read_text()
     cases = [
         (lambda data: data.pop("gates"), "lacks"),
-        (lambda data: data.update(format_version=2), "format_version 2"),
+        (lambda data: data.update(format_version=3), "format_version 3"),
         (lambda data: data["gates"].update(block_size=48), "block_size"),
         (lambda data: data["gates"].pop("prefill"), "prefill"),
         (lambda data: data["policies"]["prefill"].update(kind="magic"), "magic"),

@@ -200,11 +200,18 @@ REFUSED = {
 }
 
 
+# Another form of gate than the paper's goes through every way in these families: half-split and neighbouring RoPE.
+SUB_BLOCKS = seer.GateConfig(block_size=BLOCK, prefill=seer.SubBlockGateConfig(q_pitch=8, k_pitch=4))
+SUB_BLOCK_FAMILIES = ("glm4", "llama")
+
+
 @torch.inference_mode()
-def blocks_read(model: nn.Module, run: Run, ids: Tensor) -> tuple[Tensor, dict[int, Tensor], float]:
+def blocks_read(
+    model: nn.Module, run: Run, ids: Tensor, config: seer.GateConfig | None = None
+) -> tuple[Tensor, dict[int, Tensor], float]:
     """Logits with half of the blocks; how many rows read each block ``[H, N, N]``, by layer; and the total density."""
     seen: list = []
-    attach(model, None, selector=Watched(GateSelector(seer.TopK(0.5)), seen))
+    attach(model, None, config, selector=Watched(GateSelector(seer.TopK(0.5)), seen))
     with seer.record(model) as stats:
         logits = run(model, ids)
     seer.detach(model)
@@ -218,14 +225,15 @@ def blocks_read(model: nn.Module, run: Run, ids: Tensor) -> tuple[Tensor, dict[i
     return logits, counts, stats.total_density
 
 
-def attach(model: nn.Module, policy, **options) -> nn.Module:
+def attach(model: nn.Module, policy, config: seer.GateConfig | None = None, **options) -> nn.Module:
     torch.manual_seed(1)
-    return seer.attach(model, seer.GateConfig(block_size=BLOCK), prefill=policy, min_context=0, **options)
+    config = config or seer.GateConfig(block_size=BLOCK)
+    return seer.attach(model, config, prefill=policy, min_context=0, **options)
 
 
 @torch.inference_mode()
-def with_policy(model: nn.Module, policy, run: Run, ids: Tensor) -> Tensor:
-    attach(model, policy)
+def with_policy(model: nn.Module, policy, run: Run, ids: Tensor, config: seer.GateConfig | None = None) -> Tensor:
+    attach(model, policy, config)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "seerattention")
         logits = run(model, ids)
@@ -233,27 +241,38 @@ def with_policy(model: nn.Module, policy, run: Run, ids: Tensor) -> Tensor:
     return logits
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_what_is_promised(name, way):
+    check_promise(name, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SUB_BLOCK_FAMILIES)
+def test_what_is_promised_of_sub_block_gates(name, way):
+    check_promise(name, way, SUB_BLOCKS)
+
+
+@torch.inference_mode()
+def check_promise(name: str, way: str, config: seer.GateConfig | None = None) -> None:
     model, case = make_model(name), WAYS[way]
     ids = make_ids(case.length)
     if (name, way) in REFUSED:
-        for each in (model, attach(model, seer.TopK(0.5))):
+        for each in (model, attach(model, seer.TopK(0.5), config)):
             with pytest.raises((RuntimeError, ValueError), match=r"crop"):
                 case.run(each, ids)
         return
     untouched = case.run(model, ids)
-    assert torch.equal(with_policy(model, seer.Dense(), case.run, ids), untouched)
-    torch.testing.assert_close(with_policy(model, seer.TopK(1.0), case.run, ids), untouched, rtol=1e-4, atol=1e-4)
-    logits, read, density = blocks_read(model, case.run, ids)
+    assert torch.equal(with_policy(model, seer.Dense(), case.run, ids, config), untouched)
+    every = with_policy(model, seer.TopK(1.0), case.run, ids, config)
+    torch.testing.assert_close(every, untouched, rtol=1e-4, atol=1e-4)
+    logits, read, density = blocks_read(model, case.run, ids, config)
     assert torch.isfinite(logits).all()
     if case.length >= 192:
         assert density < 1
         assert not torch.allclose(logits, untouched, rtol=1e-3, atol=1e-3)
     if case.reference is not None:
-        expected, expected_read, _ = blocks_read(model, case.reference, ids)
+        expected, expected_read, _ = blocks_read(model, case.reference, ids, config)
         mine, its = case.part
         torch.testing.assert_close(logits[mine], expected[its], rtol=1e-4, atol=1e-4)
         if case.lists:

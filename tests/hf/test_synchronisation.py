@@ -36,6 +36,8 @@ POLICIES = [
     seer.TopK(0.4, uniform=True),
     seer.TopP(0.6),
     seer.TokenBudget(64),
+    seer.RelativeThreshold(1.0),
+    seer.Budget(0.2, (1, 4), (0.1, 1.0)),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 import regex
 import torch
+from testbed.smollm2 import embed_gates
 
 import seerattention as seer
+from gate_folders import write_own
 from seerattention.evaluate.perplexity import cut_documents, document_losses
 from seerattention.files import DamagedFileError
+from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.tasks import TASKS, TaskGenerator
 from seerattention.tasks.pieces import VARIABLE_TEMPLATES
 from seerattention.testbed import smollm2
@@ -190,6 +194,23 @@ def test_gates_that_are_not_there_say_how_to_get_them(tmp_path, monkeypatch):
         seer.testbed.gates_path("smollm2")
     (tmp_path / "gates-smollm2").mkdir()
     assert seer.testbed.gates_path("smollm2") == tmp_path / "gates-smollm2"
+
+
+def test_trained_gates_are_embedded_and_found(tmp_path, monkeypatch):
+    write_own(tmp_path / "others")
+    with pytest.raises(ValueError, match=r"seer distill --model smollm2"):
+        embed_gates(tmp_path / "others", tmp_path / "gates-smollm2")
+    assert not (tmp_path / "gates-smollm2").exists()
+    others = read_checkpoint(tmp_path / "others")
+    trained = dataclasses.replace(others, base_model={**others.base_model, "name": smollm2.HUB_ID})
+    write_checkpoint(tmp_path / "trained", trained)
+    size = embed_gates(tmp_path / "trained", tmp_path / "gates-smollm2")
+    monkeypatch.setattr(seer.testbed, "_ROOT", tmp_path)
+    folder = seer.testbed.gates_path("smollm2")
+    assert size == sum(path.stat().st_size for path in folder.iterdir())
+    found = read_checkpoint(folder)
+    assert found.base_model == trained.base_model
+    assert all(torch.equal(x, found.weights[name]) for name, x in trained.weights.items())
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

@@ -15,12 +15,14 @@ COMMANDS = [
     # name, module, one line of help
     ("demo", "demo", "Distil gates on the embedded model and compare dense and sparse prefill."),
     ("distill", "distill", "Train gates for a model on your data."),
+    ("calibrate", "calibrate", "Fit budgets for trained gates: what spends a density at every length."),
     ("eval", "eval", "Perplexity and retrieval, dense beside sparse."),
     ("compare", "compare", "Gates beside training-free methods and oracles, at equal density, on long-context tasks."),
     ("report", "report", "One page of what seer compare found."),
     ("inspect", "inspect", "Pictures of true and predicted attention maps."),
     ("bench", "bench", "Dense beside sparse attention on this device: from which length on sparse pays."),
     ("convert", "convert", "Turn a published AttnGates folder into this package's layout."),
+    ("join", "join", "Put prefill gates and decode gates that were trained apart into one folder."),
     ("env", "env", "Versions and devices, for bug reports."),
 ]
 

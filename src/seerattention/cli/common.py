@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..distillation.documents import Documents
     from ..evaluate.tables import Table
+    from ..policies import Policy
 
 __all__ = [
     "Terminal",
@@ -36,6 +37,7 @@ __all__ = [
     "parse_list",
     "resolve_device",
     "run_identity",
+    "spending",
     "token_count",
 ]
 
@@ -306,6 +308,29 @@ def default_gates(model: str) -> Path | None:
         FileNotFoundError: none come with it yet.
     """
     return Path(testbed.gates_path(model)) if model in MODELS else None
+
+
+def spending(gates: Any, densities: Sequence[float], terminal: Terminal) -> dict[float, Policy]:
+    """What gates are asked for each density: their budgets, or top-k selection where they have none, which is said.
+
+    Args:
+        gates: a folder or hub id; None: no gates.
+    """
+    from ..gates.sources import stored_budgets
+    from ..policies import TopK
+
+    budgets = None if gates is None else stored_budgets(gates)
+    found: dict[float, Policy] = {density: TopK(density) for density in densities}
+    if budgets is None:
+        return found
+    low, high = budgets.densities[0], budgets.densities[-1]
+    spent = [density for density in densities if low <= density <= high]
+    found |= {density: budgets.policy(density) for density in spent}
+    if rest := [f"{density:g}" for density in densities if density not in spent and density != 1]:
+        terminal.say(
+            f"budgets are stored for densities from {low:g} to {high:g}; top-k selection for {', '.join(rest)}"
+        )
+    return found
 
 
 def open_data(data: str | None, model: str, text_field: str = "text") -> Documents | None:

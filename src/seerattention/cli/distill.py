@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Dtype, ModelName, Terminal, errors, load_model, resolve_device, token_count
+from .gate_form import FINE_OPTIONS, OPTION_OF, GateForm, say_what_gates_decide
 from .options import (
     check_dtype,
     check_gates,
@@ -27,7 +28,6 @@ from .options import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..config import GateConfig
     from ..distillation import DistillConfig, DistillHistory
     from ..distillation.documents import Documents
     from ..distillation.processes import Processes
@@ -58,13 +58,30 @@ def command(
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm of a layer; 0: no clipping.")] = 1.0,
     rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a whole number.")] = 0.25,
     skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
+    last_rows: Annotated[int, typer.Option(help="How many of the last query blocks are in every step.")] = 0,
     phase: Annotated[
-        str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens; no block recall).")
+        str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens).")
     ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
+    form: Annotated[
+        str,
+        typer.Option(help="Form of fresh gates: paper, or sub_block, which looks more finely than its mask."),
+    ] = "paper",
     k_pooling: Annotated[str, typer.Option(help="Key poolings, of max, min and avg.")] = "max,min,avg",
-    q_pooling: Annotated[str, typer.Option(help="Query poolings, of max, min and avg.")] = "avg",
+    q_pooling: Annotated[
+        str | None,
+        typer.Option(help="Query poolings, of max, min and avg. Default: avg; of --form sub_block all three."),
+    ] = None,
+    q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
+    k_pitch: Annotated[int, typer.Option(help="Tokens a key sub-block, of --form sub_block.")] = 8,
+    tile_score: Annotated[
+        str, typer.Option(help="Score of a tile's products, of --form sub_block: max or logsumexp.")
+    ] = "max",
+    share_keys: Annotated[
+        bool,
+        typer.Option("--share-keys", help="One key projection a KV head, of --form sub_block: smaller and faster."),
+    ] = False,
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
@@ -79,6 +96,9 @@ def command(
         int, typer.Option(help="Measure block recall every so many steps; 0: only before and after.")
     ] = 100,
     eval_density: Annotated[float, typer.Option(help="Density at which block recall is measured.")] = 0.1,
+    budgets: Annotated[
+        bool, typer.Option(help="At the end, fit on the held-out sequences what spends a density (prefill gates).")
+    ] = True,
     save_every: Annotated[int, typer.Option(help="Save the state every so many steps; 0: by time only.")] = 0,
     save_seconds: Annotated[float, typer.Option(help="Save the state every so many seconds.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -113,12 +133,25 @@ def command(
             say_unused(
                 context,
                 terminal,
-                ("eval_sequences", "q_pooling"),
-                "--phase decode has no block recall, and queries are not pooled",
+                ("q_pooling", "form"),
+                "queries of --phase decode are not pooled, and its gates have one form",
             )
-            eval_sequences = 0
         if not eval_sequences:
-            say_unused(context, terminal, ("eval_every", "eval_density"), "no sequences are held out for block recall")
+            unused = ("eval_every", "eval_density", "budgets")
+            say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
+        shape = GateForm(
+            "seerattention_r" if phase == "decode" else form,
+            block_size=block_size,
+            k_pooling=k_pooling,
+            q_pooling=q_pooling,
+            gate_hidden_size=gate_hidden_size,
+            q_pitch=q_pitch,
+            k_pitch=k_pitch,
+            tile_score=tile_score,
+            share_keys=share_keys,
+        )
+        if not shape.fine:
+            say_unused(context, terminal, FINE_OPTIONS, "only --form sub_block has sub-blocks")
         job = _Job(
             model=check_model(model),
             data=data,
@@ -130,7 +163,7 @@ def command(
             dtype=dtype,
             device=device,
             gates=gates,
-            gate=_gate(phase, block_size, _poolings(k_pooling), _poolings(q_pooling), gate_hidden_size or None),
+            gate=shape.config(),
         )
         settings = {
             "steps": steps or None,
@@ -139,6 +172,7 @@ def command(
             "clip_norm": clip_norm or None,
             "rows": _row_choice(rows),
             "skip_rows": skip_rows,
+            "last_rows": last_rows,
             "reduction": reduction,
             "accumulation": accumulation,
             "seed": seed,
@@ -146,25 +180,8 @@ def command(
             "eval_every": eval_every or None,
             "eval_density": eval_density,
         }
-        form = {
-            "block_size": block_size,
-            "k_pooling": ",".join(_poolings(k_pooling)),
-            "q_pooling": ",".join(_poolings(q_pooling)),
-            "gate_hidden_size": gate_hidden_size,
-        }
-        asked = {name: value for name, value in form.items() if gates is not None and is_given(context, name)}
-        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked)
-
-
-def _gate(phase: str, block_size: int, keys: list[str], queries: list[str], width: int | None) -> dict[str, Any]:
-    """Fresh gates as ``GateConfig.from_dict`` reads them."""
-    if phase == "decode":
-        return {"block_size": block_size, "prefill": None, "decode": {"k_pooling": keys, "width": width}}
-    return {"block_size": block_size, "prefill": {"k_pooling": keys, "q_pooling": queries, "width": width}}
-
-
-def _poolings(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
+        asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
+        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked, budgets)
 
 
 def _row_choice(rows: float) -> float | int:
@@ -202,8 +219,10 @@ def _distill(
     save_seconds: float,
     terminal: Terminal,
     asked: dict[str, Any],
+    budgets: bool,
 ) -> None:
-    """``asked``: what was said of the form of gates although they come from ``job.gates``."""
+    """``asked``: what was said of the form of gates although they come from ``job.gates``; ``budgets``: whether they
+    are to be fitted."""
     import torch
 
     from .. import hf
@@ -217,10 +236,10 @@ def _distill(
     from ..hf.state import state_of
 
     # What can be wrong with the options is found before a model is loaded.
-    with named({name: f"--{name.replace('_', '-')}" for name in (*settings, "block_size", "k_pooling", "q_pooling")}):
+    with named({name: f"--{name.replace('_', '-')}" for name in settings}):
         config = DistillConfig(**settings)
-        with named({"width": "--gate-hidden-size"}):
-            gate_config = GateConfig.from_dict(job.gate)
+    with named(OPTION_OF):
+        gate_config = GateConfig.from_dict(job.gate)
     block_size = gate_config.block_size_of(config.phase)
     if job.gates is None and job.length <= block_size:
         raise ValueError(
@@ -245,7 +264,7 @@ def _distill(
             f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
         )
         if job.gates is not None:
-            _say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, asked)
+            say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, asked)
     try:
         with distill_progress(terminal.err) if main else nullcontext() as on_step:
             history = run_distillation(
@@ -266,8 +285,23 @@ def _distill(
     except DistillationError as error:
         raise ValueError(str(error)) from error
     if main:
+        if budgets and held_out and config.phase == "prefill":
+            fit_budgets(model, held_out, terminal)
         _write_results(model, history, config, output, terminal, asdict(job))
     processes.finish()
+
+
+def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> None:
+    """Fit the budgets that are saved with the gates, or say why not: of short texts gates are good without them."""
+    from ..measure import calibrate
+
+    try:
+        found = calibrate(model, held_out)
+    except ValueError as error:
+        terminal.say(f"no budgets are stored with these gates: {error}")
+        return
+    known = ", ".join(f"{density:g}" for density in found.densities)
+    terminal.say(f"fitted budgets on the held-out sequences, for densities {known}; the default is {found.default:g}")
 
 
 def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
@@ -277,24 +311,6 @@ def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
     if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
         return asdict(job)
     return {**asdict(job), _TEXT: documents.fingerprint()}
-
-
-def _say_what_gates_decide(terminal: Terminal, source: str, config: GateConfig | None, asked: dict[str, Any]) -> None:
-    from ..config import PrefillGateConfig
-
-    if config is None or not isinstance(config.prefill, PrefillGateConfig):
-        return
-    form = {
-        "block_size": config.block_size_of("prefill"),
-        "k_pooling": ",".join(config.prefill.k_pooling),
-        "q_pooling": ",".join(config.prefill.q_pooling),
-        "gate_hidden_size": config.prefill.width or 0,
-    }
-    terminal.say(f"starting from the gates in {source}: " + ", ".join(f"{name} {form[name]}" for name in form))
-    for name, value in asked.items():
-        if value != form[name]:
-            option = f"--{name.replace('_', '-')}"
-            terminal.say(f"{option} {value} has no effect: --gates {source} decides, and its {name} is {form[name]}")
 
 
 def _text(
@@ -334,7 +350,7 @@ def _write_results(
     job: dict[str, Any],
 ) -> None:
     from .. import hf
-    from ..evaluate.figures import learning_figure
+    from ..evaluate.figures import learning_curves
     from ..evaluate.tables import Table
     from ..files import replacing, write_file
 
@@ -343,7 +359,7 @@ def _write_results(
     write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     picture = output / "curves.png"
     with replacing(picture) as temporary:
-        learning_figure(history.to_dict()).savefig(temporary, format="png", dpi=120)
+        learning_curves(history).savefig(temporary, format="png", dpi=120)
 
     rows = []
     for layer, losses in history.loss_per_layer.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,6 @@ from .common import (
     ModelName,
     Terminal,
     book_tokens,
-    default_gates,
     errors,
     load_model,
     open_data,
@@ -25,6 +25,7 @@ from .common import (
     run_identity,
     token_count,
 )
+from .eval_settings import all_gates, make_settings, named_gates
 from .options import (
     check_choice,
     check_dtype,
@@ -36,11 +37,12 @@ from .options import (
     is_given,
     parse_density,
     parse_threshold,
+    real,
     say_unused,
 )
 
 if TYPE_CHECKING:
-    from ..evaluate import Report, Setting
+    from ..evaluate import Report
     from ..evaluate.cases import Group
     from ..evaluate.measure import Measure
 
@@ -51,6 +53,10 @@ def command(
     gates: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),
+    ] = None,
+    compare_gates: Annotated[
+        str | None,
+        typer.Option(help="Also these gates, in everything that asks gates: NAME=FOLDER,... (other forms, say)."),
     ] = None,
     measure: Annotated[
         str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, tasks, lm-eval.")
@@ -69,7 +75,13 @@ def command(
             "make prompts to measure (RULER) use them."
         ),
     ] = "4K",
-    densities: Annotated[str, typer.Option(help="Densities of top-k selection.")] = "0.5,0.2,0.1,0.05",
+    densities: Annotated[
+        str,
+        typer.Option(
+            help="Densities: by the budgets stored with the gates, or of top-k selection where there are none. "
+            "none: no such."
+        ),
+    ] = "0.5,0.2,0.1,0.05",
     thresholds: Annotated[
         str | None, typer.Option(help="Also the gates with these probability thresholds, e.g. 0.002,0.005.")
     ] = None,
@@ -129,6 +141,10 @@ def command(
             "as soon as it is measured, and the same command goes on where it was stopped."
         ),
     ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(help="Begin no further measurement after so long, setting by setting until then; 0: measure all."),
+    ] = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
     ] = False,
@@ -184,24 +200,28 @@ def command(
         else:
             unused = ("limit", "num_fewshot", *(() if "tasks" in names else ("apply_chat_template",)))
             say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
-        settings = _settings(
-            default_gates(model) if gates is None else None if gates == "none" else gates,
-            parse_list(densities, parse_density, "densities"),
-            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
-            oracle,
-            selectors,
-        )
+        real("--seconds", seconds)
+        clock = _Clock(seconds) if seconds else None
+        compared = {} if compare_gates is None else dict(parse_list(compare_gates, named_gates, "compare-gates"))
         check_seed(seed)
         check_dtype(dtype)
         check_model(model)
-        if gates not in (None, "none"):
-            check_gates(gates)
         if output is not None:
             check_output(output)
         needs_texts = any(getattr(each, "needs_texts", True) for each in chosen_measures)
         if not needs_texts:
             say_unused(context, terminal, ("data", "text_field"), "lm-eval tasks bring their own texts")
         texts = open_data(data, model, text_field) if needs_texts else None
+        if gates not in (None, "none"):
+            check_gates(gates)
+        settings = make_settings(
+            all_gates(model, gates, compared),
+            [] if densities == "none" else parse_list(densities, parse_density, "densities"),
+            [] if thresholds is None else parse_list(thresholds, parse_threshold, "thresholds"),
+            oracle,
+            selectors,
+            terminal,
+        )
         chosen = resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")
         loaded, tokenizer = load_model(model, chosen, dtype)
@@ -211,7 +231,14 @@ def command(
             books = book_tokens(texts, model, tokenizer, limit=max(documents + 1, 16) * longest)
         terminal.say(f"settings: {', '.join(setting.name for setting in settings)}")
         subject = Subject(loaded, tokenizer, books, batch_size, seed)
-        facts = {"model": model, "gates": gates, "dtype": str(loaded.dtype), "device": chosen, "seed": seed}
+        facts = {
+            "model": model,
+            "gates": gates,
+            "compared gates": compared,
+            "dtype": str(loaded.dtype),
+            "device": chosen,
+            "seed": seed,
+        }
         with ExitStack() as stack:
             journal = None
             if output is not None:
@@ -226,7 +253,11 @@ def command(
                 identity=None if journal is None else run_identity(loaded, str(loaded.device)),
                 progress=terminal.progress,
                 show=lambda group: _show(terminal, group),
+                stop=clock,
             )
+            if clock is not None and clock.stopped:
+                again = "" if output is None else "; the same command goes on"
+                terminal.say(f"stopped after --seconds {seconds:g}, before all was measured{again}")
             numbers = _to_dict(groups, **facts)
             if output is not None:
                 write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
@@ -265,31 +296,16 @@ def _show(terminal: Terminal, group: Group) -> None:
     terminal.table(group.measure.table(group.results))
 
 
-def _settings(
-    gates: Any, densities: Sequence[float], thresholds: Sequence[float], oracle: bool, selectors: str | None
-) -> list[Setting]:
-    from ..baselines import Oracle, parse_selectors
-    from ..evaluate import Setting
-    from ..policies import Threshold, TopK
+class _Clock:
+    """Whether the time is up; what it said last stays said."""
 
-    policies = {f"{density:g}": TopK(density) for density in densities}
-    settings = [Setting.dense()]
-    if oracle:
-        settings += [Setting(f"oracle {name}", selector=Oracle(policy)) for name, policy in policies.items()]
-    if gates is not None:
-        settings += [Setting(f"gates {name}", gates=gates, policy=policy) for name, policy in policies.items()]
-        settings += [Setting(f"gates > {value:g}", gates=gates, policy=Threshold(value)) for value in thresholds]
-    elif thresholds:
-        raise ValueError("--thresholds needs --gates")
-    try:
-        chosen = {} if selectors is None else parse_selectors(selectors)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--selectors: {error}") from error
-    for name, selector in chosen.items():
-        if selector.needs_gate and gates is None:
-            raise ValueError(f"--selectors: {name} asks gates and needs --gates")
-        settings.append(Setting(name, gates=gates if selector.needs_gate else None, selector=selector))
-    return settings
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.stopped = False
+
+    def __call__(self) -> bool:
+        self.stopped = self.stopped or time.monotonic() > self.end
+        return self.stopped
 
 
 def _to_dict(groups: Sequence[Group], **facts: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..distillation.documents import Documents
+    from ..policies import Policy
 
 
 def command(
@@ -31,7 +32,10 @@ def command(
         ),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Top-k selection with this density. Default: the policy stored with the gates.")
+        float | None,
+        typer.Option(
+            help="This density, by the budgets stored with the gates, or top-k. Default: the policy stored with them."
+        ),
     ] = None,
     layers: Annotated[str, typer.Option(help="Layers to draw, e.g. 0,5,11, or 'all'.")] = "all",
     heads: Annotated[str, typer.Option(help="Query heads to draw, e.g. 0,3, or 'all'.")] = "0",
@@ -56,7 +60,7 @@ def command(
         from ..policies import TopK
 
         with named("--density"):
-            policy = None if density is None else TopK(density)
+            policy: Policy | None = None if density is None else TopK(density)
         folder = gates or common.default_gates(model)
         if folder is None:
             raise ValueError("--gates is needed for this model: a folder of trained gates or a hub id")
@@ -68,6 +72,8 @@ def command(
         check_model(model)
         check_dtype(dtype)
         check_output(output)
+        if density is not None:
+            policy = common.spending(folder, [density], terminal)[density]
         documents = None if text is not None else common.open_data(data, model)
         chosen = common.resolve_device(device)
         terminal.say(f"loading {model} on {chosen}")

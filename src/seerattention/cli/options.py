@@ -35,6 +35,7 @@ __all__ = [
     "named",
     "parse_density",
     "parse_index",
+    "parse_target",
     "parse_threshold",
     "real",
     "say_unused",
@@ -77,6 +78,14 @@ def parse_density(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:  # NaN is no density either
         raise ValueError("a density must lie in (0, 1]")
+    return value
+
+
+def parse_target(text: str) -> float:
+    """An item of ``--densities`` where budgets are fitted."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError("the density of a budget must lie between 0 and 1")
     return value
 
 
@@ -128,12 +137,12 @@ def check_model(model: str) -> str:
     return model
 
 
-def check_gates(gates: str) -> str:
+def check_gates(gates: str, option: str = "--gates") -> str:
     """A folder, or what could be a hub id."""
     if not gates.strip():
-        raise ValueError("--gates is empty; give a folder of gates or a hub id (owner/name)")
+        raise ValueError(f"{option} is empty; give a folder of gates or a hub id (owner/name)")
     if _means_a_path(gates) and not Path(gates).expanduser().is_dir():
-        raise FileNotFoundError(f"--gates: no folder of gates at {gates!r} (a hub id has the form 'owner/name')")
+        raise FileNotFoundError(f"{option}: no folder of gates at {gates!r} (a hub id has the form 'owner/name')")
     return gates
 
 

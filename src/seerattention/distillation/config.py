@@ -31,12 +31,14 @@ class DistillConfig:
             (0, 1]), a count (an int), or None for all of them. The cost of the target is proportional to it.
         skip_rows: share of the rows at the start that never enters the loss (the paper: a quarter; they see few blocks,
             so there is little to select). In a padded batch it is a share of the padded width.
+        last_rows: how many of the last rows are in the loss of every step (at most as many as ``rows`` allows), for
+            texts that end with what matters: a question about what lies before it.
         reduction: "row": the mean over rows and heads of the KL divergence of a row; "official": also divided by the
             number of key blocks, as the published code does (its mean counts masked entries).
         accumulation: batches a step.
         seed: decides which rows are drawn.
         phase: "prefill" trains the gates of prompts, "decode" those of decoding: their rows are query tokens, of which
-            those of the first block are left out, and block recall is not measured.
+            those of the first block are left out.
         eval_every: measure block recall every so many steps, besides before and after (None: only then). It takes
             ``eval_batches``; without them recall is not measured.
         eval_density: density of the ``TopK`` policy at which block recall is measured.
@@ -58,6 +60,7 @@ class DistillConfig:
     eval_density: float = 0.1
     min_improvement: float = 0.02
     phase: str = "prefill"
+    last_rows: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list | tuple):
@@ -78,9 +81,9 @@ class DistillConfig:
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only; the phase only where it is another than that of states older than it."""
+        """Plain JSON types only; what is newer than the first states only where it is not as it was then."""
         found = {**dataclasses.asdict(self), "betas": list(self.betas)}
-        return found if self.phase != "prefill" else {key: value for key, value in found.items() if key != "phase"}
+        return {key: value for key, value in found.items() if (key, value) not in _AS_BEFORE}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DistillConfig:
@@ -89,6 +92,9 @@ class DistillConfig:
         if unknown:
             raise ValueError(f"unknown distillation settings {unknown}")
         return cls(**data)
+
+
+_AS_BEFORE = (("phase", "prefill"), ("last_rows", 0))
 
 
 def _integer(x: Any, least: int) -> bool:
@@ -123,5 +129,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eval_every", lambda x: x is None or _integer(x, 1), "an integer of at least 1, or None"),
     ("eval_density", lambda x: _number(x) and 0 < x <= 1, "in (0, 1]"),
     ("min_improvement", lambda x: _number(x) and 0 <= x < 1, "in [0, 1)"),
+    ("last_rows", lambda x: _integer(x, 0), "an integer of at least 0"),
     ("phase", lambda x: x in PHASES, f"one of {PHASES}"),
 )

@@ -44,7 +44,9 @@ def kl_count(valid_rows: int, num_heads: int, num_key_blocks: int, reduction: st
     return pairs * num_key_blocks if reduction == "official" else pairs
 
 
-def draw_rows(num_blocks: int, rows: float | int | None, skip_rows: float, seed: int, draw: int) -> Tensor:
+def draw_rows(
+    num_blocks: int, rows: float | int | None, skip_rows: float, seed: int, draw: int, last_rows: int = 0
+) -> Tensor:
     """The query-block rows of one batch: a random subset, ascending, int64 ``[R]`` on the CPU.
 
     Args:
@@ -53,6 +55,7 @@ def draw_rows(num_blocks: int, rows: float | int | None, skip_rows: float, seed:
         skip_rows: share of the rows at the start that is never drawn.
         seed, draw: together they decide the subset; nothing else does, so every process of a run draws the same rows
             and a resumed run needs no generator state.
+        last_rows: how many of the last rows are always among them.
     """
     first = int(num_blocks * skip_rows)
     candidates = num_blocks - first
@@ -63,4 +66,6 @@ def draw_rows(num_blocks: int, rows: float | int | None, skip_rows: float, seed:
         return torch.arange(first, num_blocks)
     # Distinct draws must give distinct generator seeds; an odd multiplier spreads the seed over 63 bits.
     generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + draw) & (2**63 - 1))
-    return first + torch.randperm(candidates, generator=generator)[:count].sort().values
+    last = min(last_rows, count)
+    drawn = torch.randperm(candidates - last, generator=generator)[: count - last].sort().values
+    return first + torch.cat((drawn, torch.arange(candidates - last, candidates)))

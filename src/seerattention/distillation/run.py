@@ -155,8 +155,6 @@ class _Run:
         self.trainer = Trainer(model, config, total_steps=total, processes=processes)
         self.trainer.broadcast()
         self.history = DistillHistory(recall_density=config.eval_density if eval_batches else None)
-        if eval_batches and config.phase == "decode":
-            raise ValueError("block recall of decode gates is not measured in this version; leave out eval_batches")
         self.eval_batches = [check(batch) for batch in eval_batches]
         # Gates and models that differ in more than the shapes of tensors (block size, poolings) are other runs, too.
         # Through JSON, as a saved state has been.
@@ -256,7 +254,7 @@ class _Run:
             return
         self.trainer.write_back()
         mine = self.eval_batches[self.processes.rank :: self.processes.world_size]
-        sums = recall_sums(self.trainer.model, mine, TopK(self.config.eval_density))
+        sums = recall_sums(self.trainer.model, mine, TopK(self.config.eval_density), phase=self.config.phase)
         # In float32, as not every device adds up float64; a process without a batch of its own adds zeros.
         device = self.trainer.device
         table = torch.zeros(len(self.trainer.names), 2, dtype=torch.float32, device=device)

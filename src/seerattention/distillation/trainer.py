@@ -65,7 +65,7 @@ class _Rows:
         batch_size, _, width, _ = inputs.q.shape
         self.num_blocks = num_blocks(width, block_size)
         unit = block_size if config.phase == "prefill" else 1
-        rows = draw_rows(num_blocks(width, unit), config.rows, config.skip_rows, config.seed, draw)
+        rows = draw_rows(num_blocks(width, unit), config.rows, config.skip_rows, config.seed, draw, config.last_rows)
         if config.phase == "decode":  # tokens of the first block have no complete one to choose from
             rows = rows[rows >= block_size]
         lengths = torch.full((batch_size,), width) if inputs.lengths is None else inputs.lengths.cpu()

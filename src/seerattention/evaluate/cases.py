@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -38,7 +39,7 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class Group:
-    """The results of one measure at one length, one a setting.
+    """The results of one measure at one length, one a setting (that was measured before a run was stopped).
 
     Attributes:
         length: 0 where prompts have lengths of their own.
@@ -66,6 +67,7 @@ def run_measures(
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     show: Callable[[Group], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[Group]:
     """Run every measure at each of its lengths. All prompts are made before anything is measured.
 
@@ -78,36 +80,69 @@ def run_measures(
         identity: what decides results and only the caller knows: a digest of the model's weights, its dtype, versions.
             Needed with a journal.
         progress: ``progress(what, total)`` is a context manager that gives ``advance(tokens)``.
-        show: called with each group when it is complete.
+        show: called with each group when it is complete, or at the end.
+        stop: asked before each case that has to be measured: True ends the run with what there is. Cases then go
+            setting by setting, all measures of each, so that what there is can be compared.
 
     Raises:
         ValueError: a journal without an identity, or prompts that cannot be made.
     """
     if journal is not None and not identity:
         raise ValueError("a journal needs an identity, or results of another model could be taken for this one's")
-    todo = []
+    plans = []
     for measure in measures:
-        chosen = measure.settings(settings)
-        if chosen:
-            todo += [(measure, n, chosen, measure.prepare(subject, n)) for n in measure.lengths(sorted(lengths))]
+        if chosen := measure.settings(settings):
+            cases = [list(chosen)] if measure.together else [[setting] for setting in chosen]
+            plans += [_Plan(measure, n, cases, measure.prepare(subject, n)) for n in measure.lengths(sorted(lengths))]
     # By place in memory: those of the caller live as long as this call.
     described = {} if journal is None else {id(each): describe(each, subject.model) for each in settings}
-    groups = []
-    for measure, length, chosen, prompts in todo:
-        results: list[Any] = []
-        kept = 0
-        what, total = _at(measure.name, length), len(chosen) * prompts.tokens
+    order = [(plan, case) for plan in plans for case in plan.cases]
+    if stop is not None:
+        places = {id(setting): place for place, setting in enumerate(settings)}
+        order.sort(key=lambda each: places.get(id(each[1][0]), 0))
+    stopped = False
+
+    def halt() -> bool:
+        nonlocal stopped
+        stopped = stopped or (stop is not None and stop())
+        return stopped
+
+    for plan, run in itertools.groupby(order, lambda each: each[0]):
+        cases = [case for _, case in run]
+        measure, prompts = plan.measure, plan.prompts
+        what, total = _at(measure.name, plan.length), sum(map(len, cases)) * prompts.tokens
         with (progress or _silent)(what, total) as advance:
-            for settings_of in [chosen] if measure.together else [[setting] for setting in chosen]:
+            for settings_of in cases:
                 told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in settings_of]
-                case = Case(measure, length, prompts, settings_of, told if journal is not None else None)
-                measured, found = run_case(subject, case, journal=journal, identity=identity or {}, advance=advance)
-                results += measured
-                kept += len(measured) if found else 0
-        groups.append(Group(measure, length, results, kept))
-        if show is not None:
-            show(groups[-1])
-    return groups
+                case = Case(measure, plan.length, prompts, settings_of, told if journal is not None else None)
+                measured, found = run_case(
+                    subject, case, journal=journal, identity=identity or {}, advance=advance, stop=halt
+                )
+                if measured:
+                    plan.results, plan.done = [*plan.results, *measured], plan.done + 1
+                    plan.kept += len(measured) if found else 0
+        if show is not None and plan.done == len(plan.cases):
+            show(plan.group())
+    for plan in plans:
+        if show is not None and 0 < plan.done < len(plan.cases):
+            show(plan.group())
+    return [plan.group() for plan in plans if plan.done]
+
+
+@dataclass
+class _Plan:
+    """The cases of one measure at one length, and what was found in those that were run."""
+
+    measure: Measure
+    length: int
+    cases: list[list[Setting]]
+    prompts: Prompts
+    results: list[Any] = dataclasses.field(default_factory=list)
+    kept: int = 0
+    done: int = 0
+
+    def group(self) -> Group:
+        return Group(self.measure, self.length, list(self.results), self.kept)
 
 
 @dataclass(frozen=True)
@@ -135,6 +170,7 @@ def run_case(
     identity: Mapping[str, Any] | None = None,
     advance: Advance | None = None,
     facts: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[list[Any], bool]:
     """The results of a case, one a setting, and whether they were in the journal.
 
@@ -142,6 +178,7 @@ def run_case(
 
     Args:
         facts: plain values, to be written too, for readers.
+        stop: is asked before anything is measured; where it says so, nothing is, and there are no results.
     """
     measure, digest = case.measure, None
     if journal is not None:
@@ -152,6 +189,8 @@ def run_case(
             if advance is not None:
                 advance(len(case.settings) * case.prompts.tokens)
             return [measure.restore(*each) for each in found], True
+    if stop is not None and stop():
+        return [], False
     device = prompt_device(subject.model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

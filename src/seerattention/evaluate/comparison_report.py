@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ..files import replacing
 from .comparison import Comparison, Entry, costs_table, summary_table, task_table
-from .figures import learning_figure, line_figure
+from .figures import learning_curves, line_figure
 from .map_viewer import chosen_maps, map_viewer
 from .maps import draw_recall
 from .report import Report
@@ -82,7 +83,8 @@ def build_comparison_report(
         report.section("Learning curves")
         for name, history in histories.items():
             caption = f"{name}: distillation, {len(history['loss'])} steps."
-            report.figure(keep(learning_figure(history), f"learning-{name}"), caption, f"learning curves of {name}")
+            drawn = learning_curves(SimpleNamespace(**{"recall": {}, **history}))
+            report.figure(keep(drawn, f"learning-{name}"), caption, f"learning curves of {name}")
     if costs:
         report.section("Costs of selection")
         report.table(costs_table(costs), long_names=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-__all__ = ["COLORS", "bar_figure", "learning_figure", "line_figure", "new_figure", "over_density"]
+__all__ = ["COLORS", "bar_figure", "learning_curves", "line_figure", "new_figure", "over_density"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -113,31 +114,29 @@ def bar_figure(labels: Sequence[str], series: Mapping[str, Sequence[float]], *, 
     return figure
 
 
-def learning_figure(history: Mapping[str, Any]) -> Figure:
-    """Loss, and block recall where it was measured, of a distillation: its ``history.json`` has the numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    recall = history.get("recall") or {}
-    figure, axes = new_figure(width=9.6, columns=2 if recall else 1)
-    for losses in history["loss_per_layer"].values():
-        axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
-    steps = range(1, len(history["loss"]) + 1)
-    axes[0].plot(steps, history["loss"], color=COLORS[0], linewidth=1.8, label="mean of the layers")
-    axes[0].set(xlabel="step", ylabel="loss (KL divergence)")
-    axes[0].legend(frameon=False)
-    if recall:
-        for layer, values in recall.items():
-            axes[1].plot(history["recall_steps"], values, marker="o", markersize=3, linewidth=1.2, label=layer)
-        axes[1].set(xlabel="step", ylabel=f"block recall at density {history['recall_density']:g}")
-        if len(recall) <= 12:
-            axes[1].legend(frameon=False, fontsize=7, ncols=2)
-    for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
 def _label(axis: Axes, x_label: str, y_label: str) -> None:
     axis.set_xlabel(x_label, color=_INK, fontsize=10)
     axis.set_ylabel(y_label, color=_INK, fontsize=10)
     axis.grid(axis="y", color="#e8ebee", linewidth=0.8)
     axis.set_axisbelow(True)
+
+
+def learning_curves(history: Any) -> Figure:
+    """Loss of each layer and their mean, and block recall where it was measured, of a ``DistillHistory``."""
+    figure, axes = new_figure(width=9.6, columns=2 if history.recall else 1)
+    for losses in history.loss_per_layer.values():
+        axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
+    axes[0].plot(
+        range(1, len(history.loss) + 1), history.loss, color=COLORS[0], linewidth=1.8, label="mean of the layers"
+    )
+    axes[0].set(xlabel="step", ylabel="loss (KL divergence)")
+    axes[0].legend(frameon=False)
+    if history.recall:
+        for layer, values in history.recall.items():
+            axes[1].plot(history.recall_steps, values, marker="o", markersize=3, linewidth=1.2, label=layer)
+        axes[1].set(xlabel="step", ylabel=f"block recall at density {history.recall_density:g}")
+        if len(history.recall) <= 12:
+            axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure

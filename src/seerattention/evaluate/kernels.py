@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from ..config import PrefillGateConfig
+from ..config import GateSpec, PrefillGateConfig
 from ..gates import BlockGate, build_gate
 from ..ops.block_selection import dense_indices
 from ..ops.block_sparse_attention import block_sparse_attention
@@ -132,13 +131,13 @@ class GateInputs:
 
 
 def make_gate(
-    shape: AttentionShape, length: int, device: torch.device, seed: int = 0, config: Any = None
+    shape: AttentionShape, length: int, device: torch.device, seed: int = 0, spec: GateSpec | None = None
 ) -> GateInputs:
-    """A fresh gate, and the rotary table of ``length`` tokens; ``config`` is its form, None: the published one."""
+    """A fresh gate, of the published form where no other is given, and the rotary table of ``length`` tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = build_gate(
-            PrefillGateConfig() if config is None else config,
+            PrefillGateConfig() if spec is None else spec,
             block_size=shape.block_size,
             num_heads=shape.heads,
             num_kv_heads=shape.kv_heads,

@@ -2,7 +2,8 @@
 
 Another form of gate joins by a spec of its own in ``config.py``, which names its module: a :class:`BlockGate`, which
 takes the same constructor arguments as :class:`PrefillGate` and has the same three parts, whatever it pools inside.
-:class:`DecodeGate` scores for each query token and KV head; :func:`select_by_token` makes lists of such scores.
+:class:`SubBlockGate` looks more finely than its mask. :class:`DecodeGate` scores for each query token and KV head;
+:func:`select_by_token` makes lists of such scores.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from .decode import DecodeGate
 from .gate import BlockGate
 from .prefill import PrefillGate
 from .state import KeyState
+from .sub_block import SubBlockGate
 
-__all__ = ["BlockGate", "DecodeGate", "KeyState", "PrefillGate", "build_gate", "select_by_token"]
+__all__ = ["BlockGate", "DecodeGate", "KeyState", "PrefillGate", "SubBlockGate", "build_gate", "select_by_token"]
 
 
 def build_gate(

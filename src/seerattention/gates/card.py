@@ -60,5 +60,6 @@ def _rows(phase: str, description: dict[str, Any]) -> str:
     policy = description["policies"].get(phase)
     rows = [f"| {phase} | `{json.dumps(description['gates'][phase])}` |"]
     if policy is not None:
+        policy = {name: value for name, value in policy.items() if not isinstance(value, list | tuple)}  # of budgets
         rows.append(f"| {phase} policy | `{json.dumps(policy)}` |")
     return "\n".join(rows)

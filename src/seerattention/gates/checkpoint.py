@@ -3,8 +3,8 @@
 The header of the weights file repeats the description of ``gate_config.json``, and both carry the ``save_id`` of the
 save that wrote them, a digest of description and weights. So renaming the weights file into place is what commits a
 save: a reader that finds the two files of different saves (the writer was killed between them) goes by the header, and
-never mixes old and new. Weights that do not have the digest of their description are refused; only the policies of
-``gate_config.json`` may be edited by hand.
+never mixes old and new. Weights that do not have the digest of their description are refused; only the policies and
+budgets of ``gate_config.json`` may be edited by hand.
 
 Nothing here needs Hugging Face: a serving engine reads gates with torch and safetensors alone.
 """
@@ -26,14 +26,24 @@ from torch import Tensor, nn
 from .. import __version__
 from ..config import PHASES, GateConfig
 from ..files import DamagedFileError, read_json, write_file
-from ..policies import Policy, policy_from_dict
+from ..policies import Budget, Budgets, Policy, policy_from_dict
 from .card import model_card
 from .geometry import OPTIONAL, fingerprint
-from .tensors import check_dtypes, digest, is_digest_of, own_memory, read_described, read_safetensors
+from .tensors import (
+    check_dtypes,
+    digest,
+    is_digest_of,
+    own_memory,
+    pack,
+    packed_path,
+    read_described,
+    read_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What this version writes of gates with budgets, and reads. Those without have version 1, which older readers know."""
 CONFIG_FILE = "gate_config.json"
 WEIGHTS_FILE = "gates.safetensors"
 CARD_FILE = "README.md"
@@ -41,6 +51,7 @@ _CONFIG_KEYS = ("format_version", "base_model", "gates", "policies")
 _HEADER_KEY = "gate_config"
 _HEADER_KEYS = {_HEADER_KEY, "format"}  # some tools that copy weights add a format
 _SHAPES = "tensors"
+_BUDGETS = "budgets"
 _PREFILL, _DECODE = PHASES
 
 
@@ -55,6 +66,7 @@ class GateCheckpoint:
         weights: ``layers.<i>.<phase>.<parameter>`` -> tensor.
         source: where they came from, for messages.
         decode_policy: the policy of decoding stored with them; None: none is.
+        budgets: what was fitted for the prefill gates; None: nothing.
     """
 
     gate_config: GateConfig
@@ -63,6 +75,7 @@ class GateCheckpoint:
     weights: dict[str, Tensor]
     source: str
     decode_policy: Policy | None = None
+    budgets: Budgets | None = None
 
     def check_base_model(self, config: Any) -> None:
         """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
@@ -141,11 +154,16 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"refusing to save gates that are not finite: {', '.join(bad)}")
 
 
-def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -> Path:
-    """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first."""
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint, *, packed: bool = False) -> Path:
+    """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first.
+
+    Args:
+        packed: compress the weights without loss (``gates.safetensors.xz``), to ship them; they are read as others.
+    """
     policies = {_PREFILL: checkpoint.policy, _DECODE: checkpoint.decode_policy}
+    older = checkpoint.budgets is None and not any(isinstance(policy, Budget) for policy in policies.values())
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if older else FORMAT_VERSION,
         "package_version": __version__,
         "base_model": checkpoint.base_model,
         "gates": checkpoint.gate_config.to_dict(),
@@ -153,11 +171,19 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint) -
         # So that a reader can say which weights are missing or of another shape.
         _SHAPES: {name: list(tensor.shape) for name, tensor in sorted(checkpoint.weights.items())},
     }
+    if checkpoint.budgets is not None:
+        description[_BUDGETS] = checkpoint.budgets.to_dict()
     tensors = own_memory(checkpoint.weights)
     # Made from the content: equal gates give equal files.
     description["save_id"] = digest(description, tensors)
     folder = Path(path)
-    write_file(folder / WEIGHTS_FILE, save(tensors, metadata={_HEADER_KEY: json.dumps(description)}))
+    content, plain = save(tensors, metadata={_HEADER_KEY: json.dumps(description)}), folder / WEIGHTS_FILE
+    if packed:
+        write_file(packed_path(plain), pack(content))
+        plain.unlink(missing_ok=True)  # it would be read instead
+    else:
+        write_file(plain, content)
+        packed_path(plain).unlink(missing_ok=True)
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
     write_file(folder / CARD_FILE, model_card(description))
     return folder
@@ -202,10 +228,10 @@ def _parse(data: dict[str, Any], path: Path, weights: dict[str, Tensor], folder:
     missing = [key for key in _CONFIG_KEYS if key not in data]
     if missing:
         raise DamagedFileError(f"{path} lacks {missing}")
-    if type(data["format_version"]) is not int or data["format_version"] != FORMAT_VERSION:
+    if type(data["format_version"]) is not int or not 1 <= data["format_version"] <= FORMAT_VERSION:
         raise DamagedFileError(
             f"{path} has format_version {data['format_version']!r}, this version of seerattention reads "
-            f"{FORMAT_VERSION}; upgrade seerattention or convert the gates again"
+            f"1 to {FORMAT_VERSION}; upgrade seerattention or convert the gates again"
         )
     try:
         gate_config = GateConfig.from_dict(data["gates"])
@@ -213,11 +239,14 @@ def _parse(data: dict[str, Any], path: Path, weights: dict[str, Tensor], folder:
         stored = data["policies"].get(_DECODE)
         decode_policy = None if stored is None else policy_from_dict(stored)
         base_model = _base_model(data["base_model"])
+        budgets = None if data.get(_BUDGETS) is None else Budgets.from_dict(data[_BUDGETS])
+        if budgets is not None and budgets.block_size != gate_config.block_size_of(_PREFILL):
+            raise ValueError(f"its budgets are for blocks of {budgets.block_size} tokens")
     except NotImplementedError as error:
         raise NotImplementedError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"{path} describes no valid gates: {error}") from error
-    return GateCheckpoint(gate_config, policy, base_model, weights, str(folder), decode_policy)
+    return GateCheckpoint(gate_config, policy, base_model, weights, str(folder), decode_policy, budgets)
 
 
 def _base_model(data: Any) -> dict[str, Any]:
@@ -264,7 +293,8 @@ def _check_edits(checkpoint: GateCheckpoint, saved: GateCheckpoint, path: Path) 
                 f"{path} is damaged or was edited: it says {name} {mine}, but the weights were saved with {theirs}; "
                 "only the policies may be edited by hand"
             )
-    for name in ("policy", "decode_policy"):
+    for name in ("policy", "decode_policy", "budgets"):
         mine, theirs = getattr(checkpoint, name), getattr(saved, name)
         if mine != theirs:
-            logger.warning("%s: the policy %s was edited by hand (%s was saved)", path, mine, theirs)
+            what = "budgets" if name == "budgets" else "policy"
+            logger.warning("%s: the %s %s was edited by hand (%s was saved)", path, what, mine, theirs)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import DecodeGateConfig, GateSpec, PrefillGateConfig
+from ..config import DecodeGateConfig, GateSpec, PrefillGateConfig, SubBlockGateConfig
 from ..ops.span import START, Span
 from .state import HISTORY, KeyState, Lengths
 
@@ -17,7 +17,7 @@ from .state import HISTORY, KeyState, Lengths
 _INIT_NOISE = 0.1
 
 
-Widened = TypeVar("Widened", PrefillGateConfig, DecodeGateConfig)
+Widened = TypeVar("Widened", PrefillGateConfig | SubBlockGateConfig, DecodeGateConfig)
 
 
 class BlockGate(nn.Module, ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config import PrefillGateConfig
+from ..config import PrefillGateConfig, SubBlockGateConfig
 from ..ops.block_pooling import block_pooling
 from ..ops.gate_scores import encode_blocks, gate_scores
 from ..ops.span import LENGTH, QUERY_SLOT, START, Span
@@ -25,15 +25,26 @@ class PrefillGate(BlockGate):
     size, drawn from torch's global generator.
     """
 
+    reduce = "max"
+    """What makes one score of the products of a tile, where it has several."""
+
     k_linear: nn.Parameter
     q_linear: nn.Parameter | None
 
-    def __init__(self, config: PrefillGateConfig, *, block_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
+    def __init__(
+        self,
+        config: PrefillGateConfig | SubBlockGateConfig,
+        *,
+        block_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+    ):
         super().__init__(
             config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
         self.config = config = self.resolve(config)
-        k_heads = num_kv_heads if config.q_linear else num_heads
+        k_heads = num_kv_heads if config.share_keys else num_heads
         self.k_linear = nn.Parameter(torch.empty(k_heads, len(config.k_pooling) * head_dim, self.width))
         if config.q_linear:
             self.q_linear = nn.Parameter(torch.empty(num_heads, len(config.q_pooling) * head_dim, self.width))
@@ -115,6 +126,7 @@ class PrefillGate(BlockGate):
             q_pitch=self.q_pitch,
             k_pitch=self.k_pitch,
             scale=self.scale,
+            reduce=self.reduce,
             rows=rows,
             span=span,
             masked=masked,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
+from ..config import PHASES, GateConfig
+from ..policies import Budgets
 from . import published
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
 from .published import is_published_layout, read_published
+from .tensors import packed_path
 
 
 def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
@@ -19,18 +23,31 @@ def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:
         DamagedFileError: damaged files. ValueError: gates for another base model.
         NotImplementedError: published decode gates of a form that this version has not.
     """
-    folder = locate(source)
-    if (folder / CONFIG_FILE).is_file():
-        checkpoint = read_checkpoint(folder)
-    elif is_published_layout(folder):
-        checkpoint = read_published(folder)
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds no gates: neither {CONFIG_FILE} (written by save_gates) nor a published AttnGates folder "
-            "(config.json with seerattn_* fields and attn_gate_weights.pth)"
-        )
+    checkpoint = _read(source)
     checkpoint.check_base_model(config)
     return checkpoint
+
+
+def _read(source: str | os.PathLike[str]) -> GateCheckpoint:
+    folder = locate(source)
+    if (folder / CONFIG_FILE).is_file():
+        return read_checkpoint(folder)
+    if is_published_layout(folder):
+        return read_published(folder)
+    raise FileNotFoundError(
+        f"{folder} holds no gates: neither {CONFIG_FILE} (written by save_gates) nor a published AttnGates folder "
+        "(config.json with seerattn_* fields and attn_gate_weights.pth)"
+    )
+
+
+def stored_budgets(source: str | os.PathLike[str]) -> Budgets | None:
+    """The budgets stored with gates, which :func:`locate` finds; None: none are.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: as :func:`load_gates`.
+    """
+    folder = locate(source)
+    return read_checkpoint(folder).budgets if (folder / CONFIG_FILE).is_file() else None
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -47,7 +64,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"no folder of gates at {str(source)!r} (a hub id has the form 'owner/name')")
     from huggingface_hub import snapshot_download
 
-    names = [CONFIG_FILE, WEIGHTS_FILE, "config.json", published.WEIGHTS_FILE]
+    names = [CONFIG_FILE, WEIGHTS_FILE, packed_path(Path(WEIGHTS_FILE)).name, "config.json", published.WEIGHTS_FILE]
     return Path(snapshot_download(str(source), allow_patterns=names))
 
 
@@ -64,3 +81,45 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
             f"{folder} is no published AttnGates folder: no config.json with seerattn_* fields in it"
         )
     return write_checkpoint(destination, read_published(folder))
+
+
+def join(prefill: str | os.PathLike[str], decode: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
+    """Write one folder with the prefill gates of one source and the decode gates of another; weights keep their bits.
+
+    Args:
+        prefill, decode: folders of either layout, or hub ids, of gates for the same base model. What each holds for the
+            other phase is left out.
+        destination: folder to write, in the layout of :func:`save_gates`; it may be one of the sources.
+
+    Raises:
+        FileNotFoundError: as :func:`load_gates`.
+        ValueError: gates of different base models, or a source without gates for its phase.
+    """
+    phases = dict(zip(PHASES, (_read(prefill), _read(decode)), strict=True))
+    for phase, checkpoint in phases.items():
+        if phase not in checkpoint.gate_config.phases:
+            raise ValueError(
+                f"{checkpoint.source} has no gates for {phase!r}, only for {', '.join(checkpoint.gate_config.phases)}"
+            )
+    first, second = phases.values()
+    differ = [
+        f"{name}: {value} and {second.base_model[name]}"
+        for name, value in first.base_model.items()
+        if name not in ("name", "revision") and None not in (value, second.base_model.get(name))
+        if value != second.base_model[name]
+    ]
+    if differ:
+        raise ValueError(f"{first.source} and {second.source} are of different base models: " + "; ".join(differ))
+    config = GateConfig(
+        block_size=first.gate_config.block_size,
+        prefill=first.gate_config.prefill,
+        decode=second.gate_config.spec_of("decode"),
+    )
+    weights = {
+        name: tensor
+        for phase, checkpoint in phases.items()
+        for name, tensor in checkpoint.weights.items()
+        if f".{phase}." in name
+    }
+    joined = dataclasses.replace(first, gate_config=config, weights=weights, decode_policy=second.decode_policy)
+    return write_checkpoint(destination, joined)

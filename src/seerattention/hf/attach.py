@@ -17,7 +17,7 @@ from ..gates.by_token import check_by_token
 from ..gates.checkpoint import GateCheckpoint
 from ..gates.sources import load_gates
 from ..ops.dispatch import FLOATING_DTYPES
-from ..policies import Dense, Policy, Threshold, TokenBudget, TopK
+from ..policies import Budgets, Dense, Policy, RelativeThreshold, TokenBudget, TopK
 from ..selectors import Selector, as_selector
 from .architectures import FAMILIES, find_decoder, gated_indices
 from .attention import register
@@ -26,8 +26,8 @@ from .layer import LayerState
 from .phases import DECODE, PREFILL, ModelPhase
 from .state import ModelState, is_attached, set_state, state_of
 
-DEFAULT_POLICY = Threshold(2e-3)
-"""The policy of fresh gates; the threshold that the paper uses on LongBench."""
+DEFAULT_POLICY = RelativeThreshold(1.0)
+"""The policy of fresh gates: what gets more than uniform attention would give it."""
 
 DEFAULT_DECODE_POLICY = TokenBudget(4096)
 """The policy of fresh decode gates; a budget that the SeerAttention-R paper uses."""
@@ -37,6 +37,7 @@ def attach(
     model: nn.Module,
     gates: GateConfig | str | os.PathLike[str] | None = None,
     *,
+    density: float | None = None,
     prefill: Policy | None = None,
     decode: Policy | None = None,
     selector: Selector | Callable[..., BlockIndices] | None = None,
@@ -53,7 +54,11 @@ def attach(
         gates: a :class:`GateConfig` for fresh gates (drawn from torch's global generator), or trained ones: a folder
             written by :func:`save_gates`, a published AttnGates folder, or the id of either on the hub. None needs
             ``selector``.
-        prefill: which blocks to read; None is the policy stored with the gates, and ``Threshold(2e-3)`` for fresh ones.
+        density: share of the causal blocks to read in prompts, in (0, 1]: the budget fitted for these gates decides
+            where (:class:`~seerattention.Budget`). Total density comes out at about that, at any length from 4,096
+            tokens on (of densities below 0.1: from longer ones on). None: as ``prefill`` says.
+        prefill: which blocks to read, instead of a density; None is the policy stored with the gates (of gates with
+            budgets, the budget of their default density), and ``RelativeThreshold(1.0)`` for fresh ones.
         decode: which blocks a decoded token reads, where there are gates for decoding; None is the policy stored with
             them, and ``TokenBudget(4096)`` for fresh ones; ``Dense()`` decodes densely, as a model without such gates.
         selector: chooses the blocks of prompts instead of gates and policy: a
@@ -68,7 +73,8 @@ def attach(
 
     Raises:
         ValueError: something is attached already, the model is of no supported family, neither gates nor a selector, or
-            gates that do not fit the model; or a sparse policy for a phase that the gates do not have.
+            gates that do not fit the model; a sparse policy for a phase that the gates do not have; or a density beside
+            ``prefill`` or ``selector``, of gates without budgets, or outside of what these were fitted for.
         FileNotFoundError: ``gates`` looks like a path and does not exist.
     """
     decoder = find_decoder(model)
@@ -85,6 +91,7 @@ def attach(
         isinstance(min_context, bool) or not isinstance(min_context, int) or min_context < 0
     ):
         raise ValueError(f"min_context must be a number of tokens of 0 or more, or None, got {min_context!r}")
+    _check_density(density, prefill, selector)
     for phase, policy in ((PREFILL, prefill), (DECODE, decode)):
         _check_policy(phase, policy)
     if not getattr(decoder, "_can_set_attn_implementation", lambda: True)():
@@ -102,6 +109,9 @@ def attach(
     else:
         raise TypeError(f"gates must be a GateConfig, a path or a hub id, got {type(gates).__name__}")
     phases = () if gate_config is None else gate_config.phases
+    budgets = None if checkpoint is None else checkpoint.budgets
+    if density is not None:
+        prefill = _spend(density, budgets, "these gates" if checkpoint is None else checkpoint.source)
     _check_phases({DECODE: decode} if chosen is not None else {PREFILL: prefill, DECODE: decode}, phases)
 
     state = ModelState(
@@ -111,6 +121,7 @@ def attach(
         phases=_model_phases(gate_config, checkpoint, prefill, decode, chosen),
         min_context=min_context,
         register=register,
+        budgets=budgets,
     )
     layers: Any = decoder.layers
     state.layers = [LayerState(state, index, layer) for index, layer in enumerate(layers)]
@@ -178,6 +189,7 @@ def set_policy(
     model: nn.Module,
     prefill: Policy | None = None,
     *,
+    density: float | None = None,
     decode: Policy | None = None,
     layers: Mapping[int, Policy | Mapping[str, Policy | None] | None] | None = None,
 ) -> None:
@@ -186,15 +198,20 @@ def set_policy(
     Args:
         model: an attached model.
         prefill: the policy of all layers without one of their own; None leaves it.
+        density: the same, by the budgets of the gates, as in :func:`attach`.
         decode: the same for decoding, where there are gates for it.
         layers: prefill policies of single layers by index, or mappings from phase (``"prefill"``, ``"decode"``) to
             policy; a None takes a layer's own policy away.
 
     Raises:
-        ValueError: nothing is attached, no such layer or phase, or a sparse ``decode`` policy without gates for it.
+        ValueError: nothing is attached, no such layer or phase, a sparse ``decode`` policy without gates for it, or a
+            density beside ``prefill``, of gates without budgets, or outside of what these were fitted for.
         TypeError: not a policy.
     """
     state = state_of(model)
+    _check_density(density, prefill, state.phases[PREFILL].selector)
+    if density is not None:
+        prefill = _spend(density, state.budgets, "the attached gates")
     own: dict[int, Mapping[str, Policy | None]] = {}
     for index, given in (layers or {}).items():
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(state.layers):
@@ -268,6 +285,26 @@ def _check_dtype(layer: LayerState) -> None:
                 f"layer {layer.index} of this model is float64; sparse attention computes in {supported}: convert the "
                 "model first, for example with model.float()"
             )
+
+
+def _check_density(density: float | None, prefill: Any, selector: Any) -> None:
+    """Raise where a density would not be all that is said about the blocks of prompts."""
+    if density is not None and (prefill is not None or selector is not None):
+        other = f"prefill={prefill!r}" if prefill is not None else f"the selector {selector!r}"
+        raise ValueError(
+            f"got density={density!r} and {other}: a density is spent by the budgets of the gates; give one of them"
+        )
+
+
+def _spend(density: float, budgets: Budgets | None, source: str) -> Policy:
+    """The policy for a density, of gates that have budgets."""
+    if budgets is None:
+        raise ValueError(
+            f"{source}: no budgets were fitted for these gates, so nothing is known of what reaches density "
+            f"{density!r}; attach them without it, call seerattention.calibrate(model, batches) on your prompts and "
+            "seerattention.save_gates, or give a policy: prefill=TopK(...)"
+        )
+    return budgets.policy(density)
 
 
 def _check_policy(phase: str, policy: Any) -> None:

@@ -18,7 +18,7 @@ __all__ = ["fingerprint", "save_gates"]
 
 
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the gates of an attached model to a folder, in their present dtype.
+    """Write the gates of an attached model to a folder, in their present dtype, with policies and budgets.
 
     Whatever interrupts it, the folder holds either the old gates or the new ones, whole.
 
@@ -49,6 +49,6 @@ def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     }
     policies = {phase: known.policy for phase, known in state.phases.items()}
     checkpoint = GateCheckpoint(
-        state.gate_config, policies[PREFILL], base_model, tensors, str(path), policies.get(DECODE)
+        state.gate_config, policies[PREFILL], base_model, tensors, str(path), policies.get(DECODE), state.budgets
     )
     return write_checkpoint(path, checkpoint)

@@ -19,7 +19,7 @@ from torch import nn
 from ..blocks import BlockIndices
 from ..config import PHASES, GateConfig
 from ..gates import BlockGate
-from ..policies import Policy
+from ..policies import Budgets, Policy
 from ..selectors import LayerInputs
 from .architectures import Family, find_decoder
 from .forward import Arguments, Forward, current_forward
@@ -45,6 +45,7 @@ class ModelState:
             process that unpickles a model may never have attached one.
         configs: the decoder's config objects, with what stands in them while they are attached.
         others: config objects of other parts of the model, with their implementations.
+        budgets: what was fitted for the prefill gates (``measure.calibrate``, or stored with them); None: nothing.
         detached: set by detach; forwards that are under way then end with an error where they were sparse before.
     """
 
@@ -58,6 +59,7 @@ class ModelState:
     others: list[tuple[Any, str | None]] = field(default_factory=list)
     layers: list[LayerState] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
+    budgets: Budgets | None = None
     detached: bool = False
     # What this model did: prompts attended sparsely, and prompts attended densely for their gradients.
     ran_sparse: bool = False

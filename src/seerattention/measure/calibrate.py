@@ -1,4 +1,4 @@
-"""``calibrate``: find the threshold that reaches a target density on a model's own prompts."""
+"""``calibrate``: fit budgets, or find the one threshold that reaches a density, on a model's own prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from ..hf.phases import PREFILL
 from ..hf.prompts import check_batch, run_prompt
 from ..hf.state import gated_layers, state_of
 from ..ops.indices import read_lists
-from ..policies import Policy, RelativeThreshold, Threshold, causal_softmax
+from ..policies import Budgets, Policy, RelativeThreshold, Threshold, causal_softmax
+from ..policies.budget import check_densities
 from ..selectors import LayerInputs
+from .budgets import DENSITIES, NOTHING_SEEN, fit_budgets
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
@@ -107,7 +109,7 @@ def _relative(model: nn.Module, prompts: Sequence[Any], density: float, policy: 
                 with nullcontext() if last else dense(model):
                     run_prompt(model, prompt)
         if not seen.causal:
-            raise ValueError(_NOTHING_SEEN)
+            raise ValueError(NOTHING_SEEN)
         least = float(seen.kept[-1]) / seen.causal
         if density < least:
             raise ValueError(
@@ -120,18 +122,33 @@ def _relative(model: nn.Module, prompts: Sequence[Any], density: float, policy: 
     return policy
 
 
-_NOTHING_SEEN = (
-    "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than the model's "
-    "sliding window"
-)
-
-
 def _set(model: nn.Module, policy: Policy) -> None:
     """For every layer."""
     set_policy(model, policy, layers={layer.index: None for layer in state_of(model).layers})
 
 
-@torch.no_grad()
+def _prompts(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
+    """All of them, checked before any work."""
+    state = state_of(model)
+    if state.phases[PREFILL].selector is not None or not any(True for _ in gated_layers(state)):
+        raise ValueError("calibrate needs a model attached with gates and without a selector")
+    prompts = [check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model) for batch in batches]
+    if not prompts:
+        raise ValueError("calibrate needs at least one batch")
+    return prompts
+
+
+@overload
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    *,
+    densities: Sequence[float] | None = None,
+    passes: int = 2,
+) -> Budgets: ...
+
+
+@overload
 def calibrate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any] | Tensor],
@@ -139,43 +156,63 @@ def calibrate(
     density: float,
     passes: int = 2,
     policy: RelativeThreshold | None = None,
-) -> Threshold | RelativeThreshold:
-    """Find the one ``Threshold`` for all layers whose density over the given prompts is ``density``, and set it.
+) -> Threshold | RelativeThreshold: ...
 
-    Given a ``RelativeThreshold``, its ``factor`` instead, whose density depends less on the length.
 
-    Density counts the layers that have a gate, over all heads, rows and prompts. The first pass reads the gates along a
-    dense forward; later ones along the sparse forward of the threshold found so far, which is what the model will see.
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    *,
+    densities: Sequence[float] | None = None,
+    density: float | None = None,
+    passes: int = 2,
+    policy: RelativeThreshold | None = None,
+) -> Budgets | Threshold | RelativeThreshold:
+    """Fit the budgets of a model's gates: what spends a density at every length of prompt.
+
+    After it ``seer.set_policy(model, density=0.1)`` works, ``seer.save_gates`` stores the budgets with the gates, and
+    whoever loads these can say ``seer.attach(model, gates, density=0.1)``. The budget of the default density is then in
+    force for every layer; policies of single layers are taken away. The first pass reads the gates along a dense
+    forward; later ones along the sparse forward found so far, which is what the model will see. What is kept meanwhile
+    are histograms, of a size that does not grow with the number of prompts.
+
+    With ``density`` it finds, and puts in force, the one :class:`~seerattention.Threshold` for all rows and layers that
+    has this density, or the factor of the ``RelativeThreshold`` given as ``policy``: good for the length of these
+    prompts only, as longer ones come out sparser. Such a policy keeps the ``last_blocks_dense`` of the one in force
+    before, whose blocks count towards the density.
+
+    Density counts the layers that have a gate, over all heads, rows and prompts.
 
     Args:
         model: a model attached with gates (a selector must not be set).
-        batches: prompts of the length that matters: mappings as in :func:`~seerattention.hf.prompts.check_batch`, or
-            tensors of input_ids ``[B, T]``. A threshold is good for about that length only: at a fixed threshold,
-            longer prompts come out sparser.
-        density: the target, in (0, 1).
+        batches: prompts of the length that matters, for budgets the longest one: mappings as in
+            :func:`~seerattention.hf.prompts.check_batch`, or tensors of input_ids ``[B, T]``. A few do.
+        densities: what to fit budgets for, in (0, 1); those in between are interpolated. A budget holds for prompts of
+            4,096 tokens or more, of densities below 0.1 from 8,192 (0.05) or 6.4 / density blocks on. None: from 0.05
+            to 0.5, as far as the prompts are long enough.
+        density: the target of one threshold for everything, in (0, 1), instead.
         passes: forward passes over the batches; always two for a ``RelativeThreshold``.
-        policy: whose factor is to be found; what it keeps besides counts towards the density.
+        policy: whose factor is to be found for ``density``; what it keeps besides counts towards the density.
 
     Returns:
-        The policy, which is then in force for every layer; policies of single layers are taken away. It keeps the
-        ``last_blocks_dense`` of the policy that was in force for the model, whose blocks count towards the density.
+        The budgets; or the policy that ``density`` asks for.
 
     Raises:
-        ValueError: no gates, no batches, prompts that no gated layer reads as a whole, or a density below that of the
-            blocks that are always kept.
+        ValueError: no gates, no batches, prompts that no gated layer reads as a whole, both density and densities, or
+            a density below that of the blocks that are always kept in prompts of this length.
         TypeError: a batch of the wrong type.
     """
+    if density is not None and densities is not None:
+        raise ValueError("calibrate takes densities, to fit budgets, or one density, for a threshold; got both")
+    if density is None:
+        if policy is not None:
+            raise ValueError("a policy is for a single density: calibrate(model, batches, density=..., policy=...)")
+        asked = DENSITIES if densities is None else check_densities(densities)
+        return fit_budgets(model, _prompts(model, batches), asked, passes=passes, strict=densities is not None)
     if not 0 < density < 1:
         raise ValueError(f"density must lie between 0 and 1, got {density}")
-    state = state_of(model)
-    if state.phases[PREFILL].selector is not None or not any(True for _ in gated_layers(state)):
-        raise ValueError("calibrate needs a model attached with gates and without a selector")
-    prompts = [
-        check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model)  # before any work
-        for batch in batches
-    ]
-    if not prompts:
-        raise ValueError("calibrate needs at least one batch")
+    state, prompts = state_of(model), _prompts(model, batches)
     if policy is not None:
         if not isinstance(policy, RelativeThreshold):
             raise TypeError(f"calibrate finds the factor of a RelativeThreshold, got {policy!r}")
@@ -189,7 +226,7 @@ def calibrate(
                 with dense(model) if chosen is None else nullcontext():
                     run_prompt(model, prompt)
         if not seen.causal:
-            raise ValueError(_NOTHING_SEEN)
+            raise ValueError(NOTHING_SEEN)
         least = seen.density(1.0)
         if density < least:
             raise ValueError(

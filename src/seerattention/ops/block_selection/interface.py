@@ -33,7 +33,7 @@ MAX_TRITON_BLOCKS = 1 << 15
 
 @torch.no_grad()
 def select_threshold(
-    probabilities: Tensor, threshold: float, *, block_size: int = 64, lengths: Tensor | None = None,
+    probabilities: Tensor, threshold: float | Tensor, *, block_size: int = 64, lengths: Tensor | None = None,
     last_blocks_dense: int = 0, softmax: bool = False, implementation: str | None = None, span: Span | None = None,
     relative: bool = False, min_blocks: int = 0, first_blocks: int = 0, dense_rows: int = 0,
 ) -> BlockIndices:  # fmt: skip
@@ -43,7 +43,9 @@ def select_threshold(
 
     Args:
         probabilities: ``[B, H, Nq, Nk]``, block scores after the causal softmax.
-        threshold: compared in float32.
+        threshold: compared in float32. Or a float32 tensor ``[H or 1, N]`` on the device of the scores, a threshold of
+            each head and row: the row whose own block is i goes by column i, wherever in the scores it is. N is at
+            least Nk, or 1: the same for all rows. A row that has NaN there keeps nothing for its probability.
         block_size: tokens a block.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all).
         last_blocks_dense: the last this many valid query blocks of each row read all causal blocks.
@@ -62,8 +64,8 @@ def select_threshold(
 
     Raises:
         ValueError: wrong shapes, more query blocks than key blocks, both lengths and a span, a negative number of
-            blocks, more key blocks than the kernel takes.
-        TypeError: scores that are not floating point.
+            blocks, more key blocks than the kernel takes, a threshold tensor on another device.
+        TypeError: scores that are not floating point, a threshold tensor that is not float32.
     """
     op = "select_threshold"
     if min(min_blocks, first_blocks, dense_rows) < 0:
@@ -73,7 +75,11 @@ def select_threshold(
         )
     table = _check(op, probabilities, block_size, lengths, span, last_blocks_dense)
     num_keys = probabilities.shape[-1]
-    rule = Rule("threshold", num_keys, block_size, table, last_blocks_dense, float(threshold), softmax=softmax)
+    bounds = threshold if isinstance(threshold, Tensor) and threshold.dim() else None
+    if bounds is not None:
+        _check_bounds(op, bounds, probabilities)
+    bound = 0.0 if bounds is not None else float(threshold)
+    rule = Rule("threshold", num_keys, block_size, table, last_blocks_dense, bound, softmax=softmax, bounds=bounds)
     rule = rule._replace(relative=relative, min_blocks=min_blocks, first_blocks=first_blocks, dense_rows=dense_rows)
     return ordered_lists(*_block_selection(probabilities, rule, implementation), num_keys, block_size, span=span)
 
@@ -180,6 +186,19 @@ def _choose(implementation: str | None, scores: Tensor) -> str:
             "use larger blocks, or pass implementation='reference' if there is memory for some 30 bytes a score"
         )
     return name
+
+
+def _check_bounds(op: str, bounds: Tensor, scores: Tensor) -> None:
+    heads, num_keys = scores.shape[1], scores.shape[-1]
+    if bounds.dtype != torch.float32:
+        raise TypeError(f"{op}: a threshold tensor must be float32, got {bounds.dtype}")
+    if bounds.dim() != 2 or bounds.shape[0] not in (1, heads) or (bounds.shape[1] < num_keys and bounds.shape[1] != 1):
+        raise ValueError(
+            f"{op}: a threshold tensor must be [{heads} or 1 heads, at least {num_keys} (or 1) rows], got "
+            f"{tuple(bounds.shape)}"
+        )
+    if bounds.device != scores.device:
+        raise ValueError(f"{op}: the scores are on {scores.device} but the thresholds on {bounds.device}")
 
 
 def _check(

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
         kind: ``"threshold"``, ``"topk"`` or ``"topp"``.
         capacity: entries a list, at least as many as the rule may keep.
         bound: the threshold, or the mass to reach.
+        bounds: float32 ``[1 or H, 1 or N]``, thresholds by head and by the block that is a row's own, instead of bound.
         keep: int64 ``[1 or B, Nq]`` on the device of the scores, at least 1; of ``"topk"``.
         table: that of a span, int32 ``[B, 4]``; None: the rows are the last of the key blocks, and all are valid.
     """
@@ -45,6 +46,7 @@ class Rule(NamedTuple):
     min_blocks: int = 0
     first_blocks: int = 0
     dense_rows: int = 0
+    bounds: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -98,7 +100,7 @@ def select(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     if rule.relative:  # to uniform attention
         values = values * (rows.own + 1).float()[:, None, :, None]
     if rule.kind == "threshold":
-        mask = values > rule.bound
+        mask = values > (rule.bound if rule.bounds is None else _bounds_of(rule.bounds, rows))
         if rule.min_blocks:
             floor = torch.full_like(rows.own, rule.min_blocks)
             mask |= _topk_mask(values, floor, rows, diagonal_extra=False)
@@ -113,6 +115,14 @@ def select(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         mask = mask | (own >= end - rule.last_blocks_dense)
     indices, counts = pack(mask & rows.up_to(num_keys) & (own < end), num_keys)
     return (indices if rule.capacity == num_keys else indices[..., : rule.capacity].contiguous()), counts
+
+
+def _bounds_of(bounds: Tensor, rows: Rows) -> Tensor:
+    """``[B or 1, H or 1, Nq or 1, 1]``, what of ``bounds [H or 1, N or 1]`` is for each row."""
+    if bounds.shape[1] == 1:
+        return bounds[None, ..., None]
+    own = rows.own.clamp(max=bounds.shape[1] - 1)  # rows that hold no query may lie behind all keys
+    return bounds[:, own].transpose(0, 1)[..., None]
 
 
 def _topk_mask(values: Tensor, keep: Tensor, rows: Rows, diagonal_extra: bool) -> Tensor:

@@ -29,9 +29,12 @@ from .triton_search import add, replace_nan, topk_boundary, topp_boundary, units
 # Not specialised, so that a prompt of another length does not compile the kernels again. Strides are, as vector loads
 # depend on their alignment: two variants at most.
 SIZES = ["bound", "heads", "num_rows", "num_keys", "s_keep_b", "capacity", "last", "block_size", "min_blocks"]
-SIZES += ["first_blocks", "dense_rows"]
+SIZES += ["first_blocks", "dense_rows", "s_bounds_h", "s_bounds_r"]
 # Registers of a thread, by rule: as many as the search wants.
 KIND_REGISTERS = {"threshold": 128, "topk": 168, "topp": 216}
+# Of a threshold with a floor, for float32 and for others, which want more. They must not be short: with 168 for
+# bfloat16 ptxas 12.8 kept two values in one register, and lists of 4,096 scores came out wrong (docs/experiments.md).
+FLOOR_REGISTERS, OTHER_FLOOR_REGISTERS = 184, 255
 # Blocks that one warp holds, and the least width of a row.
 BLOCKS_PER_WARP, MIN_WIDTH = 2048, 128
 # Registers of a multiprocessor, which all threads of a program share: from 16 warps on (rows of 32,768 blocks) they
@@ -238,14 +241,14 @@ def _fits(i_query, BLOCK: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexp
 
 @triton.jit(do_not_specialize=SIZES)
 def select_kernel(
-    p_x, p_keep, p_table, p_indices, p_counts, bound, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, s_keep_b,
-    capacity, last, block_size, min_blocks, first_blocks, dense_rows,
-    RULE: tl.constexpr, SOFTMAX: tl.constexpr, RELATIVE: tl.constexpr, FLOOR: tl.constexpr, FIRST: tl.constexpr,
-    DIAGONAL_EXTRA: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_keep, p_table, p_bounds, p_indices, p_counts, bound, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r,
+    s_keep_b, capacity, last, block_size, min_blocks, first_blocks, dense_rows, s_bounds_h, s_bounds_r,
+    RULE: tl.constexpr, SOFTMAX: tl.constexpr, RELATIVE: tl.constexpr, BOUNDS: tl.constexpr, FLOOR: tl.constexpr,
+    FIRST: tl.constexpr, DIAGONAL_EXTRA: tl.constexpr, TABLE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """One row. ``bound`` is the threshold, or the mass to reach; FLOOR and FIRST: whether ``min_blocks`` and
-    ``first_blocks`` are more than 0."""
+    """One row. ``bound`` is the threshold, or the mass to reach; BOUNDS: it is read by head and own block instead;
+    FLOOR and FIRST: whether ``min_blocks`` and ``first_blocks`` are more than 0."""
     i_query, p_row, p_list, p_count, kind = _place(
         p_x, p_table, p_indices, p_counts, heads, num_rows, num_keys, s_x_b, s_x_h, s_x_r, capacity, last, block_size,
         dense_rows, TABLE,
@@ -253,6 +256,9 @@ def select_kernel(
     if kind < 2:
         _without_scores(p_list, p_count, i_query, kind, BLOCK >> (LEVELS - 1))
     else:
+        if BOUNDS:
+            i_head = (tl.program_id(1) % heads).to(tl.int64)
+            bound = tl.load(p_bounds + i_head * s_bounds_h + i_query.to(tl.int64) * s_bounds_r)
         for i_level in tl.static_range(LEVELS):
             if _fits(i_query, BLOCK, i_level, LEVELS):
                 b_x0, b_x1, b_x2, b_x3, o_key = _load(p_row, i_query, SOFTMAX, VECTOR, BLOCK >> i_level)
@@ -291,6 +297,11 @@ def _whole_vectors(x: Tensor) -> bool:
     return x.storage_offset() % VECTOR == 0 and x.storage_offset() + end <= x.untyped_storage().nbytes() // x.itemsize
 
 
+def _step(x: Tensor | None, dim: int) -> int:
+    """How far apart entries lie along a dimension, of which there may be one for all."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+
+
 def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     batch, heads, num_rows, num_keys = x.shape
     indices = torch.empty(batch, heads, num_rows, rule.capacity, dtype=torch.int32, device=x.device)
@@ -300,14 +311,15 @@ def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     block = max(MIN_WIDTH, power_of_2(num_keys))
     num_warps = max(1, block // BLOCKS_PER_WARP)
     bound = topp_target(rule.bound) if rule.kind == "topp" else rule.bound
-    keep, registers = rule.keep, KIND_REGISTERS[rule.kind]
+    keep, bounds, registers = rule.keep, rule.bounds, KIND_REGISTERS[rule.kind]
     if rule.min_blocks:
-        registers = max(registers, KIND_REGISTERS["topk"])
+        registers = FLOOR_REGISTERS if x.dtype == torch.float32 else OTHER_FLOOR_REGISTERS
     with torch.cuda.device_of(x):
         select_kernel[(num_rows, batch * heads)](
             x,
             keep,
             rule.table,
+            bounds,
             indices,
             counts,
             bound,
@@ -322,9 +334,12 @@ def select(x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
             rule.min_blocks,
             rule.first_blocks,
             rule.dense_rows,
+            _step(bounds, 0),
+            _step(bounds, 1),
             RULE=rule.kind,
             SOFTMAX=rule.softmax,
             RELATIVE=rule.relative,
+            BOUNDS=bounds is not None,
             FLOOR=rule.min_blocks > 0,
             FIRST=rule.first_blocks > 0,
             DIAGONAL_EXTRA=rule.diagonal_extra,

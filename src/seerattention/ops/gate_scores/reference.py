@@ -1,7 +1,8 @@
 """Gate scores in plain torch: the definition, differentiable, and the path of training and of the CPU.
 
 Linear layers run in the dtype that they are given, rotation and product in float32. Products of sub-blocks are made and
-reduced some rows at a time, so that memory is bounded.
+reduced some rows at a time, so that memory is bounded. With gradients they are made again in the backward pass: kept,
+those of a layer would be ``R * N * Hq * (block_size / q_pitch) * (block_size / k_pitch)`` float32 numbers.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..indices import num_blocks
 from ..span import LENGTH, START
 
-# Products that exist at a time, of all heads together: as many as caches hold.
+# Products that exist at a time, of all heads and of one query sub-block a tile: on the CPU as many as caches hold, on
+# GPUs enough to keep them busy.
 MAX_PRODUCTS = 1 << 20
+MAX_PRODUCTS_GPU = 1 << 24
 
 
 class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
@@ -110,13 +114,18 @@ def _reduce_tiles(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, columns: int
     q = _pad(q, rows.shape[1] * per_q).unflatten(3, (-1, per_q)).transpose(3, 4)  # [B, Hk, G, per_q, R, W]
     k = _pad(k, columns * per_k).unflatten(3, (columns, per_k)).permute(0, 1, 2, 5, 4, 3)  # [B, Hk, 1, W, per_k, N]
     k = k.contiguous()
-    step = max(1, MAX_PRODUCTS // max(1, batch * k_heads * group * per_k * columns))
+    most = MAX_PRODUCTS if q.device.type == "cpu" else MAX_PRODUCTS_GPU
+    step = max(1, most // max(1, batch * k_heads * group * per_k * columns))
     parts = []
     for begin in range(0, max(1, rows.shape[1]), step):
         some = slice(begin, min(begin + step, rows.shape[1]))
         consecutive = tiles.rows is None and tiles.table is None
         seen = min(columns, tiles.first_row + some.stop) if consecutive else columns
-        part = _reduce_rows(q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some])
+        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some])
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            part = checkpoint(_reduce_rows, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = _reduce_rows(*given)
         parts.append(torch.nn.functional.pad(part, (0, columns - seen)))
     return torch.cat(parts, 2)
 

@@ -1,105 +1,34 @@
-"""Policies: which blocks a query block reads, given the block logits of a gate or of another scorer.
-
-A policy is a small frozen dataclass. ``policy.select(logits, block_size=...)`` gives :class:`BlockIndices`;
-``policy.to_dict()`` and :func:`policy_from_dict` take it through JSON. To add one, subclass :class:`Policy` and give
-it a ``kind``.
-"""
+"""Policies that look at the scores of a row: thresholds, shares, budgets of tokens."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .ops.block_selection import causal_softmax, dense_indices, select_threshold, select_topk, select_topp
-from .ops.block_selection.shares import CEIL_SLACK, share_of, share_of_causal
-from .ops.indices import BlockIndices
-from .ops.span import Span
+from ..ops.block_selection import dense_indices, select_threshold, select_topk, select_topp
+from ..ops.block_selection.shares import CEIL_SLACK, share_of, share_of_causal
+from ..ops.indices import BlockIndices
+from ..ops.span import Span
+from .policy import MOST_TOKENS, Policy, check_count, check_number
 
-__all__ = [
-    "Dense",
-    "Policy",
-    "PublishedDecode",
-    "RelativeThreshold",
-    "Threshold",
-    "TokenBudget",
-    "TopK",
-    "TopP",
-    "causal_softmax",
-    "policy_from_dict",
-]
+__all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]
 
-# Kernels count in 32 bits.
-_MOST_TOKENS = (1 << 31) - 1
-
-T = TypeVar("T")
-
-# By the kind in their dicts.
-KINDS: dict[str, type[Policy]] = {}
-
-
-class Policy(ABC):
-    """Turns block logits into block indices. The diagonal block is always kept, so no row of valid tokens is empty.
-
-    Every subclass that has a ``kind`` is known by it to :func:`policy_from_dict`.
-    """
-
-    kind: ClassVar[str]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "kind" in vars(cls):
-            known = KINDS.setdefault(cls.kind, cls)
-            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ValueError(f"two policies of kind {cls.kind!r}: {known.__qualname__} and {cls.__qualname__}")
-            KINDS[cls.kind] = cls  # the same one, defined anew
-
-    @abstractmethod
-    def select(
-        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
-    ) -> BlockIndices:
-        """Choose the key blocks of each query block.
-
-        Args:
-            logits: ``[B, H, Nq, Nk]``, block scores before the softmax; query blocks are the last Nq of the Nk key
-                blocks, or those of the span. What lies above the block diagonal is undefined and must be ignored.
-            block_size: tokens a block.
-            lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Rows of blocks that are wholly
-                padding get count 0; every other row selects what it would select without the padding.
-            span: which query blocks the rows are, instead of ``lengths``. Rows that hold no query get count 0; every
-                other row selects what it would select alone.
-
-        Returns:
-            BlockIndices on the device of the logits, with the span.
-        """
-
-    @property
-    def rowwise(self) -> bool:
-        """Whether it decides row by row: what a query block reads would be the same if the sequence ended with it."""
-        return not getattr(self, "last_blocks_dense", 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict, ``{"kind": ..., <arguments>}``, which :func:`policy_from_dict` turns back into the policy."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
-
-
-_How = dict[str, Any]
+How = dict[str, Any]
 """What all selections take: block_size, lengths, span, last_blocks_dense."""
 
 
-class _ScorePolicy(Policy):
+class ScorePolicy(Policy):
     """A policy that looks at the scores, and may leave the last query blocks dense."""
 
     last_blocks_dense: int
 
     @abstractmethod
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices: ...
+    def _select(self, logits: Tensor, how: How) -> BlockIndices: ...
 
     def select(
         self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
@@ -109,7 +38,7 @@ class _ScorePolicy(Policy):
 
 
 @dataclass(frozen=True)
-class Threshold(_ScorePolicy):
+class Threshold(ScorePolicy):
     """Keep the blocks whose softmax probability is strictly above ``threshold`` (SeerAttention paper, section 3.3).
 
     The density follows from the scores and falls with the length of the prompt: probabilities of a row sum to 1.
@@ -124,17 +53,17 @@ class Threshold(_ScorePolicy):
     kind: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
-        _check_number("Threshold", "threshold", self.threshold)
+        check_number("Threshold", "threshold", self.threshold)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold is a probability and must lie in [0, 1), got {self.threshold}")
-        _check_count("last_blocks_dense", self.last_blocks_dense)
+        check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         return select_threshold(logits, self.threshold, softmax=True, **how)
 
 
 @dataclass(frozen=True)
-class RelativeThreshold(_ScorePolicy):
+class RelativeThreshold(ScorePolicy):
     """Keep the blocks that get more than ``factor`` times what uniform attention would give them.
 
     A row that may see n blocks keeps those of softmax probability above ``factor / n``: rows and heads whose attention
@@ -157,19 +86,19 @@ class RelativeThreshold(_ScorePolicy):
     kind: ClassVar[str] = "relative_threshold"
 
     def __post_init__(self) -> None:
-        _check_number("RelativeThreshold", "factor", self.factor)
+        check_number("RelativeThreshold", "factor", self.factor)
         if self.factor < 0:
             raise ValueError(f"factor must be 0 or more, got {self.factor}")
         for name in ("min_blocks", "first_blocks", "dense_rows", "last_blocks_dense"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         floors = {name: getattr(self, name) for name in ("min_blocks", "first_blocks", "dense_rows")}
         return select_threshold(logits, self.factor, softmax=True, relative=True, **floors, **how)
 
 
 @dataclass(frozen=True)
-class TopK(_ScorePolicy):
+class TopK(ScorePolicy):
     """Keep a fixed share of the causal blocks of each row.
 
     Row i, counted from 0, keeps ``max(1, ceil(density * (i + 1)))`` blocks, the diagonal among them.
@@ -188,12 +117,12 @@ class TopK(_ScorePolicy):
     kind: ClassVar[str] = "top_k"
 
     def __post_init__(self) -> None:
-        _check_number("TopK", "density", self.density)
+        check_number("TopK", "density", self.density)
         if not 0 < self.density <= 1:
             raise ValueError(
                 f"density is the share of causal blocks to keep and must lie in (0, 1], got {self.density}"
             )
-        _check_count("last_blocks_dense", self.last_blocks_dense)
+        check_count("last_blocks_dense", self.last_blocks_dense)
         if not isinstance(self.uniform, bool):
             raise TypeError(f"uniform must be True or False, got {self.uniform!r}")
 
@@ -201,7 +130,7 @@ class TopK(_ScorePolicy):
     def rowwise(self) -> bool:
         return super().rowwise and not self.uniform  # which counts all blocks of the sequence
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         if self.density == 1:
             return Dense().select(logits, block_size=how["block_size"], lengths=how["lengths"], span=how["span"])
         num_rows, num_keys = logits.shape[-2:]
@@ -228,7 +157,7 @@ class TopK(_ScorePolicy):
 
 
 @dataclass(frozen=True)
-class TopP(_ScorePolicy):
+class TopP(ScorePolicy):
     """Keep the diagonal and the fewest best other blocks with which the softmax probabilities sum to at least ``p``.
 
     Attributes:
@@ -241,17 +170,17 @@ class TopP(_ScorePolicy):
     kind: ClassVar[str] = "top_p"
 
     def __post_init__(self) -> None:
-        _check_number("TopP", "p", self.p)
+        check_number("TopP", "p", self.p)
         if not 0 < self.p <= 1:
             raise ValueError(f"p is a probability mass and must lie in (0, 1], got {self.p}")
-        _check_count("last_blocks_dense", self.last_blocks_dense)
+        check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         return select_topp(logits, self.p, softmax=True, **how)
 
 
 @dataclass(frozen=True)
-class TokenBudget(_ScorePolicy):
+class TokenBudget(ScorePolicy):
     """Keep the best ``ceil(tokens / block_size)`` blocks of each row, the diagonal among them.
 
     Attributes:
@@ -264,11 +193,11 @@ class TokenBudget(_ScorePolicy):
     kind: ClassVar[str] = "token_budget"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or not 1 <= self.tokens <= _MOST_TOKENS:
-            raise ValueError(f"tokens must be an integer from 1 to {_MOST_TOKENS}, got {self.tokens!r}")
-        _check_count("last_blocks_dense", self.last_blocks_dense)
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or not 1 <= self.tokens <= MOST_TOKENS:
+            raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {self.tokens!r}")
+        check_count("last_blocks_dense", self.last_blocks_dense)
 
-    def _select(self, logits: Tensor, how: _How) -> BlockIndices:
+    def _select(self, logits: Tensor, how: How) -> BlockIndices:
         blocks = -(-self.tokens // how["block_size"])
         keep = torch.full((logits.shape[-2],), blocks, dtype=torch.int64, device=logits.device)
         return select_topk(logits, keep, capacity=blocks, **how)
@@ -320,7 +249,7 @@ class PublishedDecode(Policy):
         self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
     ) -> BlockIndices:
         logits = logits.masked_fill(logits == -math.inf, 0.0)  # what lies above the diagonal is ignored anyway
-        how: _How = {"block_size": block_size, "lengths": lengths, "span": span}
+        how: How = {"block_size": block_size, "lengths": lengths, "span": span}
         if self.tokens is None:
             assert self.threshold is not None
             return select_threshold(logits, self.threshold, softmax=True, first_blocks=int(self.first_block), **how)
@@ -332,48 +261,3 @@ class PublishedDecode(Policy):
         mask = chosen.to_mask()
         mask[..., :1] |= mask.any(-1, keepdim=True)  # rows without a query stay empty
         return BlockIndices.from_mask(mask, block_size, span=chosen.span)
-
-
-def policy_from_dict(data: Mapping[str, Any]) -> Policy:
-    """The inverse of :meth:`Policy.to_dict`.
-
-    Raises:
-        ValueError: an unknown or missing ``kind``, unknown or missing arguments, or values out of range.
-    """
-    policy, arguments = read_kind(data, KINDS, "policy")
-    return policy(**arguments)
-
-
-def read_kind(data: Mapping[str, Any], kinds: Mapping[str, type[T]], what: str) -> tuple[type[T], dict[str, Any]]:
-    """The dataclass that a dict ``{"kind": ..., <arguments>}`` means, and its arguments: those it needs, and no other.
-
-    Raises:
-        ValueError: an unknown or missing ``kind``, unknown or missing arguments.
-    """
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a {what} must be a mapping with a kind, got {type(data).__name__}")
-    arguments = dict(data)
-    kind = arguments.pop("kind", None)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{what} kind must be one of {sorted(kinds)}, got {kind!r}")
-    fields = dataclasses.fields(kinds[kind])  # type: ignore[arg-type]
-    names = [field.name for field in fields]
-    needed = [
-        field.name
-        for field in fields
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    unknown, missing = sorted(set(arguments) - set(names)), [name for name in needed if name not in arguments]
-    if unknown or missing:
-        raise ValueError(f"{what} {kind!r} takes {names}; unknown: {unknown}, missing: {missing}")
-    return kinds[kind], arguments
-
-
-def _check_number(policy: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{policy}: {name} must be a finite number, got {value!r}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKENS:
-        raise ValueError(f"{name} must be an integer from 0 to {_MOST_TOKENS}, got {value!r}")

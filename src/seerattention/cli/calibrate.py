@@ -1,0 +1,90 @@
+"""``seer calibrate``: fit budgets for trained gates on text, and store them with the gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import (
+    Dtype,
+    ModelName,
+    Terminal,
+    book_tokens,
+    default_gates,
+    errors,
+    load_model,
+    open_data,
+    parse_list,
+    resolve_device,
+    token_count,
+)
+from .options import check_dtype, check_gates, check_model, check_output, parse_target, whole
+
+
+def command(
+    model: ModelName,
+    output: Annotated[
+        Path, typer.Option(help="Folder to write: the gates with their budgets. It may be that of --gates.")
+    ],
+    gates: Annotated[
+        str | None, typer.Option(help="Folder or hub id of trained gates. Default for the testbed's models: their own.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that the gates were not trained on: .txt or .jsonl (also .zst), a folder of them, or a dataset "
+            "id. Default for testbed and smollm2: the testbed's training books."
+        ),
+    ] = None,
+    length: Annotated[str, typer.Option(help="Tokens a prompt, the longest that matters (16K).")] = "32K",
+    sequences: Annotated[int, typer.Option(help="Prompts to read; a few do.")] = 4,
+    densities: Annotated[
+        str | None, typer.Option(help="What to fit, as 0.1,0.2. Default: from 0.05 to 0.5, as far as prompts reach.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the budgets as JSON.")] = False,
+) -> None:
+    """Fit budgets, so that seerattention.attach(model, OUTPUT, density=0.1) spends that density at every length.
+
+    The prompts are read twice, densely and sparsely. seer distill does this by itself at its end, at the length that it
+    trains at; do it again for longer prompts, or on texts like yours.
+    """
+    with errors():
+        terminal = Terminal(as_json)
+        tokens = token_count(length, "--length")
+        whole("--sequences", sequences)
+        asked = None if densities is None else parse_list(densities, parse_target, "densities")
+        folder = gates or default_gates(check_model(model))
+        if folder is None:
+            raise ValueError("--gates is needed for this model: a folder of trained gates or a hub id")
+        check_gates(str(folder))
+        check_dtype(dtype)
+        check_output(output)
+        documents = open_data(data, model, text_field)
+        chosen = resolve_device(device)
+        terminal.say(f"loading {model} on {chosen}")
+        loaded, tokenizer = load_model(model, chosen, dtype)
+
+        from .. import hf
+        from ..evaluate.perplexity import cut_documents
+        from ..gates.sources import load_gates, write_checkpoint
+        from ..hf.architectures import find_decoder
+        from ..measure import calibrate
+
+        texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
+        prompts = cut_documents(texts, tokens, sequences, bos=tokenizer.bos_token_id)
+        hf.attach(loaded, folder, min_context=0)
+        terminal.say(f"reading {sequences} prompts of {tokens} tokens, twice")
+        found = calibrate(loaded, list(prompts.split(1)), densities=asked)
+        # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
+        checkpoint = load_gates(folder, find_decoder(loaded).config)
+        write_checkpoint(output, dataclasses.replace(checkpoint, policy=found.policy(), budgets=found))
+        known = ", ".join(f"{density:g}" for density in found.densities)
+        terminal.say(f"wrote {output}: budgets for densities {known}; the default is {found.default:g}")
+        emitted: dict[str, Any] = {"model": model, "gates": str(folder), "output": str(output), **found.to_dict()}
+        terminal.emit(emitted)

@@ -1,0 +1,109 @@
+"""The form of fresh gates, as the options of ``seer distill`` give it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import SubBlockGateConfig
+from .options import named
+
+if TYPE_CHECKING:
+    from ..config import GateConfig
+    from .common import Terminal
+
+__all__ = ["FINE_OPTIONS", "OPTION_OF", "GateForm", "say_what_gates_decide"]
+
+FINE_OPTIONS = ("q_pitch", "k_pitch", "tile_score", "share_keys")
+"""What only gates that are finer than their mask have, by the parameter of the command."""
+
+_FIELDS = {"gate_hidden_size": "width", "tile_score": "reduce"}
+"""Parameters of the command that gate configs call otherwise."""
+
+_DECODE = "seerattention_r"
+_FINE = "sub_block"
+_QUERY_POOLINGS = {"paper": "avg", _FINE: "max,min,avg"}
+
+
+@dataclass(frozen=True)
+class GateForm:
+    """What was asked for, by the parameters of the command; ``q_pooling=None``: as the form has it.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+
+    form: str
+    block_size: int
+    k_pooling: str
+    q_pooling: str | None
+    gate_hidden_size: int
+    q_pitch: int
+    k_pitch: int
+    tile_score: str
+    share_keys: bool
+
+    def __post_init__(self) -> None:
+        if self.form not in (*_QUERY_POOLINGS, _DECODE):
+            raise ValueError(f"--form must be one of {', '.join(_QUERY_POOLINGS)}, got {self.form!r}")
+        with named(OPTION_OF):  # also where another form does not read them: nobody means a wrong value
+            SubBlockGateConfig(**self._fine())
+
+    def _fine(self) -> dict[str, Any]:
+        return {_FIELDS.get(name, name): getattr(self, name) for name in FINE_OPTIONS}
+
+    @property
+    def fine(self) -> bool:
+        """Whether these gates have sub-blocks."""
+        return self.form == _FINE
+
+    def options(self) -> dict[str, Any]:
+        """What decides, by the parameter of the command."""
+        q_pooling = _QUERY_POOLINGS.get(self.form, "avg") if self.q_pooling is None else self.q_pooling
+        found = {
+            "form": self.form,
+            "block_size": self.block_size,
+            "k_pooling": ",".join(_poolings(self.k_pooling)),
+            "q_pooling": ",".join(_poolings(q_pooling)),
+            "gate_hidden_size": self.gate_hidden_size,
+        }
+        return {**found, **{name: getattr(self, name) for name in FINE_OPTIONS}} if self.fine else found
+
+    def config(self) -> dict[str, Any]:
+        """Fresh gates as ``GateConfig.from_dict`` reads them."""
+        spec: dict[str, Any] = {"k_pooling": _poolings(self.k_pooling), "width": self.gate_hidden_size or None}
+        if self.form == _DECODE:
+            return {"block_size": self.block_size, "prefill": None, "decode": spec}
+        spec["q_pooling"] = _poolings(self.options()["q_pooling"])
+        if self.form != "paper":  # which dicts of earlier versions do not name, and runs of theirs go on
+            spec["form"] = self.form
+        if self.fine:
+            spec |= self._fine()
+        return {"block_size": self.block_size, "prefill": spec}
+
+
+def _poolings(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+_PARAMETERS = ("form", "block_size", "k_pooling", "q_pooling", "gate_hidden_size", *FINE_OPTIONS)
+OPTION_OF = {_FIELDS.get(name, name): f"--{name.replace('_', '-')}" for name in _PARAMETERS}
+"""Fields of gate configs, by which their errors begin -> the option."""
+
+
+def say_what_gates_decide(terminal: Terminal, source: str, config: GateConfig | None, asked: dict[str, Any]) -> None:
+    """Which form gates in ``source`` have, and which options for another one that makes useless."""
+    spec = None if config is None else config.prefill
+    if config is None or spec is None:
+        return
+    said = {**spec.to_dict(), "block_size": config.block_size_of("prefill")}
+    said["width"] = said.get("width") or 0
+    form = {name: said[field] for name in _PARAMETERS if (field := _FIELDS.get(name, name)) in said}
+    form = {name: ",".join(value) if isinstance(value, list | tuple) else value for name, value in form.items()}
+    terminal.say(f"starting from the gates in {source}: " + ", ".join(f"{name} {form[name]}" for name in form))
+    for name, value in asked.items():
+        if value != form.get(name):
+            option = f"--{name.replace('_', '-')}"
+            terminal.say(
+                f"{option} {value} has no effect: --gates {source} decides, and its {name} is {form.get(name)}"
+            )

@@ -1,0 +1,74 @@
+"""Budgets on the command line: fitted by ``seer calibrate`` and ``seer distill``, used by ``seer eval``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seerattention.gates.sources import stored_budgets
+
+from ..evaluate.tiny import make_text
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two documents of more than 4,096 tokens."""
+    path = tmp_path_factory.mktemp("texts") / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": make_text(9000, seed)}) + "\n" for seed in (1, 2)))
+    return path
+
+
+def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
+    options = ["--model", folder / "model", "--device", "cpu", "--data", texts]
+    result = seer_command(
+        "calibrate", *options, "--gates", folder / "gates", "--length", "4K", "--sequences", 1,
+        "--densities", "0.2,0.4", "--output", tmp_path / "gates", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    told, budgets = json.loads(result.stdout), stored_budgets(tmp_path / "gates")
+    assert budgets.densities == (0.2, 0.4)
+    assert told["curves"][0]["density"] == 0.2
+    before, after = (load_file(place / "gates" / "gates.safetensors") for place in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+    result = seer_command(
+        "eval", *options, "--gates", tmp_path / "gates", "--measure", "perplexity", "--lengths", "4K", "--documents", 1,
+        "--densities", "0.3,0.1", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "budgets are stored for densities from 0.2 to 0.4; top-k selection for 0.1" in " ".join(
+        result.stderr.split()
+    )
+    found = {row["setting"]: row["density"] for row in json.loads(result.stdout)["perplexity"]}
+    assert 0.85 * 0.3 < found["gates 0.3"] < 1.05 * 0.3
+    assert found["gates 0.1"] == pytest.approx(0.114, abs=0.002)  # top-k rounds up
+
+
+def test_calibrate_says_that_prompts_are_too_short(seer_command, folder, texts, tmp_path):
+    result = seer_command(
+        "calibrate", "--model", folder / "model", "--device", "cpu", "--data", texts, "--gates", folder / "gates",
+        "--length", "1K", "--sequences", 1, "--output", tmp_path / "gates",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "prompts of up to 1024 tokens are too short to fit budgets" in " ".join(result.stderr.split())
+    assert not (tmp_path / "gates").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--no-budgets"], ["--length", "512"]])
+def test_distill_fits_them_at_its_end(seer_command, folder, texts, tmp_path, options):
+    result = seer_command(
+        "distill", "--model", folder / "model", "--data", texts, "--output", tmp_path, "--device", "cpu",
+        "--length", "4K", "--steps", 1, "--rows", 2, "--eval-sequences", 1, "--save-seconds", 3600, *options,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    said, budgets = " ".join(result.stderr.split()), stored_budgets(tmp_path)
+    if not options:
+        assert budgets.tokens == 4096
+        assert "fitted budgets on the held-out sequences, for densities" in said
+    else:
+        assert budgets is None
+        assert ("no budgets are stored with these gates: prompts of up to 512 tokens" in said) == ("512" in options)
