@@ -118,6 +118,11 @@ class Selector(ABC):
             BlockIndices on the device of q, with one list per query head, or one per KV head.
         """
 
+    def scores(self, inputs: LayerInputs) -> Tensor | None:
+        """What a policy would choose from, float32 logits ``[B, Hq or 1, R, N]``; undefined behind the diagonal. None
+        where it has no scores. For pictures: :meth:`select` need not ask it."""
+        return None
+
     @property
     @abstractmethod
     def rowwise(self) -> bool:
@@ -184,6 +189,9 @@ class GateSelector(Selector):
         assert inputs.gate is not None
         lengths = inputs.lengths if inputs.span is None else None  # the span knows them
         return self.policy.select(logits, block_size=inputs.gate.block_size, lengths=lengths, span=inputs.span)
+
+    def scores(self, inputs: LayerInputs) -> Tensor:
+        return inputs.gate_logits()
 
     @property
     def rowwise(self) -> bool:

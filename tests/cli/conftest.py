@@ -71,6 +71,8 @@ def arguments(folder, tmp_path):
         "demo": ["--output", tmp_path / "out"],
         "distill": [*model, "--data", folder / "text.txt", "--output", tmp_path / "out", "--length", "512"],
         "eval": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
+        "compare": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
+        "report": [tmp_path],
         "calibrate": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "inspect": [*model, "--gates", folder / "gates", "--data", folder / "text.txt", "--output", tmp_path / "out"],
         "bench": ["--device", "cpu", "--lengths", "256"],

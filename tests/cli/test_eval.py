@@ -291,3 +291,16 @@ def test_inspect_reads_a_text_file(seer_command, folder, common, tmp_path):
     refused = seer_command("inspect", *common, "--layers", "7", "--output", tmp_path / "out")
     assert refused.exit_code == 1
     assert "layers 0 to 1" in refused.stderr
+
+
+def test_eval_runs_text_tasks(seer_command, common):
+    options = ["--measure", "tasks", "--lengths", "2K", "--densities", "0.5", "--samples", 2, "--json"]
+    result = seer_command("eval", *common, *options, "--tasks", "copy,qa_squad")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["tasks"]
+    assert [item["setting"] for item in found] == ["dense", "gates 0.5"]
+    assert all(list(item["tasks"]) == ["copy", "qa_squad"] for item in found)
+    assert 0 < found[1]["density"] < 1
+    refused = seer_command("eval", *common, "--measure", "retrieval", "--tasks", "copy")
+    assert refused.exit_code == 1
+    assert "names no retrieval task" in refused.stderr

@@ -100,6 +100,23 @@ WRONG = {
         "--compare-gates": ["./nothing", "fine=./nothing", "={folder}", "fine=", ",", ""],
         "--seconds": ["-1", "nan", "inf", "soon"],
     },
+    "compare": {
+        **COMMON,
+        "--preset": ["slow", ""],
+        "--tasks": ["haystack", ","],
+        "--selectors": ["guess", "", "oracle,", "oracle:policy", "oracle,oracle", "gate:policy=top_k(0.1)"],
+        "--lengths": [*LENGTHS, "4K,0", ","],
+        "--densities": DENSITIES,
+        "--rules": ["mine", ","],
+        "--protocols": ["mine", ","],
+        "--samples": NOT_COUNTS,
+        "--documents": NOT_OPTIONAL_COUNTS,
+        "--repeats": NOT_OPTIONAL_COUNTS,
+        "--answers": ["guess", ""],
+        "--qa-data": ["./nothing", "{folder}", "{file}"],
+        "--batch-size": NOT_COUNTS,
+    },
+    "report": {"--output": PLACES, "--gates": ["./nothing", "{folder}", ""], "--selection": ["./nothing", "{file}"]},
     "inspect": {
         "--model": MODELS,
         "--data": DATA,
@@ -130,7 +147,7 @@ WRONG = {
     "env": {},
 }
 # Options that take any text, and positions: nothing can be wrong with them before they are used.
-FREE = {"--text-field", "SOURCE", "PREFILL", "DECODE"}
+FREE = {"--text-field", "SOURCE", "PREFILL", "DECODE", "RESULTS"}
 # Sentences about models and texts that are clear without the option's name; most texts are named by their file.
 CLEAR = {
     "--model": ("no model folder at",),
@@ -204,7 +221,7 @@ def test_the_table_above_lacks_no_command():
     assert {name for name, _, _ in COMMANDS} == set(WRONG)
 
 
-@pytest.mark.parametrize("command", ["distill", "calibrate", "eval", "inspect", "bench", "demo"])
+@pytest.mark.parametrize("command", ["distill", "calibrate", "eval", "compare", "inspect", "bench", "demo"])
 def test_right_options_pass_the_checks(command, seer_command, arguments, nothing_works):
     """Otherwise the table would prove nothing."""
     with pytest.raises(WorkBegan):
@@ -223,6 +240,8 @@ def test_right_options_pass_the_checks(command, seer_command, arguments, nothing
         ("distill", "--k-pooling", ["max, min"]),
         ("eval", "--densities", ["1", "0.5, 0.5,1e-3"]),
         ("eval", "--thresholds", ["0", "0.001,0.5"]),
+        ("compare", "--repeats", ["0"]),
+        ("compare", "--selectors", ["none"]),
         ("inspect", "--length", ["2"]),
         ("inspect", "--layers", ["all", "0,1"]),
         ("bench", "--lengths", ["128"]),

@@ -52,8 +52,16 @@ def test_recall_agrees_with_block_recall(model, ids):
     np.testing.assert_allclose(inspection.recall.mean(-1), [expected[0], expected[1]], atol=1e-5)
 
 
-def test_a_selector_without_gates_has_no_prediction(model, ids):
-    seer.attach(model, selector=seer.baselines.Oracle(seer.TopK(0.5)), min_context=0)
+def test_a_selector_shows_its_scores_if_it_has_any(model, ids):
+    with_scores = seer.baselines.Oracle(seer.TopK(0.5)), seer.baselines.XAttention(tau=0.5)
+    for selector in with_scores:
+        seer.attach(model, selector=selector, min_context=0)
+        (found,) = inspect_attention(model, ids, layers=[1], heads=[0]).maps
+        seer.detach(model)
+        np.testing.assert_allclose(found.prediction.sum(-1), 1, rtol=1e-5)
+        exact = np.abs(found.prediction - found.target).max() < 1e-5
+        assert exact == (selector is with_scores[0])
+    seer.attach(model, selector=seer.baselines.Streaming(), min_context=0)
     inspection = inspect_attention(model, ids, layers=[1], heads=[0])
     assert inspection.maps[0].prediction is None
     assert len(draw_maps(inspection.maps, 64).axes) == 3  # two maps and the colour bar

@@ -11,7 +11,7 @@ from ..ops.indices import BlockIndices
 from ..policies import Policy
 from ..selectors import LayerInputs, Selector
 from .checks import check_block_size, check_integer, check_number, check_policy
-from .prompt import Prompt, masks_to_lists, scores_to_lists
+from .prompt import Prompt, masks_to_lists, rows_of_scores, scores_to_lists
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class TrainingFree(Selector, registered=False):
         if self._policy is None:
             return masks_to_lists(inputs, self.block_size, self.keep)
         return scores_to_lists(inputs, self.block_size, self._policy, self.score)
+
+    def scores(self, inputs: LayerInputs) -> Tensor | None:
+        if type(self).score is TrainingFree.score:
+            return None
+        return rows_of_scores(inputs, self.block_size, self.score)
 
     def keep(self, prompt: Prompt) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no rule of its own; give it a policy")

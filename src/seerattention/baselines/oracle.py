@@ -49,9 +49,13 @@ class Oracle(Selector):
         span = inputs.span
         if span is None:
             return self(inputs.q, inputs.k, layer=inputs.layer, scale=inputs.scale, lengths=inputs.lengths)
+        return self.policy.select(self.scores(inputs), block_size=self.block_size, span=span)
+
+    def scores(self, inputs: LayerInputs) -> Tensor:
+        """Logarithm of the map."""
+        how = {"span": inputs.span} if inputs.span is not None else {"lengths": inputs.lengths}
         reduce, size = _REDUCTIONS[self.reduce], self.block_size
-        target = pooled_attention(inputs.q, inputs.k, block_size=size, scale=inputs.scale, reduce=reduce, span=span)
-        return self.policy.select(target.log_(), block_size=size, span=span)
+        return pooled_attention(inputs.q, inputs.k, block_size=size, scale=inputs.scale, reduce=reduce, **how).log_()
 
     @property
     def rowwise(self) -> bool:

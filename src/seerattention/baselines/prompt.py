@@ -173,9 +173,15 @@ def scores_to_lists(
         policy: gets the scores as logits.
         score: gives the scores of a sequence, float32 ``[Hq or 1, R, N]``. What lies behind the diagonal is ignored.
     """
-    logits = _for_each_row(inputs, block_size, score, 0.0)
+    logits = rows_of_scores(inputs, block_size, score)
     lengths = inputs.lengths if inputs.span is None else None  # the span knows them
     return policy.select(logits, block_size=block_size, lengths=lengths, span=inputs.span)
+
+
+@torch.no_grad()
+def rows_of_scores(inputs: LayerInputs, block_size: int, score: Callable[[Prompt], Tensor]) -> Tensor:
+    """Scores of the sequences of a batch, float32 ``[B, Hq, R, N]``, as a policy gets them."""
+    return _for_each_row(inputs, block_size, score, 0.0)
 
 
 def _for_each_row(

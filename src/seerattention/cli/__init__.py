@@ -17,6 +17,8 @@ COMMANDS = [
     ("distill", "distill", "Train gates for a model on your data."),
     ("calibrate", "calibrate", "Fit budgets for trained gates: what spends a density at every length."),
     ("eval", "eval", "Perplexity and retrieval, dense beside sparse."),
+    ("compare", "compare", "Gates beside training-free methods and oracles, at equal density, on long-context tasks."),
+    ("report", "report", "One page of what seer compare found."),
     ("inspect", "inspect", "Pictures of true and predicted attention maps."),
     ("bench", "bench", "Dense beside sparse attention on this device: from which length on sparse pays."),
     ("convert", "convert", "Turn a published AttnGates folder into this package's layout."),

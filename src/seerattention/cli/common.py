@@ -36,7 +36,9 @@ __all__ = [
     "log_level",
     "parse_list",
     "resolve_device",
+    "run_identity",
     "spending",
+    "token_count",
 ]
 
 _LOG_WIDTH = 200  # tables in a log or a pipe are not folded to 80 columns
@@ -384,3 +386,20 @@ def book_tokens(
     if not arrays:
         raise ValueError("--data: there is no text in it, all documents are empty")
     return arrays
+
+
+def run_identity(model: Any, device: str) -> dict[str, Any]:
+    """What decides results beside settings, prompts and options: results of anything else are not taken for these."""
+    from ..distillation.identity import weights_digest
+    from ..evaluate.environment import environment
+
+    facts = environment()
+    return {
+        "weights": weights_digest(model),
+        "config": {
+            k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        },
+        "dtype": str(model.dtype),
+        "device": device,
+        **{name: facts[name] for name in ("versions", "git_commit", "devices", "processor", "threads")},
+    }

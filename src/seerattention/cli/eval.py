@@ -22,10 +22,12 @@ from .common import (
     open_data,
     parse_list,
     resolve_device,
+    run_identity,
     token_count,
 )
 from .eval_settings import all_gates, make_settings, named_gates
 from .options import (
+    check_choice,
     check_dtype,
     check_gates,
     check_model,
@@ -57,10 +59,14 @@ def command(
         typer.Option(help="Also these gates, in everything that asks gates: NAME=FOLDER,... (other forms, say)."),
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, lm-eval.")
+        str, typer.Option(help="What to measure, in this order: any of retrieval, perplexity, timing, tasks, lm-eval.")
     ] = "retrieval,perplexity",
     tasks: Annotated[
-        str, typer.Option(help="Retrieval tasks: any of single, multikey, multivalue, variable, keyvalue.")
+        str,
+        typer.Option(
+            help="Retrieval tasks: any of single, multikey, multivalue, variable, keyvalue. Of --measure tasks: any of "
+            "those that seer compare has; default: all."
+        ),
     ] = "single,multikey,keyvalue",
     lengths: Annotated[
         str,
@@ -112,7 +118,9 @@ def command(
     ] = None,
     apply_chat_template: Annotated[
         bool,
-        typer.Option("--apply-chat-template", help="Ask lm-eval tasks in the form of the tokenizer's chat template."),
+        typer.Option(
+            "--apply-chat-template", help="Ask lm-eval tasks, and --measure tasks, in the tokenizer's chat template."
+        ),
     ] = False,
     data: Annotated[
         str | None,
@@ -157,18 +165,24 @@ def command(
         from ..evaluate.registry import MEASURES
         from ..evaluate.retrieval import METHODS
         from ..files import write_file
-        from ..tasks import TASKS
+        from ..tasks import TASKS, TEXT_TASKS
 
         terminal = Terminal(as_json)
-        names = _choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
+        names = check_choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
         harness_tasks = [] if lm_eval_tasks is None else parse_list(lm_eval_tasks, str, "lm-eval-tasks")
         names = _with_harness(names, harness_tasks, is_given(context, "measure"))
         asked_lengths = sorted(parse_list(lengths, token_count, "lengths"))
-        task_list = _choice(parse_list(tasks, str, "tasks"), TASKS, "tasks")
-        _choice([method], METHODS, "method")
+        task_list = check_choice(parse_list(tasks, str, "tasks"), [*TASKS, *TEXT_TASKS], "tasks")
+        text_tasks = [task for task in task_list if task in TEXT_TASKS]
+        task_list = [task for task in task_list if task in TASKS]
+        if "retrieval" in names and not task_list:
+            raise ValueError("--tasks names no retrieval task; leave retrieval out of --measure, or name one")
+        check_choice([method], METHODS, "method")
         chosen_measures = _measures(
             names,
             tasks=task_list,
+            text_tasks=text_tasks or list(TEXT_TASKS),
+            chat=apply_chat_template,
             samples=samples,
             questions=questions,
             method=method,
@@ -184,7 +198,7 @@ def command(
             check_task_files("--lm-eval-tasks", harness_tasks)
             require_lm_eval()
         else:
-            unused = ("limit", "num_fewshot", "apply_chat_template")
+            unused = ("limit", "num_fewshot", *(() if "tasks" in names else ("apply_chat_template",)))
             say_unused(context, terminal, unused, "only --lm-eval-tasks reads it")
         real("--seconds", seconds)
         clock = _Clock(seconds) if seconds else None
@@ -236,7 +250,7 @@ def command(
                 settings,
                 asked_lengths,
                 journal=journal,
-                identity=None if journal is None else _identity(loaded, str(loaded.device)),
+                identity=None if journal is None else run_identity(loaded, str(loaded.device)),
                 progress=terminal.progress,
                 show=lambda group: _show(terminal, group),
                 stop=clock,
@@ -282,23 +296,6 @@ def _show(terminal: Terminal, group: Group) -> None:
     terminal.table(group.measure.table(group.results))
 
 
-def _identity(model: Any, device: str) -> dict[str, Any]:
-    """What decides results beside settings, prompts and options: results of anything else are not taken for these."""
-    from ..distillation.identity import weights_digest
-    from ..evaluate.environment import environment
-
-    facts = environment()
-    return {
-        "weights": weights_digest(model),
-        "config": {
-            k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-        },
-        "dtype": str(model.dtype),
-        "device": device,
-        **{name: facts[name] for name in ("versions", "git_commit", "devices", "processor", "threads")},
-    }
-
-
 class _Clock:
     """Whether the time is up; what it said last stays said."""
 
@@ -309,13 +306,6 @@ class _Clock:
     def __call__(self) -> bool:
         self.stopped = self.stopped or time.monotonic() > self.end
         return self.stopped
-
-
-def _choice(items: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    unknown = [item for item in items if item not in known]
-    if unknown:
-        raise ValueError(f"--{what}: {', '.join(unknown)} is not known; choose from {', '.join(known)}")
-    return list(items)
 
 
 def _to_dict(groups: Sequence[Group], **facts: Any) -> dict[str, Any]:

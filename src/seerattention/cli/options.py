@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "check_choice",
     "check_dtype",
     "check_gates",
     "check_model",
@@ -104,6 +105,15 @@ def parse_index(text: str) -> int:
 
 
 # ---- names and places --------------------------------------------------------------------------------------------
+
+
+def check_choice(items: Iterable[str], known: Iterable[str], what: str) -> list[str]:
+    """Items of a list that are all known; ``what`` is the option's name without its dashes."""
+    items, known = list(items), list(known)
+    unknown = [item for item in items if item not in known]
+    if unknown:
+        raise ValueError(f"--{what}: {', '.join(unknown)} is not known; choose from {', '.join(known)}")
+    return items
 
 
 def check_dtype(dtype: str) -> str:

@@ -14,22 +14,25 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..gates.sources import load_gates
 from ..gates.tensors import digest as gates_digest
+from .forward import prompt_device
 from .journal import Journal
 from .measure import Advance, Measure, Prompts, Subject
 from .settings import Setting
 from .tables import format_length
 
-__all__ = ["Group", "case_digest", "describe", "run_measures"]
+__all__ = ["Case", "Group", "case_digest", "describe", "prompts_digest", "run_case", "run_measures"]
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -98,30 +101,26 @@ def run_measures(
         places = {id(setting): place for place, setting in enumerate(settings)}
         order.sort(key=lambda each: places.get(id(each[1][0]), 0))
     stopped = False
+
+    def halt() -> bool:
+        nonlocal stopped
+        stopped = stopped or (stop is not None and stop())
+        return stopped
+
     for plan, run in itertools.groupby(order, lambda each: each[0]):
         cases = [case for _, case in run]
         measure, prompts = plan.measure, plan.prompts
         what, total = _at(measure.name, plan.length), sum(map(len, cases)) * prompts.tokens
         with (progress or _silent)(what, total) as advance:
-            for case in cases:
-                digest, found = None, None
-                if journal is not None:
-                    told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in case]
-                    digest = case_digest(subject, measure, plan.length, prompts, told, identity or {})
-                    found = journal.find(digest)
-                if found is not None:
-                    plan.results += [measure.restore(*each) for each in found]
-                    plan.kept, plan.done = plan.kept + len(found), plan.done + 1
-                    advance(len(case) * prompts.tokens)
-                    continue
-                stopped = stopped or (stop is not None and stop())
-                if stopped:
-                    continue
-                measured = measure.run(subject, prompts, case, advance)
-                plan.results, plan.done = [*plan.results, *measured], plan.done + 1
-                if journal is not None:
-                    facts = {"measure": measure.name, "length": plan.length, "seed": subject.seed}
-                    journal.add(facts | {"settings": [setting.name for setting in case]}, digest, measured)
+            for settings_of in cases:
+                told = [described[id(s)] if id(s) in described else describe(s, subject.model) for s in settings_of]
+                case = Case(measure, plan.length, prompts, settings_of, told if journal is not None else None)
+                measured, found = run_case(
+                    subject, case, journal=journal, identity=identity or {}, advance=advance, stop=halt
+                )
+                if measured:
+                    plan.results, plan.done = [*plan.results, *measured], plan.done + 1
+                    plan.kept += len(measured) if found else 0
         if show is not None and plan.done == len(plan.cases):
             show(plan.group())
     for plan in plans:
@@ -144,6 +143,68 @@ class _Plan:
 
     def group(self) -> Group:
         return Group(self.measure, self.length, list(self.results), self.kept)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured at a time, and written.
+
+    Attributes:
+        measure, length, prompts: see :class:`~seerattention.evaluate.measure.Measure`.
+        settings: those that run together.
+        told: what :func:`describe` says of each; None: ask it.
+    """
+
+    measure: Measure
+    length: int
+    prompts: Prompts
+    settings: Sequence[Setting]
+    told: Sequence[Mapping[str, Any] | None] | None = None
+
+
+def run_case(
+    subject: Subject,
+    case: Case,
+    *,
+    journal: Journal | None = None,
+    identity: Mapping[str, Any] | None = None,
+    advance: Advance | None = None,
+    facts: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[list[Any], bool]:
+    """The results of a case, one a setting, and whether they were in the journal.
+
+    What it took is written beside them: seconds, and the most device memory that was allocated meanwhile.
+
+    Args:
+        facts: plain values, to be written too, for readers.
+        stop: is asked before anything is measured; where it says so, nothing is, and there are no results.
+    """
+    measure, digest = case.measure, None
+    if journal is not None:
+        told = case.told if case.told is not None else [describe(s, subject.model) for s in case.settings]
+        digest = case_digest(subject, measure, case.length, case.prompts, told, identity or {})
+        found = journal.find(digest)
+        if found is not None:
+            if advance is not None:
+                advance(len(case.settings) * case.prompts.tokens)
+            return [measure.restore(*each) for each in found], True
+    if stop is not None and stop():
+        return [], False
+    device = prompt_device(subject.model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    measured = list(measure.run(subject, case.prompts, case.settings, advance))
+    if journal is not None:
+        cost = {"seconds": time.perf_counter() - start, "peak_bytes": None}
+        if device.type == "cuda":
+            cost["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        what: dict[str, Any] = {"measure": measure.name, "length": case.length, "seed": subject.seed}
+        what["settings"] = [setting.name for setting in case.settings]
+        what["prompts"] = prompts_digest(case.prompts)
+        journal.add({**what, **cost, **(facts or {})}, digest, measured)
+    return measured, False
 
 
 def _at(name: str, length: int) -> str:
@@ -180,6 +241,12 @@ def case_digest(
     except _Unknown:
         return None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def prompts_digest(prompts: Prompts) -> str:
+    """What tells prompts from others, for readers."""
+    told = {name: _array_digest(array) for name, array in prompts.decides.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(setting: Setting, model: nn.Module) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def new_figure(width: float = 6.4, height: float = 3.6, rows: int = 1, columns: 
 
 
 def line_figure(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Any]],
     *,
     x_label: str,
     y_label: str,
@@ -43,14 +43,15 @@ def line_figure(
     """Lines with markers.
 
     Args:
-        series: name -> (x, y, standard errors or None).
+        series: name -> (x, y, standard errors or None); errors are ``[n]``, or ``[2, n]`` below and above.
         reference: name and value of a horizontal line (the dense model).
         x_ticks: value -> label, where the automatic ticks do not fit.
     """
     figure, (axis,) = new_figure()
     for i, (name, (x, y, errors)) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]
-        marker = _MARKERS[i % len(_MARKERS)] if len(x) <= 24 else None
+        # Where colours come again, markers are others.
+        marker = _MARKERS[(i + i // len(COLORS)) % len(_MARKERS)] if len(x) <= 24 else None
         axis.errorbar(
             x,
             y,
@@ -76,7 +77,7 @@ def line_figure(
         axis.invert_xaxis()
     _label(axis, x_label, y_label)
     if len(series) + (reference is not None) > 1:
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=9 if len(series) < 8 else 7)
     return figure
 
 

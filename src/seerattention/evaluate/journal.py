@@ -3,6 +3,8 @@
 A folder holds ``results.jsonl``, one line for each case: what it was, a digest of all that decides it, its numbers.
 What numbers alone do not hold (losses of all tokens) is in ``cases/``, a file for each case. Both are complete at
 whatever moment the process ends: arrays are written first, and the file of lines is replaced as a whole.
+
+Several processes may share a folder: each writes a file of lines of its own (``results-1.jsonl``) and reads all.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 from ..files import DamagedFileError, parse_json, read_bytes, write_file
 from .measure import Result
 
-__all__ = ["Journal", "Kept"]
+__all__ = ["Journal", "Kept", "read_lines"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +36,37 @@ class Journal:
 
     Args:
         folder: is made when the first case is added. Lines of other cases that are there already are kept.
+        process: which of several that share the folder; the first one is 0.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, process: int = 0) -> None:
         self.folder = folder
-        self.path = folder / "results.jsonl"
-        self._lines: list[dict[str, Any]] = []
-        if self.path.exists():
-            for number, line in enumerate(read_bytes(self.path).splitlines(), 1):
-                try:
-                    self._lines.append(_checked(parse_json(line, f"line {number} of {self.path}")))
-                except DamagedFileError as error:
-                    logger.warning("%s; that case is measured again", error)
+        self.path = folder / (f"results-{process}.jsonl" if process else "results.jsonl")
+        self._lines: list[dict[str, Any]] = read_lines(self.path) if self.path.exists() else []
+        self._others: dict[Path, tuple[tuple[int, int], list[dict[str, Any]]]] = {}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Every case in the folder, those of other processes too, as they are on disk now; this process's come last."""
+        found = []
+        for path in sorted(self.folder.glob("results*.jsonl")):
+            if path == self.path:
+                continue
+            state = path.stat()
+            version = state.st_mtime_ns, state.st_size
+            if self._others.get(path, (None, []))[0] != version:
+                self._others[path] = version, read_lines(path)
+            found += self._others[path][1]
+        return found + self._lines
 
     def find(self, digest: str | None) -> Kept | None:
         """What was found in the case with this digest; None where it is not there or its files are damaged."""
-        line = next((line for line in self._lines if digest is not None and line["digest"] == digest), None)
-        if line is None:
+        if digest is None:
             return None
+        line = next((line for line in reversed(self.lines()) if line["digest"] == digest), None)
+        return None if line is None else self.read(line)
+
+    def read(self, line: Mapping[str, Any]) -> Kept | None:
+        """Numbers and arrays of the results of a line; None where its files are damaged."""
         try:
             arrays = self._read_arrays(line["arrays"])
         except (OSError, DamagedFileError) as error:
@@ -101,6 +116,17 @@ class Journal:
                 return {name: opened[name] for name in opened.files}
         except (ValueError, BadZipFile, EOFError) as error:
             raise DamagedFileError(f"{path} is damaged: {error}") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that are what was written; of others a warning tells."""
+    found = []
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        try:
+            found.append(_checked(parse_json(line, f"line {number} of {path}")))
+        except DamagedFileError as error:
+            logger.warning("%s; that case is measured again", error)
+    return found
 
 
 def _checksum(line: Mapping[str, Any]) -> str:

@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .. import hf
+from ..hf.phases import PREFILL
+from ..hf.state import state_of
 from ..ops import pooled_attention
 from ..ops.indices import BlockIndices, causal_block_mask
 from ..policies import causal_softmax
+from ..selectors import Selector
 from .forward import check_documents, decoder_states, prompt_device
 
 __all__ = ["HeadMap", "Inspection", "draw_maps", "draw_recall", "inspect_attention"]
@@ -31,7 +34,7 @@ class HeadMap:
     Attributes:
         layer, head: indices of the layer and of the query head.
         target: the true attention map, max-pooled per block, rows summing to 1 (the distillation target).
-        prediction: the gate's block probabilities, or None without a gate.
+        prediction: the block probabilities of the gate, or of another selector that has scores; else None.
         selected: bool, the blocks that attention read.
         recall: block recall: share of the true attention mass inside them (mean over query blocks).
         density: selected causal blocks over all causal blocks.
@@ -109,7 +112,7 @@ def inspect_attention(
         if inputs.layer not in chosen_layers:
             return
         target = pooled_attention(inputs.q, inputs.k, **common)[0]
-        prediction = None if inputs.gate is None else causal_softmax(inputs.gate_logits())[0]
+        prediction = _prediction(inputs, state_of(model).phases[PREFILL].selector)
         for head in chosen_heads:
             maps[inputs.layer, head] = HeadMap(
                 inputs.layer,
@@ -167,8 +170,8 @@ def draw_maps(maps: Sequence[HeadMap], block_size: int) -> Figure:
     return figure
 
 
-def draw_recall(recall: np.ndarray) -> Figure:
-    """Block recall of every head, layers down, heads to the right."""
+def draw_recall(recall: np.ndarray, label: str = "block recall") -> Figure:
+    """Block recall of every head, or another share of this ``label``, layers down, heads to the right."""
     layers, heads = recall.shape
     figure = Figure(
         figsize=(max(3.4, 0.42 * heads + 1.6), max(2.2, 0.3 * layers + 1.0)), layout="constrained", facecolor="white"
@@ -195,9 +198,20 @@ def draw_recall(recall: np.ndarray) -> Figure:
     axis.set_ylabel("layer", fontsize=9)
     axis.tick_params(labelsize=8)
     bar = figure.colorbar(image, ax=axis)
-    bar.set_label("block recall", fontsize=8)
+    bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def _prediction(inputs: hf.LayerInputs, selector: Selector | None) -> Tensor | None:
+    """Block probabilities ``[Hq, Nq, Nk]`` of the gate, or else of the selector if it has scores."""
+    logits = inputs.gate_logits() if inputs.gate is not None else None
+    if logits is None and selector is not None:
+        logits = selector.scores(inputs)
+    if logits is None:
+        return None
+    found = causal_softmax(logits.float())[0]
+    return found.repeat_interleave(inputs.q.shape[1] // found.shape[0], dim=0)
 
 
 def _selected(blocks: BlockIndices | None, mass: Tensor) -> Tensor:

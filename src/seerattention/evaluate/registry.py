@@ -8,6 +8,7 @@ from .harness import HarnessMeasure
 from .measure import Measure
 from .perplexity import PerplexityMeasure
 from .retrieval import RetrievalMeasure
+from .text_tasks import TextMeasure
 from .timing import TimingMeasure
 
 __all__ = ["MEASURES", "register"]
@@ -28,5 +29,5 @@ def register(kind: Kind) -> Kind:
     return kind
 
 
-for _kind in (RetrievalMeasure, PerplexityMeasure, TimingMeasure, HarnessMeasure):
+for _kind in (RetrievalMeasure, PerplexityMeasure, TimingMeasure, HarnessMeasure, TextMeasure):
     register(_kind)

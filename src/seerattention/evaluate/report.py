@@ -44,6 +44,14 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 th, td { padding: .38rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
+table.names td:first-child { white-space: normal; min-width: 11rem; }
+.viewer { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
+.viewer canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; border: 1px solid var(--line); }
+.viewer figure { margin: 0; }
+.controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .4rem 1rem;
+  margin: .6rem 0; }
+.controls label { display: block; color: var(--soft); font-size: .87rem; }
+.controls select, .controls input { width: 100%; display: block; font: inherit; }
 tr.strong td { background: #eef5fa; font-weight: 600; }
 .caption { color: var(--soft); font-size: .87rem; }
 figure { margin: .9rem 0; }
@@ -93,9 +101,9 @@ class Report:
         rows = "".join(f"<dt>{_escape(term)}</dt><dd>{_escape(meaning)}</dd>" for term, meaning in items)
         self._parts.append(f"<dl>{rows}</dl>")
 
-    def table(self, table: Table, strong: Sequence[int] = ()) -> None:
+    def table(self, table: Table, strong: Sequence[int] = (), long_names: bool = False) -> None:
         """A table whose first column is left-aligned; rows numbered in ``strong`` are set off."""
-        self._parts.append(table.html(strong))
+        self._parts.append(table.html(strong, long_names))
 
     def figure(self, figure: Any, caption: str = "", alt: str = "", dpi: int = 150) -> None:
         """A matplotlib figure as an inline PNG."""
@@ -104,6 +112,10 @@ class Report:
     def figures(self, figures: Sequence[tuple[Any, str, str]], dpi: int = 150) -> None:
         """Several small figures (figure, caption, alt) side by side where the screen is wide enough."""
         self._parts.append(f'<div class="figures">{"".join(_figure(*item, dpi) for item in figures)}</div>')
+
+    def element(self, content: str) -> None:
+        """HTML as it is, made by this package: nothing in it is escaped, and it loads nothing."""
+        self._parts.append(content)
 
     def html(self) -> str:
         """The whole page."""

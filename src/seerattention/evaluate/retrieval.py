@@ -20,11 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from ..hf.prompts import evaluating
 from ..tasks import TASKS, TaskGenerator
 from .forward import check_batch_size, decoder_states, prompt_device, token_logits
+from .generation import decode_greedily
 from .measure import Advance, Measure, Picture, Prompts, Subject
 from .settings import Setting
 from .tables import Table, finite, format_density, format_length, format_percent
@@ -157,7 +156,6 @@ def _tokens(sample: Any) -> Tensor:
     return torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
 
 
-_GENERATION_OPTIONS = [name for name in GenerationConfig().to_dict() if name != "transformers_version"]
 Found = dict[tuple[int, tuple[int, int]], bool]
 """(sample, span of an answer) -> whether all its tokens are right."""
 
@@ -177,27 +175,13 @@ def _generated(
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
             ids = torch.stack([_tokens(samples[row]) for row in batch])
-            made = _decode(model, ids[:, :start].to(device), stop - start)
+            made = decode_greedily(model, ids[:, :start].to(device), stop - start)
             exact = (made.cpu() == ids[:, start:stop]).all(-1).tolist()
             found.update({(row, (start, stop)): right for row, right in zip(batch, exact, strict=True)})
             done += len(batch)
             if advance is not None:
                 advance(done * total // prompts - (done - len(batch)) * total // prompts)
     return found
-
-
-def _decode(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
-    """The ``count`` tokens that greedy decoding adds to ``prompt [B, T]``, int64 ``[B, count]``."""
-    # What is None in a config, or left out, is filled from the model's own, which may hold penalties and tokens to stop
-    # at or to suppress; arguments are not, not even those that are None. The length of an answer is known.
-    unset = dict.fromkeys(_GENERATION_OPTIONS)
-    options = unset | {
-        "max_new_tokens": count, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True,
-        "pad_token_id": 0,
-    }  # fmt: skip
-    with evaluating(model):
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
-    return out[:, prompt.shape[1] : prompt.shape[1] + count]
 
 
 def _teacher_forced(

@@ -41,13 +41,21 @@ class Table:
         lines = [self.headers, ["---"] + ["---:" if numbers else "---"] * (len(self.headers) - 1), *self.rows]
         return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
-    def html(self, strong: Sequence[int] = ()) -> str:
-        """The table and its caption in HTML, everything escaped; rows numbered in ``strong`` are set off."""
+    def html(self, strong: Sequence[int] = (), long_names: bool = False) -> str:
+        """The table and its caption in HTML, everything escaped.
+
+        Args:
+            strong: numbers of rows that are set off.
+            long_names: the first column may break into lines.
+        """
         head = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
         body = "".join(_html_row(row, i in strong) for i, row in enumerate(self.rows))
         # The caption stays outside of what scrolls sideways on a phone.
         note = f'<p class="caption">{html.escape(self.caption)}</p>' if self.caption else ""
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
+        kind = ' class="names"' if long_names else ""
+        return (
+            f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
+        )
 
     def print_to(self, console: Any, numbers: bool = True) -> None:
         """Print the table and its caption to a :class:`rich.console.Console`; plain lines where it is no terminal.

@@ -117,9 +117,12 @@ class Pieces:
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text inside a longer text; remembered."""
         if text not in self._cache:
-            ids = self._raw("\n" + text)[len(self._anchor) :] if self._anchor else self._raw(text)
-            self._cache[text] = ids
+            self._cache[text] = self.tokens(text)
         return list(self._cache[text])
+
+    def tokens(self, text: str) -> list[int]:
+        """The same, not remembered: for texts that do not come again."""
+        return self._raw("\n" + text)[len(self._anchor) :] if self._anchor else self._raw(text)
 
     def number(self, value: int) -> list[int]:
         """Token ids of a six-digit number."""
@@ -138,9 +141,13 @@ class Pieces:
         ``close`` draws them from few adjectives and few nouns where enough are to be had, so that neither word alone
         tells two keys apart.
         """
+        return [self.encode(f" {a}") + self.encode(f" {n}") for a, n in self.key_words(count, close=close)]
+
+    def key_words(self, count: int, *, close: bool = False) -> list[tuple[str, str]]:
+        """The same keys as words, for tasks that are written as text."""
         pairs = self._close_pairs(count) if close else self._keys
         chosen = pairs[self.rng.choice(len(pairs), count, replace=False)]
-        return [self.encode(f" {ADJECTIVES[a]}") + self.encode(f" {NOUNS[n]}") for a, n in chosen]
+        return [(ADJECTIVES[a], NOUNS[n]) for a, n in chosen]
 
     def _close_pairs(self, count: int) -> np.ndarray:
         side = math.ceil(math.sqrt(2 * count)) + 1

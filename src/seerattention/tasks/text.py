@@ -1,0 +1,271 @@
+"""Long-context tasks as a user would put them: a text of an exact length in tokens, a question, and room for an answer.
+
+| task | in the text | asked, and how it is scored |
+|---|---|---|
+| niah_single_1, 2, 3 | a number in one repeated sentence, a number in a book, a long code in a book | it; exact |
+| niah_multikey_1 | four needles with different names in a book | one of them; exact |
+| niah_multikey_2, 3 | needles all over: numbers of names, codes of codes | one of them; exact |
+| niah_multivalue, niah_multiquery | four numbers of one name; four names with a number each | all; share |
+| variable_tracking | a chain of five variables that take each other's value | their names; share |
+| common_words, frequent_words | a list of words; made-up words by a power law | the ten, or three, commonest; share |
+| qa_squad, qa_hotpot | one paragraph, or two, with the answer among others | a question; normalised match |
+| long_qa | one article after the other, in order | a question on a paragraph of any; normalised match |
+| many_shot | labelled examples | the label of a new one; exact |
+| copy | a passage somewhere in a book | the passage, from its beginning; share before the first mistake |
+
+The first thirteen are in the style of RULER (arXiv 2404.06654, section 3), in words of this package: names, numbers and
+sentences are those of :mod:`.pieces`, which the embedded testbed knows. A sample is a function of the tokenizer, the
+books, the seed and the order of calls. Prompts are put together from pieces that are tokenised by themselves, so that
+prompt and room for the answer are exactly as long as asked, with any tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .generator import TaskGenerator
+from .questions import QuestionSets, load_questions
+
+__all__ = ["RULER_TASKS", "TEXT_TASKS", "Body", "Draft", "Kit", "TextSample", "TextTasks"]
+
+RULER_TASKS = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "variable_tracking", "common_words", "frequent_words", "qa_squad",
+    "qa_hotpot",
+)  # fmt: skip
+TEXT_TASKS = (*RULER_TASKS, "long_qa", "many_shot", "copy")
+
+_CONTENT = "\x02content\x03"  # what a chat template is asked to wrap, to see what it puts around
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """One prompt and what its answer should be.
+
+    Attributes:
+        task: one of :data:`TEXT_TASKS`.
+        prompt: int64 ``[T]``; what is to be read.
+        room: tokens that the answer may have; T + room is the length that was asked for.
+        answers: right answers, see ``score``.
+        score: how an answer is scored, one of :data:`~seerattention.tasks.scoring.SCORES`.
+        gold: int64 ``[n]``, the tokens of a right answer as they would follow the prompt. Of "copied" what counts.
+        places: ``prompt[start:stop]`` of each (start, stop) holds what the answer is to be found in.
+    """
+
+    task: str
+    prompt: np.ndarray
+    room: int
+    answers: tuple[str, ...]
+    score: str
+    gold: np.ndarray
+    places: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Body:
+    """The middle of a prompt: tokens, and where in them lies what the answer is to be found in."""
+
+    tokens: list[int]
+    places: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sample before its length is known.
+
+    Attributes:
+        opening: what is said before the text.
+        body: makes the text of so many tokens.
+        question: what is asked after the text.
+        lead: how the answer begins; the prompt ends with it.
+        answers, score: as of :class:`TextSample`.
+        gold: a right answer as text, without space before it.
+        room: tokens for the answer.
+        lead_tokens, gold_tokens: tokens of both, where they are no text.
+    """
+
+    opening: str
+    body: Callable[[int], Body]
+    question: str
+    lead: str
+    answers: tuple[str, ...]
+    score: str
+    gold: str
+    room: int
+    lead_tokens: tuple[int, ...] = field(default=())
+    gold_tokens: tuple[int, ...] = field(default=())
+
+
+class Kit:
+    """What makers of drafts work with: random numbers, words, book text, and ways to fill a text to a length.
+
+    Attributes:
+        rng: the source of all randomness.
+        pieces: names and sentences.
+        questions: question sets.
+        generator: gives book text.
+    """
+
+    def __init__(self, generator: TaskGenerator, questions: QuestionSets) -> None:
+        self.generator, self.questions = generator, questions
+        self.rng, self.pieces = generator.rng, generator.pieces
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a piece of text."""
+        return self.pieces.tokens(text)
+
+    def count(self, text: str) -> int:
+        """How many tokens a text takes behind a space."""
+        return len(self.pieces.encode(f" {text}"))
+
+    def book(self, size: int) -> list[int]:
+        """So many tokens of a book."""
+        return self.generator.book_text(size).tolist() if size else []
+
+    def repeated(self, text: str, size: int) -> list[int]:
+        """So many tokens of a text that comes again and again."""
+        once = self.pieces.encode(text)
+        return (once * (size // len(once) + 1))[:size]
+
+    def woven(self, size: int, events: Sequence[list[int]], filler: Callable[[int], list[int]]) -> Body:
+        """Events in random places of a filler, in their order; ``size`` tokens in all.
+
+        Raises:
+            ValueError: the events alone are longer.
+        """
+        room = size - sum(len(event) for event in events)
+        _check_room(size, room)
+        text = filler(room)
+        cuts = np.sort(self.rng.integers(0, room + 1, len(events))).tolist()
+        tokens: list[int] = []
+        places, done = [], 0
+        for cut, event in zip(cuts, events, strict=True):
+            tokens += text[done:cut]
+            places.append((len(tokens), len(tokens) + len(event)))
+            tokens += event
+            done = cut
+        return Body(tokens + text[done:], places)
+
+    def stacked(
+        self, size: int, wanted: Sequence[list[int]], others: Iterator[list[int]], *, ordered: bool = False
+    ) -> Body:
+        """Wanted items among as many others as fit, in random order; ``size`` tokens in all.
+
+        What is left of the room holds the end of one more of the others, at the very beginning, and book text before it
+        where the others do not suffice.
+
+        Args:
+            ordered: the wanted ones come first, in their order.
+
+        Raises:
+            ValueError: the wanted ones alone are longer.
+        """
+        left = size - sum(len(item) for item in wanted)
+        _check_room(size, left)
+        items = [(item, True) for item in wanted]
+        rest: list[int] = []
+        for item in others:
+            if len(item) > left:
+                rest = item[len(item) - left :]
+                break
+            items.append((item, False))
+            left -= len(item)
+        tokens, places = self.book(left - len(rest)) + rest, []
+        order = range(len(items)) if ordered else self.rng.permutation(len(items)).tolist()
+        for index in order:
+            item, is_wanted = items[index]
+            if is_wanted:
+                places.append((len(tokens), len(tokens) + len(item)))
+            tokens += item
+        return Body(tokens, places)
+
+
+def _check_room(size: int, room: int) -> None:
+    if room < 0:
+        raise ValueError(f"{-room} tokens more are needed than the {max(size, 0)} that are left for the text")
+
+
+class TextTasks:
+    """Makes samples of the text tasks.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. If it has a ``bos_token_id``, prompts without a chat template begin with
+            that token.
+        books: token ids of texts, 1-D integer arrays: where needles are hidden.
+        seed: samples are a function of the arguments, the seed and the order of calls.
+        questions: a folder with question sets, see :func:`~seerattention.tasks.questions.load_questions`; None: the
+            subsets that come with the package.
+        chat: put opening, text and question into the tokenizer's chat template as the user's words; the answer of the
+            model begins with the lead.
+
+    Raises:
+        ValueError: no book, or ``chat`` for a tokenizer without a chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        books: Sequence[np.ndarray],
+        *,
+        seed: int = 0,
+        questions: str | None = None,
+        chat: bool = False,
+    ) -> None:
+        self.kit = Kit(TaskGenerator(tokenizer, books, split="test", seed=seed), load_questions(questions))
+        self._before, self._after = self._template(tokenizer) if chat else ([], [])
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if not chat and bos is not None:
+            self._before = [bos]
+
+    def sample(self, task: str, length: int) -> TextSample:
+        """A sample whose prompt and room for the answer are ``length`` tokens together.
+
+        Raises:
+            ValueError: an unknown task, a length that is too short for it, or a task without question sets.
+        """
+        from . import text_lists, text_needles, text_questions
+
+        makers = {**text_needles.MAKERS, **text_lists.MAKERS, **text_questions.MAKERS}
+        if task not in makers:
+            raise ValueError(f"task must be one of {', '.join(TEXT_TASKS)}, got {task!r}")
+        kit = self.kit
+        draft = makers[task](kit, length)
+        lead, gold = self._lead_and_gold(draft)
+        head = self._before + kit.tokens(draft.opening)
+        tail = kit.tokens(draft.question) + self._after + lead
+        try:
+            body = draft.body(length - draft.room - len(head) - len(tail))
+        except ValueError as error:
+            raise ValueError(f"{task} does not fit into {length} tokens: {error}") from error
+        prompt = np.asarray(head + body.tokens + tail, dtype=np.int64)
+        assert len(prompt) == length - draft.room
+        return TextSample(
+            task, prompt, draft.room, draft.answers, draft.score, np.asarray(gold, dtype=np.int64),
+            tuple((start + len(head), stop + len(head)) for start, stop in body.places),
+        )  # fmt: skip
+
+    def _lead_and_gold(self, draft: Draft) -> tuple[list[int], list[int]]:
+        """The last tokens of the prompt and those of the answer; the space between them belongs to the answer."""
+        if draft.gold_tokens:
+            return list(draft.lead_tokens), list(draft.gold_tokens)
+        words = draft.lead.lstrip() if self._after else draft.lead  # behind a template nothing comes before it
+        lead = self.kit.tokens(words)
+        both = self.kit.tokens(f"{words} {draft.gold}")
+        if both[: len(lead)] == lead:
+            return lead, both[len(lead) :]
+        return lead, self.kit.tokens(f" {draft.gold}")
+
+    def _template(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """What the chat template has before and after the words of the user."""
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template; leave the template out for a base model")
+        said = [{"role": "user", "content": _CONTENT}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        before, found, after = text.partition(_CONTENT)
+        if not found:
+            raise ValueError("the tokenizer's chat template changes what the user says, which these tasks cannot use")
+        return tuple(list(tokenizer.encode(part, add_special_tokens=False)) for part in (before, after))  # type: ignore[return-value]

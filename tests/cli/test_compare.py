@@ -1,0 +1,102 @@
+"""``seer compare`` and ``seer report`` on a tiny model from disk."""
+
+import json
+
+import pytest
+
+from seerattention.cli.compare import PRESETS
+from seerattention.evaluate.contenders import make_contenders
+
+
+@pytest.fixture
+def common(folder):
+    return [
+        "--model", folder / "model", "--gates", folder / "gates", "--data", folder / "text.txt", "--device", "cpu",
+        "--lengths", "1K", "--tasks", "niah_single_2,copy", "--selectors", "streaming,oracle:policy=top_k(0.1)",
+        "--samples", 2, "--documents", 1, "--repeats", 1, "--densities", "0.3",
+    ]  # fmt: skip
+
+
+def test_compare_then_report(seer_command, common, tmp_path):
+    result = seer_command("compare", *common, "--output", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    names = [item["setting"] for item in data["settings"]]
+    assert names == [
+        "dense", "gates, own rule 0.3", "gates, project rule 0.3", "oracle, own rule 0.3", "oracle, project rule 0.3",
+        "streaming, own rule 0.3",
+    ]  # fmt: skip
+    for item in data["settings"][1:]:
+        assert item["tasks"]["density"] < 0.4
+        assert item["perplexity"]["density"] < 0.4
+        assert item["prefill_seconds"] > 0
+    assert data["parameters"] > 0
+    assert data["environment"]["versions"]["torch"]
+    assert "score - dense" in result.stderr
+    again = seer_command("compare", *common, "--output", tmp_path / "out", "--json")
+    assert json.loads(again.stdout)["settings"] == data["settings"]  # times too: nothing was measured again
+    made = seer_command("report", tmp_path / "out")
+    assert made.exit_code == 0, made.stderr
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert all(name in page for name in names)
+    assert any((tmp_path / "out" / "figures").glob("perplexity-density-*.png"))
+
+
+def test_presets_can_be_run():
+    for name, preset in PRESETS.items():
+        rules, protocols = preset["rules"].split(","), preset["protocols"].split(",")
+        contenders = make_contenders({"gates": "folder"}, preset["selectors"], rules, protocols)
+        assert len({contender.family for contender in contenders}) == len(contenders), name
+    assert len({c.label for c in make_contenders({"g": "f"}, PRESETS["quick"]["selectors"])}) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--preset", "slow"], "--preset must be one of quick, full"),
+        (["--tasks", "nothing"], "--tasks: unknown tasks"),
+        (["--rules", "mine"], "choose from own, project"),
+        (["--protocols", "mine"], "choose from every_row_sparse"),
+        (["--selectors", "nothing"], "selector kind must be one of"),
+        (["--densities", "1.5"], "a density must lie in"),
+        (["--lengths", "1"], "--lengths"),
+        (["--gates", "./nowhere"], "no folder of gates"),
+        (["--gates", "none", "--selectors", "none"], "nothing to compare"),
+        (["--lengths", "64"], "does not fit into 64 tokens"),
+        (["--apply-chat-template"], "no chat template"),
+    ],
+)
+def test_compare_refuses(seer_command, common, tmp_path, options, says):
+    result = seer_command("compare", *common, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_report_refuses(seer_command, folder, tmp_path):
+    refused = seer_command("report", tmp_path)
+    assert refused.exit_code == 1
+    assert "holds no results" in refused.stderr
+
+
+def test_report_shows_what_it_is_given(seer_command, folder, tmp_path):
+    from ..evaluate.comparison_folder import write_folder
+
+    write_folder(tmp_path / "results")
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    arguments = ["report", tmp_path / "results", "--output", tmp_path / "page", "--gates", gates]
+    refused = seer_command(*arguments)
+    assert "no history.json" in refused.stderr
+    history = {"loss": [1.0], "loss_per_layer": {"layers.0": [1.0]}, "recall": {}, "recall_steps": []}
+    (gates / "history.json").write_text(json.dumps({"history": history}))
+    costs = {"selector": "x", "length": 64, "median_s": 1, "density": 0.1, "implementation": "torch", "decides": "rows"}
+    (tmp_path / "results" / "selection.json").write_text(
+        json.dumps({"runs": [{"results": [{"case": {"length": 64}, "costs": costs}]}]})
+    )
+    made = seer_command(*arguments)
+    assert made.exit_code == 0, made.stderr
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "Learning curves" in page
+    assert "Costs of selection" in page
+    assert not (tmp_path / "results" / "index.html").exists()
