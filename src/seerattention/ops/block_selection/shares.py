@@ -37,9 +37,9 @@ def number_of_blocks(number: int, num_rows: int, device: torch.device) -> Tensor
 def kept_for_device(make: Callable[[], Tensor], device: torch.device, *arguments: Hashable) -> Tensor:
     """What ``make`` makes of ``arguments``.
 
-    Every layer of a forward asks for the same: on CUDA devices the answer, a few launches, is kept for its stream. While
-    a graph is captured, whose memory is not this process's to keep, that is until the forward ends; where something is
-    traced, not at all.
+    Every layer of a forward asks for the same: on CUDA devices the answer, a few launches, is kept for its stream.
+    While a graph is captured, whose memory is not this process's to keep, that is until the forward ends; where
+    something is traced, not at all.
     """
     if dispatch.device_type(device) != "cuda" or torch.compiler.is_compiling():
         return make()
