@@ -9,13 +9,15 @@ import seerattention as seer
 from seerattention.ops import block_pooling, replay, triton_launch
 from tiny_models import make_ids, make_model
 
-POLICIES = [seer.TopK(0.3), seer.TokenBudget(128), seer.Threshold(0.05), seer.TopP(0.7)]
+POLICIES = [seer.TopK(0.3), seer.TokenBudget(128), seer.Threshold(0.05), seer.TopP(0.7), seer.RelativeThreshold(1.5)]
+POLICIES.append(seer.Budget(0.3, blocks=(2.0, 9.0), factors=(0.5, 1.5)))
+SUB_BLOCKS = seer.GateConfig(prefill=seer.SubBlockGateConfig())
 
 
-def attached(policy, **options):
+def attached(policy, config=None, **options):
     torch.manual_seed(0)
     model = make_model("llama", dtype=torch.bfloat16, head_dim=64).cuda()
-    return seer.attach(model, seer.GateConfig(), prefill=policy, min_context=0, **options)
+    return seer.attach(model, config or seer.GateConfig(), prefill=policy, min_context=0, **options)
 
 
 @torch.inference_mode()
@@ -35,9 +37,10 @@ def ordinary(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("config", [None, SUB_BLOCKS], ids=["paper", "sub_block"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_replays_equal_ordinary_launches(policy, ordinary):
-    model = attached(policy)
+def test_replays_equal_ordinary_launches(policy, config, ordinary):
+    model = attached(policy, config)
     for length in (1000, 1000, 1000, 1024, 1024, 1024, 1000):
         ids = make_ids(length, seed=length).cuda()
         assert torch.equal(logits_of(model, ids), ordinary(lambda ids=ids: logits_of(model, ids)))
@@ -56,9 +59,11 @@ def test_replays_on_streams_of_their_own():
         assert torch.equal(found, expected)
 
 
-def test_a_layer_is_replayed(monkeypatch):
+@pytest.mark.parametrize("config", [None, SUB_BLOCKS], ids=["paper", "sub_block"])
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
+def test_a_layer_is_replayed(policy, config, monkeypatch):
     """Else what is tested above would be nothing."""
-    model, ids, calls = attached(seer.TopK(0.3)), make_ids(1000).cuda(), []
+    model, ids, calls = attached(policy, config), make_ids(1000).cuda(), []
     for _ in range(2):
         logits_of(model, ids)
     launch = replay.Recording.replay

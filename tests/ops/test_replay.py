@@ -27,7 +27,9 @@ POLICIES = [
     seer.Threshold(0.2),
     seer.RelativeThreshold(1.0, dense_rows=1),
     seer.TopP(0.7),
+    seer.Budget(0.3, blocks=(2.0, 5.0), factors=(0.5, 1.5)),
 ]
+FORMS = {"paper": seer.PrefillGateConfig(), "sub_block": seer.SubBlockGateConfig(q_pitch=8, k_pitch=16)}
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +43,12 @@ def on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def gate():
+    return make_gate("paper")
+
+
+def make_gate(form):
     torch.manual_seed(0)
-    spec = seer.GateConfig(block_size=32).spec_of("prefill")
+    spec = seer.GateConfig(block_size=32, prefill=FORMS[form]).spec_of("prefill")
     gate = build_gate(spec, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, block_size=32)
     return gate.half().requires_grad_(False)
 
@@ -98,6 +104,25 @@ def test_a_replay_selects_what_a_call_does(gate, lists, policy):
         expected = selector._select(inputs)
         same_lists(selector.select(inputs), expected)
     assert count_recordings(lists) == 1
+
+
+@torch.no_grad()
+def test_sub_block_gates_are_replayed(lists):
+    gate, selector = make_gate("sub_block"), GateSelector(seer.TopK(0.4))
+    for seed in range(4):
+        inputs = inputs_of(gate, 200, seed)
+        same_lists(selector.select(inputs), selector._select(inputs))
+    assert count_recordings(lists) == 1
+
+
+@torch.no_grad()
+def test_gates_of_somebody_else_are_not(lists):
+    """A subclass may do more than launch."""
+    gate = make_gate("paper")
+    gate.__class__ = type("Mine", (type(gate),), {})
+    for seed in range(4):
+        GateSelector(seer.TopK(0.4)).select(inputs_of(gate, 200, seed))
+    assert count_recordings(lists) == 0
 
 
 @torch.no_grad()
