@@ -7,6 +7,7 @@ import torch
 
 import seerattention as seer
 from seerattention.cli.demo_job import STORED, DemoPlan, _affordable_steps, _policy
+from seerattention.gates.sources import stored_budgets
 
 from ..evaluate.tiny import make_model
 
@@ -61,7 +62,7 @@ def test_plans_fit_their_device():
 
 
 def test_densities_are_spent_by_budgets_where_gates_have_them():
-    budgets = seer.gates.sources.stored_budgets(seer.testbed.gates_path())
+    budgets = stored_budgets(seer.testbed.gates_path())
     assert _policy(0.1, budgets) == budgets.policy(0.1)
     assert _policy(0.1, None) == seer.TopK(0.1)
     assert _policy(seer.TopP(0.9), budgets) == seer.TopP(0.9)

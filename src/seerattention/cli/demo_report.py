@@ -127,8 +127,8 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
             else NO_COMMITTED.format(model=plan.model) + " "
         )
         + "'untrained' gates are the fresh ones before distillation. 'Default' is the rule that is stored "
-        "with the gates, or the one that fresh gates get; a number is the density that was asked for (spent by the "
-        "budgets of the committed gates, by top-k selection elsewhere), that after top-p the share of the predicted "
+        "with the gates, or the one that fresh gates get; a number is the density that was asked for (spent by "
+        "budgets where gates have them, else by top-k selection), that after top-p the share of the predicted "
         "attention that is kept."
     )
     table = result_table(result, plan)
