@@ -78,12 +78,12 @@ def definition(gate, q, k, cos, sin):
 
 FORMS = {
     "default": {},
-    "shared keys": {"share_keys": True},
-    "logsumexp": {"reduce": "logsumexp"},
+    "own keys": {"share_keys": False},
+    "logsumexp": {"reduce": "logsumexp", "share_keys": False},
     "wide": {"width": 32, "q_pitch": 16},
-    "narrow": {"width": 8, "k_pitch": 4},
+    "narrow": {"width": 8, "k_pitch": 4, "share_keys": False},
     "no rope": {"rope": False, "q_pitch": 32},
-    "one pooling": {"k_pooling": ("avg",), "q_pooling": ("max",), "share_keys": True, "k_pitch": 32},
+    "one pooling": {"k_pooling": ("avg",), "q_pooling": ("max",), "k_pitch": 32},
 }
 
 
@@ -169,7 +169,7 @@ def test_pitches_of_whole_blocks_are_the_form_of_the_paper():
 
 
 def test_gradients_are_those_of_the_definition():
-    for options in ({}, {"share_keys": True, "reduce": "logsumexp"}):
+    for options in ({}, {"reduce": "logsumexp"}, {"share_keys": False}):
         gate = make_gate(**options).double()
         q, k, cos, sin = make_inputs(70)
         rows = torch.tensor([2, 1])
@@ -254,9 +254,10 @@ def test_wrong_types_and_pitches_longer_than_the_block():
 
 
 def test_configs_go_through_files():
-    spec = seer.SubBlockGateConfig(q_pitch=16, share_keys=True, width=32, reduce="logsumexp")
+    spec = seer.SubBlockGateConfig(q_pitch=16, share_keys=False, width=32, reduce="logsumexp")
     config = seer.GateConfig(prefill=spec)
     data = config.to_dict()
     assert data["prefill"]["form"] == "sub_block"
     assert seer.GateConfig.from_dict(data) == config
+    assert seer.SubBlockGateConfig().share_keys
     assert seer.GateConfig().prefill == seer.PrefillGateConfig()  # the form of the paper stays the default
