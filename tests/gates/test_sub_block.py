@@ -184,8 +184,9 @@ def test_gradients_are_those_of_the_definition():
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch):
-    gate, inputs = make_gate(), make_inputs(200)
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch, share_keys):
+    gate, inputs = make_gate(share_keys=share_keys), make_inputs(200)
     found = []
     for most in (1 << 30, 1):
         monkeypatch.setattr(reference, "MAX_PRODUCTS", most)
@@ -194,7 +195,8 @@ def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch):
         (logits.masked_fill(logits == -math.inf, 0) ** 2).sum().backward()
         found.append([parameter.grad.clone() for parameter in gate.parameters()])
     for whole, parts in zip(*found, strict=True):
-        torch.testing.assert_close(parts, whole)
+        # Sums in another order differ by last bits of their largest terms, of which a group's heads share more.
+        torch.testing.assert_close(parts, whole, rtol=1.3e-6, atol=max(1e-5, 2**-22 * float(whole.abs().max())))
 
 
 def test_training_keeps_no_products():
