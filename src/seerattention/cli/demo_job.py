@@ -231,7 +231,7 @@ def run_demo(
         *(
             Setting(f"{kind} gates, {_rule_name(rule)}", gates=saved, policy=_policy(rule, budgets))
             for kind, saved, rules in kinds
-            for budgets in [stored_budgets(saved) if rules else None]
+            for budgets in [None if saved is None else stored_budgets(saved)]
             for rule in rules
         ),
     ]
