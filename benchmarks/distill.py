@@ -46,7 +46,7 @@ _CHECKED_ROWS = 0.5
 FITS_BYTES = int(22.5 * 2**30)
 FORMS = {
     "paper": seer.PrefillGateConfig(),
-    "sub_block": seer.SubBlockGateConfig(),
+    "sub_block": seer.SubBlockGateConfig(share_keys=False),
     "sub_block_shared": seer.SubBlockGateConfig(share_keys=True),
 }
 _SKIP_ROWS = 0.0  # every row, so that "rows" is the share of all of them

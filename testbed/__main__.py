@@ -46,6 +46,7 @@ Start = Annotated[
     Path | None, typer.Option(help="Folder of a model to train on, instead of a new one; its shape counts.")
 ]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
+Form = Annotated[str, typer.Option(help="Of the gates: sub_block, which looks more finely than its mask, or paper.")]
 
 
 def _texts(sources: list[str], text_field: str) -> Iterator[str]:
@@ -213,11 +214,15 @@ def gates(
     seed: Seed = 0,
     templates: Templates = None,
     device: str = "cuda",
+    form: Form = "sub_block",
 ) -> None:
     """Distil the gates of a trained testbed model."""
     from .distil import GateRun, distil
 
-    run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates))
+    try:
+        run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates), form)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--form") from error
     summary = distil(model, books, held_out, out, run)
     typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1]}))
 
@@ -289,6 +294,7 @@ def everything(
     samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 512,
     gate_steps: int = 150,
     gate_length: int = 16_384,
+    form: Form = "sub_block",
     text_field: str = "text",
     device: str = "cuda",
     embed: Annotated[bool, typer.Option(help="Replace the model that the package embeds.")] = False,
@@ -326,6 +332,7 @@ def everything(
         seed=seed,
         templates=templates,
         device=device,
+        form=form,
     )
     package(out, target=None if embed else out / "package")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import seerattention as seer
 from seerattention.distillation.data import in_background
 from seerattention.tasks import TASKS, TaskGenerator, TrainingMix
 
@@ -57,6 +58,14 @@ class TaskBatches:
         return generator.sample(task, self.length, int(rng.integers(1, most + 1))).input_ids
 
 
+FORMS = {
+    "sub_block": seer.testbed.GATE_CONFIG,
+    # Queries by all three poolings: the average alone loses what a single question among 64 tokens asks for.
+    "paper": seer.GateConfig(prefill=seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))),
+}
+"""Forms of gates by name, the default first."""
+
+
 @dataclass(frozen=True)
 class GateRun:
     """How gates are trained.
@@ -68,6 +77,10 @@ class GateRun:
         seed: of the gates and batches.
         device: where.
         templates: other needle sentences, [statement, question].
+        form: one of :data:`FORMS`.
+
+    Raises:
+        ValueError: an unknown form.
     """
 
     steps: int
@@ -78,13 +91,17 @@ class GateRun:
     seed: int
     device: str
     templates: list | None = None
+    form: str = next(iter(FORMS))
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
 
 
 def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Path, run: GateRun) -> dict[str, Any]:
-    """Train fresh gates of the paper's form, save them in ``out`` with their history; returns a summary."""
+    """Train fresh gates, save them in ``out`` with their history; returns a summary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import seerattention as seer
     from seerattention.cli.common import Terminal
     from seerattention.distillation import distill
 
@@ -103,7 +120,7 @@ def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Pat
         return TaskBatches(tokenizer, tokens, run.length, run.batch_size, steps, split=split, **shared)
 
     train, test = batches(books, run.steps, "train"), list(batches(held_out, 1, "test"))
-    seer.attach(model, seer.testbed.GATE_CONFIG, prefill=seer.TopK(0.1))
+    seer.attach(model, FORMS[run.form], prefill=seer.TopK(0.1))
     config = seer.DistillConfig(learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0)
     with Terminal(False).progress("distilling", run.steps) as advance:
         history = distill(

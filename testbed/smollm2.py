@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
+from seerattention.gates.sources import notes_of
 from seerattention.testbed import smollm2
 
 
@@ -37,5 +38,5 @@ def embed_gates(source: Path, target: Path) -> int:
             f"{source} holds gates for {checkpoint.base_model.get('name')}, not for {smollm2.HUB_ID}; distil them with "
             "`seer distill --model smollm2`"
         )
-    write_checkpoint(target, checkpoint, packed=True)
+    write_checkpoint(target, checkpoint, packed=True, notes=notes_of(source))
     return sum(path.stat().st_size for path in target.iterdir())

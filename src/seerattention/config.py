@@ -206,7 +206,7 @@ class SubBlockGateConfig(GateSpec):
         width: channels of the projected vectors; None is the model's head_dim.
         reduce: what makes one score of a tile's products: ``"max"`` or ``"logsumexp"``.
         share_keys: one key projection for the query heads of a KV head, rather than one for each of them. Encoded keys
-            then take a group's share of the time and memory.
+            then take a group's share of the time and memory; measured on three models, gates are as good.
         rope: rotate sub-blocks at the positions of their first tokens.
         block_size: tokens a block of the mask: 32, 64 or 128; None: that of :class:`GateConfig`.
     """
@@ -222,7 +222,7 @@ class SubBlockGateConfig(GateSpec):
     q_pooling: tuple[str, ...] = POOLING_KINDS
     width: int | None = None
     reduce: str = "max"
-    share_keys: bool = False
+    share_keys: bool = True
     rope: bool = True
     block_size: int | None = None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.gates.sources import stored_budgets
 
 from ..evaluate.tiny import make_text
@@ -46,6 +47,25 @@ def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
     found = {row["setting"]: row["density"] for row in json.loads(result.stdout)["perplexity"]}
     assert 0.85 * 0.3 < found["gates 0.3"] < 1.05 * 0.3
     assert found["gates 0.1"] == pytest.approx(0.114, abs=0.002)  # top-k rounds up
+
+
+def test_calibrate_keeps_packed_weights_and_what_people_wrote_into_the_card(seer_command, folder, texts, tmp_path):
+    saved, gates = read_checkpoint(folder / "gates"), tmp_path / "gates"
+    write_checkpoint(gates, saved, packed=True, notes="## Scores\n\nGood ones.\n\n### By length\n\nAlso good.\n")
+    result = seer_command(
+        "calibrate", "--model", folder / "model", "--device", "cpu", "--data", texts, "--gates", gates,
+        "--length", "4K", "--sequences", 1, "--densities", "0.2", "--output", gates,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in gates.iterdir()) == ["README.md", "gate_config.json", "gates.safetensors.xz"]
+    found = read_checkpoint(gates)
+    assert found.budgets.densities == (0.2,)
+    assert found.policy == found.budgets.policy(0.2)
+    assert found.weights.keys() == saved.weights.keys()
+    assert all(torch.equal(saved.weights[name], x) for name, x in found.weights.items())
+    card = (gates / "README.md").read_text()
+    assert card.endswith("\n\n## Scores\n\nGood ones.\n\n### By length\n\nAlso good.\n")
+    assert '"kind": "budget", "density": 0.2' in card
 
 
 def test_calibrate_says_that_prompts_are_too_short(seer_command, folder, texts, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import seerattention as seer
-from seerattention.cli.demo_job import DemoPlan, _affordable_steps
+from seerattention.cli.demo_job import STORED, DemoPlan, _affordable_steps, _policy
+from seerattention.gates.sources import stored_budgets
 
 from ..evaluate.tiny import make_model
 
@@ -16,12 +17,13 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     plan = DemoPlan.choose("cpu", fast=True)
-    names = ["dense", "committed gates, 0.5", "committed gates, 0.2", "fresh gates, 0.2", "untrained gates, 0.2"]
+    committed = ["committed gates, default", "committed gates, 0.2"]
+    names = ["dense", *committed, "fresh gates, default", "fresh gates, 0.2", "untrained gates, 0.2"]
     for part in ("timing", "retrieval", "perplexity"):
         assert [item["setting"] for item in data[part]] == names
     densities = [item["density"] for item in data["retrieval"]]
     assert densities[0] == 1.0
-    assert densities[2] == densities[3] < densities[1] < 1
+    assert densities[2] == densities[4] == densities[5] < densities[1] < 1  # the tiny model's gates store TopK(0.5)
     distillation = data["distillation"]
     assert 2 <= distillation["steps"] <= plan.max_steps
     assert len(distillation["loss"]) == distillation["steps"]
@@ -38,7 +40,7 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == data
     # Progress and tables went to stderr.
     assert "distilling fresh gates" in result.stderr
-    assert "committed gates, 0.5" in result.stderr
+    assert "committed gates, default" in result.stderr
 
 
 @pytest.mark.parametrize("seconds", [1e-3, 1e6])
@@ -54,5 +56,17 @@ def test_plans_fit_their_device():
     assert DemoPlan.choose("cpu").length == 8192
     assert DemoPlan.choose("cuda:1").length == 16384
     for plan in (DemoPlan.choose("cpu"), DemoPlan.choose("cuda"), DemoPlan.choose("cpu", fast=True)):
-        assert set(plan.fresh) <= set(plan.committed)
+        assert plan.committed[plan.headline] == plan.fresh[plan.headline] == STORED
+        assert set(plan.untrained) <= set(plan.fresh), "what distillation gave shows at one density"
         assert plan.train_length <= plan.length
+
+
+def test_densities_are_spent_by_budgets_where_gates_have_them():
+    budgets = stored_budgets(seer.testbed.gates_path())
+    assert _policy(0.1, budgets) == budgets.policy(0.1)
+    assert _policy(0.1, None) == seer.TopK(0.1)
+    assert _policy(seer.TopP(0.9), budgets) == seer.TopP(0.9)
+    assert _policy(STORED, budgets) is None
+    for plan in (DemoPlan.choose("cpu"), DemoPlan.choose("cuda"), DemoPlan.choose("cpu", fast=True)):
+        for rule in plan.committed:
+            _policy(rule, budgets)  # a density that was not fitted raises

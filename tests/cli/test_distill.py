@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import seerattention as seer
 from seerattention.distillation import progress
 from seerattention.distillation.saved import STATE_FILE, load_state, save_state
 
@@ -116,10 +117,10 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, monkeypatch):
 
 def test_sub_block_gates_are_distilled_and_go_on(run, tmp_path):
     output = tmp_path / "out"
-    fine = ("--form", "sub_block", "--k-pitch", 4, "--share-keys", "--tile-score", "logsumexp")
+    fine = ("--form", "sub_block", "--k-pitch", 4, "--own-keys", "--tile-score", "logsumexp")
     with interrupted_after(2):
         run(output, *fine)
-    other = run(output, "--form", "sub_block")
+    other = run(output, *fine, "--share-keys")
     assert other.exit_code == 1
     assert "belongs to a run with other settings" in other.stderr
     done = run(output, *fine)
@@ -127,7 +128,7 @@ def test_sub_block_gates_are_distilled_and_go_on(run, tmp_path):
     config = json.loads((output / "gate_config.json").read_text())["gates"]["prefill"]
     assert config == {
         "form": "sub_block", "q_pitch": 8, "k_pitch": 4, "k_pooling": ["max", "min", "avg"],
-        "q_pooling": ["max", "min", "avg"], "width": None, "reduce": "logsumexp", "share_keys": True, "rope": True,
+        "q_pooling": ["max", "min", "avg"], "width": None, "reduce": "logsumexp", "share_keys": False, "rope": True,
     }  # fmt: skip
     again = run(tmp_path / "more", "--gates", output, "--k-pitch", 8, "--form", "sub_block")
     assert again.exit_code == 0, again.stderr
@@ -135,6 +136,18 @@ def test_sub_block_gates_are_distilled_and_go_on(run, tmp_path):
     assert "form sub_block, block_size 64, k_pooling max,min,avg" in said
     assert f"--k-pitch 8 has no effect: --gates {output} decides, and its k_pitch is 4" in said
     assert "--form" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [((), seer.SubBlockGateConfig()), (("--form", "paper"), seer.PrefillGateConfig())],
+    ids=["by default", "of the paper"],
+)
+def test_forms_are_those_of_the_configs(run, tmp_path, options, spec):
+    result = run(tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "gate_config.json").read_text())["gates"]["prefill"]
+    assert config == json.loads(json.dumps(spec.to_dict()))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +166,6 @@ def test_wrong_forms(run, tmp_path, arguments, sentence):
 
 
 def test_options_of_sub_blocks_say_that_the_form_of_the_paper_has_none(run, tmp_path):
-    result = run(tmp_path / "out", "--q-pitch", 16, "--share-keys")
+    result = run(tmp_path / "out", "--form", "paper", "--q-pitch", 16, "--share-keys")
     assert result.exit_code == 0, result.stderr
     assert "--q-pitch, --share-keys have no effect: only --form sub_block has sub-blocks" in result.stderr

@@ -8,8 +8,7 @@ import pytest
 
 from seerattention import testbed
 from seerattention.cli.common import default_gates
-from seerattention.cli.demo_job import DemoPlan
-from seerattention.policies import TopP
+from seerattention.cli.demo_job import STORED, DemoPlan
 from seerattention.testbed import smollm2
 
 
@@ -83,7 +82,7 @@ def test_the_demo_has_fresh_gates_only_and_says_so(no_gates, seer_command, tmp_p
     result = seer_command("demo", "--model", "smollm2", "--fast", "--device", "cpu", "--output", tmp_path, "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
-    names = ["dense", "fresh gates, 0.2", "fresh gates, top-p 0.9", "untrained gates, 0.2"]
+    names = ["dense", "fresh gates, default", "fresh gates, 0.2", "untrained gates, 0.2"]
     for part in ("timing", "retrieval", "perplexity"):
         assert [item["setting"] for item in data[part]] == names
     assert data["model"] == "smollm2"
@@ -102,7 +101,7 @@ def test_the_demo_shows_gates_that_come_with_it(tiny_testbed, seer_command, tmp_
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     names = [item["setting"] for item in data["timing"]]
-    assert names[:3] == ["dense", "committed gates, 0.2", "committed gates, top-p 0.9"]
+    assert names[:3] == ["dense", "committed gates, default", "committed gates, top-p 0.9"]
     assert data["distillation"]["recall_committed"]
     assert "comes without gates" not in result.stderr
 
@@ -121,8 +120,9 @@ def test_its_plans_fit_the_model(device, fast):
     assert plan.model == "smollm2"
     assert plan.train_length <= plan.length <= 8192
     assert plan.task_length <= plan.length
-    assert isinstance(plan.fresh[plan.headline], TopP)
-    assert isinstance(plan.committed[plan.headline], TopP)
+    # Not a share of each row's own blocks: the model does not bear it.
+    assert plan.committed[plan.headline] == plan.fresh[plan.headline] == STORED
+    assert set(plan.untrained) <= set(plan.fresh)
 
 
 def test_a_model_that_cannot_be_had_is_a_sentence(seer_command, monkeypatch):

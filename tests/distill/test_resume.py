@@ -256,11 +256,11 @@ def interrupt_at(place, number, monkeypatch):
     if place == "recall":
         measured, recalls = [], run.recall_sums
 
-        def recall(*args):
+        def recall(*args, **options):
             measured.append(True)
             if len(measured) == 2:
                 fire()
-            return recalls(*args)
+            return recalls(*args, **options)
 
         monkeypatch.setattr(run, "recall_sums", recall)
     if place == "save":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import seerattention as seer
 from gate_folders import CONFIG, load_checkpoint, write_own, write_published, write_states
@@ -149,8 +150,24 @@ def test_a_policy_edited_by_hand_is_said(own, caplog):
     assert "edited by hand" in caplog.text
 
 
-def test_earlier_gates_are_verified(tmp_path):
+def test_earlier_gates_are_verified(own):
     """Their digest was taken of the bytes of safetensors."""
+    weights = load_file(own / "gates.safetensors")
+    description = json.loads((own / "gate_config.json").read_text())
+    of_today = description.pop("save_id")
+    description["save_id"] = hashlib.sha256(json.dumps(description).encode() + save(weights)).hexdigest()[:16]
+    assert description["save_id"] != of_today
+    save_file(weights, own / "gates.safetensors", metadata={"gate_config": json.dumps(description)})
+    (own / "gate_config.json").write_text(json.dumps(description))
+    assert read_checkpoint(own).weights.keys() == weights.keys()
+    content = bytearray((own / "gates.safetensors").read_bytes())
+    content[-1] ^= 1
+    (own / "gates.safetensors").write_bytes(content)
+    with pytest.raises(DamagedFileError, match="not those that were saved"):
+        read_checkpoint(own)
+
+
+def test_the_testbeds_gates_are_verified(tmp_path):
     assert read_checkpoint(TESTBED).gate_config.block_size == 64
     for name in ("gate_config.json", "gates.safetensors"):
         (tmp_path / name).write_bytes((TESTBED / name).read_bytes())
@@ -159,6 +176,16 @@ def test_earlier_gates_are_verified(tmp_path):
     (tmp_path / "gates.safetensors").write_bytes(content)
     with pytest.raises(DamagedFileError, match="not those that were saved"):
         read_checkpoint(tmp_path)
+
+
+def test_the_models_gates_have_their_form():
+    testbed, smollm2 = (read_checkpoint(seer.testbed.gates_path(name)) for name in seer.testbed.MODELS)
+    for checkpoint in (testbed, smollm2):
+        assert checkpoint.gate_config.prefill == seer.testbed.GATE_CONFIG.prefill
+        assert isinstance(checkpoint.policy, seer.Budget | seer.RelativeThreshold)
+    assert testbed.decode_policy == seer.TokenBudget(1024)
+    assert testbed.base_model["name"] == seer.testbed.NAME
+    assert smollm2.base_model["name"] == seer.testbed.smollm2.HUB_ID
 
 
 def test_gates_of_the_first_version_load_with_a_note(own, caplog):

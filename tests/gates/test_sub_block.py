@@ -78,12 +78,12 @@ def definition(gate, q, k, cos, sin):
 
 FORMS = {
     "default": {},
-    "shared keys": {"share_keys": True},
-    "logsumexp": {"reduce": "logsumexp"},
+    "own keys": {"share_keys": False},
+    "logsumexp": {"reduce": "logsumexp", "share_keys": False},
     "wide": {"width": 32, "q_pitch": 16},
-    "narrow": {"width": 8, "k_pitch": 4},
+    "narrow": {"width": 8, "k_pitch": 4, "share_keys": False},
     "no rope": {"rope": False, "q_pitch": 32},
-    "one pooling": {"k_pooling": ("avg",), "q_pooling": ("max",), "share_keys": True, "k_pitch": 32},
+    "one pooling": {"k_pooling": ("avg",), "q_pooling": ("max",), "k_pitch": 32},
 }
 
 
@@ -169,7 +169,7 @@ def test_pitches_of_whole_blocks_are_the_form_of_the_paper():
 
 
 def test_gradients_are_those_of_the_definition():
-    for options in ({}, {"share_keys": True, "reduce": "logsumexp"}):
+    for options in ({}, {"reduce": "logsumexp"}, {"share_keys": False}):
         gate = make_gate(**options).double()
         q, k, cos, sin = make_inputs(70)
         rows = torch.tensor([2, 1])
@@ -184,8 +184,9 @@ def test_gradients_are_those_of_the_definition():
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch):
-    gate, inputs = make_gate(), make_inputs(200)
+@pytest.mark.parametrize("share_keys", [True, False])
+def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch, share_keys):
+    gate, inputs = make_gate(share_keys=share_keys), make_inputs(200)
     found = []
     for most in (1 << 30, 1):
         monkeypatch.setattr(reference, "MAX_PRODUCTS", most)
@@ -194,7 +195,8 @@ def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch):
         (logits.masked_fill(logits == -math.inf, 0) ** 2).sum().backward()
         found.append([parameter.grad.clone() for parameter in gate.parameters()])
     for whole, parts in zip(*found, strict=True):
-        torch.testing.assert_close(parts, whole)
+        # Sums in another order differ by last bits of their largest terms, of which a group's heads share more.
+        torch.testing.assert_close(parts, whole, rtol=1.3e-6, atol=max(1e-5, 2**-22 * float(whole.abs().max())))
 
 
 def test_training_keeps_no_products():
@@ -254,9 +256,10 @@ def test_wrong_types_and_pitches_longer_than_the_block():
 
 
 def test_configs_go_through_files():
-    spec = seer.SubBlockGateConfig(q_pitch=16, share_keys=True, width=32, reduce="logsumexp")
+    spec = seer.SubBlockGateConfig(q_pitch=16, share_keys=False, width=32, reduce="logsumexp")
     config = seer.GateConfig(prefill=spec)
     data = config.to_dict()
     assert data["prefill"]["form"] == "sub_block"
     assert seer.GateConfig.from_dict(data) == config
+    assert seer.SubBlockGateConfig().share_keys
     assert seer.GateConfig().prefill == seer.PrefillGateConfig()  # the form of the paper stays the default

@@ -109,8 +109,8 @@ def test_products_of_sub_blocks_are_not_written():
 
 SPECS = {
     "paper": seer.PrefillGateConfig(),
-    "sub_block": seer.SubBlockGateConfig(),
-    "sub_block, shared keys": seer.SubBlockGateConfig(share_keys=True, k_pitch=4, width=64),
+    "sub_block": seer.SubBlockGateConfig(share_keys=False),
+    "sub_block, shared keys": seer.SubBlockGateConfig(k_pitch=4, width=64),
 }
 
 

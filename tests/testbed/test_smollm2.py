@@ -203,11 +203,12 @@ def test_trained_gates_are_embedded_and_found(tmp_path, monkeypatch):
     assert not (tmp_path / "gates-smollm2").exists()
     others = read_checkpoint(tmp_path / "others")
     trained = dataclasses.replace(others, base_model={**others.base_model, "name": smollm2.HUB_ID})
-    write_checkpoint(tmp_path / "trained", trained)
+    write_checkpoint(tmp_path / "trained", trained, notes="## Training\n\nFor a minute.\n")
     size = embed_gates(tmp_path / "trained", tmp_path / "gates-smollm2")
     monkeypatch.setattr(seer.testbed, "_ROOT", tmp_path)
     folder = seer.testbed.gates_path("smollm2")
     assert size == sum(path.stat().st_size for path in folder.iterdir())
+    assert "## Training" in (folder / "README.md").read_text()
     found = read_checkpoint(folder)
     assert found.base_model == trained.base_model
     assert all(torch.equal(x, found.weights[name]) for name, x in trained.weights.items())

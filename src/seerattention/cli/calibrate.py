@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,8 +71,7 @@ def command(
 
         from .. import hf
         from ..evaluate.perplexity import cut_documents
-        from ..gates.sources import load_gates, write_checkpoint
-        from ..hf.architectures import find_decoder
+        from ..gates.sources import store_budgets
         from ..measure import calibrate
 
         texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
@@ -82,8 +80,7 @@ def command(
         terminal.say(f"reading {sequences} prompts of {tokens} tokens, twice")
         found = calibrate(loaded, list(prompts.split(1)), densities=asked)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
-        checkpoint = load_gates(folder, find_decoder(loaded).config)
-        write_checkpoint(output, dataclasses.replace(checkpoint, policy=found.policy(), budgets=found))
+        store_budgets(folder, output, found)
         known = ", ".join(f"{density:g}" for density in found.densities)
         terminal.say(f"wrote {output}: budgets for densities {known}; the default is {found.default:g}")
         emitted: dict[str, Any] = {"model": model, "gates": str(folder), "output": str(output), **found.to_dict()}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,19 +25,23 @@ from ..evaluate.perplexity import PerplexityResult, cut_documents, evaluate_perp
 from ..evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_samples
 from ..evaluate.settings import Setting
 from ..evaluate.timing import TimingResult, time_prefill
+from ..gates.sources import stored_budgets
 from ..measure import block_recall
-from ..policies import Policy, TopK, TopP
+from ..policies import Budgets, Policy, TopK, TopP
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
 from .demo import DEMO_MINUTES
 
 __all__ = ["DemoBooks", "DemoPlan", "DemoResult", "run_demo"]
 
+Rule: TypeAlias = float | TopP | Literal["default"]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 RECALL_DENSITY = 0.1
 _ROWS = 0.5  # of the query blocks of a training sequence enter each step
 _RECALL_LENGTH = 4096  # at most; the true map of a prompt costs as much as its attention
+STORED: Final = "default"
+"""The policy that is stored with gates; of fresh ones, that of ``attach``."""
 _WARMUP_LENGTH = 2048  # what is compiled for it serves all longer prompts
 
 
@@ -55,9 +59,9 @@ class DemoPlan:
         questions: questions a sample.
         repeats: timed prefills of each setting.
         seconds: what the whole demo may take.
-        committed, fresh, untrained: densities of top-k selection, or shares of probability of top-p selection as
-            :class:`TopP`, for the committed gates (not used where the model has none), the fresh ones, and those before
-            distillation.
+        committed, fresh, untrained: what the committed gates (not used where the model has none), the fresh ones, and
+            those before distillation are asked for: :data:`STORED`, a share of probability as :class:`TopP`, or a
+            density, spent by the budgets of the gates or, where they have none, by top-k selection.
         headline: which of the committed (else the fresh) ones stands at the top of the report.
         tasks: retrieval tasks.
         learning_rate: for the fresh gates.
@@ -74,10 +78,10 @@ class DemoPlan:
     questions: int = 16
     repeats: int = 2
     seconds: float = 60.0 * DEMO_MINUTES
-    committed: Sequence[float | TopP] = (0.2, 0.1, 0.05)
-    fresh: Sequence[float | TopP] = (0.2, 0.1)
-    untrained: Sequence[float | TopP] = (0.2,)
-    headline: int = 1
+    committed: Sequence[Rule] = (STORED, 0.1)
+    fresh: Sequence[Rule] = (STORED, 0.2)
+    untrained: Sequence[Rule] = (0.2,)
+    headline: int = 0
     tasks: Sequence[str] = ("multikey", "keyvalue")
     learning_rate: float = 4e-3
 
@@ -91,7 +95,7 @@ class DemoPlan:
         if fast:
             tokens: dict[str, Any] = {"length": 1024, "task_length": 1024, "train_length": 512}
             work: dict[str, Any] = {"max_steps": 4, "max_rounds": 1, "questions": 2, "repeats": 1, "seconds": seconds}
-            return cls(**tokens, **work, committed=(0.5, 0.2), fresh=(0.2,))
+            return cls(**tokens, **work, committed=(STORED, 0.2), fresh=(STORED, 0.2))
         if device.startswith("cuda"):
             return cls(
                 length=16384,
@@ -102,23 +106,21 @@ class DemoPlan:
                 max_rounds=12,
                 repeats=5,
                 seconds=seconds,
-                committed=(0.5, 0.2, 0.1, 0.05),
-                fresh=(0.5, 0.2, 0.1, 0.05),
-                headline=2,
+                committed=(STORED, 0.5, 0.1, 0.05),
+                fresh=(STORED, 0.2, 0.1),
             )
         return cls(seconds=seconds)
 
     @classmethod
     def _of_smollm2(cls, device: str, fast: bool, seconds: float) -> DemoPlan:
         """A token costs eight times as much as the testbed's. A share of each row's own blocks (top-k) drops the
-        attention sink of early rows, which this model does not bear, so top-p stands beside it; of many names, it finds
-        one in up to 2K tokens only. Gates that saw shorter texts than they are used for are worth little here."""
-        rules = (0.2, TopP(0.9))
+        attention sink of early rows, which this model does not bear: it is there to compare fresh gates with untrained
+        ones. Of many names, the model finds one in up to 2K tokens only. Gates that saw shorter texts than they are
+        used for are worth little here."""
         shared: dict[str, Any] = {
             "model": "smollm2",
             "seconds": seconds,
-            "committed": rules,
-            "fresh": rules,
+            "committed": (STORED, TopP(0.9)),
             "tasks": ("multikey",),
             "questions": 8,
             "distill_share": 0.4,
@@ -227,8 +229,9 @@ def run_demo(
     settings = [
         Setting.dense(),
         *(
-            Setting(f"{kind} gates, {_rule_name(rule)}", gates=saved, policy=_policy(rule))
+            Setting(f"{kind} gates, {_rule_name(rule)}", gates=saved, policy=_policy(rule, budgets))
             for kind, saved, rules in kinds
+            for budgets in [None if saved is None else stored_budgets(saved)]
             for rule in rules
         ),
     ]
@@ -258,12 +261,19 @@ def run_demo(
     )
 
 
-def _rule_name(rule: float | TopP) -> str:
-    return f"top-p {rule.p:g}" if isinstance(rule, TopP) else f"{rule:g}"
+def _rule_name(rule: Rule) -> str:
+    if isinstance(rule, TopP):
+        return f"top-p {rule.p:g}"
+    return rule if isinstance(rule, str) else f"{rule:g}"
 
 
-def _policy(rule: float | TopP) -> Policy:
-    return rule if isinstance(rule, TopP) else TopK(rule)
+def _policy(rule: Rule, budgets: Budgets | None) -> Policy | None:
+    """None is the policy that is stored with the gates."""
+    if isinstance(rule, TopP):
+        return rule
+    if isinstance(rule, str):
+        return None
+    return TopK(rule) if budgets is None else budgets.policy(rule)
 
 
 class _Clock:

@@ -126,8 +126,10 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
             if result.committed_recall
             else NO_COMMITTED.format(model=plan.model) + " "
         )
-        + "'untrained' gates are the fresh ones before distillation. The number after a setting is the density its "
-        "policy was asked for, or the share of the predicted attention that top-p selection keeps."
+        + "'untrained' gates are the fresh ones before distillation. 'Default' is the rule that is stored "
+        "with the gates, or the one that fresh gates get; a number is the density that was asked for (spent by "
+        "budgets where gates have them, else by top-k selection), that after top-p the share of the predicted "
+        "attention that is kept."
     )
     table = result_table(result, plan)
     report.table(table, strong=[0])

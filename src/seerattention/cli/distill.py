@@ -66,12 +66,15 @@ def command(
     block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
     form: Annotated[
         str,
-        typer.Option(help="Form of fresh gates: paper, or sub_block, which looks more finely than its mask."),
-    ] = "paper",
+        typer.Option(
+            help="Form of fresh gates: sub_block, which looks more finely than its mask, or paper, that of the "
+            "published gates (and of GateConfig())."
+        ),
+    ] = "sub_block",
     k_pooling: Annotated[str, typer.Option(help="Key poolings, of max, min and avg.")] = "max,min,avg",
     q_pooling: Annotated[
         str | None,
-        typer.Option(help="Query poolings, of max, min and avg. Default: avg; of --form sub_block all three."),
+        typer.Option(help="Query poolings, of max, min and avg. Default: all three; of --form paper avg."),
     ] = None,
     q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
     k_pitch: Annotated[int, typer.Option(help="Tokens a key sub-block, of --form sub_block.")] = 8,
@@ -80,8 +83,11 @@ def command(
     ] = "max",
     share_keys: Annotated[
         bool,
-        typer.Option("--share-keys", help="One key projection a KV head, of --form sub_block: smaller and faster."),
-    ] = False,
+        typer.Option(
+            "--share-keys/--own-keys",
+            help="Of --form sub_block: one key projection a KV head, smaller and faster, or one a query head.",
+        ),
+    ] = True,
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")

@@ -15,8 +15,15 @@ each new token reads.""",
 }
 
 
-def model_card(description: dict[str, Any]) -> str:
-    """The README.md of gates, from their description as ``gate_config.json`` has it."""
+def card_notes(card: str) -> str:
+    """What people wrote at the end of a card: everything from its first second-level heading on, of which
+    :func:`model_card` itself makes none; empty if there is nothing."""
+    _, heading, notes = card.partition("\n## ")
+    return f"## {notes.strip()}\n" if heading else ""
+
+
+def model_card(description: dict[str, Any], notes: str = "") -> str:
+    """The README.md of gates, from their description as ``gate_config.json`` has it, with ``notes`` at its end."""
     base, gates = description["base_model"], description["gates"]
     config = GateConfig.from_dict(gates)
     name = base["name"] or f"a {base['model_type']} model of {base['num_hidden_layers']} layers"
@@ -52,6 +59,7 @@ seer.attach(model, "<this folder>")
 {rows}
 | written by | seerattention {description["package_version"]} |
 """
+        + (f"\n{notes}" if notes else "")
     )
 
 

@@ -154,11 +154,14 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"refusing to save gates that are not finite: {', '.join(bad)}")
 
 
-def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint, *, packed: bool = False) -> Path:
+def write_checkpoint(
+    path: str | os.PathLike[str], checkpoint: GateCheckpoint, *, packed: bool = False, notes: str = ""
+) -> Path:
     """Write the three files of a checkpoint, each atomically, the weights (which commit the save) first.
 
     Args:
         packed: compress the weights without loss (``gates.safetensors.xz``), to ship them; they are read as others.
+        notes: Markdown for the end of the card, second-level headings and below.
     """
     policies = {_PREFILL: checkpoint.policy, _DECODE: checkpoint.decode_policy}
     older = checkpoint.budgets is None and not any(isinstance(policy, Budget) for policy in policies.values())
@@ -185,7 +188,7 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: GateCheckpoint, *
         write_file(plain, content)
         packed_path(plain).unlink(missing_ok=True)
     write_file(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
-    write_file(folder / CARD_FILE, model_card(description))
+    write_file(folder / CARD_FILE, model_card(description, notes))
     return folder
 
 

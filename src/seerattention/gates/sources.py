@@ -10,7 +10,8 @@ from typing import Any
 from ..config import PHASES, GateConfig
 from ..policies import Budgets
 from . import published
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
+from .card import card_notes
+from .checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
 from .published import is_published_layout, read_published
 from .tensors import packed_path
 
@@ -48,6 +49,31 @@ def stored_budgets(source: str | os.PathLike[str]) -> Budgets | None:
     """
     folder = locate(source)
     return read_checkpoint(folder).budgets if (folder / CONFIG_FILE).is_file() else None
+
+
+def store_budgets(source: str | os.PathLike[str], destination: str | os.PathLike[str], budgets: Budgets) -> Path:
+    """Write the gates of a source with these budgets, whose default becomes their policy of prompts.
+
+    Weights keep their bits and, where they are packed, their packing; a card keeps what people wrote at its end.
+
+    Args:
+        source: a folder of either layout, or a hub id.
+        destination: folder to write; it may be the source.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: as :func:`load_gates`.
+    """
+    folder, checkpoint = locate(source), _read(source)
+    fitted = dataclasses.replace(checkpoint, policy=budgets.policy(), budgets=budgets)
+    packed = not (folder / WEIGHTS_FILE).is_file() and packed_path(folder / WEIGHTS_FILE).is_file()
+    return write_checkpoint(destination, fitted, packed=packed, notes=notes_of(folder))
+
+
+def notes_of(folder: Path) -> str:
+    """What people wrote at the end of the card in a folder of gates; empty where there is none."""
+    card = folder / CARD_FILE
+    known = card.is_file() and (folder / CONFIG_FILE).is_file()
+    return card_notes(card.read_text(encoding="utf-8", errors="replace")) if known else ""
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
