@@ -196,6 +196,32 @@ def test_a_mask_of_ones_is_no_padding(model_of, ids_of):
     assert torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("altered", [False, True])
+def test_layers_that_get_copies_of_the_mask(model_of, ids_of, altered):
+    """As layers on other devices do. A mask that somebody has altered is nothing known."""
+    model, ids = attach(model_of(num_hidden_layers=3)), ids_of(90, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    expected = generate(model, ids, 8, attention_mask=mask)
+
+    def copied(module, args, kwargs):
+        given = kwargs.get("attention_mask")
+        if isinstance(given, torch.Tensor) and given.shape[-2] == 1:
+            given = given.clone()
+            given[..., 0, 50] = False if altered else given[..., 0, 50]
+            kwargs["attention_mask"] = given
+        return args, kwargs
+
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(copied, with_kwargs=True)
+    with seer.record(model) as stats, warnings.catch_warnings():
+        warnings.simplefilter("ignore" if altered else "error")
+        found = generate(model, ids, 8, attention_mask=mask)
+    hook.remove()
+    assert (stats.dense_calls > 3) is altered  # prompts are dense here, once a layer
+    if not altered:
+        assert torch.equal(found[1], expected[1])
+
+
 def test_gates_of_decoding_alone_say_nothing_of_prompts(model_of, ids_of):
     model = attach(model_of())
     mask = torch.ones(2, 90, dtype=torch.long)

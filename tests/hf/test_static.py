@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import seerattention as seer
 from decode_models import BOTH, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
@@ -157,3 +157,20 @@ def test_observers_see_prompts_in_static_caches(model_of, ids_of):
             torch.testing.assert_close(a.k, b.k, rtol=1e-4, atol=1e-4)
             assert (blocks_a is None) == (blocks_b is None)
             assert blocks_a is None or torch.equal(blocks_a.to_mask(), blocks_b.to_mask())
+
+
+def test_where_torch_cannot_compile_attached_models_decoding_is_not_compiled(model_of, ids_of, monkeypatch):
+    monkeypatch.setattr("seerattention.hf.generation.COMPILES_ATTACHED", False)
+    model = gated(model_of())
+    config = copy.deepcopy(model.generation_config)
+    config.compile_config = CompileConfig(backend="eager")
+    config.compile_config._compile_all_devices = True
+    inputs = {"past_key_values": static(model)}
+    for each in (model, copy.deepcopy(model)):
+        assert not each._valid_auto_compile_criteria(inputs, config)
+    ids = ids_of(110)
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda *_: pytest.fail("it is compiled"))
+    generate(model, ids, generation_config=config, **STATIC)
+    seer.detach(model)
+    assert model._valid_auto_compile_criteria(inputs, config)
+    assert "_valid_auto_compile_criteria" not in vars(model)

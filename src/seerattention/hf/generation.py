@@ -17,8 +17,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _METHOD = "prepare_inputs_for_generation"
 _LOGITS = "logits_to_keep"
+
+COMPILES_ATTACHED = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 13)
+"""Whether torch compiles models whose config has a name with more to it (``implementation.StandIn``): 2.11 does not."""
 
 UNKNOWN = -1
 """Instead of a number of tokens: nobody said which tokens of a forward are prompt."""
@@ -73,21 +77,38 @@ _prepared: ContextVar[weakref.ref[PreparedInputs] | None] = ContextVar("seer_pre
 _uncached: ContextVar[_Uncached | None] = ContextVar("seer_uncached", default=None)
 
 
-class Listener:
-    """Stands in the place of a module's ``prepare_inputs_for_generation``.
+class InPlace:
+    """Stands in the place of a method of a module.
 
-    An object, and no closure, so that copies and pickles of the model listen to the copy.
+    An object, and no closure, so that in copies and pickles of the model it stands in the copy.
     """
+
+    method: ClassVar[str]
 
     def __init__(self, state: ModelState, module: nn.Module):
         self.state = state
         self.module = module
-        self.below = module.__dict__.get(_METHOD)  # somebody else stood there
+        self.below = module.__dict__.get(self.method)  # somebody else stood there
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method; ``inspect.signature`` finds by this name what it takes."""
-        return self.below or getattr(type(self.module), _METHOD).__get__(self.module)
+        return self.below or getattr(type(self.module), self.method).__get__(self.module)
+
+
+class Eager(InPlace):
+    """In the place of what says whether ``generate`` compiles decoding by itself, as it does on static caches: no."""
+
+    method = "_valid_auto_compile_criteria"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        return bool(self.state.detached and self.__wrapped__(*args, **kwargs))
+
+
+class Listener(InPlace):
+    """Stands in the place of a module's ``prepare_inputs_for_generation``."""
+
+    method = _METHOD
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.__wrapped__(*args, **kwargs)
@@ -152,21 +173,23 @@ def single_tokens() -> bool:
     return _single_tokens > 0
 
 
-def listen(model: nn.Module, state: ModelState) -> list[Listener]:
-    """Listen to all modules of ``model`` that prepare inputs of ``generate``."""
-    listeners = [Listener(state, module) for module in model.modules() if hasattr(type(module), _METHOD)]
+def listen(model: nn.Module, state: ModelState) -> list[InPlace]:
+    """Listen to all modules of ``model`` that prepare inputs of ``generate``, and keep it from compiling decoding where
+    that would fail."""
+    kinds: tuple[type[InPlace], ...] = (Listener,) if COMPILES_ATTACHED else (Listener, Eager)
+    listeners = [kind(state, each) for each in model.modules() for kind in kinds if hasattr(type(each), kind.method)]
     for listener in listeners:
-        listener.module.__dict__[_METHOD] = listener
+        listener.module.__dict__[listener.method] = listener
     return listeners
 
 
-def stop_listening(listeners: list[Listener]) -> None:
+def stop_listening(listeners: list[InPlace]) -> None:
     """Give modules their methods back. Listeners that others have put something over only pass on from now on."""
     for listener in listeners:
-        if listener.module.__dict__.get(_METHOD) is listener:
-            del listener.module.__dict__[_METHOD]
+        if listener.module.__dict__.get(listener.method) is listener:
+            del listener.module.__dict__[listener.method]
             if listener.below is not None:
-                listener.module.__dict__[_METHOD] = listener.below
+                listener.module.__dict__[listener.method] = listener.below
 
 
 def _num_tokens(inputs: dict[str, Any]) -> int | None:

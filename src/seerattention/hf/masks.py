@@ -249,11 +249,24 @@ def read_mask(mask: Any, forward: Forward, original: str | None) -> tuple[bool, 
         return mask.__dict__[_DESCRIBED]
     if mask is None:
         return original != "eager", None  # which without a mask attends to everything
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        return _read_copy(mask, forward)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         padding = mask.bool()
         plain = not capturing(mask.device) and at_most_one_run_a_row(padding)
         forward.masks.append((mask, plain, padding))
         return plain, padding
+    return False, None
+
+
+def _read_copy(mask: Tensor, forward: Forward) -> tuple[bool, Tensor | None]:
+    """What a mask says that is a copy of one that was described, as layers on other devices get it; the copy of another
+    mask is nothing known. To compare waits for the device, once a forward."""
+    for known, plain, padding in forward.masks:
+        same = isinstance(known, Tensor) and (known.shape, known.dtype) == (mask.shape, mask.dtype)
+        if plain and same and not capturing(mask.device) and torch.equal(known.to(mask.device), mask):
+            forward.masks.append((mask, plain, padding))
+            return plain, padding
     return False, None
 
 

@@ -23,7 +23,7 @@ from ..policies import Budgets, Policy
 from ..selectors import LayerInputs
 from .architectures import Family, find_decoder
 from .forward import Arguments, Forward, current_forward
-from .generation import Listener, stop_listening
+from .generation import InPlace, stop_listening
 from .implementation import NAME, StandIn
 from .min_context import Shape, default_min_context
 from .phases import PREFILL, ModelPhase, unnoticed
@@ -48,7 +48,7 @@ class ModelState:
         configs: the decoder's config objects, with what stands in them while they are attached.
         others: config objects of other parts of the model, with their implementations.
         budgets: what was fitted for the prefill gates (``measure.calibrate``, or stored with them); None: nothing.
-        listeners: what stands in the place of methods that prepare inputs of ``generate``.
+        listeners: what stands in the place of methods of ``generate``.
         head_rank: which part of the heads this process has; None: all are here.
         detached: set by detach; forwards that are under way then end with an error where they were sparse before.
     """
@@ -72,7 +72,7 @@ class ModelState:
     decodes: bool = False
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
-    listeners: list[Listener] = field(default_factory=list)
+    listeners: list[InPlace] = field(default_factory=list)
     head_rank: int | None = None
     _minimums: dict[torch.device, int] = field(default_factory=dict)
     _forwards: set[Forward] = field(default_factory=set)

@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from ..files import DamagedFileError, parse_json, read_bytes
 
 __all__ = ["Article", "Asked", "QuestionSets", "load_questions"]
@@ -95,6 +93,8 @@ def load_questions(folder: str | None = None) -> QuestionSets:
 def _read(path: Path) -> Any:
     data = read_bytes(path)
     if path.suffix == ".zst":
+        import zstandard  # not needed for the sets that come with the package
+
         try:
             data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
         except zstandard.ZstdError as error:
