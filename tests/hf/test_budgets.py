@@ -49,9 +49,9 @@ def density_of(model, ids, **options):
 def test_a_density_is_kept_on_other_prompts(calibrated, ids_of):
     model, budgets, _ = calibrated
     assert budgets.densities == (0.1, 0.2, 0.4)
-    assert (budgets.default, budgets.tokens, budgets.block_size) == (0.2, LENGTH, 32)
+    assert (budgets.default, budgets.tokens, budgets.block_size) == (0.4, LENGTH, 32)  # the nearest to 0.3
     assert state_of(model).budgets is budgets
-    assert state_of(model).policy == budgets.policy(0.2)
+    assert state_of(model).policy == budgets.policy(0.4)
     for density in (0.1, 0.15, 0.2, 0.3, 0.4):
         seer.set_policy(model, density=density)
         assert 0.88 * density < density_of(model, ids_of(LENGTH, seed=1)) < 1.05 * density
@@ -105,10 +105,10 @@ def test_budgets_may_be_edited_by_hand_and_damage_is_seen(calibrated, model_of, 
     path = tmp_path / "gate_config.json"
     (tmp_path / "gates.safetensors").write_bytes((folder / "gates.safetensors").read_bytes())
     data = json.loads((folder / "gate_config.json").read_text())
-    data["budgets"]["default"] = 0.4
+    data["budgets"]["default"] = 0.1
     path.write_text(json.dumps(data))
     with caplog.at_level(logging.WARNING):
-        assert stored_budgets(tmp_path).default == 0.4
+        assert stored_budgets(tmp_path).default == 0.1
     assert "budgets" in caplog.text
     for change in ({"curves": []}, {"curves": "x"}, {"default": 0.9}, {"tokens": -1}, {"block_size": 64}):
         path.write_text(json.dumps({**data, "budgets": {**data["budgets"], **change}}))

@@ -32,9 +32,11 @@ def test_total_density_on_a_held_out_book(model_and_book, length, density):
     assert 0.85 * density < float(stats.total_density) < 1.05 * density
 
 
-def test_the_default_density_is_stored(model_and_book):
+def test_what_is_stored_beside_the_budgets(model_and_book):
+    """Prompts by the rule that measured best; decoding is dense unless it is asked for, as it loses answers."""
     budgets = state_of(model_and_book[0]).budgets
-    assert budgets.default == 0.2
     assert budgets.tokens >= 16384
     fresh, _ = testbed.load("cpu", torch.float32)
-    assert state_of(seer.attach(fresh, testbed.gates_path())).policy == budgets.policy(0.2)
+    phases = state_of(seer.attach(fresh, testbed.gates_path())).phases
+    assert phases["prefill"].policy == seer.RelativeThreshold(1.0)
+    assert phases["decode"].policy == seer.Dense()

@@ -28,7 +28,7 @@ from ..selectors import LayerInputs
 DENSITIES = (0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)
 """What is fitted where nothing else is asked for."""
 
-DEFAULT_DENSITY = 0.2
+DEFAULT_DENSITY = 0.3
 """That of gates which are attached without one; ``docs/experiments.md`` says why."""
 
 NOTHING_SEEN = (
