@@ -8,6 +8,7 @@ import typer
 
 from .common import Terminal, errors, load_config, parse_list, resolve_device, token_count
 from .options import check_dtype, check_model, named, parse_density, real, say_unused, whole
+from .parameters import Device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,7 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     save: Annotated[
         bool,
         typer.Option(

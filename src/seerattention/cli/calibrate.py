@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from .common import (
-    Dtype,
-    ModelName,
     Terminal,
     book_tokens,
     default_gates,
@@ -21,6 +19,7 @@ from .common import (
     token_count,
 )
 from .options import check_dtype, check_gates, check_model, check_output, parse_target, whole
+from .parameters import Device, Dtype, ModelName, TextField
 
 
 def command(
@@ -43,9 +42,9 @@ def command(
     densities: Annotated[
         str | None, typer.Option(help="What to fit, as 0.1,0.2. Default: from 0.05 to 0.5, as far as prompts reach.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    text_field: TextField = "text",
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the budgets as JSON.")] = False,
 ) -> None:
     """Fit budgets, so that seerattention.attach(model, OUTPUT, density=0.1) spends that density at every length.

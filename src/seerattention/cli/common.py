@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -42,14 +42,6 @@ __all__ = [
 ]
 
 _LOG_WIDTH = 200  # tables in a log or a pipe are not folded to 80 columns
-
-
-ModelName = Annotated[
-    str, typer.Option(help="Hugging Face model folder or id, 'testbed' for the embedded model, or 'smollm2'.")
-]
-Dtype = Annotated[
-    str, typer.Option(help="bfloat16, float16, float32, or auto: as stored, but float32 as bfloat16 on a GPU.")
-]
 
 
 class Terminal:

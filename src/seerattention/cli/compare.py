@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
-    Dtype,
-    ModelName,
     Terminal,
     book_tokens,
     default_gates,
@@ -29,6 +27,7 @@ from .common import (
     token_count,
 )
 from .options import check_choice, check_dtype, check_gates, check_model, check_output, check_seed, named, parse_density
+from .parameters import Device, Dtype, ModelName, TextField
 
 if TYPE_CHECKING:
     from ..evaluate.contenders import Contender
@@ -107,10 +106,10 @@ def command(
             "smollm2: the testbed's test books."
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    text_field: TextField = "text",
     batch_size: Annotated[int, typer.Option(help="Prompts a forward.", min=1)] = 4,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl; a run that was stopped goes on.")] = Path(
         "results"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Dtype, ModelName, Terminal, errors, load_model, resolve_device, token_count
+from .common import Terminal, errors, load_model, resolve_device, token_count
 from .gate_form import FINE_OPTIONS, OPTION_OF, GateForm, say_what_gates_decide
 from .options import (
     check_dtype,
@@ -24,6 +24,7 @@ from .options import (
     say_unused,
     whole,
 )
+from .parameters import Dtype, ModelName, TextField
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +96,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Decides fresh gates and the rows drawn.")] = 0,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    text_field: TextField = "text",
     document_tokens: Annotated[int, typer.Option(help="Use at most so many tokens of each document; 0: all.")] = 0,
     eval_sequences: Annotated[int, typer.Option(help="First sequences, held out for block recall; 0: no recall.")] = 4,
     eval_every: Annotated[

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
-    Dtype,
-    ModelName,
     Terminal,
     book_tokens,
     errors,
@@ -40,6 +38,7 @@ from .options import (
     real,
     say_unused,
 )
+from .parameters import Device, Dtype, ModelName, TextField
 
 if TYPE_CHECKING:
     from ..evaluate import Report
@@ -129,10 +128,10 @@ def command(
             "folder of them, or a dataset id. Default for testbed and smollm2: the testbed's test books."
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    text_field: TextField = "text",
     batch_size: Annotated[int, typer.Option(help="Prompts a forward.", min=1)] = 1,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the retrieval tasks.")] = 0,
     output: Annotated[
         Path | None,

@@ -9,6 +9,7 @@ import typer
 
 from . import common
 from .options import check_dtype, check_gates, check_model, check_output, named, parse_index, say_unused
+from .parameters import Device, Dtype, ModelName
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    model: common.ModelName = "testbed",
+    model: ModelName = "testbed",
     gates: Annotated[
         str | None, typer.Option(help="Folder or hub id of trained gates. Default for the testbed: its own.")
     ] = None,
@@ -40,8 +41,8 @@ def command(
     layers: Annotated[str, typer.Option(help="Layers to draw, e.g. 0,5,11, or 'all'.")] = "all",
     heads: Annotated[str, typer.Option(help="Query heads to draw, e.g. 0,3, or 'all'.")] = "0",
     output: Annotated[Path, typer.Option(help="Folder for index.html and one PNG a layer.")] = Path("inspect"),
-    dtype: common.Dtype = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Write recall and density of every head to stdout as JSON.")
     ] = False,
