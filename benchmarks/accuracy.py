@@ -70,8 +70,8 @@ def document(results: Mapping[str, Any]) -> str:
         _METHOD,
         f"Measured on one {results['gpu']} (driver {results['driver']}, {versions}, {results['date']});\n"
         f"numbers, training and commit are in `{RESULTS.relative_to(ROOT).as_posix()}`. This page is made from it:\n"
-        "`python -m benchmarks.accuracy`. What follows from it stands in [the experiments](experiments.md), and what to\n"
-        "use in the [README](../README.md).",
+        "`python -m benchmarks.accuracy`. What follows from it stands in [the experiments](experiments.md), and what\n"
+        "to use in the [README](../README.md).",
         _NAMES,
     ]
     for name, model in results["models"].items():
