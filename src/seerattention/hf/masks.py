@@ -155,10 +155,13 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **kwargs)  # None, or the padding itself
     queries = _num_queries(kwargs)
     keys, window, padding = kwargs["kv_length"], kwargs.get("local_size"), kwargs.get("attention_mask")
-    causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    function = kwargs.get("mask_function", causal_mask_function)
+    causal = function is causal_mask_function
     # A window that is not felt, unless the mask is more than that (packed sequences, mask overlays), which transformers
-    # then refuses to skip. What is more than causal by itself has a function of its own.
-    wide = window is not None and keys <= window and kwargs.get("allow_is_causal_skip", True)
+    # then refuses to skip; early versions refuse on static caches, too. What is more than causal by itself has a
+    # function of its own.
+    wide = window is not None and keys <= window
+    wide = wide and (kwargs.get("allow_is_causal_skip", True) or _is_only_a_window(function))
     plain = (causal or wide) and not kwargs.get("kv_offset", 0)
     if queries == 1:
         return _mask_of_a_token(make, args, kwargs, plain)
@@ -183,6 +186,16 @@ def seer_mask(*args: Any, **kwargs: Any) -> Any:
     if make is not sdpa_mask and make is not eager_mask:
         _describe(mask, plain, padding)
     return mask
+
+
+def _is_only_a_window(function: Any) -> bool:
+    """Whether a mask function of transformers is causality within a window and nothing else, so far as its parts tell:
+    overlays are put around it."""
+    parts = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if len(parts) != 1 or not isinstance(parts[0], tuple) or len(parts[0]) != 2:
+        return False
+    overlay, inner = parts[0]
+    return inner is causal_mask_function and getattr(overlay, "__qualname__", "").startswith("sliding_window_overlay")
 
 
 def _mask_of_a_token(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool) -> Any:
