@@ -3,8 +3,8 @@
     python examples/chat_with_a_book.py [--model FOLDER_OR_ID --gates FOLDER_OR_ID]
 
 The embedded model is no chat model, but finds what it is asked for. Turn 1 reads the text, turn 2 only asks (a short
-chunk on the cache, which stays dense), turn 3 adds a chapter, which reads blocks of all that went before. Times on a
-CPU are worth something only while nothing else is busy.
+chunk on the cache), turn 3 adds a chapter: all read blocks of what went before. Times on a CPU are worth something only
+while nothing else is busy.
 """
 
 import argparse

@@ -57,9 +57,8 @@ def test_chat_is_sparse_on_the_cache_and_takes_a_model_of_ones_own(folder, tiny_
     found = re.findall(r"(\w+), turn (\d): density ([0-9.]+), (\d+) new tokens", capsys.readouterr().out)
     assert [(way, turn) for way, turn, _, _ in found] == [(way, turn) for way in ("dense", "sparse") for turn in "123"]
     densities = {(way, turn): float(density) for way, turn, density, _ in found}
-    assert {densities["dense", turn] for turn in "123"} == {densities["sparse", "2"]} == {1.0}
-    assert densities["sparse", "1"] < 0.5
-    assert densities["sparse", "3"] < 0.5
+    assert {densities["dense", turn] for turn in "123"} == {1.0}
+    assert all(densities["sparse", turn] < 0.5 for turn in "123")  # turn 2 is a chunk shorter than a block
     tokens = {(way, turn): int(count) for way, turn, _, count in found}
     assert tokens["dense", "1"] == tokens["sparse", "1"] > 768
     assert tokens["sparse", "2"] < 64 < 256 < tokens["sparse", "3"] < 400

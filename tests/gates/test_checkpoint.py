@@ -180,10 +180,13 @@ def test_the_testbeds_gates_are_verified(tmp_path):
 
 def test_the_models_gates_have_their_form():
     testbed, smollm2 = (read_checkpoint(seer.testbed.gates_path(name)) for name in seer.testbed.MODELS)
-    for checkpoint in (testbed, smollm2):
+    for checkpoint, factor in ((testbed, 1.0), (smollm2, 0.5)):
         assert checkpoint.gate_config.prefill == seer.testbed.GATE_CONFIG.prefill
-        assert isinstance(checkpoint.policy, seer.Budget | seer.RelativeThreshold)
-    assert testbed.decode_policy == seer.TokenBudget(1024)
+        assert checkpoint.policy == seer.RelativeThreshold(factor)
+        assert checkpoint.budgets.densities[0] <= 0.1
+    # Those gates are there to be asked for: as they are, decoding by them loses answers.
+    assert testbed.gate_config.decode == seer.DecodeGateConfig(block_size=64)
+    assert testbed.decode_policy == seer.Dense()
     assert testbed.base_model["name"] == seer.testbed.NAME
     assert smollm2.base_model["name"] == seer.testbed.smollm2.HUB_ID
 
