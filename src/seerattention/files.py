@@ -13,6 +13,7 @@ import contextlib
 import errno
 import glob
 import json
+import logging
 import os
 import re
 import socket
@@ -22,7 +23,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DamagedFileError", "parse_json", "read_bytes", "read_json", "replacing", "temporary_files", "write_file"]
+__all__ = [
+    "DamagedFileError",
+    "held",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "replacing",
+    "temporary_files",
+    "write_file",
+]
+
+logger = logging.getLogger(__name__)
+
 
 # Of a writer on another machine, or one whose process number was given to another program, nobody knows whether it
 # lives: what is older than this was left behind.
@@ -79,6 +92,36 @@ def replacing(path: Path) -> Iterator[Path]:
         if error.errno in _ADVICE:
             message = f"{message}; {_ADVICE[error.errno]}"
         raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: bool) -> Iterator[bool | None]:
+    """Hold a lock file, which stays behind, empty: only holding it means something. The operating system gives it back
+    when the process that holds it ends, however it ends.
+
+    Args:
+        path: in a folder that is there.
+        wait: for another process that holds it.
+
+    Yields:
+        True; False where another process holds it; None, with a warning, on a file system that has no locks.
+    """
+    from filelock import FileLock, Timeout  # whoever only reads gates needs no lock
+
+    lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+    found: bool | None = True
+    try:
+        lock.acquire()
+    except Timeout:
+        found = False
+    except NotImplementedError as error:
+        logger.warning("%s cannot be locked (%s); see to it that no other process writes there", path.parent, error)
+        found = None
+    try:
+        yield found
+    finally:
+        if found:
+            lock.release()
 
 
 def write_file(path: Path, content: bytes | str) -> None:

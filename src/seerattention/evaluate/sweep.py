@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
+from ..files import held
 from .calibration import CalibrationMeasure, CalibrationResult
 from .cases import Case, run_case
 from .contenders import Contender
@@ -219,18 +219,9 @@ class _Counted:
 
 @contextmanager
 def _taken(sweep: Sweep, unit: Unit, wait: bool) -> Iterator[bool]:
-    """Hold the lock of a unit; gives whether it is held."""
+    """Hold the lock of a unit; gives whether it is held, or need not be."""
     told = json.dumps([sweep.run, unit.name, unit.length]).encode()
-    folder = sweep.journal.folder / ".locks"  # the files stay behind, empty: only holding one means something
+    folder = sweep.journal.folder / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / hashlib.sha256(told).hexdigest()[:16]
-    lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with held(folder / hashlib.sha256(told).hexdigest()[:16], wait) as mine:
+        yield mine is not False

@@ -100,8 +100,7 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         return attend_densely(arguments)
     forward.seen.add(call.layer.index)
     if call.unreadable:
-        if call.layer.may_be_sparse:
-            warn_dense(call.layer, CAPTURED)
+        _note_dense(arguments, call, forward, CAPTURED)
         return attend_densely(arguments)
     device_type = arguments.query.device.type
     given, arguments = arguments, _with_valid_keys(arguments, call)
@@ -133,7 +132,7 @@ def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tupl
     if decoded == queries:
         return _attend_tokens(arguments, call, forward)
     if decoded == UNKNOWN or call.valid_keys is not None:  # speculation on static caches is refused by transformers
-        _note_unknown(arguments, call, forward)
+        _note_dense(arguments, call, forward, UNKNOWN_PROMPT)
         return None
     mask = _read_mask(arguments, forward)
     prompt, tokens = split(arguments, call, forward, mask, decoded)
@@ -141,11 +140,12 @@ def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tupl
     return join(arguments, mask[1], *(output and output[0] for output in outputs))
 
 
-def _note_unknown(arguments: Arguments, call: Call, forward: Forward) -> None:
+def _note_dense(arguments: Arguments, call: Call, forward: Forward, reason: str) -> None:
+    """Warn and count, where nobody can tell what is prompt, or what a cache holds."""
     layer = call.layer
-    call.reason = UNKNOWN_PROMPT
+    call.reason = reason
     if layer.may_be_sparse and arguments.key.shape[2] >= _min_context(layer, arguments.query.device):
-        warn_dense(layer, UNKNOWN_PROMPT)
+        warn_dense(layer, reason)
     _count(arguments, call, forward, None, None)
 
 

@@ -14,14 +14,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from ..files import DamagedFileError
+from ..files import DamagedFileError, held
 
 __all__ = ["HUB_ID", "PACKAGE", "build", "find_gguf", "folder_path"]
 
@@ -73,7 +70,7 @@ def build(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder that does not exist yet")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock") as alone:
+    with held(folder.parent / f".{folder.name}.lock", wait=True) as alone:
         if (folder / "config.json").is_file():
             return folder
         if folder.is_dir() and any(folder.iterdir()):
@@ -219,19 +216,3 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Wait for the lock; yields whether it is held (some file systems have none)."""
-    lock = FileLock(path)
-    try:
-        lock.acquire()
-    except NotImplementedError as error:
-        logger.warning("%s cannot be locked (%s); see to it that no other process builds there", path.parent, error)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
