@@ -51,9 +51,10 @@ def main() -> int:
     jobs = [(path, share) for path in files for share in shares(path)]
     log = Log(options.output)
     log.add(describe())
-    gpus: SimpleQueue[int] = SimpleQueue()  # the GPU of each process that may start
+    gpus: SimpleQueue[str] = SimpleQueue()  # the GPU of each process that may start
+    names = visible_gpus()
     for process in range(options.processes):
-        gpus.put(process % max(1, torch.cuda.device_count()))
+        gpus.put(names[process % len(names)])
     with ThreadPoolExecutor(options.processes) as pool:
         statuses = list(pool.map(lambda job: run_job(*job, gpus, options.timeout, log), jobs))
     log.add(f"== all files: {'passed' if not any(statuses) else 'FAILED'}")
@@ -92,11 +93,18 @@ def shares(path: Path) -> list[str]:
     return [f"{number}/{count}" for number in range(1, count + 1)]
 
 
-def run_job(path: Path, share: str, gpus: SimpleQueue[int], timeout: float, log: Log) -> int:
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = max(1, torch.cuda.device_count())
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+
+
+def run_job(path: Path, share: str, gpus: SimpleQueue[str], timeout: float, log: Log) -> int:
     """Exit status of a share of one file's tests: pytest's, 124 after a time-out, negative where a signal ended it."""
     gpu = gpus.get()
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
-    visible = {"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.device_count() > 1 and not needs_all(path) else {}
+    visible = {"CUDA_VISIBLE_DEVICES": gpu} if torch.cuda.device_count() > 1 and not needs_all(path) else {}
     started = time.monotonic()
     try:
         done = subprocess.run(
