@@ -89,6 +89,14 @@ def test_the_answer_is_where_it_is_said_to_be(maker, tokenizer, task):
             assert score_answer(sample.score, tokenizer.decode(sample.gold), sample.answers) == 1
 
 
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_the_last_row_of_the_prompt_has_to_find_the_answer(maker, tokenizer, task):
+    """A space before the answer that is a token of its own would be found without looking anything up."""
+    for _ in range(4):
+        sample = maker.sample(task, LENGTH)
+        assert tokenizer.decode(sample.gold[:1]).strip()
+
+
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"])
 def test_one_needle_answers_the_question(maker, tokenizer, task):
     sample = maker.sample(task, LENGTH)

@@ -52,7 +52,8 @@ class TextSample:
         room: tokens that the answer may have; T + room is the length that was asked for.
         answers: right answers, see ``score``.
         score: how an answer is scored, one of :data:`~seerattention.tasks.scoring.SCORES`.
-        gold: int64 ``[n]``, the tokens of a right answer as they would follow the prompt. Of "copied" what counts.
+        gold: int64 ``[n]``, the tokens of a right answer as they would follow the prompt; the first one is no mere
+            space. Of "copied" what counts.
         places: ``prompt[start:stop]`` of each (start, stop) holds what the answer is to be found in.
     """
 
@@ -249,7 +250,20 @@ class TextTasks:
         )  # fmt: skip
 
     def _lead_and_gold(self, draft: Draft) -> tuple[list[int], list[int]]:
-        """The last tokens of the prompt and those of the answer; the space between them belongs to the answer."""
+        """The last tokens of the prompt and those of the answer.
+
+        A space between them that is a token of its own is the prompt's: the token that has to be looked up first is
+        then the next one, and the prompt's last row has to find it. Left to the answer, everything that is looked up
+        would be looked up while decoding, and nothing would test the rows of the prompt.
+        """
+        lead, gold = self._as_written(draft)
+        silent = 0
+        while silent < len(gold) - 1 and not self.kit.pieces.tokenizer.decode(gold[silent : silent + 1]).strip():
+            silent += 1
+        return lead + gold[:silent], gold[silent:]
+
+    def _as_written(self, draft: Draft) -> tuple[list[int], list[int]]:
+        """The tokens of the lead, and those of the answer behind them."""
         if draft.gold_tokens:
             return list(draft.lead_tokens), list(draft.gold_tokens)
         words = draft.lead.lstrip() if self._after else draft.lead  # behind a template nothing comes before it
