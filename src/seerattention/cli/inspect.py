@@ -56,11 +56,11 @@ def command(
 
         with named("--density"):
             policy: Policy | None = None if density is None else TopK(density)
-        folder = gates_for(model, gates)
         if text is not None and not text.is_file():
             raise FileNotFoundError(f"--text: no such file: {text}")
         if text is not None:
             say_unused(context, terminal, ("data",), "--text is the prompt")
+        folder = gates_for(model, gates)
         check_model(model)
         check_dtype(dtype)
         check_output(output)
