@@ -69,7 +69,7 @@ class Op:
 
     Attributes:
         text: one line of help.
-        lengths, densities, lists: defaults.
+        lengths, densities, lists: defaults; lists "none": it takes none.
         queries: tokens of chunks; none: as many as keys.
         targets: keys of the targets in ``targets.py`` that its results answer.
     """
@@ -77,8 +77,8 @@ class Op:
     text: str
     lengths: Sequence[int]
     densities: Sequence[float]
-    lists: Sequence[str]
-    targets: Sequence[str]
+    lists: Sequence[str] = ("none",)
+    targets: Sequence[str] = ()
     queries: Sequence[int] = ()
 
 
@@ -102,29 +102,23 @@ OPS = {
         "the distillation target: extra time over a dense forward, all rows and a quarter, and memory",
         lengths=(8192, 32768, 131072),
         densities=(1.0,),
-        lists=("none",),
         targets=("target-all", "target-quarter", "target-memory"),
     ),
     "pooled_attention_decode": Op(
         "the distillation target of decode gates: single query tokens, as many as there are blocks and 8 times as many",
         lengths=(8192, 32768, 131072),
         densities=(1.0,),
-        lists=("none",),
-        targets=(),
     ),
     "gate_path": Op(
         "from q and k to block lists: pooling, gate, selection by every policy",
         lengths=(8192, 32768, 131072),
         densities=(0.1,),
-        lists=("none",),
         targets=("gate-path",),
     ),
     "sub_block_gate_path": Op(
         "the same of a gate finer than its mask: sub-blocks of 8 queries and 8 keys",
         lengths=(8192, 32768, 131072),
         densities=(0.1,),
-        lists=("none",),
-        targets=(),
     ),
 }
 GATE_SPECS = {"gate_path": PrefillGateConfig(), "sub_block_gate_path": SubBlockGateConfig()}

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from .ops.block_selection import dense_indices
-from .ops.indices import BlockIndices, causal_block_mask, first_query_block, num_blocks, num_query_blocks
+from .ops.indices import (
+    BlockIndices,
+    causal_block_mask,
+    first_query_block,
+    is_ordered,
+    num_blocks,
+    num_query_blocks,
+    ordered_lists,
+    read_lists,
+)
 
 __all__ = [
     "BlockIndices",
     "causal_block_mask",
+    "completed",
     "content_bounds",
     "dense_indices",
     "first_query_block",
@@ -49,6 +59,26 @@ def content_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
             "got a row with a hole or with no valid token"
         )
     return starts, lengths
+
+
+def completed(blocks: BlockIndices, rows: Tensor, causal: Tensor, minimum: int) -> BlockIndices:
+    """The same lists, but some rows, which see fewer than ``minimum`` tokens, read everything.
+
+    Args:
+        blocks: lists of query blocks or of query tokens.
+        rows: bool ``[B, Nq]`` or ``[B, 1]``, which rows.
+        causal: integers ``[B or 1, Nq]``, how many blocks each of them may see; 0 where it holds no query.
+        minimum: decides how many entries a list has room for at least.
+    """
+    indices, counts = read_lists(blocks)
+    longest = min(num_blocks(max(minimum - 1, 0), blocks.block_size), blocks.num_key_blocks)
+    indices = torch.nn.functional.pad(indices, (0, max(longest - indices.shape[-1], 0)))
+    everything = torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device)
+    rows = rows[:, None]
+    indices = torch.where(rows[..., None], everything, indices)
+    counts = torch.where(rows, causal.to(counts.dtype)[:, None], counts)
+    make = ordered_lists if is_ordered(blocks) else BlockIndices
+    return make(indices, counts, blocks.num_key_blocks, blocks.block_size, blocks.by_token, blocks.span)
 
 
 def shift_left(x: Tensor, starts: Tensor, dim: int = -2) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pooled_cases import make
 from seerattention.ops import dispatch, pooled_attention
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
@@ -44,14 +45,6 @@ def definition(q, k, block_size, rows, lengths=None, reduce="max", normalize=Tru
     if reduce == "max" and normalize:
         out = torch.nan_to_num(out / out.sum(-1, keepdim=True))
     return out
-
-
-def make(query_length, key_length, heads, kv_heads, head_dim, batch=2, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(query_length * 1000 + key_length + head_dim)
-    # Laid out as models do, [B, T, H, D], so that strides are put to the test; logits wide enough for a peaked map.
-    q = torch.randn(batch, query_length, heads, head_dim, generator=generator) * 2
-    k = torch.randn(batch, key_length, kv_heads, head_dim, generator=generator)
-    return q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
 
 
 def all_rows(query_length, key_length, block_size):
@@ -160,26 +153,6 @@ def test_official_targets(case, implementation):
     official = golden[f"prefill/{case}/pooled_gt"].float()
     assert (target - official).abs().max() < 8.4e-3
     assert ((target - official).abs() <= 2.3e-2 * target).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"block_size": 48}, "block_size"),
-        ({"reduce": "mean"}, "reduce"),
-        ({"rows": torch.tensor([4])}, "rows must lie in"),
-        ({"rows": torch.tensor([[0]])}, "rows must be int64"),
-        ({"lengths": torch.tensor([100])}, "lengths"),
-        ({"scale": 0.0}, "scale"),
-        ({"lse": torch.zeros(2, 4, 199)}, "lse must be float32"),
-        ({"lse": torch.zeros(2, 4, 200).double()}, "lse must be float32"),
-        ({"implementation": "fast"}, "implementation"),
-    ],
-)
-def test_wrong_arguments(arguments, message):
-    q, k = make(200, 200, 4, 2, 32)
-    with pytest.raises(ValueError, match=message):
-        pooled_attention(q, k, **arguments)
 
 
 def lse_of(q, k, scale=None):

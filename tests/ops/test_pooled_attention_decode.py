@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pooled_cases import make
 from seerattention.ops import Span, pooled_attention, pooled_attention_decode
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
@@ -57,14 +58,6 @@ def definition(q, k, block_size, rows=None, lengths=None, reduce="max", normaliz
         positions = torch.arange(key_length - query_length, key_length)
         out[(positions >= lengths[:, None])[:, None].expand(-1, kv_heads, -1)] = 0
     return out if rows is None else out[:, :, rows - (key_length - query_length)]
-
-
-def make(query_length, key_length, heads, kv_heads, head_dim, batch=2, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(query_length * 1000 + key_length + head_dim)
-    # Laid out as models do, [B, T, H, D], so that strides are put to the test; logits wide enough for a peaked map.
-    q = torch.randn(batch, query_length, heads, head_dim, generator=generator) * 2
-    k = torch.randn(batch, key_length, kv_heads, head_dim, generator=generator)
-    return q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
 
 
 def some_rows(query_length, key_length):
@@ -236,38 +229,6 @@ def test_official_targets(case):
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-9)
     assert (target - official).abs().max() < 1.5e-2
     assert ((target - official).abs() <= 2.5e-2 * target).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"block_size": 48}, "block_size must be one of"),
-        ({"reduce": "mean"}, "reduce"),
-        ({"rows": torch.tensor([99])}, "rows must lie in \\[100, 200\\)"),
-        ({"rows": torch.tensor([200])}, "rows must lie in"),
-        ({"rows": torch.tensor([[100]])}, "rows must be int64"),
-        ({"rows": torch.tensor([100], dtype=torch.int32)}, "rows must be int64"),
-        ({"lengths": torch.tensor([100])}, "lengths"),
-        ({"scale": 0.0}, "scale"),
-        ({"lse": torch.zeros(2, 4, 200)}, "lse must be float32"),
-        ({"lse": torch.zeros(2, 4, 100).double()}, "lse must be float32"),
-        ({"implementation": "hopper"}, "implementation"),
-    ],
-)
-def test_wrong_arguments(arguments, message):
-    q, k = make(100, 200, 4, 2, 32)
-    with pytest.raises(ValueError, match=message):
-        pooled_attention_decode(q, k, **arguments)
-
-
-def test_wrong_tensors():
-    q, k = make(100, 200, 4, 2, 32)
-    with pytest.raises(ValueError, match="queries for 100 keys"):
-        pooled_attention_decode(k, q[:, :2])
-    with pytest.raises(ValueError, match="multiple"):
-        pooled_attention_decode(q[:, :3], k)
-    with pytest.raises(TypeError, match="convert"):
-        pooled_attention_decode(q, k.half())
 
 
 @pytest.mark.parametrize("implementation", EVERY)

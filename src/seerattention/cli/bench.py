@@ -8,7 +8,7 @@ import typer
 
 from .common import Terminal, errors, load_config, parse_list, resolve_device, token_count
 from .options import check_dtype, check_model, named, parse_density, real, say_unused, whole
-from .parameters import Device
+from .parameters import BlockSize, Device, Json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def command(
     heads: Annotated[int, typer.Option(help="Query heads; the default is the shape of an 8B Llama.")] = 32,
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
-    block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
+    block_size: BlockSize = 64,
     seconds: Annotated[float, typer.Option(help="Time to spend on each measurement.")] = 0.5,
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 on a GPU, float32 on the CPU), bfloat16, float16 or float32.")
@@ -50,9 +50,7 @@ def command(
             "default min_context from then on.",
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Time one attention layer on this device, densely and sparsely, and say from which length on sparse pays.
 

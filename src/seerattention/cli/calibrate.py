@@ -7,19 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import (
-    Terminal,
-    book_tokens,
-    default_gates,
-    errors,
-    load_model,
-    open_data,
-    parse_list,
-    resolve_device,
-    token_count,
-)
-from .options import check_dtype, check_gates, check_model, check_output, parse_target, whole
-from .parameters import Device, Dtype, ModelName, TextField
+from .common import Terminal, book_tokens, errors, open_data, parse_list, token_count
+from .opening import gates_for, open_model
+from .options import check_dtype, check_model, check_output, parse_target, whole
+from .parameters import Device, Dtype, ModelName, TextField, gates_option, text_option
 
 
 def command(
@@ -27,16 +18,8 @@ def command(
     output: Annotated[
         Path, typer.Option(help="Folder to write: the gates with their budgets. It may be that of --gates.")
     ],
-    gates: Annotated[
-        str | None, typer.Option(help="Folder or hub id of trained gates. Default for the testbed's models: their own.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text that the gates were not trained on: .txt or .jsonl (also .zst), a folder of them, or a dataset "
-            "id. Default for testbed and smollm2: the testbed's training books."
-        ),
-    ] = None,
+    gates: Annotated[str | None, gates_option()] = None,
+    data: Annotated[str | None, text_option("Text that the gates were not trained on", "training")] = None,
     length: Annotated[str, typer.Option(help="Tokens a prompt, the longest that matters (16K).")] = "32K",
     sequences: Annotated[int, typer.Option(help="Prompts to read; a few do.")] = 4,
     densities: Annotated[
@@ -57,16 +40,11 @@ def command(
         tokens = token_count(length, "--length")
         whole("--sequences", sequences)
         asked = None if densities is None else parse_list(densities, parse_target, "densities")
-        folder = gates or default_gates(check_model(model))
-        if folder is None:
-            raise ValueError("--gates is needed for this model: a folder of trained gates or a hub id")
-        check_gates(str(folder))
+        folder = gates_for(check_model(model), gates)
         check_dtype(dtype)
         check_output(output)
         documents = open_data(data, model, text_field)
-        chosen = resolve_device(device)
-        terminal.say(f"loading {model} on {chosen}")
-        loaded, tokenizer = load_model(model, chosen, dtype)
+        loaded, tokenizer = open_model(terminal, model, device, dtype)
 
         from .. import hf
         from ..evaluate.perplexity import cut_documents
@@ -82,5 +60,5 @@ def command(
         store_budgets(folder, output, found)
         known = ", ".join(f"{density:g}" for density in found.densities)
         terminal.say(f"wrote {output}: budgets for densities {known}; the default is {found.default:g}")
-        emitted: dict[str, Any] = {"model": model, "gates": str(folder), "output": str(output), **found.to_dict()}
+        emitted: dict[str, Any] = {"model": model, "gates": folder, "output": str(output), **found.to_dict()}
         terminal.emit(emitted)

@@ -19,15 +19,15 @@ from .common import (
     book_tokens,
     default_gates,
     errors,
-    load_model,
     open_data,
     parse_list,
     resolve_device,
     run_identity,
     token_count,
 )
+from .opening import open_model
 from .options import check_choice, check_dtype, check_gates, check_model, check_output, check_seed, named, parse_density
-from .parameters import Device, Dtype, ModelName, TextField
+from .parameters import BatchSize, Device, Dtype, Json, ModelName, TextField, UnseenText
 
 if TYPE_CHECKING:
     from ..evaluate.contenders import Contender
@@ -99,24 +99,16 @@ def command(
         Path | None, typer.Option(help="Folder of SQuAD and HotpotQA files. Default: subsets of the package.")
     ] = None,
     maps: Annotated[bool, typer.Option(help="Keep maps and densities of heads at the shortest length.")] = True,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text that the model was not trained on, for haystacks and perplexity. Default for testbed and "
-            "smollm2: the testbed's test books."
-        ),
-    ] = None,
+    data: UnseenText = None,
     text_field: TextField = "text",
-    batch_size: Annotated[int, typer.Option(help="Prompts a forward.", min=1)] = 4,
+    batch_size: BatchSize = 4,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl; a run that was stopped goes on.")] = Path(
         "results"
     ),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write the summary to stdout as JSON; everything else goes to stderr.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare gates with training-free methods, oracles and dense attention: same model, kernel, prompts and density.
 
@@ -158,8 +150,7 @@ def command(
         place = resolve_device(device)
         if place == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             place = f"cuda:{local_rank}"
-        terminal.say(f"loading {model} on {place}")
-        loaded, tokenizer = load_model(model, place, dtype)
+        loaded, tokenizer = open_model(terminal, model, place, dtype)
         longest = asked_lengths[-1]
         books = book_tokens(texts, model, tokenizer, limit=max(chosen["documents"] + 2, 16) * longest)
         subject = Subject(loaded, tokenizer, books, batch_size, seed)

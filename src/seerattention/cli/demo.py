@@ -12,6 +12,7 @@ import typer
 from ..testbed import MODELS
 from .common import Terminal, book_tokens, default_gates, errors, load_model, log_level, resolve_device
 from .options import check_output, check_seed, real, say_unused
+from .parameters import Json
 
 DEMO_MINUTES = 7.0  # on 2 CPU cores; the help below and the README say so too, and a test compares them
 #: What is said where a model comes without gates.
@@ -41,9 +42,7 @@ def command(
         bool,
         typer.Option("--fast", help="A smoke test: short prompts and hardly any samples. Its numbers mean little."),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Watch SeerAttention do its job on a small language model that comes with the package.
 

@@ -24,7 +24,7 @@ from .options import (
     say_unused,
     whole,
 )
-from .parameters import Dtype, ModelName, TextField
+from .parameters import BlockSize, Dtype, ModelName, TextField
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +64,7 @@ def command(
         str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens).")
     ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
-    block_size: Annotated[int, typer.Option(help="Tokens a block: 32, 64 or 128.")] = 64,
+    block_size: BlockSize = 64,
     form: Annotated[
         str,
         typer.Option(

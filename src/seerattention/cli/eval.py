@@ -16,7 +16,6 @@ from .common import (
     Terminal,
     book_tokens,
     errors,
-    load_model,
     open_data,
     parse_list,
     resolve_device,
@@ -24,6 +23,7 @@ from .common import (
     token_count,
 )
 from .eval_settings import all_gates, make_settings, named_gates
+from .opening import open_model
 from .options import (
     check_choice,
     check_dtype,
@@ -38,7 +38,7 @@ from .options import (
     real,
     say_unused,
 )
-from .parameters import Device, Dtype, ModelName, TextField
+from .parameters import BatchSize, Device, Dtype, Json, ModelName, TextField, UnseenText, gates_option
 
 if TYPE_CHECKING:
     from ..evaluate import Report
@@ -49,10 +49,7 @@ if TYPE_CHECKING:
 def command(
     context: typer.Context,
     model: ModelName = "testbed",
-    gates: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of trained gates; 'none' for none. Default for the testbed: its own."),
-    ] = None,
+    gates: Annotated[str | None, gates_option("; 'none' for none")] = None,
     compare_gates: Annotated[
         str | None,
         typer.Option(help="Also these gates, in everything that asks gates: NAME=FOLDER,... (other forms, say)."),
@@ -121,15 +118,9 @@ def command(
             "--apply-chat-template", help="Ask lm-eval tasks, and --measure tasks, in the tokenizer's chat template."
         ),
     ] = False,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text that the model was not trained on, for haystacks and perplexity: .txt or .jsonl (also .zst), a "
-            "folder of them, or a dataset id. Default for testbed and smollm2: the testbed's test books."
-        ),
-    ] = None,
+    data: UnseenText = None,
     text_field: TextField = "text",
-    batch_size: Annotated[int, typer.Option(help="Prompts a forward.", min=1)] = 1,
+    batch_size: BatchSize = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the retrieval tasks.")] = 0,
@@ -144,9 +135,7 @@ def command(
         float,
         typer.Option(help="Begin no further measurement after so long, setting by setting until then; 0: measure all."),
     ] = 0.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Write the results to stdout as JSON; everything else goes to stderr.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a model densely and with its gates on the same samples.
 
@@ -222,8 +211,7 @@ def command(
             terminal,
         )
         chosen = resolve_device(device)
-        terminal.say(f"loading {model} on {chosen}")
-        loaded, tokenizer = load_model(model, chosen, dtype)
+        loaded, tokenizer = open_model(terminal, model, chosen, dtype)
         longest = asked_lengths[-1]
         books = []
         if needs_texts:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .options import check_dtype, check_gates, check_model, check_output, named, parse_index, say_unused
-from .parameters import Device, Dtype, ModelName
+from .opening import gates_for, open_model
+from .options import check_dtype, check_model, check_output, named, parse_index, say_unused
+from .parameters import Device, Dtype, ModelName, gates_option, text_option
 
 if TYPE_CHECKING:
     import torch
@@ -21,17 +22,10 @@ if TYPE_CHECKING:
 def command(
     context: typer.Context,
     model: ModelName = "testbed",
-    gates: Annotated[
-        str | None, typer.Option(help="Folder or hub id of trained gates. Default for the testbed: its own.")
-    ] = None,
+    gates: Annotated[str | None, gates_option()] = None,
     text: Annotated[Path | None, typer.Option(help="Text file to read as the prompt; see also --data.")] = None,
     length: Annotated[str, typer.Option(help="Use at most this many tokens (4096 or 4K).")] = "4K",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Without --text: take the prompt from here. Default for testbed and smollm2: the testbed's test books."
-        ),
-    ] = None,
+    data: Annotated[str | None, text_option("Where the prompt comes from without --text")] = None,
     density: Annotated[
         float | None,
         typer.Option(
@@ -62,23 +56,18 @@ def command(
 
         with named("--density"):
             policy: Policy | None = None if density is None else TopK(density)
-        folder = gates or common.default_gates(model)
-        if folder is None:
-            raise ValueError("--gates is needed for this model: a folder of trained gates or a hub id")
         if text is not None and not text.is_file():
             raise FileNotFoundError(f"--text: no such file: {text}")
         if text is not None:
             say_unused(context, terminal, ("data",), "--text is the prompt")
-        check_gates(str(folder))
+        folder = gates_for(model, gates)
         check_model(model)
         check_dtype(dtype)
         check_output(output)
         if density is not None:
             policy = common.spending(folder, [density], terminal)[density]
         documents = None if text is not None else common.open_data(data, model)
-        chosen = common.resolve_device(device)
-        terminal.say(f"loading {model} on {chosen}")
-        loaded, tokenizer = common.load_model(model, chosen, dtype)
+        loaded, tokenizer = open_model(terminal, model, device, dtype)
         prompt = _prompt(text, documents, model, tokenizer, tokens)
 
         from .. import hf
@@ -88,12 +77,12 @@ def command(
         terminal.say(f"running {prompt.shape[1]} tokens")
         inspection = inspect_attention(loaded, prompt, layers=wanted_layers, heads=wanted_heads)
         terminal.table(_recall_table(inspection))
-        page = _write(inspection, output, model=model, gates=str(folder), tokens=prompt.shape[1])
+        page = _write(inspection, output, model=model, gates=folder, tokens=prompt.shape[1])
         terminal.say(f"report: {page}")
         terminal.emit(
             {
                 "model": model,
-                "gates": str(folder),
+                "gates": folder,
                 "tokens": prompt.shape[1],
                 "recall": _plain(inspection.recall),
                 "density": _plain(inspection.density),

@@ -25,8 +25,8 @@ from ..hf.state import gates_of
 from ..selectors import LayerInputs
 from .batches import Batch
 from .config import DistillConfig
-from .losses import draw_rows, kl_count
-from .objectives import OBJECTIVES
+from .losses import kl_count
+from .phases import TRAINED
 from .processes import Processes
 
 __all__ = ["DistillationError", "Trainer"]
@@ -64,12 +64,10 @@ class _Rows:
     def __init__(self, inputs: LayerInputs, config: DistillConfig, block_size: int, draw: int):
         batch_size, _, width, _ = inputs.q.shape
         self.num_blocks = num_blocks(width, block_size)
-        unit = block_size if config.phase == "prefill" else 1
-        rows = draw_rows(num_blocks(width, unit), config.rows, config.skip_rows, config.seed, draw, config.last_rows)
-        if config.phase == "decode":  # tokens of the first block have no complete one to choose from
-            rows = rows[rows >= block_size]
+        phase = TRAINED[config.phase]
+        rows = phase.rows(width, block_size, config, draw)
         lengths = torch.full((batch_size,), width) if inputs.lengths is None else inputs.lengths.cpu()
-        valid = rows * unit < lengths[:, None]
+        valid = rows * phase.unit(block_size) < lengths[:, None]
         self.num_valid = int(valid.sum())
         # One copy to each device, not one for each layer: copies of pageable memory wait for the device.
         self.on, self.valid_on = functools.cache(rows.to), functools.cache(valid.to)
@@ -98,16 +96,15 @@ class Trainer:
         processes: Processes | None = None,
     ):
         self.model, self.config, self.total_steps = model, config, total_steps
+        self.phase = TRAINED[config.phase]
         place_gates(model)
         self.processes = processes or Processes()
         gates = {layer: gate for layer, gate in enumerate(gates_of(model, config.phase)) if gate is not None}
         if not gates:
-            form = "GateConfig()" if config.phase == "prefill" else "GateConfig(decode=seer.DecodeGateConfig())"
             raise ValueError(
                 f"no layer of this model has a gate for {config.phase}; attach gates first: seer.attach(model, "
-                f"seer.{form})"
+                f"seer.{self.phase.fresh})"
             )
-        self.objective = OBJECTIVES[config.phase]
         self.names = {layer: f"layers.{layer}" for layer in gates}
         """Layer index -> what the layer is called in histories, messages and saved states."""
         self.gates: dict[str, BlockGate] = {self.names[layer]: gate for layer, gate in gates.items()}
@@ -179,7 +176,7 @@ class Trainer:
             name, device = self.names[inputs.layer], inputs.q.device
             valid = None if inputs.lengths is None else rows.valid_on(device)
             with torch.enable_grad():
-                loss = self.objective(self.masters[name], inputs, rows.on(device), valid)
+                loss = self.phase.objective(self.masters[name], inputs, rows.on(device), valid)
                 loss.backward()
             sums[name] += loss.detach()
 
@@ -198,8 +195,7 @@ class Trainer:
 
     def _geometry(self) -> tuple[int, int]:
         """Block size and number of heads that have rows of their own, which all layers share."""
-        heads = "num_heads" if self.config.phase == "prefill" else "num_kv_heads"
-        found = {(gate.block_size, getattr(gate, heads)) for gate in self.gates.values()}
+        found = {(gate.block_size, self.phase.heads_of(gate)) for gate in self.gates.values()}
         if len(found) > 1:
             raise NotImplementedError(f"layers of different (block size, heads) are not supported: {sorted(found)}")
         return found.pop()

@@ -115,7 +115,6 @@ class CalibrationMeasure(Measure):
 
     name: ClassVar[str] = "calibration"
     title: ClassVar[str] = "Calibration"
-    together: ClassVar[bool] = False
 
     contender: Contender
     wanted: float

@@ -114,7 +114,6 @@ class HarnessMeasure(Measure):
 
     name: ClassVar[str] = "lm-eval"
     title: ClassVar[str] = "lm-evaluation-harness"
-    together: ClassVar[bool] = False
     needs_texts: ClassVar[bool] = False
 
     lm_eval_tasks: Sequence[str] = ()

@@ -74,7 +74,6 @@ class MapMeasure(Measure):
 
     name: ClassVar[str] = "maps"
     title: ClassVar[str] = "Maps"
-    together: ClassVar[bool] = False
 
     tasks: TextMeasure
 

@@ -95,13 +95,13 @@ class Measure(Protocol):
     Attributes:
         name: on the command line and in ``results.json``.
         title: in headings, before "at 4K".
-        together: settings take turns in one run, so they are kept or measured again together.
+        together: settings take turns in one run, so they are kept or measured again together; as a rule they do not.
         needs_texts: whether it reads ``Subject.books``; where it is missing, it does.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    together: ClassVar[bool]
+    together: ClassVar[bool] = False
     needs_texts: ClassVar[bool] = True
 
     def lengths(self, asked: Sequence[int]) -> Sequence[int]:

@@ -233,11 +233,14 @@ def perplexity_table(results: Sequence[PerplexityResult], lengths: Sequence[int]
 
 @dataclass(frozen=True)
 class PerplexityMeasure(Measure):
-    """Perplexity as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
+    """Perplexity as a measure, see :class:`~seerattention.evaluate.measure.Measure`.
+
+    Attributes:
+        documents: how many.
+    """
 
     name: ClassVar[str] = "perplexity"
     title: ClassVar[str] = "Perplexity"
-    together: ClassVar[bool] = False
 
     documents: int = 4
 

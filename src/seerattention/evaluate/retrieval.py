@@ -292,11 +292,17 @@ def retrieval_table(results: Sequence[RetrievalResult]) -> Table:
 
 @dataclass(frozen=True)
 class RetrievalMeasure(Measure):
-    """Retrieval as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
+    """Retrieval as a measure, see :class:`~seerattention.evaluate.measure.Measure`.
+
+    Attributes:
+        tasks: which of ``TASKS``.
+        samples: of each task.
+        questions: of each sample.
+        method: how answers are got, one of :data:`METHODS`.
+    """
 
     name: ClassVar[str] = "retrieval"
     title: ClassVar[str] = "Retrieval"
-    together: ClassVar[bool] = False
 
     tasks: Sequence[str] = TASKS
     samples: int = 8

@@ -107,7 +107,6 @@ class TextMeasure(Measure):
 
     name: ClassVar[str] = "tasks"
     title: ClassVar[str] = "Long-context tasks"
-    together: ClassVar[bool] = False
 
     text_tasks: Sequence[str] = TEXT_TASKS
     samples: int = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -69,16 +70,7 @@ class TimingResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
-        return {
-            "setting": self.setting,
-            "length": self.length,
-            "batch": self.batch,
-            "density": self.density,
-            "first_seconds": self.first_seconds,
-            "seconds": self.seconds,
-            "median_seconds": self.median,
-            "peak_bytes": self.peak_bytes,
-        }
+        return {**dataclasses.asdict(self), "median_seconds": self.median}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """None: the numbers are all."""
@@ -198,7 +190,11 @@ def timing_table(results: Sequence[TimingResult]) -> Table:
 
 @dataclass(frozen=True)
 class TimingMeasure(Measure):
-    """Prefill time as a measure, see :class:`~seerattention.evaluate.measure.Measure`."""
+    """Prefill time as a measure, see :class:`~seerattention.evaluate.measure.Measure`.
+
+    Attributes:
+        repeats: timed calls of each setting.
+    """
 
     name: ClassVar[str] = "timing"
     title: ClassVar[str] = "Prefill time"

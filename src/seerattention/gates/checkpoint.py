@@ -28,7 +28,7 @@ from ..config import PHASES, GateConfig
 from ..files import DamagedFileError, read_json, write_file
 from ..policies import Budget, Budgets, Policy, policy_from_dict
 from .card import model_card
-from .geometry import OPTIONAL, fingerprint
+from .geometry import OPTIONAL, fingerprint, mismatches
 from .tensors import (
     check_dtypes,
     digest,
@@ -81,9 +81,8 @@ class GateCheckpoint:
         """Raise ValueError unless a model with this config has the structure that the gates were trained for."""
         present = {**dict.fromkeys(OPTIONAL), **fingerprint(config)}
         wrong = [
-            f"{name}: the gates are for {self.base_model[name]}, the model has {value}"
-            for name, value in present.items()
-            if self.base_model.get(name) not in (None, value)
+            f"{name}: the gates are for {mine}, the model has {value}"
+            for name, mine, value in mismatches(self.base_model, present)
         ]
         if wrong:
             name = self.base_model.get("name") or "another model"

@@ -42,6 +42,9 @@ class BlockGate(nn.Module, ABC):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
 
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, block_size={self.block_size}"
+
     @abstractmethod
     def encode_keys(
         self, k: Tensor, cos: Tensor, sin: Tensor, *, lengths: Lengths = None, state: KeyState | None = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["OPTIONAL", "Geometry", "fingerprint"]
+__all__ = ["OPTIONAL", "Geometry", "fingerprint", "mismatches"]
 
 OPTIONAL = ("rotary_dim",)
 """Entries of a fingerprint that only models have which differ from the plain ones in them."""
@@ -80,6 +80,14 @@ def fingerprint(config: Any) -> dict[str, Any]:
         "rope_theta": _summary([_theta(config, layer) for layer in counted]),
         **({} if rotary is None else {"rotary_dim": rotary}),
     }
+
+
+def mismatches(known: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Entries of ``other`` that are known to be something else, as (name, what is known, what ``other`` has).
+
+    What is missing or None in ``known`` fits everything.
+    """
+    return [(name, known[name], value) for name, value in other.items() if known.get(name) not in (None, value)]
 
 
 _PER_LAYER = ("num_attention_heads", "num_attention_heads_per_layer", "num_key_value_heads", "head_dim")

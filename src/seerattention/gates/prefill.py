@@ -74,10 +74,8 @@ class PrefillGate(BlockGate):
         return tensors, (self.config, self.block_size, self.q_pitch, self.k_pitch, self.scale)
 
     def extra_repr(self) -> str:
-        return (
-            f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, width={self.width}, "
-            f"k_pooling={self.config.k_pooling}, q_pooling={self.config.q_pooling}, block_size={self.block_size}"
-        )
+        pooling = f"k_pooling={self.config.k_pooling}, q_pooling={self.config.q_pooling}"
+        return f"{super().extra_repr()}, width={self.width}, {pooling}"
 
     def encode_keys(
         self, k: Tensor, cos: Tensor, sin: Tensor, *, lengths: Lengths = None, state: KeyState | None = None

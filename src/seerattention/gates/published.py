@@ -89,16 +89,9 @@ def _renamed(raw: Mapping[str, Tensor], key_of: re.Pattern[str], phase: str, pat
 
 _METHODS = ("threshold", "nz_ratio")
 _TYPES: dict[str, tuple[type, ...]] = {
-    "base_model": (str,),
-    "model_type": (str,),
-    "num_hidden_layers": (int,),
     "seerattn_gate_type": (str,),
-    "seerattn_gate_block_size": (int,),
-    "seerattn_gate_hidden_size": (int,),
     "seerattn_gate_force_double": (bool,),
     "seerattn_last_block_dense": (bool,),
-    "seerattn_sparsity_method": (str,),
-    "seerattn_threshold": (int, float),
     "seerattn_nz_ratio": (int, float),
 }
 

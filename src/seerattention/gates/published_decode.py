@@ -19,17 +19,10 @@ from .published_parts import KEY
 DECODE_KEY = re.compile(KEY.format("attngate_linear_[qk]|attngate_[qk]norm"))
 DECODE_METHODS = ("threshold", "token_budget")
 DECODE_TYPES: dict[str, tuple[type, ...]] = {
-    "base_model": (str,),
-    "model_type": (str,),
-    "num_hidden_layers": (int,),
     "seerattn_q_head_pooling_type": (str,),
     "seerattn_k_seq_pooling_type": (str,),
-    "seerattn_gate_block_size": (int,),
-    "seerattn_gate_hidden_size": (int,),
     "seerattn_use_qk_norm": (bool,),
     "seerattn_use_rope": (bool,),
-    "seerattn_sparsity_method": (str,),
-    "seerattn_threshold": (int, float),
     "seerattn_token_budget": (int,),
 }
 

@@ -19,14 +19,31 @@ PARAMETERS = {
 """Parameters of this package's gates by their published names. Shapes and layouts are the same."""
 
 
+TYPES: dict[str, tuple[type, ...]] = {
+    "base_model": (str,),
+    "model_type": (str,),
+    "num_hidden_layers": (int,),
+    "seerattn_gate_block_size": (int,),
+    "seerattn_gate_hidden_size": (int,),
+    "seerattn_sparsity_method": (str,),
+    "seerattn_threshold": (int, float),
+}
+"""Types of the entries that both kinds have."""
+
+
 def check_types(data: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], methods: Sequence[str]) -> None:
     """Every entry that is read has the type that the published code writes, or is null or missing.
+
+    Args:
+        data: entries of a config.json.
+        types: those of one kind, besides :data:`TYPES`.
+        methods: sparsity methods of that kind.
 
     Raises:
         TypeError: one has not.
         ValueError: an unknown sparsity method.
     """
-    for name, allowed in types.items():
+    for name, allowed in {**TYPES, **types}.items():
         value = data.get(name)
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
             expected = " or ".join(kind.__name__ for kind in allowed)

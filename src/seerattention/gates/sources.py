@@ -12,6 +12,7 @@ from ..policies import Budgets
 from . import published
 from .card import card_notes
 from .checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
+from .geometry import mismatches
 from .published import is_published_layout, read_published
 from .tensors import packed_path
 
@@ -128,14 +129,12 @@ def join(prefill: str | os.PathLike[str], decode: str | os.PathLike[str], destin
                 f"{checkpoint.source} has no gates for {phase!r}, only for {', '.join(checkpoint.gate_config.phases)}"
             )
     first, second = phases.values()
-    differ = [
-        f"{name}: {value} and {second.base_model[name]}"
-        for name, value in first.base_model.items()
-        if name not in ("name", "revision") and None not in (value, second.base_model.get(name))
-        if value != second.base_model[name]
-    ]
-    if differ:
-        raise ValueError(f"{first.source} and {second.source} are of different base models: " + "; ".join(differ))
+    structure = {name: x for name, x in first.base_model.items() if name not in ("name", "revision") and x is not None}
+    if differ := mismatches(second.base_model, structure):
+        raise ValueError(
+            f"{first.source} and {second.source} are of different base models: "
+            + "; ".join(f"{name}: {mine} and {other}" for name, other, mine in differ)
+        )
     config = GateConfig(
         block_size=first.gate_config.block_size,
         prefill=first.gate_config.prefill,

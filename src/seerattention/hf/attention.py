@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..blocks import BlockIndices, num_blocks, shift_left, shift_right
-from ..ops.block_selection import dense_indices
+from ..blocks import BlockIndices, completed, shift_left, shift_right
 from ..ops.block_sparse_attention import block_sparse_attention
-from ..ops.indices import ordered_lists, read_lists
 from ..ops.replay import capturing
 from ..ops.span import Span
 from ..selectors import LayerInputs, Selector
@@ -370,26 +368,8 @@ def _select(selector: Selector, inputs: LayerInputs, min_context: int) -> BlockI
 
 def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:
     """Rows of a padded batch that would be dense alone, for having fewer than ``minimum`` tokens, read everything."""
-    longest = min(num_blocks(max(minimum - 1, 0), blocks.block_size), blocks.num_key_blocks)
-    if longest == 0:
+    if minimum <= 1:
         return blocks
-    short = (lengths < minimum)[:, None, None]
-    indices, counts = read_lists(blocks)
-    batch, heads, rows = counts.shape
-    full = dense_indices(
-        batch,
-        heads,
-        rows,
-        blocks.num_key_blocks,
-        block_size=blocks.block_size,
-        lengths=lengths if blocks.span is None else None,
-        device=counts.device,
-        span=blocks.span,
-    )
-    full_indices, full_counts = read_lists(full)
-    capacity = indices.shape[-1]
-    if capacity < longest:
-        indices, capacity = nn.functional.pad(indices, (0, longest - capacity)), longest
-    indices = torch.where(short[..., None], full_indices[..., :capacity], indices)
-    counts = torch.where(short, full_counts, counts)
-    return ordered_lists(indices, counts, blocks.num_key_blocks, blocks.block_size, span=blocks.span)
+    own = blocks.last_blocks(lengths.device)
+    causal = torch.where(own * blocks.block_size < lengths[:, None], own + 1, 0)  # of padding there is nothing to read
+    return completed(blocks, (lengths < minimum)[:, None], causal, minimum)

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..blocks import BlockIndices, num_blocks, shift_left
+from ..blocks import BlockIndices, completed, shift_left
 from ..gates import DecodeGate, KeyState, select_by_token
 from ..ops.block_sparse_decode import block_sparse_decode
-from ..ops.indices import is_ordered, ordered_lists, read_lists
+from ..ops.indices import read_lists
 from ..ops.span import START, Span
 from ..policies import Policy
 from .conditions import (
@@ -237,15 +237,6 @@ def _span(rows: _Rows, queries: int, keys: int, forward: Forward) -> Span:
 
 def _complete_early_tokens(blocks: BlockIndices, span: Span, minimum: int) -> BlockIndices:
     """Tokens that would be dense alone, for seeing fewer than ``minimum``, read everything."""
-    longest = min(num_blocks(max(minimum - 1, 0), blocks.block_size), blocks.num_key_blocks)
-    indices, counts = read_lists(blocks)
-    if indices.shape[-1] < longest:
-        indices = nn.functional.pad(indices, (0, longest - indices.shape[-1]))
-    seen = span.column(START, indices.device)[:, None] + torch.arange(1, span.queries + 1, device=indices.device)
-    early = (seen < minimum)[:, None]  # [B, 1, Tq]
-    everything = torch.arange(indices.shape[-1], dtype=indices.dtype, device=indices.device)
-    own = ((seen + blocks.block_size - 1) // blocks.block_size).to(counts.dtype)[:, None]
-    indices = torch.where(early[..., None], everything, indices)
-    counts = torch.where(early, own, counts)
-    make = ordered_lists if is_ordered(blocks) else BlockIndices
-    return make(indices, counts, blocks.num_key_blocks, blocks.block_size, True, blocks.span)
+    own = blocks.last_blocks(read_lists(blocks)[1].device)
+    seen = span.column(START, own.device)[:, None] + torch.arange(1, span.queries + 1, device=own.device)
+    return completed(blocks, seen < minimum, own + 1, minimum)

@@ -10,31 +10,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import BlockIndices
-from ..hf.attach import set_policy
-from ..hf.contexts import dense, observe
-from ..hf.prompts import run_prompt
 from ..hf.state import state_of
 from ..policies import Budget, Budgets, causal_softmax
 from ..policies.budget import MAX_FLOOR, MIN_FLOOR, floor_of, least_blocks
 from ..selectors import LayerInputs
+from .passes import NOTHING_SEEN, put_in_force, read_prompts
 
 DENSITIES = (0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)
 """What is fitted where nothing else is asked for."""
 
 DEFAULT_DENSITY = 0.3
 """That of gates which are attached without one; ``docs/experiments.md`` says why."""
-
-NOTHING_SEEN = (
-    "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than the model's "
-    "sliding window"
-)
 
 # What is aimed at, of the density asked for: texts differ, and what was asked for is a promise.
 _AIM = 0.97
@@ -232,11 +224,9 @@ def fit_budgets(
     budgets = None
     for _ in range(max(1, passes)):
         seen = Seen()
-        with observe(model, seen), dense(model) if budgets is None else nullcontext():
-            for prompt in prompts:
-                run_prompt(model, prompt)
+        read_prompts(model, prompts, seen, densely=budgets is None)
         budgets = _budgets(seen, densities, strict)
-        set_policy(model, budgets.policy(), layers={layer.index: None for layer in state_of(model).layers})
+        put_in_force(model, budgets.policy())
     assert budgets is not None
     state_of(model).budgets = budgets
     return budgets

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import BlockIndices, causal_block_mask
-from ..hf.attach import set_policy
-from ..hf.contexts import dense, observe
 from ..hf.phases import PREFILL
-from ..hf.prompts import check_batch, run_prompt
+from ..hf.prompts import check_batch
 from ..hf.state import gated_layers, state_of
 from ..ops.indices import read_lists
 from ..policies import Budgets, Policy, RelativeThreshold, Threshold, causal_softmax
 from ..policies.budget import check_densities
 from ..selectors import LayerInputs
-from .budgets import DENSITIES, NOTHING_SEEN, fit_budgets
+from .budgets import DENSITIES, fit_budgets
+from .passes import NOTHING_SEEN, put_in_force, read_prompts
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
 _LOG_SMALLEST = math.log(_SMALLEST)
 _BINS = 1 << 14
 _STEPS = 60
+
+Found_co = TypeVar("Found_co", bound=Policy, covariant=True)
+Found = TypeVar("Found", bound=Policy)
+
+
+class _Pass(Protocol[Found_co]):
+    """Sees the layers of one pass over the prompts, and says which policy has a density on them."""
+
+    causal: int
+    """Causal blocks of all layers with a gate, heads and rows."""
+
+    def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None: ...
+
+    def policy(self, density: float) -> Found_co:
+        """Raises ValueError if what is always kept is more than that."""
 
 
 class _Probabilities:
@@ -66,11 +80,44 @@ class _Probabilities:
         above = int(self.counts[: int(edge)].sum())
         return (self.always + above) / self.causal
 
+    def policy(self, density: float) -> Threshold:
+        least = self.density(1.0)
+        if density < least:
+            last = self.last_blocks_dense
+            raise ValueError(
+                f"density {density} is out of reach on these prompts: the blocks that are always kept (the diagonal"
+                + (f", and all of the last {last} rows" if last else "")
+                + f") alone are {least:.4f}; use longer prompts or a higher density"
+            )
+        return Threshold(self._threshold(density), last_blocks_dense=self.last_blocks_dense)
+
+    def _threshold(self, density: float) -> float:
+        """Bisection, in log space because probabilities of blocks span many orders of magnitude."""
+        low, high = _SMALLEST, 1.0
+        for _ in range(_STEPS):
+            middle = (low * high) ** 0.5
+            if self.density(middle) > density:
+                low = middle
+            else:
+                high = middle
+        return min(high, 1.0 - 1e-6)
+
 
 class _Factors:
-    """Blocks that ``RelativeThreshold`` keeps with each of some factors, over all layers, heads and rows."""
+    """Blocks that ``RelativeThreshold`` keeps with each of some factors, over all layers, heads and rows.
 
-    def __init__(self, policy: RelativeThreshold, factors: Sequence[float]) -> None:
+    Args:
+        given: whose factor is to be found.
+        found: what the pass before has found; None: there was none, and factors of a wide range are tried.
+    """
+
+    def __init__(self, given: RelativeThreshold, found: RelativeThreshold | None) -> None:
+        policy = given if found is None else found
+        if found is None:
+            factors = [2.0 ** (step / 2) for step in range(-12, 17)]
+        else:
+            factors = [found.factor * 2.0 ** (step / 8) for step in range(-8, 9)]
+        self.tried = policy
         self.policies = [dataclasses.replace(policy, factor=factor) for factor in factors]
         self.kept = torch.zeros(len(factors), dtype=torch.float64)
         self.causal = 0
@@ -88,7 +135,16 @@ class _Factors:
         lists = [policy.select(logits, block_size=size, lengths=inputs.lengths) for policy in self.policies]
         self.kept += torch.stack([read_lists(found)[1].sum() for found in lists]).double().cpu()
 
-    def factor(self, density: float) -> float:
+    def policy(self, density: float) -> RelativeThreshold:
+        least = float(self.kept[-1]) / self.causal
+        if density < least:
+            raise ValueError(
+                f"density {density} is out of reach on these prompts: what {self.tried} always keeps is {least:.4f}; "
+                "use longer prompts, a higher density, or smaller floors"
+            )
+        return dataclasses.replace(self.tried, factor=self._factor(density))
+
+    def _factor(self, density: float) -> float:
         """The factor whose density that is, between the two nearest of those tried, in logarithms of both."""
         found = (self.kept / max(self.causal, 1)).tolist()  # falls
         place = min(max(1, sum(value > density for value in found)), len(found) - 1)
@@ -99,32 +155,29 @@ class _Factors:
         return a * (b / a) ** min(max(share, 0.0), 1.0)
 
 
-def _relative(model: nn.Module, prompts: Sequence[Any], density: float, policy: RelativeThreshold) -> RelativeThreshold:
-    """Two passes, a wide one along the dense forward and a narrow one along the sparse one."""
-    factors = [2.0 ** (step / 2) for step in range(-12, 17)]
-    for last in (False, True):
-        seen = _Factors(policy, factors)
-        with observe(model, seen):
-            for prompt in prompts:
-                with nullcontext() if last else dense(model):
-                    run_prompt(model, prompt)
+def _one_policy(
+    model: nn.Module,
+    prompts: Sequence[Mapping[str, Any]],
+    density: float,
+    begin: Callable[[Found | None], _Pass[Found]],
+    passes: int,
+) -> Found:
+    """The policy of a density for all rows and layers, which is then in force.
+
+    Args:
+        begin: what looks at a pass, from what was found by the pass before; None: it is the first.
+        passes: the first goes along a dense forward, others along the sparse one of what was found so far.
+    """
+    found: Found | None = None
+    for _ in range(max(1, passes)):
+        seen = begin(found)
+        read_prompts(model, prompts, seen, densely=found is None)
         if not seen.causal:
             raise ValueError(NOTHING_SEEN)
-        least = float(seen.kept[-1]) / seen.causal
-        if density < least:
-            raise ValueError(
-                f"density {density} is out of reach on these prompts: what {policy} always keeps is {least:.4f}; use "
-                "longer prompts, a higher density, or smaller floors"
-            )
-        policy = dataclasses.replace(policy, factor=seen.factor(density))
-        _set(model, policy)
-        factors = [policy.factor * 2.0 ** (step / 8) for step in range(-8, 9)]
-    return policy
-
-
-def _set(model: nn.Module, policy: Policy) -> None:
-    """For every layer."""
-    set_policy(model, policy, layers={layer.index: None for layer in state_of(model).layers})
+        found = seen.policy(density)
+        put_in_force(model, found)
+    assert found is not None
+    return found
 
 
 def _prompts(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
@@ -216,37 +269,6 @@ def calibrate(
     if policy is not None:
         if not isinstance(policy, RelativeThreshold):
             raise TypeError(f"calibrate finds the factor of a RelativeThreshold, got {policy!r}")
-        return _relative(model, prompts, density, policy)
+        return _one_policy(model, prompts, density, functools.partial(_Factors, policy), passes=2)
     last_blocks_dense = getattr(state.policy, "last_blocks_dense", 0)
-    chosen = None
-    for _ in range(max(1, passes)):
-        seen = _Probabilities(last_blocks_dense)
-        with observe(model, seen):
-            for prompt in prompts:
-                with dense(model) if chosen is None else nullcontext():
-                    run_prompt(model, prompt)
-        if not seen.causal:
-            raise ValueError(NOTHING_SEEN)
-        least = seen.density(1.0)
-        if density < least:
-            raise ValueError(
-                f"density {density} is out of reach on these prompts: the blocks that are always kept (the diagonal"
-                + (f", and all of the last {last_blocks_dense} rows" if last_blocks_dense else "")
-                + f") alone are {least:.4f}; use longer prompts or a higher density"
-            )
-        chosen = Threshold(_threshold(seen, density), last_blocks_dense=last_blocks_dense)
-        _set(model, chosen)
-    assert chosen is not None
-    return chosen
-
-
-def _threshold(seen: _Probabilities, density: float) -> float:
-    """Bisection, in log space because probabilities of blocks span many orders of magnitude."""
-    low, high = _SMALLEST, 1.0
-    for _ in range(_STEPS):
-        middle = (low * high) ** 0.5
-        if seen.density(middle) > density:
-            low = middle
-        else:
-            high = middle
-    return min(high, 1.0 - 1e-6)
+    return _one_policy(model, prompts, density, lambda found: _Probabilities(last_blocks_dense), passes)

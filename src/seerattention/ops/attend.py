@@ -29,3 +29,8 @@ def attend(
             return torch.zeros_like(q), torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
         out, lse = function(*tensors, in_order(blocks, span), scale, return_lse)
         return out, lse if return_lse and lse is not None else q.new_empty(0, dtype=torch.float32)
+
+
+def empty_results(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """What :func:`attend` returns, without values: for tracers."""
+    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)

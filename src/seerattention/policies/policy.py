@@ -107,6 +107,13 @@ def check_number(policy: str, name: str, value: Any) -> None:
         raise ValueError(f"{policy}: {name} must be a finite number, got {value!r}")
 
 
+def check_share(policy: str, name: str, value: Any, meaning: str) -> None:
+    """A number in (0, 1]; ``meaning`` says what it is a share of."""
+    check_number(policy, name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is {meaning} and must lie in (0, 1], got {value}")
+
+
 def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TOKENS:
         raise ValueError(f"{name} must be an integer from 0 to {MOST_TOKENS}, got {value!r}")

@@ -15,7 +15,7 @@ from ..ops.block_selection.interface import select_counted
 from ..ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of, share_of_causal
 from ..ops.indices import BlockIndices
 from ..ops.span import Span
-from .policy import MOST_TOKENS, Policy, check_count, check_number
+from .policy import MOST_TOKENS, Policy, check_count, check_number, check_share
 
 __all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]
 
@@ -118,11 +118,7 @@ class TopK(ScorePolicy):
     kind: ClassVar[str] = "top_k"
 
     def __post_init__(self) -> None:
-        check_number("TopK", "density", self.density)
-        if not 0 < self.density <= 1:
-            raise ValueError(
-                f"density is the share of causal blocks to keep and must lie in (0, 1], got {self.density}"
-            )
+        check_share("TopK", "density", self.density, "the share of causal blocks to keep")
         check_count("last_blocks_dense", self.last_blocks_dense)
         if not isinstance(self.uniform, bool):
             raise TypeError(f"uniform must be True or False, got {self.uniform!r}")
@@ -173,9 +169,7 @@ class TopP(ScorePolicy):
     kind: ClassVar[str] = "top_p"
 
     def __post_init__(self) -> None:
-        check_number("TopP", "p", self.p)
-        if not 0 < self.p <= 1:
-            raise ValueError(f"p is a probability mass and must lie in (0, 1], got {self.p}")
+        check_share("TopP", "p", self.p, "a probability mass")
         check_count("last_blocks_dense", self.last_blocks_dense)
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..attend import attend
+from ..attend import attend, empty_results
 from ..custom_op import custom_op, tracing
 from ..indices import BlockIndices, is_ordered, read_lists, span_of
 from ..replay import Replays
@@ -107,11 +107,7 @@ def _replayed(
     return _ATTENTION.call(attend, tensors, *settings)
 
 
-def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-
-
-@custom_op(_fake)
+@custom_op(empty_results)
 def _block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, span: Span, scale: float, return_lse: bool,
     implementation: str | None,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..attend import attend
+from ..attend import attend, empty_results
 from ..custom_op import custom_op
 from ..indices import BlockIndices, read_lists
 from ..span import Span
@@ -55,11 +54,7 @@ def block_sparse_decode(
     return (out, lse) if return_lse else out
 
 
-def _fake(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-
-
-@custom_op(_fake)
+@custom_op(empty_results)
 def _block_sparse_decode(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndices, span: Span, scale: float, return_lse: bool,
     implementation: str | None,
