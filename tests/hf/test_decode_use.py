@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from decode_models import BOTH, EVERYTHING, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
+from decode_models import BOTH, EVERYTHING, FINE, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
 from gate_folders import write_published_decode
 from seerattention.hf import gates_of
 from seerattention.hf.state import state_of
@@ -19,7 +19,7 @@ from seerattention.policies import PublishedDecode
 from tiny_models import logits_of
 
 
-@pytest.mark.parametrize("config", [ONLY_DECODE, BOTH])
+@pytest.mark.parametrize("config", [ONLY_DECODE, BOTH, FINE])
 def test_saved_folders(model_of, ids_of, tmp_path, config):
     model, ids = attach(model_of(), SPARSE, config), ids_of(100)
     expected = generate(model, ids)
@@ -27,7 +27,7 @@ def test_saved_folders(model_of, ids_of, tmp_path, config):
     again = seer.attach(model_of(), tmp_path, min_context=0)
     assert state_of(again).gate_config == config
     assert state_of(again).phases == state_of(model).phases
-    assert [gate is not None for gate in gates_of(again)] == [config is BOTH] * 2
+    assert [gate is not None for gate in gates_of(again)] == [config is not ONLY_DECODE] * 2
     assert all(torch.equal(a, b) for a, b in zip(generate(again, ids), expected, strict=True))
 
 
