@@ -242,13 +242,13 @@ class DecodeGate(BlockGate):
     def _encode(self, x: Tensor, linear: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """``x [B, H, N, C]`` and tables of N entries -> ``[B, H, N, W]``.
 
-        The linear layer runs in the dtype of the parameters, norm and rotation in float32. What has many vectors a
-        block is kept and multiplied in the dtype of the parameters, as attention does with its own keys.
+        The linear layer runs in the dtype of the parameters, norm and rotation in float32. The vectors are of the dtype
+        of the parameters again, as attention rounds its own queries and keys: kept keys take half of the memory.
         """
         if not self.config.rope:
             cos = sin = None
-        projected = encode_blocks(x.to(linear.dtype), linear).float()
-        if norm is not None:
-            projected = nn.functional.rms_norm(projected, (self.width,), norm.float(), NORM_EPS)
-        encoded = encode_blocks(projected, None, cos, sin)
-        return encoded if self.single else encoded.to(linear.dtype)
+        x = x.to(linear.dtype)
+        if norm is None:
+            return encode_blocks(x, linear, cos, sin).to(linear.dtype)
+        projected = nn.functional.rms_norm(encode_blocks(x, linear).float(), (self.width,), norm.float(), NORM_EPS)
+        return encode_blocks(projected, None, cos, sin).to(linear.dtype)
