@@ -29,7 +29,6 @@ OLD_WIDTH = "hidden_size"
 FORM = "form"
 """Entry of a gate spec's dict that says which form of gate it describes; a missing one means the paper's."""
 
-
 FORMS: dict[str, type[GateSpec]] = {}
 """Gate specs by the name that their form has in files. Every subclass of :class:`GateSpec` is in here."""
 
@@ -50,8 +49,7 @@ def _check_block_size(value: Any, known: tuple[int, ...] = BLOCK_SIZES) -> None:
         raise ValueError(f"block_size must be one of {known}, got {value}")
 
 
-def _check_pitch(name: str, pitch: Any, block_size: int | None) -> None:
-    most = block_size or BLOCK_SIZES[-1]
+def _check_pitch(name: str, pitch: Any, most: int) -> None:
     _check_integer(name, pitch)
     if pitch not in PITCHES or pitch > most:
         raise ValueError(f"{name} must be one of {PITCHES} and at most the block size ({most}), got {pitch}")
@@ -237,7 +235,7 @@ class SubBlockGateConfig(GateSpec):
         if self.block_size is not None:
             _check_block_size(self.block_size)
         for name in ("q_pitch", "k_pitch"):
-            _check_pitch(name, getattr(self, name), self.block_size)
+            _check_pitch(name, getattr(self, name), self.block_size or BLOCK_SIZES[-1])
         object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
         object.__setattr__(self, "q_pooling", _kinds("q_pooling", self.q_pooling))
         if self.width is not None:
@@ -257,11 +255,8 @@ class DecodeGateConfig(GateSpec):
     """The decode gate of SeerAttention-R (arXiv 2506.08889); the defaults are the published form.
 
     The query of each token is merged over the query heads of a KV head by a linear layer, keys are pooled per block,
-    and each KV head has one row of scores for all of its query heads.
-
-    As in :class:`SubBlockGateConfig`, keys may be pooled more finely than the mask, and query heads may be left apart;
-    a block's score is then the largest of its products. Encoded keys take ``width / (2 * head_dim * k_pitch)`` of the
-    KV cache: with the published form in half precision 1/128.
+    and each KV head has one row of scores for all of its query heads. Keys may also be pooled more finely, and query
+    heads be left apart; a block's score is then the largest of its products.
 
     Attributes:
         k_pooling: how keys are pooled per sub-block, concatenated in this order.
@@ -295,7 +290,7 @@ class DecodeGateConfig(GateSpec):
         if self.block_size is not None:
             _check_block_size(self.block_size, DECODE_BLOCK_SIZES)
         if self.k_pitch is not None:
-            _check_pitch("k_pitch", self.k_pitch, self.block_size)
+            _check_pitch("k_pitch", self.k_pitch, self.block_size or BLOCK_SIZES[-1])
         _check_flag("merge_heads", self.merge_heads)
 
     def resolve(self, head_dim: int) -> DecodeGateConfig:
@@ -309,8 +304,7 @@ class GateConfig:
 
     Attributes:
         block_size: tokens a block, shared by mask and pooling: 32, 64 or 128.
-        prefill: the gate that reads prompts (:class:`PrefillGateConfig`, or :class:`SubBlockGateConfig`), or None for
-            none.
+        prefill: the gate that reads prompts (:class:`PrefillGateConfig` or :class:`SubBlockGateConfig`), or None.
         decode: the gate that decodes (:class:`DecodeGateConfig`), or None: decoding is dense.
     """
 

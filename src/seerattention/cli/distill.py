@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Terminal, errors, load_model, resolve_device, token_count
-from .gate_form import DECODE_OPTIONS, FINE_OPTIONS, OPTION_OF, GateForm, say_what_gates_decide
+from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, ShareKeys, say_what_gates_decide
 from .options import (
     check_dtype,
     check_gates,
@@ -78,32 +78,13 @@ def command(
         typer.Option(help="Query poolings, of max, min and avg. Default: all three; of --form paper avg."),
     ] = None,
     q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
-    k_pitch: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens a key sub-block, of --form sub_block (default: 8) and of --phase decode (default: the block)."
-        ),
-    ] = None,
+    k_pitch: KeyPitch = None,
     tile_score: Annotated[
         str, typer.Option(help="Score of a tile's products, of --form sub_block: max or logsumexp.")
     ] = "max",
-    share_keys: Annotated[
-        bool,
-        typer.Option(
-            "--share-keys/--own-keys",
-            help="Of --form sub_block: one key projection a KV head, smaller and faster, or one a query head.",
-        ),
-    ] = True,
-    qk_norm: Annotated[
-        bool, typer.Option("--qk-norm/--no-qk-norm", help="Of --phase decode: norms of queries and keys.")
-    ] = True,
-    merge_heads: Annotated[
-        bool,
-        typer.Option(
-            "--merge-heads/--own-heads",
-            help="Of --phase decode: one query vector for the heads of a KV head, or one for each.",
-        ),
-    ] = True,
+    share_keys: ShareKeys = True,
+    qk_norm: Norms = True,
+    merge_heads: MergeHeads = True,
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
@@ -151,15 +132,6 @@ def command(
         check_output(output)
         if gates is not None:
             check_gates(gates)
-        if phase == "decode":
-            say_unused(
-                context,
-                terminal,
-                ("q_pooling", "form"),
-                "queries of --phase decode are not pooled, and its gates have one form",
-            )
-        else:
-            say_unused(context, terminal, DECODE_OPTIONS, "only gates of --phase decode have it")
         if not eval_sequences:
             unused = ("eval_every", "eval_density", "budgets")
             say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
@@ -176,9 +148,7 @@ def command(
             qk_norm=qk_norm,
             merge_heads=merge_heads,
         )
-        if not shape.fine:
-            none = tuple(name for name in FINE_OPTIONS if phase != "decode" or name != "k_pitch")
-            say_unused(context, terminal, none, "only --form sub_block has sub-blocks")
+        shape.say_unused(context, terminal)
         job = _Job(
             model=check_model(model),
             data=data,

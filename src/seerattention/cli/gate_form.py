@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..config import SubBlockGateConfig
-from .options import named
+from .options import named, say_unused
 
 if TYPE_CHECKING:
     from ..config import GateConfig
     from .common import Terminal
 
-__all__ = ["FINE_OPTIONS", "OPTION_OF", "GateForm", "say_what_gates_decide"]
+__all__ = ["OPTION_OF", "GateForm", "KeyPitch", "MergeHeads", "Norms", "ShareKeys", "say_what_gates_decide"]
+
+KeyPitch = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens a key sub-block, of --form sub_block (default: 8) and of --phase decode (default: the block)."
+    ),
+]
+ShareKeys = Annotated[
+    bool,
+    typer.Option(
+        "--share-keys/--own-keys",
+        help="Of --form sub_block: one key projection a KV head, smaller and faster, or one a query head.",
+    ),
+]
+Norms = Annotated[bool, typer.Option("--qk-norm/--no-qk-norm", help="Of --phase decode: norms of queries and keys.")]
+MergeHeads = Annotated[
+    bool,
+    typer.Option(
+        "--merge-heads/--own-heads",
+        help="Of --phase decode: one query vector for the heads of a KV head, or one for each.",
+    ),
+]
 
 FINE_OPTIONS = ("q_pitch", "k_pitch", "tile_score", "share_keys")
 """What only prefill gates that are finer than their mask have, by the parameter of the command."""
@@ -70,6 +94,18 @@ class GateForm:
     def fine(self) -> bool:
         """Whether these gates have sub-blocks."""
         return self.form == _FINE
+
+    def say_unused(self, context: typer.Context, terminal: Terminal) -> None:
+        """Say which options were given that this form does not have."""
+        fine: tuple[str, ...] = FINE_OPTIONS
+        if self.form == _DECODE:
+            reason = "queries of --phase decode are not pooled, and its gates have one form"
+            say_unused(context, terminal, ("q_pooling", "form"), reason)
+            fine = tuple(name for name in fine if name != "k_pitch")
+        else:
+            say_unused(context, terminal, DECODE_OPTIONS, "only gates of --phase decode have it")
+        if not self.fine:
+            say_unused(context, terminal, fine, "only --form sub_block has sub-blocks")
 
     def options(self) -> dict[str, Any]:
         """What decides, by the parameter of the command."""

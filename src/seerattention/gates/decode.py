@@ -174,7 +174,6 @@ class DecodeGate(BlockGate):
         Args:
             queries: ``[B, Hv, R, W]`` of :meth:`encode_queries`.
             keys: ``[B, Hkv, N, W]`` of :meth:`encode_keys`, or those of an open block too, which are not looked at.
-                Differentiable, as queries are.
             rows: int64 ``[R]``, the query tokens, as given to :meth:`encode_queries`.
             span: the positions of the queries. Needed: how many tokens the open block holds is not in the keys.
             masked: what is not complete is always -inf, as policies must not take it for a score.
