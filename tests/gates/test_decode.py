@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seerattention import DecodeGateConfig
 from seerattention.gates import DecodeGate, build_gate, decode
@@ -205,6 +207,63 @@ def test_rows_of_different_lengths_decode_together(form):
         for row, position in enumerate(totals):
             check(gate, scores, inputs, [position], batch=row)
         totals = [total + 1 for total in totals]
+
+
+STEPS = st.tuples(st.sampled_from(["append"] * 3 + ["crop", "reorder", "repeat", "select"]), st.integers(0, 10**6))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(["published", "fine", "finest"]), st.lists(STEPS, min_size=2, max_size=10))
+@torch.no_grad()
+def test_any_sequence_of_operations_scores_what_whole_rows_do(form, steps):
+    """Rows grow, shrink and change places; a next token scores the blocks of its row as if all came at once."""
+    gate, state, random_ = make_gate(**FORMS[form]), None, torch.Generator().manual_seed(0)
+    q, k, cos, sin = make_inputs(600)
+    lengths, rows = [40, 23], [torch.randint(0, 300, (n,), generator=random_) for n in (40, 23)]
+
+    def append(new):
+        width = max(len(x) for x in new)
+        padded = torch.stack([torch.nn.functional.pad(x, (0, width - len(x))) for x in new])
+        places = torch.stack([torch.arange(n, n + width) for n in lengths]).clamp(max=599)
+        keys = gate.encode_keys(k[0][:, padded].transpose(0, 1), cos[0, places], sin[0, places],
+                                state=state, lengths=[len(x) for x in new])  # fmt: skip
+        lengths[:] = [n + len(x) for n, x in zip(lengths, new, strict=True)]
+        return keys
+
+    state, start = gate.new_state(history=600), rows
+    lengths = [0, 0]
+    append(start)
+    for kind, number in steps:
+        index = None
+        if kind == "append":
+            new = [torch.randint(0, 300, ((number + row) % 21,), generator=random_) for row in range(len(rows))]
+            append(new)
+            rows = [torch.cat(both) for both in zip(rows, new, strict=True)]
+        elif kind == "crop":
+            lengths = [max(0, n - (number + row) % 30) for row, n in enumerate(lengths)]
+            state.crop(lengths)
+            rows = [x[:n] for x, n in zip(rows, lengths, strict=True)]
+        elif kind == "repeat" and len(rows) < 4:
+            state.repeat(2)
+            index = [row for row in range(len(rows)) for _ in range(2)]
+        elif kind in ("reorder", "select"):
+            index = [(number + row) % len(rows) for row in range(len(rows) if kind == "reorder" else 1 + number % 2)]
+            getattr(state, kind)(index)
+        if index is not None:
+            rows, lengths = [rows[row] for row in index], [lengths[row] for row in index]
+    new = [torch.tensor([300 + row]) for row in range(len(rows))]
+    keys, rows = append(new), [torch.cat(both) for both in zip(rows, new, strict=True)]
+    ends = torch.tensor([n - 1 for n in lengths])
+    span = Span.of_rows(1, max(lengths), start=ends, length=torch.ones_like(ends))
+    now = torch.cat(new)
+    query = gate.encode_queries(q[0][:, now].transpose(0, 1)[:, :, None], cos[0, ends][:, None], sin[0, ends][:, None],
+                                span=span)  # fmt: skip
+    scores = gate.score(query, keys, span=span)
+    for row, tokens in enumerate(rows):
+        n = len(tokens)
+        whole = gate(q[:, :, tokens], k[:, :, tokens], cos[:, :n], sin[:, :n])[0, :, -1]
+        torch.testing.assert_close(scores[row, :, 0, : whole.shape[-1]], whole)
+        assert (scores[row, :, 0, whole.shape[-1] :] == -math.inf).all()
 
 
 @torch.no_grad()
