@@ -15,6 +15,9 @@ SPARSE = seer.TokenBudget(2 * BLOCK)
 DECODE = seer.DecodeGateConfig(block_size=BLOCK)
 ONLY_DECODE = seer.GateConfig(block_size=32, prefill=None, decode=DECODE)
 BOTH = seer.GateConfig(block_size=32, decode=DECODE)
+FINE_DECODE = seer.DecodeGateConfig(block_size=BLOCK, k_pitch=4, merge_heads=False)
+FINE = seer.GateConfig(block_size=32, decode=FINE_DECODE)
+ONLY_FINE_DECODE = seer.GateConfig(block_size=32, prefill=None, decode=FINE_DECODE)
 GREEDY = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
 
 

@@ -317,6 +317,7 @@ def gate_scores(module, target):
             (64, 8, 4, torch.float16, None),
             (128, 64, 16, torch.bfloat16, None),
             (32, 4, 4, torch.bfloat16, None),
+            (128, 64, 8, torch.bfloat16, None),  # decode gates
         ]
         cases += [(256, 8, 8, torch.bfloat16, None), (64, 8, 8, torch.float32, None)]
         cases += [(64, 8, 8, torch.bfloat16, torch.zeros(1, 4, dtype=torch.int32))]

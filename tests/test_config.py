@@ -32,6 +32,10 @@ def test_the_published_decode_gate_is_the_default():
         ({"rope": None}, TypeError, "rope"),
         ({"block_size": 48}, ValueError, "block_size"),
         ({"block_size": "64"}, TypeError, "block_size"),
+        ({"k_pitch": 12}, ValueError, "k_pitch must be one of"),
+        ({"k_pitch": 32, "block_size": 16}, ValueError, r"at most the block size \(16\), got 32"),
+        ({"k_pitch": 8.0}, TypeError, "k_pitch"),
+        ({"merge_heads": 0}, TypeError, "merge_heads"),
     ],
 )
 def test_bad_decode_gates(options, error, message):
@@ -61,6 +65,7 @@ def test_each_phase_has_its_block_size():
         GateConfig(),
         GateConfig(block_size=32, prefill=PrefillGateConfig(width=8, block_size=64), decode=DecodeGateConfig()),
         GateConfig(prefill=None, decode=DecodeGateConfig(("avg",), 32, False, False, 16)),
+        GateConfig(prefill=None, decode=DecodeGateConfig(k_pitch=8, merge_heads=False)),
     ],
 )
 def test_configs_go_through_json(config):
@@ -83,6 +88,13 @@ def test_files_stay_as_they_were():
             "rope": True,
         },
         "decode": None,
+    }
+    assert DecodeGateConfig().to_dict() == {
+        "form": "seerattention_r",
+        "k_pooling": ("max", "min", "avg"),
+        "width": None,
+        "qk_norm": True,
+        "rope": True,
     }
     assert GateConfig.from_dict({"block_size": 32, "prefill": {}, "decode": {}}) == GateConfig(
         32, decode=DecodeGateConfig()

@@ -29,7 +29,6 @@ OLD_WIDTH = "hidden_size"
 FORM = "form"
 """Entry of a gate spec's dict that says which form of gate it describes; a missing one means the paper's."""
 
-
 FORMS: dict[str, type[GateSpec]] = {}
 """Gate specs by the name that their form has in files. Every subclass of :class:`GateSpec` is in here."""
 
@@ -48,6 +47,12 @@ def _check_block_size(value: Any, known: tuple[int, ...] = BLOCK_SIZES) -> None:
     _check_integer("block_size", value)
     if value not in known:
         raise ValueError(f"block_size must be one of {known}, got {value}")
+
+
+def _check_pitch(name: str, pitch: Any, most: int) -> None:
+    _check_integer(name, pitch)
+    if pitch not in PITCHES or pitch > most:
+        raise ValueError(f"{name} must be one of {PITCHES} and at most the block size ({most}), got {pitch}")
 
 
 def _check_width(name: str, value: Any) -> None:
@@ -77,12 +82,14 @@ class GateSpec:
         form: name of the form in files.
         phase: which of :data:`PHASES` it is for.
         module: where its :class:`~seerattention.gates.BlockGate` is, as ``"package.module:Class"``; None: nowhere yet.
+        unsaid: fields and values that files leave out, as those of earlier versions do.
         block_size: a field: tokens a block of this phase; None: that of :class:`GateConfig`.
     """
 
     form: ClassVar[str]
     phase: ClassVar[str]
     module: ClassVar[str | None]
+    unsaid: ClassVar[tuple[tuple[str, Any], ...]] = (("block_size", None),)
     block_size: int | None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -97,9 +104,7 @@ class GateSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, the form included; a block size that is not its own is left out."""
         data = {FORM: self.form, **dataclasses.asdict(self)}  # type: ignore[call-overload]
-        if self.block_size is None:
-            del data["block_size"]
-        return data
+        return {name: value for name, value in data.items() if (name, value) not in self.unsaid}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GateSpec:
@@ -230,10 +235,7 @@ class SubBlockGateConfig(GateSpec):
         if self.block_size is not None:
             _check_block_size(self.block_size)
         for name in ("q_pitch", "k_pitch"):
-            pitch, most = getattr(self, name), self.block_size or BLOCK_SIZES[-1]
-            _check_integer(name, pitch)
-            if pitch not in PITCHES or pitch > most:
-                raise ValueError(f"{name} must be one of {PITCHES} and at most the block size ({most}), got {pitch}")
+            _check_pitch(name, getattr(self, name), self.block_size or BLOCK_SIZES[-1])
         object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
         object.__setattr__(self, "q_pooling", _kinds("q_pooling", self.q_pooling))
         if self.width is not None:
@@ -253,25 +255,31 @@ class DecodeGateConfig(GateSpec):
     """The decode gate of SeerAttention-R (arXiv 2506.08889); the defaults are the published form.
 
     The query of each token is merged over the query heads of a KV head by a linear layer, keys are pooled per block,
-    and each KV head has one row of scores for all of its query heads.
+    and each KV head has one row of scores for all of its query heads. Keys may also be pooled more finely, and query
+    heads be left apart; a block's score is then the largest of its products.
 
     Attributes:
-        k_pooling: how keys are pooled per block, concatenated in this order.
-        width: channels of the merged queries and projected keys; None is the model's head_dim.
-        qk_norm: RMS norms, with weights, of merged queries and projected keys.
-        rope: rotate queries at their tokens' positions, keys at the first positions of their blocks.
+        k_pooling: how keys are pooled per sub-block, concatenated in this order.
+        width: channels of the queries and projected keys; None is the model's head_dim.
+        qk_norm: RMS norms, with weights, of queries and projected keys.
+        rope: rotate queries at their tokens' positions, keys at the first positions of their sub-blocks.
         block_size: tokens a block: 16, 32, 64 or 128; None: that of :class:`GateConfig`.
+        k_pitch: tokens a sub-block of keys: a power of two from 4 to the block size; None: blocks are not cut.
+        merge_heads: one query vector for all query heads of a KV head; False: one for each.
     """
 
     form = "seerattention_r"
     phase = "decode"
     module = "seerattention.gates.decode:DecodeGate"
+    unsaid = (*GateSpec.unsaid, ("k_pitch", None), ("merge_heads", True))
 
     k_pooling: tuple[str, ...] = ("max", "min", "avg")
     width: int | None = None
     qk_norm: bool = True
     rope: bool = True
     block_size: int | None = None
+    k_pitch: int | None = None
+    merge_heads: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
@@ -281,6 +289,9 @@ class DecodeGateConfig(GateSpec):
         _check_flag("rope", self.rope)
         if self.block_size is not None:
             _check_block_size(self.block_size, DECODE_BLOCK_SIZES)
+        if self.k_pitch is not None:
+            _check_pitch("k_pitch", self.k_pitch, self.block_size or BLOCK_SIZES[-1])
+        _check_flag("merge_heads", self.merge_heads)
 
     def resolve(self, head_dim: int) -> DecodeGateConfig:
         """The same with ``width`` filled in for a model with this head_dim."""
@@ -293,8 +304,7 @@ class GateConfig:
 
     Attributes:
         block_size: tokens a block, shared by mask and pooling: 32, 64 or 128.
-        prefill: the gate that reads prompts (:class:`PrefillGateConfig`, or :class:`SubBlockGateConfig`), or None for
-            none.
+        prefill: the gate that reads prompts (:class:`PrefillGateConfig` or :class:`SubBlockGateConfig`), or None.
         decode: the gate that decodes (:class:`DecodeGateConfig`), or None: decoding is dense.
     """
 

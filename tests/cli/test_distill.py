@@ -150,12 +150,44 @@ def test_forms_are_those_of_the_configs(run, tmp_path, options, spec):
     assert config == json.loads(json.dumps(spec.to_dict()))
 
 
+def test_decode_gates_are_distilled_and_go_on(run, tmp_path):
+    """The published form by default; sub-blocks, heads that are apart and no norms where asked for."""
+    done = run(tmp_path / "published", "--phase", "decode")
+    assert done.exit_code == 0, done.stderr
+    written = json.loads((tmp_path / "published" / "gate_config.json").read_text())["gates"]
+    assert written["decode"] == {
+        "form": "seerattention_r", "k_pooling": ["max", "min", "avg"], "width": None, "qk_norm": True, "rope": True,
+    }  # fmt: skip
+    output = tmp_path / "fine"
+    fine = ("--phase", "decode", "--k-pitch", 8, "--own-heads", "--no-qk-norm")
+    with interrupted_after(2):
+        run(output, *fine)
+    other = run(output, "--phase", "decode", "--k-pitch", 16, "--own-heads", "--no-qk-norm")
+    assert "belongs to a run with other settings" in other.stderr
+    done = run(output, *fine)
+    assert done.exit_code == 0, done.stderr
+    assert "has no effect" not in done.stderr
+    config = json.loads((output / "gate_config.json").read_text())["gates"]
+    assert seer.GateConfig.from_dict(config).decode == seer.DecodeGateConfig(
+        k_pitch=8, merge_heads=False, qk_norm=False
+    )
+    again = run(tmp_path / "more", "--phase", "decode", "--gates", output, "--k-pitch", 16, "--own-heads")
+    assert again.exit_code == 0, again.stderr
+    assert f"--k-pitch 16 has no effect: --gates {output} decides, and its k_pitch is 8" in again.stderr
+    assert "--own-heads" not in again.stderr
+    assert "merge_heads False" in again.stderr
+    useless = run(tmp_path / "prefill", "--own-heads", "--form", "paper", "--k-pitch", 8)
+    assert "--merge-heads has no effect: only gates of --phase decode have it" in useless.stderr
+    assert "--k-pitch has no effect: only --form sub_block" in useless.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--form", "fine"], "--form must be one of paper, sub_block, got 'fine'"),
         (["--form", "sub_block", "--q-pitch", 3], "--q-pitch: q_pitch must be one of"),
         (["--form", "sub_block", "--k-pitch", 128], "--k-pitch: k_pitch must be one of"),
+        (["--phase", "decode", "--k-pitch", 3], "--k-pitch: k_pitch must be one of"),
         (["--form", "sub_block", "--tile-score", "mean"], "--tile-score: reduce must be one of"),
     ],
 )

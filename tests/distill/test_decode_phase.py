@@ -19,10 +19,18 @@ from .tiny import random_batches, tiny_llama, topic_batches
 BLOCK = 32
 
 
-def attached(config=None):
+FORMS = {
+    "published": {},
+    "fine": {"k_pitch": 8},
+    "fine, own heads": {"k_pitch": 4, "merge_heads": False, "qk_norm": False},
+}
+
+
+def attached(config=None, form=None):
     model = tiny_llama()
     torch.manual_seed(1)
-    config = config or seer.GateConfig(block_size=BLOCK, prefill=None, decode=seer.DecodeGateConfig())
+    decode = seer.DecodeGateConfig(**FORMS[form or "published"])
+    config = config or seer.GateConfig(block_size=BLOCK, prefill=None, decode=decode)
     return seer.attach(model, config, min_context=0)
 
 
@@ -33,9 +41,18 @@ def inputs_of(model, batch):
     return seen
 
 
+def block_logits(gate, queries, keys, kv, blocks):
+    """The largest product of any vector of a token ``[heads, W]`` with any of each of the first blocks."""
+    per_head, parts = queries.shape[0] // gate.num_kv_heads, BLOCK // (gate.config.k_pitch or BLOCK)
+    mine = queries[kv * per_head : (kv + 1) * per_head].double()
+    products = mine @ keys[kv, : blocks * parts].double().T * gate.scale
+    return products.amax(0).unflatten(0, (blocks, parts)).amax(1)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_loss_by_its_definition(padded):
-    model = attached()
+def test_loss_by_its_definition(padded, form):
+    model = attached(form=form)
     (batch,) = random_batches(1, batch=2, length=120)
     if padded:
         batch["attention_mask"] = torch.ones(2, 120, dtype=torch.long)
@@ -61,15 +78,16 @@ def test_loss_by_its_definition(padded):
                 )
                 mass /= mass.sum()
                 here = (x[b : b + 1, ..., row : row + 1, :] for x in (q, cos, sin))
-                query = gate.encode_queries(*here)[0, kv, 0]
-                keys = gate.encode_keys(k[b : b + 1], cos[b : b + 1], sin[b : b + 1])[0, kv, :own]
-                logits = ((keys @ query) * gate.scale).double().log_softmax(-1)
+                query = gate.encode_queries(*here)[0, :, 0]
+                keys = gate.encode_keys(k[b : b + 1], cos[b : b + 1], sin[b : b + 1])[0]
+                logits = block_logits(gate, query, keys, kv, own).log_softmax(-1)
                 total += float((mass * (mass.log() - logits)).sum())
     assert float(found) == pytest.approx(total, rel=1e-4)
 
 
-def test_a_run_learns_and_leaves_the_gates_of_prompts_alone(tmp_path):
-    model = attached(seer.GateConfig(block_size=BLOCK, decode=seer.DecodeGateConfig()))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_learns_and_leaves_the_gates_of_prompts_alone(tmp_path, form):
+    model = attached(seer.GateConfig(block_size=BLOCK, decode=seer.DecodeGateConfig(**FORMS[form])))
     before = [parameter.clone() for gate in gates_of(model) for parameter in gate.parameters()]
     config = DistillConfig(phase="decode", steps=60, rows=0.25, learning_rate=3e-3, warmup=2)
     history = distill(model, topic_batches(4) * 15, config, state_path=tmp_path / "state.safetensors")
@@ -78,14 +96,17 @@ def test_a_run_learns_and_leaves_the_gates_of_prompts_alone(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     seer.save_gates(model, tmp_path / "gates")
     again = seer.attach(tiny_llama(), tmp_path / "gates", min_context=0)
+    assert gates_of(again, "decode")[0].config == gates_of(model, "decode")[0].config
     for mine, saved in zip(gates_of(model, "decode"), gates_of(again, "decode"), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), saved.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_block_recall_by_its_definition(padded):
+@pytest.mark.parametrize(
+    ("padded", "form"), [(False, "published"), (True, "published"), (False, "fine"), (True, "fine, own heads")]
+)
+def test_block_recall_by_its_definition(padded, form):
     """The mass in the chosen blocks and the token's own, mean over heads and tokens behind the first block."""
-    model = attached()
+    model = attached(form=form)
     (batch,) = random_batches(1, batch=2, length=120)
     ends = [120, 120]
     if padded:
@@ -104,7 +125,7 @@ def test_block_recall_by_its_definition(padded):
                 continue
             own, complete = t // BLOCK, (t + 1) // BLOCK
             keep = math.ceil(0.5 * (own + 1))
-            logits = (queries[b, kv, t].double() @ keys[b, kv, :complete].double().T)[:own]
+            logits = block_logits(gate, queries[b, :, t], keys[b], kv, complete)[:own]
             chosen = [own, *logits.argsort(descending=True)[: keep - 1].tolist()]
             mine = probabilities[b, 2 * kv : 2 * kv + 2, t]
             mass += sum(float(mine[:, n * BLOCK : (n + 1) * BLOCK].sum(-1).mean()) for n in chosen)

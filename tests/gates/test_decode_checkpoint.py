@@ -171,6 +171,17 @@ def test_gates_of_both_phases_are_joined(tmp_path):
     assert again.weights.keys() == joined.weights.keys()
 
 
+def test_fine_decode_gates_are_joined(tmp_path):
+    form = seer.DecodeGateConfig(block_size=16, k_pitch=8, merge_heads=False)
+    write_own(tmp_path / "prompts")
+    write_own(tmp_path / "decoding", form)
+    joined = read_checkpoint(join(tmp_path / "prompts", tmp_path / "decoding", tmp_path / "both"))
+    assert joined.gate_config.decode == form
+    assert all((gate.k_pitch, gate.config.merge_heads) == (8, False) for gate in loaded(joined, "decode").values())
+    assert '`{"form": "seerattention_r"' in (tmp_path / "both" / "README.md").read_text()
+    assert '"k_pitch": 8, "merge_heads": false' in (tmp_path / "both" / "README.md").read_text()
+
+
 def test_gates_that_cannot_be_joined(tmp_path):
     write_own(tmp_path / "prompts")
     write_published_decode(tmp_path / "decoding")

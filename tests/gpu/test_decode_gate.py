@@ -27,10 +27,13 @@ POLICIES = [
 ]
 
 
-def make(block_size, group, tokens, dtype):
+FINE = {"k_pitch": 8, "merge_heads": False}
+
+
+def make(block_size, group, tokens, dtype, **form):
     torch.manual_seed(0)
     gate = build_gate(
-        seer.DecodeGateConfig(),
+        seer.DecodeGateConfig(**form),
         block_size=block_size,
         num_heads=group * KV_HEADS,
         num_kv_heads=KV_HEADS,
@@ -58,12 +61,13 @@ def step(gate, q, k, cos, sin, span):
     return gate.score(gate.encode_queries(q[:, :, new], cos[:, new], sin[:, new], span=span), keys, span=span)
 
 
+@pytest.mark.parametrize("form", [{}, {"k_pitch": 8}, FINE], ids=["published", "k_pitch", "fine"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("block_size", "group"), [(16, 1), (64, 4), (32, 8), (128, 7)])
 @pytest.mark.parametrize("tokens", [1, 30])
 @torch.inference_mode()
-def test_scores(tokens, block_size, group, dtype):
-    inputs = make(block_size, group, tokens, dtype)
+def test_scores(tokens, block_size, group, dtype, form):
+    inputs = make(block_size, group, tokens, dtype, **form)
     tensors = [x.cuda() for x in inputs[1:]]
     exact = [inputs[0].float(), *(x.float() for x in inputs[1:])]
     expected = [step(*exact, span) for span in spans(tokens)]
@@ -75,12 +79,13 @@ def test_scores(tokens, block_size, group, dtype):
         assert (found[finite] - wanted[finite]).abs().max() <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("form", [{}, FINE], ids=["published", "fine"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 30])
 @torch.inference_mode()
-def test_lists_without_waiting(tokens, policy):
+def test_lists_without_waiting(tokens, policy, form):
     """A step of decoding leaves the host ahead; the lists are those of the reference."""
-    gate, q, k, cos, sin = (x.cuda() for x in make(64, 4, tokens, torch.bfloat16))
+    gate, q, k, cos, sin = (x.cuda() for x in make(64, 4, tokens, torch.bfloat16, **form))
     for span in spans(tokens):
         there, new = span.to("cuda"), slice(PROMPT, None)
         state = gate.new_state()

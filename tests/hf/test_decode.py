@@ -12,7 +12,20 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from decode_models import BOTH, DECODE, EVERYTHING, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
+from decode_models import (
+    BOTH,
+    DECODE,
+    EVERYTHING,
+    FINE,
+    FINE_DECODE,
+    ONLY_DECODE,
+    ONLY_FINE_DECODE,
+    SPARSE,
+    attach,
+    feed,
+    generate,
+    nothing_kept,
+)
 from seerattention.gates import select_by_token
 from seerattention.hf import gates_of, kept
 from seerattention.hf.state import state_of
@@ -21,7 +34,7 @@ from tiny_models import logits_of
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "glm4", "phi3"])
-@pytest.mark.parametrize("config", [ONLY_DECODE, BOTH])
+@pytest.mark.parametrize("config", [ONLY_DECODE, BOTH, ONLY_FINE_DECODE])
 def test_with_every_block_generation_equals_dense(model_of, ids_of, name, config, rebuilds):
     model, ids = model_of(name), ids_of(100)
     expected = generate(model, ids)
@@ -70,11 +83,11 @@ def naive_attention(gate, policy, pre, post, scale):
 
 
 @pytest.mark.parametrize("policy", [SPARSE, seer.TopK(0.3), seer.TopP(0.7), seer.Threshold(0.2)], ids=str)
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_each_step_is_its_definition(model_of, ids_of, name, policy, monkeypatch):
+@pytest.mark.parametrize(("name", "form"), [("llama", DECODE), ("qwen3", DECODE), ("llama", FINE_DECODE)])
+def test_each_step_is_its_definition(model_of, ids_of, name, form, policy, monkeypatch):
     """Of the first layer, whose inputs do not depend on what was read before."""
     model, ids = model_of(name), ids_of(120)
-    attach(model, None, seer.GateConfig(block_size=32, decode=DECODE), prefill=seer.Dense())
+    attach(model, None, seer.GateConfig(block_size=32, decode=form), prefill=seer.Dense())
     seen = []
     with seer.observe(model, lambda inputs, blocks: seen.append(inputs)):
         logits_of(model, ids)
@@ -104,9 +117,10 @@ def test_each_step_is_its_definition(model_of, ids_of, name, policy, monkeypatch
     assert read / 70 < 0.9
 
 
-def test_any_history_of_a_cache_equals_computing_from_scratch(model_of, ids_of):
+@pytest.mark.parametrize("config", [ONLY_DECODE, ONLY_FINE_DECODE])
+def test_any_history_of_a_cache_equals_computing_from_scratch(model_of, ids_of, config):
     """Random appends, chunks, dense steps, crops, reorders, repeats, selections, copies."""
-    model, random_ = attach(model_of("qwen3"), seer.TopK(0.3)), random.Random(0)
+    model, random_ = attach(model_of("qwen3"), seer.TopK(0.3), config), random.Random(0)
     for case in range(6):
         cache, batch = DynamicCache(config=model.config), 2
         feed(model, ids_of(60, batch=batch, seed=case), cache)
@@ -176,9 +190,9 @@ def test_inference_mode_may_come_and_go(model_of, ids_of, rebuilds):
 
 
 @pytest.mark.parametrize("min_context", [0, 90])
-@pytest.mark.parametrize("mode", ["sdpa", "eager"])
-def test_left_padded_rows_equal_rows_alone(model_of, ids_of, min_context, mode, rebuilds):
-    model = attach(model_of("qwen3", attn_implementation=mode), seer.TopK(0.3), BOTH, min_context=min_context)
+@pytest.mark.parametrize(("mode", "config"), [("sdpa", BOTH), ("eager", BOTH), ("sdpa", FINE)])
+def test_left_padded_rows_equal_rows_alone(model_of, ids_of, min_context, mode, config, rebuilds):
+    model = attach(model_of("qwen3", attn_implementation=mode), seer.TopK(0.3), config, min_context=min_context)
     ids, pads = ids_of(110, batch=4), [0, 7, 32, 60]
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
@@ -193,16 +207,18 @@ def test_left_padded_rows_equal_rows_alone(model_of, ids_of, min_context, mode, 
             torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_beams_equal_a_run_that_keeps_nothing(model_of, ids_of):
-    model, ids = attach(model_of()), ids_of(80, batch=2)
+@pytest.mark.parametrize("config", [ONLY_DECODE, ONLY_FINE_DECODE])
+def test_beams_equal_a_run_that_keeps_nothing(model_of, ids_of, config):
+    model, ids = attach(model_of(), config=config), ids_of(80, batch=2)
     options = {"max_new_tokens": 16, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     found = model.generate(ids, **options)
     with nothing_kept():
         assert torch.equal(found, model.generate(ids, **options))
 
 
-def test_crop_and_decode_again(model_of, ids_of):
-    model, ids = attach(model_of("llama")), ids_of(90)
+@pytest.mark.parametrize("config", [ONLY_DECODE, ONLY_FINE_DECODE])
+def test_crop_and_decode_again(model_of, ids_of, config):
+    model, ids = attach(model_of("llama"), config=config), ids_of(90)
     cache = DynamicCache(config=model.config)
     tokens, logits = generate(model, ids, past_key_values=cache)
     for kept_tokens in (112, 100, 91, 90):

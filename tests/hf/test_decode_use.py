@@ -11,15 +11,16 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from decode_models import BOTH, EVERYTHING, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
+from decode_models import BLOCK, BOTH, EVERYTHING, FINE, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
 from gate_folders import write_published_decode
 from seerattention.hf import gates_of
 from seerattention.hf.state import state_of
+from seerattention.measure import cache_memory
 from seerattention.policies import PublishedDecode
 from tiny_models import logits_of
 
 
-@pytest.mark.parametrize("config", [ONLY_DECODE, BOTH])
+@pytest.mark.parametrize("config", [ONLY_DECODE, BOTH, FINE])
 def test_saved_folders(model_of, ids_of, tmp_path, config):
     model, ids = attach(model_of(), SPARSE, config), ids_of(100)
     expected = generate(model, ids)
@@ -27,7 +28,7 @@ def test_saved_folders(model_of, ids_of, tmp_path, config):
     again = seer.attach(model_of(), tmp_path, min_context=0)
     assert state_of(again).gate_config == config
     assert state_of(again).phases == state_of(model).phases
-    assert [gate is not None for gate in gates_of(again)] == [config is BOTH] * 2
+    assert [gate is not None for gate in gates_of(again)] == [config is not ONLY_DECODE] * 2
     assert all(torch.equal(a, b) for a, b in zip(generate(again, ids), expected, strict=True))
 
 
@@ -40,6 +41,23 @@ def test_published_gates(model_of, ids_of, tmp_path, policy):
         generate(model, ids_of(150), 5)
     assert (stats.sparse_calls, stats.dense_calls) == (8, 2)
     assert stats.density == 1 if policy is None else stats.density < 1
+
+
+@pytest.mark.parametrize(("config", "vectors"), [(ONLY_DECODE, 1), (FINE, 4)])
+def test_memory_of_what_gates_keep(model_of, ids_of, config, vectors):
+    """One vector a sub-block in the gate's precision, and a few tokens, beside two vectors a token."""
+    model = attach(model_of(), SPARSE, config)
+    cache = model.generate(ids_of(2000), max_new_tokens=1, return_dict_in_generate=True, pad_token_id=0).past_key_values
+    assert cache_memory(cache).gates == 0
+    cache = model.generate(ids_of(2000), max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0).past_key_values
+    memory, (_, heads, length, dim) = cache_memory(cache), cache.layers[0].keys.shape
+    assert memory.keys_and_values == 2 * 2 * heads * length * dim * 4
+    encoded = 2 * heads * (length // BLOCK) * vectors * dim * 4
+    tokens = 2 * (64 + BLOCK) * heads * dim * 4
+    assert encoded < memory.gates < 1.02 * encoded + tokens * 1.6  # room to grow, and rotary tables
+    assert memory.share == memory.gates / memory.keys_and_values
+    with pytest.raises(TypeError, match="has layers, got list"):
+        cache_memory([])
 
 
 def test_default_policies(model_of):

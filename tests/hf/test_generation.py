@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from decode_models import BOTH, GREEDY, ONLY_DECODE, SPARSE, attach, feed, generate
+from decode_models import BOTH, FINE, GREEDY, ONLY_DECODE, SPARSE, attach, feed, generate
 from seerattention.gates import KeyState
 from seerattention.hf import generation
 from seerattention.hf.state import state_of
@@ -23,6 +23,7 @@ GATES = {
     "prefill": (ONLY_PREFILL, {"decode": None, "prefill": seer.TopK(0.4)}),
     "decode": (ONLY_DECODE, {"decode": SPARSE}),
     "both": (BOTH, {"decode": SPARSE, "prefill": seer.TopK(0.4)}),
+    "both, fine": (FINE, {"decode": SPARSE, "prefill": seer.TopK(0.4)}),
 }
 # Ways of generate in which several tokens are, or seem to be, a prompt.
 WAYS = {

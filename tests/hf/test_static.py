@@ -11,7 +11,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import seerattention as seer
-from decode_models import BOTH, ONLY_DECODE, SPARSE, attach, feed, generate, nothing_kept
+from decode_models import BOTH, ONLY_DECODE, ONLY_FINE_DECODE, SPARSE, attach, feed, generate, nothing_kept
 from seerattention.hf.masks import SeerMask
 
 STATIC = {"cache_implementation": "static"}
@@ -82,10 +82,12 @@ def test_a_long_prompt_makes_no_mask(model_of, ids_of, monkeypatch):
     assert not made
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_any_history_of_a_cache_equals_computing_from_scratch(model_of, ids_of, inference):
+@pytest.mark.parametrize(
+    ("inference", "config"), [(False, ONLY_DECODE), (True, ONLY_DECODE), (False, ONLY_FINE_DECODE)]
+)
+def test_any_history_of_a_cache_equals_computing_from_scratch(model_of, ids_of, inference, config):
     """Tokens, dense tokens, chunks, reorders, copies, resets; also where torch does not count changes in place."""
-    model, random_ = attach(model_of("qwen3"), seer.TopK(0.3), ONLY_DECODE), random.Random(0)
+    model, random_ = attach(model_of("qwen3"), seer.TopK(0.3), config), random.Random(0)
     with torch.inference_mode() if inference else torch.no_grad():
         cache = static(model, 400)
         feed(model, ids_of(60, batch=2), cache)

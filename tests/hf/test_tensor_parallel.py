@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import seerattention as seer
-from decode_models import BOTH, SPARSE, generate
+from decode_models import BOTH, FINE, SPARSE, generate
 from tiny_models import CONFIGS, make_ids, make_model
 
 _TESTS = Path(__file__).resolve().parents[1]
 FAMILIES = ["glm4", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
+FINE_FAMILIES = ("llama", "phi3")  # their decode gates have sub-blocks and a vector for each head
 # Models of which transformers spreads no heads over processes: every process has all of them.
 WHOLE = ("olmo2", "phi3")
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
         model = make_model(name)
         model.save_pretrained(folder / name)
         torch.manual_seed(5)
-        seer.attach(model, BOTH)
+        seer.attach(model, FINE if name in FINE_FAMILIES else BOTH)
         seer.save_gates(model, folder / name / "gates")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     paths = [str(_TESTS), os.environ.get("PYTHONPATH", "")]

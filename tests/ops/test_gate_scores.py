@@ -289,6 +289,22 @@ def test_rows_by_number_and_by_index_are_rows_of_the_whole():
         assert torch.equal(gate_scores(q, strided, **options), whole)
 
 
+@pytest.mark.parametrize("k_pitch", [4, 8, 32])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_rows_of_single_vectors_that_see_every_block(k_pitch, num_rows, nan_filled_empty):
+    """As decode gates ask: one vector a row, at the last block, and query heads of which some share keys."""
+    generator = torch.Generator().manual_seed(num_rows)
+    q = torch.randn(2, 4, num_rows, 16, generator=generator).half()
+    k = torch.randn(2, 2, 70 * 32 // k_pitch, 16, generator=generator).half()
+    rows = 69 if num_rows == 1 else torch.full((num_rows,), 69)
+    expected = (q.float() @ k.float().repeat_interleave(2, 1).mT).unflatten(-1, (70, 32 // k_pitch)).amax(-1) / 4
+    for implementation in ("reference", "triton"):
+        found = gate_scores(
+            q, k, block_size=32, q_pitch=32, k_pitch=k_pitch, scale=0.25, rows=rows, implementation=implementation
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_sub_blocks():
     q, k = torch.randn(1, 2, 10, 4, requires_grad=True), torch.randn(1, 1, 20, 4, requires_grad=True)
     span = Span(1, 39, 39)  # the last sub-blocks hold no token

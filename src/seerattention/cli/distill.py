@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import Terminal, errors, load_model, resolve_device, token_count
-from .gate_form import FINE_OPTIONS, OPTION_OF, GateForm, say_what_gates_decide
+from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, ShareKeys, say_what_gates_decide
 from .options import (
     check_dtype,
     check_gates,
@@ -78,17 +78,13 @@ def command(
         typer.Option(help="Query poolings, of max, min and avg. Default: all three; of --form paper avg."),
     ] = None,
     q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
-    k_pitch: Annotated[int, typer.Option(help="Tokens a key sub-block, of --form sub_block.")] = 8,
+    k_pitch: KeyPitch = None,
     tile_score: Annotated[
         str, typer.Option(help="Score of a tile's products, of --form sub_block: max or logsumexp.")
     ] = "max",
-    share_keys: Annotated[
-        bool,
-        typer.Option(
-            "--share-keys/--own-keys",
-            help="Of --form sub_block: one key projection a KV head, smaller and faster, or one a query head.",
-        ),
-    ] = True,
+    share_keys: ShareKeys = True,
+    qk_norm: Norms = True,
+    merge_heads: MergeHeads = True,
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
@@ -136,13 +132,6 @@ def command(
         check_output(output)
         if gates is not None:
             check_gates(gates)
-        if phase == "decode":
-            say_unused(
-                context,
-                terminal,
-                ("q_pooling", "form"),
-                "queries of --phase decode are not pooled, and its gates have one form",
-            )
         if not eval_sequences:
             unused = ("eval_every", "eval_density", "budgets")
             say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
@@ -156,9 +145,10 @@ def command(
             k_pitch=k_pitch,
             tile_score=tile_score,
             share_keys=share_keys,
+            qk_norm=qk_norm,
+            merge_heads=merge_heads,
         )
-        if not shape.fine:
-            say_unused(context, terminal, FINE_OPTIONS, "only --form sub_block has sub-blocks")
+        shape.say_unused(context, terminal)
         job = _Job(
             model=check_model(model),
             data=data,
@@ -271,7 +261,7 @@ def _distill(
             f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
         )
         if job.gates is not None:
-            say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, asked)
+            say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, config.phase, asked)
     try:
         with distill_progress(terminal.err) if main else nullcontext() as on_step:
             history = run_distillation(

@@ -3,6 +3,10 @@
 It differs from the prefill gate in three ways: queries are not pooled over tokens, the query heads of a group are
 merged by a linear layer, and so each KV head has one row of scores for all of its query heads.
 
+Two fields of its configuration lead away from the published form. With ``k_pitch`` keys are pooled in sub-blocks, and
+with ``merge_heads=False`` each query head of a group keeps a vector of its own. There is one score a block all the
+same, the largest of its products: what one token holds, or one head asks for, is lost in a mean, not in a maximum.
+
 What the paper leaves open, and what is done here: a block counts as complete for a query token once all of its tokens
 are at or before that token, whatever else the keys hold. So candidates that are decoded together score what each would
 score alone. The open block has no score; whoever selects keeps it (:func:`~seerattention.gates.select_by_token`).
@@ -10,12 +14,14 @@ score alone. The open block has no score; whoever selects keeps it (:func:`~seer
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from ..config import DecodeGateConfig
 from ..ops.block_pooling import block_pooling
-from ..ops.gate_scores import encode_blocks
+from ..ops.gate_scores import encode_blocks, gate_scores
 from ..ops.span import LENGTH, START, Span
 from .gate import BlockGate, check_rotary_width, draw_projection
 from .state import KeyState, Lengths
@@ -28,10 +34,13 @@ class DecodeGate(BlockGate):
     """One row of block logits for each query token and KV head.
 
     Parameters (input dimension first, no bias; G = query heads a KV head, C = number of poolings * head_dim, W = gate
-    width): ``q_linear [Hkv, G, head_dim, W]``, whose products are summed over G; ``k_linear [Hkv, C, W]``; and with
-    ``qk_norm`` ``q_norm [W]`` and ``k_norm [W]``, else None.
+    width): ``q_linear [Hkv, G, head_dim, W]``, whose products are summed over G where heads are merged; ``k_linear
+    [Hkv, C, W]``; and with ``qk_norm`` ``q_norm [W]`` and ``k_norm [W]``, else None.
 
-    Fresh gates begin near the similarity of the group's mean query and the blocks' mean key, as those of prefill do.
+    Below, Hv is the number of query vectors of a token: Hkv, or Hq where heads are not merged.
+
+    Fresh gates begin near the similarity of the group's mean query (or of each head's own) and the sub-blocks' mean
+    key, as those of prefill do.
     """
 
     q_linear: nn.Parameter
@@ -43,9 +52,12 @@ class DecodeGate(BlockGate):
         super().__init__(
             config, block_size=block_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
+        dataclasses.replace(config, block_size=block_size)  # raises where the pitch does not fit
         self.config = config = self.resolve(config)
-        self.q_pitch = 1
+        self.q_pitch, self.k_pitch = 1, config.k_pitch or block_size
         self.group = num_heads // num_kv_heads
+        self.q_vectors = num_kv_heads if config.merge_heads else num_heads
+        self.single = self.k_pitch == block_size and config.merge_heads
         self.q_linear = nn.Parameter(torch.empty(num_kv_heads, self.group, head_dim, self.width))
         self.k_linear = nn.Parameter(torch.empty(num_kv_heads, len(config.k_pooling) * head_dim, self.width))
         for name in ("q_norm", "k_norm"):
@@ -57,7 +69,8 @@ class DecodeGate(BlockGate):
         """Draw fresh parameters from torch's global generator."""
         kinds = self.config.k_pooling
         draw_projection(self.k_linear, [kind == "avg" or "avg" not in kinds for kind in kinds])
-        draw_projection(self.q_linear.flatten(1, 2), [True] * self.group)
+        parts = self.group if self.config.merge_heads else 1
+        draw_projection(self.q_linear.view(self.q_vectors, parts * self.head_dim, self.width), [True] * parts)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.fill_(1.0)
@@ -65,40 +78,41 @@ class DecodeGate(BlockGate):
     def extra_repr(self) -> str:
         return (
             f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, width={self.width}, "
-            f"k_pooling={self.config.k_pooling}, qk_norm={self.config.qk_norm}, block_size={self.block_size}"
+            f"k_pooling={self.config.k_pooling}, qk_norm={self.config.qk_norm}, block_size={self.block_size}, "
+            f"k_pitch={self.k_pitch}, merge_heads={self.config.merge_heads}"
         )
 
     def encode_keys(
         self, k: Tensor, cos: Tensor, sin: Tensor, *, lengths: Lengths = None, state: KeyState | None = None
     ) -> Tensor:
-        """Encoded complete blocks; the open one is left out.
+        """Encoded complete sub-blocks; the open one is left out.
 
         Args:
-            k, cos, sin, lengths, state: see :meth:`BlockGate.encode_keys`. A state encodes each block once, when its
-                last token comes. Without one ``lengths`` is not looked at, as nothing is pooled over parts of a block.
+            k, cos, sin, lengths, state: see :meth:`BlockGate.encode_keys`. A state encodes each sub-block once, when
+                its last token comes. Without one ``lengths`` is not looked at, as nothing is pooled over parts.
 
         Returns:
-            ``[B, Hkv, N, W]`` from position 0 on, N the complete blocks of the longest row, perhaps 0. What lies behind
-            a row's own last complete block is undefined.
+            ``[B, Hkv, N, W]`` from position 0 on, N the complete sub-blocks of the longest row, perhaps 0. What lies
+            behind a row's own last complete one is undefined.
         """
         self.check_tokens("k", k, self.num_kv_heads, cos if self.config.rope else None)
         tables = (cos, sin) if self.config.rope else (None, None)
         if state is not None:
             with torch.no_grad():
                 state.append(k, *tables, encode=self._encode_key_blocks, lengths=lengths, only_complete=True)
-                return state.complete if max(state.lengths) >= self.block_size else self._no_blocks(k)
-        num = k.shape[2] // self.block_size
+                return state.complete if max(state.lengths) >= self.k_pitch else self._no_blocks(k)
+        num = k.shape[2] // self.k_pitch
         if num == 0:
             return self._no_blocks(k)
-        end = num * self.block_size
-        starts = [None if table is None else table[:, : end : self.block_size] for table in tables]
+        end = num * self.k_pitch
+        starts = [None if table is None else table[:, : end : self.k_pitch] for table in tables]
         return self._encode_key_blocks(k[:, :, :end], *starts)
 
     def _encode_key_blocks(
         self, k: Tensor, cos: Tensor | None, sin: Tensor | None, lengths: Tensor | None = None
     ) -> Tensor:
-        """Whole blocks of ``k``, with tables at their first tokens; ``lengths`` are multiples of a block."""
-        pooled = block_pooling(k.detach(), self.config.k_pooling, block_size=self.block_size)
+        """Whole sub-blocks of ``k``, with tables at their first tokens; ``lengths`` are multiples of the pitch."""
+        pooled = block_pooling(k.detach(), self.config.k_pooling, block_size=self.k_pitch)
         return self._encode(pooled, self.k_linear, self.k_norm, cos, sin)
 
     def _no_blocks(self, k: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ class DecodeGate(BlockGate):
         self, q: Tensor, cos: Tensor, sin: Tensor, *,
         rows: Tensor | None = None, lengths: Tensor | None = None, span: Span | None = None,
     ) -> Tensor:  # fmt: skip
-        """Encoded queries, one vector for each token and KV head.
+        """Encoded queries, one vector for each token and KV head, or query head where they are not merged.
 
         Args:
             q, cos, sin: see :meth:`BlockGate.encode_queries`; each token is rotated at its own position.
@@ -118,7 +132,7 @@ class DecodeGate(BlockGate):
             span: the positions of the queries, where they are not whole prompts.
 
         Returns:
-            float32 ``[B, Hkv, R, W]``; what lies behind a row's last query is undefined.
+            ``[B, Hv, R, W]``; what lies behind a row's last query is undefined.
 
         Raises:
             ValueError: shapes that do not fit the gate or the span, or rows with a span whose rows differ.
@@ -136,7 +150,10 @@ class DecodeGate(BlockGate):
             q = q.index_select(2, tokens)
             if self.config.rope:
                 cos, sin = cos.index_select(1, tokens), sin.index_select(1, tokens)
-        merged = q.detach().unflatten(1, (self.num_kv_heads, self.group)).transpose(2, 3).flatten(3)
+        q = q.detach()
+        if not self.config.merge_heads:
+            return self._encode(q, self.q_linear.flatten(0, 1), self.q_norm, cos, sin)
+        merged = q.unflatten(1, (self.num_kv_heads, self.group)).transpose(2, 3).flatten(3)
         return self._encode(merged, self.q_linear.flatten(1, 2), self.q_norm, cos, sin)
 
     def _of_span(self, x: Tensor, span: Span) -> Tensor:
@@ -155,7 +172,7 @@ class DecodeGate(BlockGate):
         """Block logits of each query token, scaled by ``width**-0.5``.
 
         Args:
-            queries: ``[B, Hkv, R, W]`` of :meth:`encode_queries`.
+            queries: ``[B, Hv, R, W]`` of :meth:`encode_queries`.
             keys: ``[B, Hkv, N, W]`` of :meth:`encode_keys`, or those of an open block too, which are not looked at.
             rows: int64 ``[R]``, the query tokens, as given to :meth:`encode_queries`.
             span: the positions of the queries. Needed: how many tokens the open block holds is not in the keys.
@@ -170,20 +187,41 @@ class DecodeGate(BlockGate):
         """
         if span is None:
             raise ValueError("the scores of a decode gate need a span, which says where the queries are; see ops.Span")
-        columns, num = span.num_key_blocks(self.block_size), keys.shape[2]
-        num_rows = span.queries if rows is None else len(rows)
-        if queries.shape[:3] != (span.batch, self.num_kv_heads, num_rows) or num > columns or len(keys) != span.batch:
+        columns, parts = span.num_key_blocks(self.block_size), self.block_size // self.k_pitch
+        num_rows, most = span.queries if rows is None else len(rows), columns * parts
+        if (
+            queries.shape[:3] != (span.batch, self.q_vectors, num_rows)
+            or keys.shape[2] > most
+            or keys.shape[0] != span.batch
+        ):
             raise ValueError(
-                f"queries must be [{span.batch}, {self.num_kv_heads}, {num_rows}, W] and keys [{span.batch}, "
-                f"{self.num_kv_heads}, up to {columns}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
+                f"queries must be [{span.batch}, {self.q_vectors}, {num_rows}, W] and keys [{span.batch}, "
+                f"{self.num_kv_heads}, up to {most}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
             )
-        scores = (queries.float() @ keys.float().transpose(-1, -2)) * self.scale
+        num = keys.shape[2] // parts
+        if self.single:
+            scores = (queries.float() @ keys.float().transpose(-1, -2)) * self.scale
+        else:
+            scores = self._largest(queries, keys[:, :, : num * parts], num)
         if span.plain and rows is None and span.queries == 1 and num == span.keys // self.block_size:
             # The common step: one token, and keys that are complete blocks, all of which it sees.
             return nn.functional.pad(scores, (0, columns - num), value=float("-inf")) if num < columns else scores
         scores = nn.functional.pad(scores, (0, columns - num))
         open_or_later = torch.arange(columns, device=scores.device) >= self._complete(span, rows, scores.device)
         return scores.masked_fill(open_or_later, float("-inf"))
+
+    def _largest(self, queries: Tensor, keys: Tensor, num: int) -> Tensor:
+        """The largest product of each of ``num`` whole blocks, ``[B, Hkv, R, num]``, as if all were complete."""
+        batch, heads, num_rows, _ = queries.shape
+        if num == 0:
+            return queries.new_empty(batch, self.num_kv_heads, num_rows, 0, dtype=torch.float32)
+        # To the op each query is a row of tiles, and as the last of them it sees all blocks.
+        rows = torch.full((num_rows,), num - 1, device=queries.device) if num_rows > 1 else num - 1
+        scores = gate_scores(
+            queries, keys, block_size=self.block_size, q_pitch=self.block_size, k_pitch=self.k_pitch, scale=self.scale,
+            rows=rows,
+        )  # fmt: skip
+        return scores if heads == self.num_kv_heads else scores.unflatten(1, (self.num_kv_heads, -1)).amax(2)
 
     def _complete(self, span: Span, rows: Tensor | None, device: torch.device) -> Tensor:
         """How many blocks are complete for each query, int64 ``[B or 1, 1, R, 1]``; 0 where there is none."""
@@ -201,13 +239,15 @@ class DecodeGate(BlockGate):
             check_rotary_width(self.width, rotary_dim)
 
     def _encode(self, x: Tensor, linear: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """``x [B, Hkv, N, C]`` and tables of N entries -> ``[B, Hkv, N, W]``.
+        """``x [B, H, N, C]`` and tables of N entries -> ``[B, H, N, W]``.
 
-        The linear layer runs in the dtype of the parameters, norm and rotation in float32.
+        The linear layer runs in the dtype of the parameters, norm and rotation in float32. The vectors are of the dtype
+        of the parameters again, as attention rounds its own queries and keys: kept keys take half of the memory.
         """
         if not self.config.rope:
             cos = sin = None
-        projected = encode_blocks(x.to(linear.dtype), linear).float()
-        if norm is not None:
-            projected = nn.functional.rms_norm(projected, (self.width,), norm.float(), NORM_EPS)
-        return encode_blocks(projected, None, cos, sin)
+        x = x.to(linear.dtype)
+        if norm is None:
+            return encode_blocks(x, linear, cos, sin).to(linear.dtype)
+        projected = nn.functional.rms_norm(encode_blocks(x, linear).float(), (self.width,), norm.float(), NORM_EPS)
+        return encode_blocks(projected, None, cos, sin).to(linear.dtype)

@@ -111,6 +111,12 @@ def keep(cache_layer: Any, state: KeyState, gate: nn.Module) -> None:
     cache_layer.__dict__[_ATTRIBUTE] = kept
 
 
+def kept_bytes(cache_layer: Any) -> int:
+    """Memory of the encoded keys that lie with a cache layer, good or stale."""
+    kept = cache_layer.__dict__.get(_ATTRIBUTE)
+    return 0 if kept is None or kept.state is None else kept.state.nbytes
+
+
 def _version(x: Tensor) -> int | None:
     """Counts changes in place, which static caches make at every step, and others in ``reset`` at most; tensors of
     inference mode do not count."""

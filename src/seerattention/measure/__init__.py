@@ -1,9 +1,10 @@
-"""What an attached model reads and what that is worth: densities, block recall, thresholds for a density."""
+"""What an attached model reads and what that is worth: densities, block recall, thresholds for a density, memory."""
 
 from __future__ import annotations
 
 from .calibrate import calibrate
+from .memory import CacheMemory, cache_memory
 from .recall import block_recall, recall_sums
 from .stats import Statistics, record
 
-__all__ = ["Statistics", "block_recall", "calibrate", "recall_sums", "record"]
+__all__ = ["CacheMemory", "Statistics", "block_recall", "cache_memory", "calibrate", "recall_sums", "record"]
