@@ -46,6 +46,7 @@ from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .parts import join, split
 from .phases import PREFILL, unnoticed
+from .untraced import untraced
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
@@ -90,7 +91,7 @@ def seer_attention(
     return _attend(arguments)
 
 
-@torch.compiler.disable(reason="whether a prompt may be sparse is decided on its mask and positions, by their values")
+@untraced("whether a prompt may be sparse is decided on its mask and positions, by their values")
 def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """Everything but dense decoding. Sparse attention has the precision that sdpa has under autocast; scores stay
     float32."""
