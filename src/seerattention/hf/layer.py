@@ -225,7 +225,14 @@ class LayerState:
         self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
 
     @untraced("Dynamo does not know contexts")
-    def _begin(self, module: nn.Module, table: Any, kwargs: dict[str, Any], hidden: Tensor, compiled: bool) -> None:
+    def _begin(
+        self,
+        module: nn.Module,
+        table: tuple[Tensor, Tensor] | None,
+        kwargs: dict[str, Any],
+        hidden: Tensor,
+        compiled: bool,
+    ) -> None:
         forward = current_forward()
         if forward is None or forward.state is not self.model:
             silent = hidden.shape[1] == 1 or module.training  # layers are run again for the gradients of checkpointing
