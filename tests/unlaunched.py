@@ -3,7 +3,10 @@
 A driver that only names a GPU compiles every kernel for it and keeps a note of each launch instead of doing it. This
 must be a process of its own with TRITON_INTERPRET unset, as in `tests/ops/test_launch.py`:
 
-    env -u TRITON_INTERPRET python tests/unlaunched.py
+    env -u TRITON_INTERPRET python tests/unlaunched.py [launcher | c]
+
+``launcher``: notes are taken in the place of triton's launcher in Python; ``c``: below it, of what it gives to the
+function in C, tensor maps included.
 """
 
 from __future__ import annotations
@@ -11,17 +14,22 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
+import types
 
 import torch
 import triton
+import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import LazyDict
+from triton.knobs import HookChain
 
 import seerattention as seer
 from seerattention.gates import build_gate
 from seerattention.ops import block_sparse_attention, dispatch, triton_launch
 from seerattention.selectors import GateSelector, LayerInputs
 
-noted, held = [], []
+noted, held, encoded = [], [], []
 loaded = itertools.count(1)
 
 
@@ -46,16 +54,60 @@ class Launcher:
         noted.append((self.name, self.variant, (x, y, z), values))
 
 
+class TensorMap:
+    def __init__(self, *fields):
+        self.fields = fields
+
+
+def launch_in_c(*given):
+    """What the launcher in Python calls in the end: takes a note."""
+    whole = given[:-1] + tuple(given[-1]) if isinstance(given[-1], tuple | list) else given
+    held.append(whole)
+    values = []
+    for value in whole[5:]:
+        if isinstance(value, TensorMap):
+            values.append(("address", *value.fields))
+        elif isinstance(value, torch.Tensor):
+            values.append(("address", value.data_ptr()))
+        elif isinstance(value, int) and value > 1 << 40:  # no stride of these tensors is
+            values.append(("address", value))
+        elif isinstance(value, LazyDict | HookChain):  # for listeners, of whom there are none
+            values.append(None)
+        else:
+            values.append(value if value is None or isinstance(value, int | float | str) else type(value))
+    noted.append((names[whole[4]], whole[4], whole[:3], values))
+
+
+names = {}
+
+
 class Utils:
-    def load_binary(self, *given):
-        return 1, next(loaded), 32, 0, 1024
+    launch = staticmethod(launch_in_c)
+    build_signature_metadata = list
+
+    def fill_tma_descriptor(self, *fields):
+        encoded.append(fields)
+        return TensorMap(*(tuple(field) if isinstance(field, list) else field for field in fields))
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+
+    def load_binary(self, name, *given):
+        function = next(loaded)
+        names[function] = name
+        return 1, function, 32, 0, 1024
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
 
+IN_C = sys.argv[1:] == ["c"]
+nvidia.compile_module_from_src = lambda *args, **options: types.SimpleNamespace(launch=launch_in_c)
+nvidia.library_dirs = list
+nvidia.PyKernelArg = lambda **fields: tuple(fields.items())
+
+
 class Driver:
-    utils, launcher_cls = Utils(), Launcher
+    utils, launcher_cls = Utils(), nvidia.CudaLauncher if IN_C else Launcher
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -165,6 +217,32 @@ def check_variants():
             assert seen.setdefault(key, special) == special, (args, special, seen[key])
 
 
+def check_below():
+    """Replays call the function in C themselves, and encode a tensor map once for each address."""
+    from seerattention.ops.block_sparse_attention import interface
+
+    recordings = [known for known in interface._ATTENTION._known.values() if type(known).__name__ == "Recording"]
+    maps = [value for known in recordings for *_, args, _ in known.steps for value in args]
+    maps = [value for value in maps if isinstance(value, triton_launch.TensorMaps)]
+    assert maps
+    for one in maps:
+        x = torch.zeros(64)
+        encoded.clear()
+        first = one.at(x, 0)
+        assert one.at(x, 0) is first
+        assert one.at(x, 64) is not first
+        assert [fields[0] for fields in encoded] == [x.data_ptr(), x.data_ptr() + 64]
+    before = triton_launch.MOST_MAPS
+    triton_launch.MOST_MAPS = 4
+    for offset in range(0, 160, 16):
+        maps[0].at(x, offset)
+    assert len(maps[0].known) <= 4
+    triton_launch.MOST_MAPS = before
+
+
 check_layers()
-check_variants()
+if IN_C:
+    check_below()
+else:
+    check_variants()
 print("same")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from .blocks import BlockIndices
 from .gates import BlockGate
+from .ops import dispatch
+from .ops.block_sparse_attention import block_sparse_attention
 from .ops.custom_op import tracing
 from .ops.indices import num_blocks, ordered_lists, read_lists
 from .ops.replay import Replays
@@ -143,7 +145,12 @@ class Selector(ABC):
         }
 
 
+# Prompts of more tokens are selected for and attended in two steps: the device has work enough, and the gate's logits
+# need not stay while attention runs.
+MOST_TOKENS_AT_ONCE = 32768
+
 _LISTS = Replays()
+_LAYERS = Replays()
 
 
 @dataclass(frozen=True)
@@ -161,13 +168,8 @@ class GateSelector(Selector):
     takes_chunks = True
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
-        gate = inputs.gate
-        plain = inputs.lengths is None and inputs.span is None and not tracing()
-        if gate is None or not plain or type(self.policy) not in REPLAYED:
-            return self._select(inputs)
-        # Of whole prompts all launches follow from shapes, so that they need not be found anew in every layer.
-        replayed = gate.replayed()
-        if replayed is None:
+        gate, replayed = inputs.gate, self._replayed(inputs)
+        if gate is None or replayed is None:
             return self._select(inputs)
         chosen: BlockIndices | None = None
 
@@ -183,6 +185,33 @@ class GateSelector(Selector):
             return chosen
         num = num_blocks(inputs.k_pre.shape[2], gate.block_size)
         return ordered_lists(indices, counts, num, gate.block_size)
+
+    def attend(self, inputs: LayerInputs) -> Tensor | None:
+        """What attention gives on the lists that are selected, ``[B, Hq, T, D]``, where nobody wants to see the lists:
+        both are one replay then. None: they are two steps."""
+        replayed = self._replayed(inputs)
+        if (
+            replayed is None
+            or inputs.q.shape[2] > MOST_TOKENS_AT_ONCE
+            or dispatch.device_type(inputs.q.device) != "cuda"
+        ):
+            return None
+
+        def attend() -> tuple[Tensor]:
+            blocks = self._select(inputs)
+            return (cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale)),)
+
+        parameters, settings = replayed
+        tensors = (inputs.q, inputs.k, inputs.v, inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters)
+        return _LAYERS.call(attend, tensors, *settings, self.policy, inputs.scale, dispatch.hopper_automatic())[0]
+
+    def _replayed(self, inputs: LayerInputs) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
+        """Parameters and settings of the gate where all launches follow from shapes, as those of whole prompts do, and
+        need not be found anew in every layer. None: they may not."""
+        plain = inputs.lengths is None and inputs.span is None and not tracing()
+        if inputs.gate is None or not plain or type(self.policy) not in REPLAYED:
+            return None
+        return inputs.gate.replayed()
 
     def _select(self, inputs: LayerInputs) -> BlockIndices:
         logits = inputs.gate_logits(masked=False)

@@ -13,9 +13,10 @@ SCRIPT = Path(__file__).parents[1] / "unlaunched.py"
 
 
 @pytest.mark.slow
-def test_bound_and_replayed_launches_are_those_of_the_jit():
+@pytest.mark.parametrize("level", ["launcher", "c"])
+def test_bound_and_replayed_launches_are_those_of_the_jit(level):
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, SCRIPT, level], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "same"

@@ -107,6 +107,34 @@ def test_a_replay_selects_what_a_call_does(gate, lists, policy):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_layer_is_one_replay(policy, form, monkeypatch):
+    """Of lists that nobody sees; another gate, policy or prompt of the geometry makes no difference."""
+    layers = replay.Replays()
+    monkeypatch.setattr("seerattention.selectors._LAYERS", layers)
+    gates, selector = (make_gate(form), make_gate(form).apply(lambda gate: gate.k_linear.neg_())), GateSelector(policy)
+    for seed in range(5):
+        x = inputs_of(gates[seed % 2], 200, seed)
+        blocks = selector._select(x)
+        found = selector.attend(x)
+        expected = block_sparse_attention(x.q, x.k, x.v, blocks, scale=x.scale)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+    assert count_recordings(layers) == 1
+
+
+@torch.no_grad()
+def test_what_is_no_whole_short_prompt_takes_two_steps(gate, monkeypatch):
+    selector = GateSelector(seer.TopK(0.4))
+    padded = inputs_of(gate, 200, 0, lengths=torch.tensor([150]))
+    assert selector.attend(padded) is None
+    assert selector.attend(inputs_of(None, 200, 0)) is None
+    monkeypatch.setattr("seerattention.selectors.MOST_TOKENS_AT_ONCE", 100)
+    assert selector.attend(inputs_of(gate, 200, 0)) is None
+
+
+@torch.no_grad()
 def test_sub_block_gates_are_replayed(lists):
     gate, selector = make_gate("sub_block"), GateSelector(seer.TopK(0.4))
     for seed in range(4):

@@ -21,7 +21,7 @@ from ..blocks import BlockIndices, completed, shift_left, shift_right
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.replay import capturing
 from ..ops.span import Span
-from ..selectors import LayerInputs, Selector
+from ..selectors import GateSelector, LayerInputs, Selector
 from .conditions import (
     ASKED_FOR,
     BELOW_MIN_CONTEXT,
@@ -44,6 +44,7 @@ from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .parts import join, split
 from .phases import PREFILL, unnoticed
+from .untraced import untraced
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
 _SLIDING = "the layer attends to a sliding window"
@@ -88,7 +89,7 @@ def seer_attention(
     return _attend(arguments)
 
 
-@torch.compiler.disable(reason="whether a prompt may be sparse is decided on its mask and positions, by their values")
+@untraced("whether a prompt may be sparse is decided on its mask and positions, by their values")
 def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """Everything but dense decoding. Sparse attention has the precision that sdpa has under autocast; scores stay
     float32."""
@@ -211,6 +212,10 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector)
         if wants_sparse or forward.observers:
             inputs, starts = _layer_inputs(arguments, call, forward, padding)
+            seen = type(selector) is not GateSelector or bool(forward.observers or forward.statistics)
+            if not seen and (out := cast(GateSelector, selector).attend(inputs)) is not None:
+                forward.sparse = True
+                return out.transpose(1, 2).contiguous(), None
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
         if selector is None:
@@ -220,7 +225,7 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     if forward.statistics:
         lengths = inputs.lengths if inputs is not None else None if padding is None else padding.sum(-1)
         _count(arguments, call, forward, blocks, lengths)
-    result: tuple[Tensor, Tensor | None] | None = None
+    result = None
     if inputs is not None and forward.observers:
         if blocks is None and not call.part and call.valid_keys is None:
             # Before the observers, who would otherwise compute its log-sum-exp again.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.replay import capturing, of_capture
 from .generation import take_prepared
+from .untraced import untraced
 
 if TYPE_CHECKING:
     from ..blocks import BlockIndices
@@ -275,7 +276,7 @@ def _nothing() -> None:
     return None
 
 
-@torch.compiler.disable(reason="Dynamo does not know contexts")
+@untraced("Dynamo does not know contexts")
 def current_forward() -> Forward | None:
     """The innermost forward of an attached model in this context."""
     return _forward.get()

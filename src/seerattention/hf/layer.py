@@ -21,6 +21,7 @@ from .implementation import NAME
 from .kept import kept_keys
 from .phases import DECODE, PREFILL, LayerPhase, unnoticed
 from .sharding import part_of_gate
+from .untraced import untraced
 
 if TYPE_CHECKING:
     from .state import ModelState
@@ -223,9 +224,14 @@ class LayerState:
         table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
         self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
 
-    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    @untraced("Dynamo does not know contexts")
     def _begin(
-        self, module: nn.Module, table: tuple[Tensor, Tensor], kwargs: dict[str, Any], hidden: Tensor, compiled: bool
+        self,
+        module: nn.Module,
+        table: tuple[Tensor, Tensor] | None,
+        kwargs: dict[str, Any],
+        hidden: Tensor,
+        compiled: bool,
     ) -> None:
         forward = current_forward()
         if forward is None or forward.state is not self.model:
@@ -280,7 +286,7 @@ class LayerState:
         """Whether what a submodule gave is kept: prompts are, for observers too, and tokens for a decode gate."""
         return not unnoticed(output.shape[self.model.family.token_axis], DECODE in self.phases)
 
-    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    @untraced("Dynamo does not know contexts")
     def _keep(self, query: Tensor | None = None, key: Tensor | None = None) -> None:
         """A call that has both tensors waits for the attention function, which takes them."""
         forward = current_forward()

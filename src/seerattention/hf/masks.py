@@ -25,6 +25,7 @@ from ..ops.replay import capturing
 from .forward import Forward, current_forward
 from .generation import single_tokens
 from .implementation import decodes_sparsely, original_of
+from .untraced import untraced
 
 _DESCRIBED = "_seer_described"
 
@@ -226,9 +227,9 @@ def _first_query(arguments: dict[str, Any]) -> int:
     return -1 if isinstance(first, Tensor) and torch.compiler.is_compiling() else int(first)
 
 
-@torch.compiler.disable(reason="a tensor without storage is made")
+@untraced("a tensor without storage is made")
 def _without_storage(
-    make: Callable[..., Tensor], arguments: dict[str, Any], padding: Tensor | None, slots: int
+    make: Callable[..., Any], arguments: dict[str, Any], padding: Tensor | None, slots: int
 ) -> SeerMask:
     dtype = torch.bool if make is sdpa_mask else arguments["dtype"]
     full = padding is None
@@ -240,7 +241,7 @@ def _without_storage(
     return SeerMask(padding, full, dtype, _Recipe(make, arguments), _num_queries(arguments), arguments["kv_length"])
 
 
-@torch.compiler.disable(reason="what is known of a forward is kept by context")
+@untraced("what is known of a forward is kept by context")
 def _describe(mask: Any, plain: bool, padding: Tensor | None) -> None:
     """Tell the forward under way what a mask of another kind (block masks, user's own) means. ``generate`` makes those
     of static caches before the forward begins: they carry it themselves."""

@@ -27,6 +27,7 @@ from .generation import InPlace, stop_listening
 from .implementation import NAME, StandIn
 from .min_context import Shape, default_min_context
 from .phases import PREFILL, ModelPhase, unnoticed
+from .untraced import untraced
 
 if TYPE_CHECKING:
     from .layer import LayerState
@@ -172,7 +173,7 @@ class ModelState:
         """Whether every config has its stand-in; where not, the implementation was changed."""
         return all(config._attn_implementation_internal is stand_in for config, stand_in in self.configs)
 
-    @torch.compiler.disable(reason="configs are changed")
+    @untraced("configs are changed")
     def _align(self) -> None:
         """Make a change of the implementation one of all parts or of none: the decoder's own config decides."""
         standing = self._standing()
@@ -191,7 +192,7 @@ class ModelState:
                 f"attention is dense; model.set_attn_implementation({NAME!r}) turns them on again",
             )
 
-    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    @untraced("Dynamo does not know contexts")
     def _open(
         self,
         module: nn.Module,
@@ -209,7 +210,7 @@ class ModelState:
         if self._forwards:
             self._end(output)
 
-    @torch.compiler.disable(reason="Dynamo does not know contexts")
+    @untraced("Dynamo does not know contexts")
     def _end(self, output: Any) -> None:
         forward = current_forward()
         if forward is None or forward.state is not self:

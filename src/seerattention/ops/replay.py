@@ -101,14 +101,14 @@ class Recorder(TorchDispatchMode):
         return result
 
     def add(self, step: Any, args: Sequence[Any]) -> None:
-        """A launch, which ``step.run(args, stream)`` does again; see ``triton_launch.py``."""
+        """A launch; ``step.bind`` gives what does it again, see ``triton_launch.py``."""
         self.steps.append((step, list(args)))
 
-    def finish(self, results: Sequence[Tensor]) -> Recording | None:
+    def finish(self, results: Sequence[Tensor], stream: int = 0) -> Recording | None:
         """What to replay; None: it cannot be, or not be sure to be right."""
         if self.problem is None and self.steps:
             try:
-                return Recording(self, results)
+                return Recording(self, results, stream)
             except _Unknown as error:
                 self.problem = str(error)
         return None
@@ -131,7 +131,7 @@ class Recording:
     in between.
     """
 
-    def __init__(self, recorder: Recorder, results: Sequence[Tensor]) -> None:
+    def __init__(self, recorder: Recorder, results: Sequence[Tensor], stream: int) -> None:
         self.inputs = len(recorder.inputs)
         self.device = recorder.inputs[0].device
         storages: dict[int, list[int]] = {}  # of the bases
@@ -179,9 +179,9 @@ class Recording:
                 if found is not None:
                     places.append((position, *found, step.mover(value)))
                     args[position] = step.forgotten(value)
-            self.steps.append((step, args, places))
+            self.steps.append(step.bind(args, places, stream))
 
-    def replay(self, tensors: Sequence[Tensor], stream: int) -> tuple[Tensor, ...]:
+    def replay(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Launch everything again; the results."""
         device = self.device
         results = tuple(
@@ -191,14 +191,14 @@ class Recording:
         if self.workspace:
             bases.append(torch.empty(self.workspace, dtype=torch.uint8, device=device))
         addresses = [x.data_ptr() for x in bases]
-        for step, template, places in self.steps:
+        for launch, template, places in self.steps:
             args = template.copy()
             for position, base, offset, move in places:
                 if move is None:
                     args[position] = addresses[base] + offset
                 else:
                     args[position] = move(args[position], bases[base], offset)
-            step.run(args, stream)
+            launch(*args)
         return results
 
 
@@ -232,7 +232,7 @@ class Replays:
         key = (settings, stream, device, *[_geometry(x) for x in tensors])
         known = self._known.get(key, 1)
         if known.__class__ is Recording:
-            return known.replay(tensors, stream)  # type: ignore[union-attr]
+            return known.replay(tensors)  # type: ignore[union-attr]
         if known is None:
             return function()
         if known == 1:
@@ -243,7 +243,7 @@ class Replays:
         # Views, and the memory that the function allocates, are to be seen one by one: inference mode hides steps.
         with torch.inference_mode(False), torch.no_grad(), Recorder(tensors) as noting:
             results = function()
-        self._known[key] = noting.finish(results)
+        self._known[key] = noting.finish(results, stream)
         return results
 
 

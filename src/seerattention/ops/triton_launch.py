@@ -10,6 +10,8 @@ the ordinary way.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ VERSIONS = ("3.6", "3.7")
 KNOWN = ".".join(triton.__version__.split(".")[:2]) in VERSIONS and torch.version.hip is None
 # Variants that are kept, of all kernels together.
 MOST = 4096
+# Addresses of which a launch keeps the tensor map: allocators give the same few again and again.
+MOST_MAPS = 256
 
 _LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
 _bound: dict[tuple[Any, ...], Bound] = {}
@@ -78,7 +82,7 @@ def _device_index(args: tuple[Any, ...]) -> int:
     for value in args:
         if isinstance(value, Tensor):
             return value.get_device()
-        if hasattr(value, "block_shape"):
+        if _is_descriptor(value):
             return int(value.base.get_device())
     return -1
 
@@ -108,7 +112,7 @@ def _variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> t
         elif isinstance(value, Tensor):
             key.append(value.dtype)
             key.append(value.data_ptr() & 15 == 0)
-        elif hasattr(value, "block_shape"):
+        elif _is_descriptor(value):
             key += (value.base.dtype, tuple(value.block_shape), value.layout, value.padding)
         else:
             return None
@@ -123,6 +127,7 @@ class Bound:
         self.kernel = kernel  # whose address is part of the key
         self.constants = constants
         self.launcher = compiled.run
+        self.below = _below(compiled)
         self.fixed = (compiled.function, compiled.packed_metadata, None, None, None)
 
     def run(self, grid: tuple[int, ...], args: Any, stream: int) -> None:
@@ -147,6 +152,89 @@ def _bind(
     return bound
 
 
+def _is_descriptor(value: Any) -> bool:
+    return hasattr(value, "block_shape")
+
+
+# ---- below the launcher in Python ------------------------------------------------------------------------------------
+
+
+class Below:
+    """The function in C that a launcher of triton calls in the end, for variants that need no scratch memory.
+
+    The launcher asks about scratch memory, and encodes the tensor maps of descriptors, in every launch.
+
+    Attributes:
+        launch: the function.
+        maps: what triton knows of the tensor map of each descriptor.
+        decompose: the arguments that stand for a descriptor, its tensor map first.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        from triton.backends.nvidia import driver as nvidia
+
+        launcher = compiled.run
+        if launcher.global_scratch_size or launcher.profile_scratch_size:
+            raise AttributeError("scratch memory")
+        self.launch: Callable[..., Any] = launcher.launch
+        self.maps: tuple[dict[str, Any] | None, ...] = ()
+        if inspect.isfunction(launcher.launch) and launcher.launch.__name__ == "inner":
+            known = inspect.getclosurevars(launcher.launch).nonlocals
+            self.launch, self.maps = known["launcher"], tuple(known["tensordesc_meta"])
+        self.encode = nvidia.make_tensordesc_arg
+        function, packed = compiled.function, compiled.packed_metadata
+        modes = launcher.launch_cooperative_grid, launcher.launch_pdl
+        # No scratch memory, and nobody who listens: see ``_somebody_listens``.
+        if triton.__version__.startswith("3.6."):
+            self.fixed, self.in_one = (function, *modes, None, None, packed, None, None, None), None
+        else:
+            self.fixed = function, *modes, packed, None, None, None, None, None
+            self.in_one = launcher.arg_annotations, launcher.kernel_signature
+
+    def takes(self, args: list[Any]) -> bool:
+        """Whether it is known how every argument is given to it."""
+        described = sum(map(_is_descriptor, args))
+        return described == len(self.maps) and all(known and not known["fp4_padded"] for known in self.maps)
+
+    def decompose(self, descriptor: Any, known: Any) -> list[Any]:
+        maps = TensorMaps(descriptor, lambda moved: self.encode(moved, known)[0])
+        return [maps, *descriptor.shape, *descriptor.strides]
+
+    def bind(self, grid: tuple[int, ...], stream: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What is called with the second, followed by all arguments of the kernel."""
+        before = (*grid, stream, *self.fixed)
+        if self.in_one is None:
+            return self.launch, before
+        launch, before = self.launch, (*before, *self.in_one)
+        return lambda *args: launch(*before, args), ()
+
+
+class TensorMaps:
+    """The tensor maps of one descriptor at the addresses where it has been, which are slow to encode."""
+
+    def __init__(self, descriptor: Any, encode: Callable[[Any], Any]) -> None:
+        self.descriptor, self.encode = descriptor, encode
+        self.known: dict[int, Any] = {}
+
+    def at(self, base: Tensor, offset: int) -> Any:
+        """The tensor map of the descriptor of memory that begins ``offset`` bytes after ``base``."""
+        address = base.data_ptr() + offset
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= MOST_MAPS:
+                self.known.clear()
+            found = self.known[address] = self.encode(_moved(self.descriptor, _Address(address)))
+        return found
+
+
+def _below(compiled: Any) -> Below | None:
+    """None: a launcher that is not built as those that are known, which is then called itself."""
+    try:
+        return Below(compiled)
+    except (AttributeError, ImportError, KeyError, TypeError):
+        return None
+
+
 # ---- replays ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +245,11 @@ def ready(device: torch.device) -> bool:
     return KNOWN and not _somebody_listens()
 
 
+# Position among the arguments, number of the base, bytes from there on, and what makes the argument of these.
+Place = tuple[int, int, int, Any]
+Call = tuple[Callable[..., Any], list[Any], list[Place]]
+
+
 class _Step:
     """A launch that was noted down, see ``replay.Recorder``."""
 
@@ -164,7 +257,7 @@ class _Step:
         """The tensor whose address an argument is."""
         if isinstance(value, Tensor):
             return value
-        return value.base if hasattr(value, "block_shape") else None
+        return value.base if _is_descriptor(value) else None
 
 
 class Launch(_Step):
@@ -172,9 +265,6 @@ class Launch(_Step):
 
     def __init__(self, bound: Bound, grid: tuple[int, ...]) -> None:
         self.bound, self.grid = bound, grid
-
-    def run(self, args: Any, stream: int) -> None:
-        self.bound.run(self.grid, args, stream)
 
     def forgotten(self, value: Any) -> Any:
         """An argument without its address, which is another one in each call."""
@@ -184,6 +274,24 @@ class Launch(_Step):
         """What puts an argument to another address; None: it is the address."""
         return None if isinstance(value, Tensor) else _move_descriptor
 
+    def bind(self, args: list[Any], places: list[Place], stream: int) -> Call:
+        """What is called, the arguments it is called with, and where addresses belong in them."""
+        below = self.bound.below
+        if below is None or not below.takes(args):
+            bound, grid = self.bound, self.grid
+            return lambda *args: bound.run(grid, args, stream), args, places
+        flat: list[Any] = []
+        starts, maps = [], iter(below.maps)
+        for value in args:
+            starts.append(len(flat))
+            flat += below.decompose(value, next(maps)) if _is_descriptor(value) else [value]
+        moved = [
+            (starts[position], base, offset, move and TensorMaps.at) for position, base, offset, move in places
+        ]  # fmt: skip
+        launch, skipped = below.bind((*self.grid, 1, 1)[:3], stream)
+        launched = [*skipped, *flat, *self.bound.constants]
+        return launch, launched, [(len(skipped) + position, *rest) for position, *rest in moved]  # type: ignore
+
 
 class Ordinary(_Step):
     """Of an interpreted kernel, which takes tensors."""
@@ -191,8 +299,9 @@ class Ordinary(_Step):
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any]) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, constants
 
-    def run(self, args: Any, stream: int) -> None:
-        self.kernel[self.grid](*args, **self.constants)
+    def bind(self, args: list[Any], places: list[Place], stream: int) -> Call:
+        kernel, grid, constants = self.kernel, self.grid, self.constants
+        return lambda *args: kernel[grid](*args, **constants), args, places
 
     def forgotten(self, value: Any) -> Any:
         return value.dtype
