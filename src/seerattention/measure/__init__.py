@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from .calibrate import calibrate
-from .recall import block_recall, recall_sums
+from .kept import RECALLS, Recall
+from .recall import block_recall, compare_recall, measure_recall, recall_sums
 from .stats import Statistics, record
 
-__all__ = ["Statistics", "block_recall", "calibrate", "recall_sums", "record"]
+__all__ = [
+    "RECALLS",
+    "Recall",
+    "Statistics",
+    "block_recall",
+    "calibrate",
+    "compare_recall",
+    "measure_recall",
+    "recall_sums",
+    "record",
+]
