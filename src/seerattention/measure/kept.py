@@ -109,7 +109,7 @@ class Recall:
         of_heads = heads[:, 0, 0] / heads[:, 0, 1].clamp(min=1e-12)
         found["worst_heads"] = float(of_heads.sort().values[: math.ceil(_WORST * len(heads))].mean())
         asked = heads[:, _BUSY, 1]
-        busy = asked.argsort(descending=True)[: max(4, math.ceil(_BUSIEST * len(heads)))]
+        busy = asked.argsort(descending=True, stable=True)[: max(4, math.ceil(_BUSIEST * len(heads)))]
         busy = busy[asked[busy] > 0]
         shares = heads[busy, _BUSY, 0] / asked[busy]
         found["busy_heads"] = float(shares.mean()) if len(busy) else None
