@@ -49,6 +49,12 @@ RECALLS = {
 SHOWN = "look_up"
 """The one that is shown beside block recall."""
 
+SHOWN_SAYS = (
+    "where a row looks far back (a probability above 0.3 outside of the first block, its own and the one before), the "
+    "share of that attention whose block is selected"
+)
+"""What it says, for people."""
+
 
 @dataclass
 class Recall:
