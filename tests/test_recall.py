@@ -18,7 +18,11 @@ from seerattention.measure.kept import LOOK_UP, PEAK, SHOWN, count_kept
 from .distill.tiny import attached_llama, random_batches, tiny_llama
 
 BATCH, HEADS, ROWS = 2, 5, 9
-PAIRS = ("block", "far", "far_mass", "peaks", "high_peaks", "look_up", "look_up_rows", "highest")
+QUERIES = 5  # of a row
+PAIRS = (
+    "block", "far", "far_mass", "peaks", "high_peaks", "look_up", "look_up_rows", "highest", "needles",
+    "highest_needles",
+)  # fmt: skip
 
 
 def random_map(seed: int, sharpness: float = 6.0):
@@ -27,13 +31,18 @@ def random_map(seed: int, sharpness: float = 6.0):
     causal = torch.ones(ROWS, ROWS).tril().bool()
     masses = torch.randn(BATCH, HEADS, ROWS, ROWS, generator=generator) * sharpness
     masses = masses.masked_fill(~causal, -math.inf).softmax(-1)
-    peaks = (masses * (1 + torch.rand(masses.shape, generator=generator))).clamp(max=1)
+    peaks = (masses * (1 + (QUERIES - 1) * torch.rand(masses.shape, generator=generator))).clamp(max=1)
     selected = (torch.rand(masses.shape, generator=generator) < 0.5) & causal
     valid = torch.ones(BATCH, ROWS, dtype=torch.bool)
     valid[1, -2:] = False
     masses[1, :, -2:] = 0
     peaks[1, :, -2:] = 0
     return masses, peaks, selected, valid
+
+
+def known(measured):
+    """Its numbers without those of which there was nothing."""
+    return {name: value for name, value in measured.numbers().items() if value is not None}
 
 
 def by_loops(masses, peaks, selected, valid, head):
@@ -62,8 +71,13 @@ def by_loops(masses, peaks, selected, valid, head):
         if best is not None and peak[best] > LOOK_UP:
             add("look_up", mass[best] * chosen[best], mass[best])
             add("look_up_rows", chosen[best], 1)
+            few = mass[best] * QUERIES <= 2
+            if few:
+                add("needles", chosen[best], 1)
             if peak[best] == max(peak):
                 add("highest", chosen[best], 1)
+                if few:
+                    add("highest_needles", chosen[best], 1)
     return found, rows
 
 
@@ -72,7 +86,7 @@ def test_every_number_by_its_definition(seed):
     layers = [random_map(10 * seed + layer) for layer in range(2)]
     measured, loops, rows = Recall(), [], []
     for layer, (masses, peaks, selected, valid) in enumerate(layers):
-        measured.add(layer, *count_kept(masses, peaks, selected, torch.arange(ROWS), valid))
+        measured.add(layer, *count_kept(masses, peaks, selected, torch.arange(ROWS), valid, QUERIES))
         for head in range(HEADS):
             found, own = by_loops(masses, peaks, selected, valid, head)
             loops.append(found)
@@ -88,6 +102,9 @@ def test_every_number_by_its_definition(seed):
     worst = sorted(rows)[: math.ceil(0.1 * len(rows))]
     assert numbers["worst_rows"] == pytest.approx(sum(worst) / len(worst), abs=1e-3)
     assert numbers["worst_heads"] == pytest.approx(min(f["block"][0] / f["block"][1] for f in loops), rel=1e-5)
+    for name, ratio in {"look_up_heads": "look_up_rows", "highest_heads": "highest", "needle_heads": "needles"}.items():
+        shares = [found[ratio][0] / found[ratio][1] for found in loops if found[ratio][1]]
+        assert numbers[name] == pytest.approx(sum(shares) / len(shares))
     busy = sorted(loops, key=lambda found: -found["look_up_rows"][1])
     shares = [found["look_up_rows"][0] / found["look_up_rows"][1] for found in busy[:4]]
     assert numbers["busy_heads"] == pytest.approx(sum(shares) / 4)
@@ -97,7 +114,9 @@ def test_every_number_by_its_definition(seed):
 def test_what_there_is_nothing_of_is_none():
     masses, peaks, _, valid = random_map(0, sharpness=0.01)  # nearly uniform: nothing stands out
     measured = Recall()
-    measured.add(3, *count_kept(masses[..., :4, :4], peaks[..., :4, :4] * 0, None, torch.arange(4), valid[:, :4]))
+    measured.add(
+        3, *count_kept(masses[..., :4, :4], peaks[..., :4, :4] * 0, None, torch.arange(4), valid[:, :4], QUERIES)
+    )
     numbers = measured.numbers()
     assert numbers["block"] > 0
     for name in ("peaks", "look_up", "look_up_rows", "highest", "busy_heads", "worst_busy_head"):
@@ -111,8 +130,8 @@ def test_what_there_is_nothing_of_is_none():
 def test_everything_is_kept_where_everything_is_read():
     masses, peaks, _, valid = random_map(1)
     measured = Recall()
-    measured.add(0, *count_kept(masses, peaks, None, torch.arange(ROWS), valid))
-    assert all(value == pytest.approx(1, abs=1e-3) for value in measured.numbers().values())
+    measured.add(0, *count_kept(masses, peaks, None, torch.arange(ROWS), valid, QUERIES))
+    assert all(value == pytest.approx(1, abs=1e-3) for value in known(measured).values())
 
 
 def test_sums_of_processes():
@@ -120,7 +139,7 @@ def test_sums_of_processes():
     one, two, both = Recall(), Recall(), Recall()
     for layer, mine in ((0, one), (0, two), (1, two)):
         masses, peaks, selected, valid = random_map(layer + 7)
-        counted = count_kept(masses, peaks, selected, torch.arange(ROWS), valid)
+        counted = count_kept(masses, peaks, selected, torch.arange(ROWS), valid, QUERIES)
         mine.add(layer, *counted)
         both.add(layer, *counted)
     sent: list[torch.Tensor] = []
@@ -129,7 +148,7 @@ def test_sums_of_processes():
     assert all(x.dtype == torch.float32 for x in sent)
     others = iter(sent)
     joined = two.joined(heads, lambda x: x + next(others), "cpu")
-    assert joined.numbers() == pytest.approx(both.numbers(), rel=1e-5)
+    assert known(joined) == pytest.approx(known(both), rel=1e-5)
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------
@@ -166,12 +185,11 @@ def test_in_a_model(monkeypatch, tiles):
     expected = Recall()
     for layer, (masses, peaks) in whole_maps(model, batch, 32).items():
         valid = torch.ones(masses.shape[0], 10, dtype=torch.bool)
-        expected.add(layer, *count_kept(masses, peaks, lists[layer], torch.arange(10), valid))
+        expected.add(layer, *count_kept(masses, peaks, lists[layer], torch.arange(10), valid, 32))
     found = measure_recall(model, [batch], seer.TopK(0.3))
-    numbers = expected.numbers()
-    assert numbers["look_up"] is not None
+    numbers = known(expected)
     assert 0 < numbers["look_up"] < 1
-    assert found.numbers() == pytest.approx(numbers, rel=1e-4, abs=1e-3)
+    assert known(found) == pytest.approx(numbers, rel=1e-4, abs=1e-3)
     assert found.by_layer() == pytest.approx(block_recall(model, [batch], seer.TopK(0.3)))
     sums = recall_sums(model, [batch], seer.TopK(0.3))
     assert float(sums[1][1]) == 2 * 4 * 10
@@ -186,7 +204,7 @@ def test_padding_changes_nothing():
     mask[1, :117] = 0
     padded = measure_recall(model, [{"input_ids": ids, "attention_mask": mask}], seer.TopK(0.4))
     alone = measure_recall(model, [long, short], seer.TopK(0.4))
-    assert padded.numbers() == pytest.approx(alone.numbers(), rel=1e-4, abs=1e-3)
+    assert known(padded) == pytest.approx(known(alone), rel=1e-4, abs=1e-3)
 
 
 def test_several_choices_on_one_map():
@@ -200,7 +218,7 @@ def test_several_choices_on_one_map():
     found = compare_recall(model, batches, choices)
     assert list(found) == list(choices)
     half = measure_recall(model, batches, seer.TopK(0.5))
-    assert found["half"].numbers() == pytest.approx(half.numbers(), rel=1e-5)
+    assert known(found["half"]) == pytest.approx(known(half), rel=1e-5)
     shown = {name: measured.numbers()[SHOWN] for name, measured in found.items()}
     assert shown["drawn"] < shown["true"] < shown["all"] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"one block size .* \[32, 64\]"):
@@ -224,7 +242,7 @@ def test_decoding():
     found = measure_recall(model, batches, seer.TopK(0.3), phase="decode")
     assert found.heads[0].shape == (2, len(PAIRS), 2)
     assert float(found.heads[0][0, 0, 1]) == 2 * (200 - 16)
-    numbers = found.numbers()
-    assert all(value is not None and 0 < value < 1 for value in numbers.values())
+    assert {"block", "far", "peaks", "look_up", "needles"} <= known(found).keys()
+    assert all(0 < value < 1 for value in known(found).values())
     everything = measure_recall(model, batches, seer.TopK(1.0), phase="decode").numbers()
     assert everything["look_up"] == pytest.approx(1)

@@ -19,12 +19,19 @@ PEAK = 0.1
 """A far block is a peak of its row if some query gives one of its keys more than this probability."""
 LOOK_UP = 0.3
 """A row looks something up if its highest peak is above this."""
+# A look-up by so many queries, or fewer, is a needle: what pooled queries lose first.
+_FEW = 2.0
 # Rows with less of their attention in far blocks have nothing there to keep.
 _LEAST_FAR = 0.01
 
 # Shares that are sums over sums, of each head.
-_RATIOS = ("block", "far", "far_mass", "peaks", "high_peaks", "look_up", "look_up_rows", "highest")
-_BUSY = _RATIOS.index("look_up_rows")
+_RATIOS = (
+    "block", "far", "far_mass", "peaks", "high_peaks", "look_up", "look_up_rows", "highest", "needles",
+    "highest_needles",
+)  # fmt: skip
+_ROWS = _RATIOS.index("look_up_rows")
+# Numbers in which every head that has any counts the same, and what of.
+_BY_HEAD = {"look_up_heads": "look_up_rows", "highest_heads": "highest", "needle_heads": "needles"}
 # Rows by their block recall.
 _BINS = 1024
 # Share of the rows, or heads, that are the worst; and of the heads, those that look up most.
@@ -38,7 +45,12 @@ RECALLS = {
     "high_peaks": "high-peak recall",
     "look_up": "look-up recall",
     "look_up_rows": "look-up recall by row",
-    "highest": "look-up recall of rows that do nothing else",
+    "highest": "recall of highest blocks",
+    "needles": "needle recall",
+    "highest_needles": "recall of highest needles",
+    "look_up_heads": "look-up recall by head",
+    "highest_heads": "recall of highest blocks by head",
+    "needle_heads": "needle recall by head",
     "worst_rows": "block recall of the worst rows",
     "worst_heads": "block recall of the worst heads",
     "busy_heads": "look-up recall of busy heads",
@@ -100,6 +112,10 @@ class Recall:
         * ``look_up``: of rows whose highest far block is above :data:`LOOK_UP`, whether that block is chosen, weighted
           by the attention mass in it; ``look_up_rows``: each such row counts the same; ``highest``: rows where no other
           block, sink and local ones included, is higher.
+        * ``needles``, ``highest_needles``: ``look_up_rows`` and ``highest`` where the block gets as much attention as
+          two queries of the row have to give, or less.
+        * ``look_up_heads``, ``highest_heads``, ``needle_heads``: mean over the heads that have any of their own
+          ``look_up_rows``, ``highest`` and ``needles``.
         * ``worst_rows``, ``worst_heads``: mean block recall of the worst tenth of all rows, of all heads.
         * ``busy_heads``, ``worst_busy_head``: ``look_up_rows`` of the twentieth of the heads (at least four) that look
           up most often, their mean and the least of them.
@@ -114,13 +130,17 @@ class Recall:
         found["worst_rows"] = _mean_of_lowest(rows)
         of_heads = heads[:, 0, 0] / heads[:, 0, 1].clamp(min=1e-12)
         found["worst_heads"] = float(of_heads.sort().values[: math.ceil(_WORST * len(heads))].mean())
-        asked = heads[:, _BUSY, 1]
+        for name, ratio in _BY_HEAD.items():
+            kept, whole = heads[:, _RATIOS.index(ratio)].unbind(-1)
+            shares = (kept / whole)[whole > 0]
+            found[name] = float(shares.mean()) if len(shares) else None
+        asked = heads[:, _ROWS, 1]
         busy = asked.argsort(descending=True, stable=True)[: max(4, math.ceil(_BUSIEST * len(heads)))]
         busy = busy[asked[busy] > 0]
-        shares = heads[busy, _BUSY, 0] / asked[busy]
+        shares = heads[busy, _ROWS, 0] / asked[busy]
         found["busy_heads"] = float(shares.mean()) if len(busy) else None
         found["worst_busy_head"] = float(shares.min()) if len(busy) else None
-        return found
+        return {name: found[name] for name in RECALLS}
 
     def joined(
         self, heads: Mapping[int, int], add_up: Callable[[Tensor], Tensor], device: torch.device | str
@@ -143,7 +163,7 @@ class Recall:
 
 
 def count_kept(
-    masses: Tensor, peaks: Tensor, selected: Tensor | None, own: Tensor, valid: Tensor
+    masses: Tensor, peaks: Tensor, selected: Tensor | None, own: Tensor, valid: Tensor, queries: int
 ) -> tuple[Tensor, Tensor]:
     """Count what lists keep of one layer's map.
 
@@ -153,6 +173,7 @@ def count_kept(
         selected: bool ``[B, H, R, N]``; None: everything is.
         own: int64 ``[R]``, the block that each row lies in.
         valid: bool ``[B, R]``, rows that hold a query.
+        queries: how many queries a row has (those of a partial last block count as if it were whole).
 
     Returns:
         float64 ``[H, ratios, 2]`` and int64 ``[1024]``, see :class:`Recall`.
@@ -173,7 +194,9 @@ def count_kept(
     mass, found = masses.gather(-1, place)[..., 0], selected.gather(-1, place)[..., 0]
     looks = best[..., 0] > LOOK_UP
     highest = looks & (best >= peaks.amax(-1, keepdim=True))[..., 0]
-    sums += [(mass * (looks & found), mass * looks), (looks & found, looks), (highest & found, highest)]
+    few = mass * queries <= _FEW
+    sums.append((mass * (looks & found), mass * looks))
+    sums += [(which & found, which) for which in (looks, highest, looks & few, highest & few)]
     heads = torch.stack([torch.stack([part.double().sum((0, 2)) for part in pair], -1) for pair in sums], 1)
     bins = (recall[valid] * (_BINS - 1)).round().long()
     return heads, torch.bincount(bins, minlength=_BINS)

@@ -185,6 +185,7 @@ class _Map(NamedTuple):
         valid: bool ``[B, R]``.
         heads, columns: H and N.
         rows: what ``pooled`` knows the rows by: query blocks, or tokens.
+        queries: how many queries a row has.
     """
 
     pooled: Callable[[str, slice], Tensor]
@@ -193,6 +194,7 @@ class _Map(NamedTuple):
     heads: int
     columns: int
     rows: Tensor
+    queries: int
 
 
 def _count(layer: int, true_map: _Map, selected: Mapping[K, Tensor | None], recalls: Mapping[K, Recall]) -> None:
@@ -205,7 +207,7 @@ def _count(layer: int, true_map: _Map, selected: Mapping[K, Tensor | None], reca
         for name, mask in selected.items():
             if mask is not None:
                 mask = mask[:, :, part].repeat_interleave(true_map.heads // mask.shape[1], dim=1)
-            found = count_kept(masses, peaks, mask, true_map.own[part], true_map.valid[:, part])
+            found = count_kept(masses, peaks, mask, true_map.own[part], true_map.valid[:, part], true_map.queries)
             recalls[name].add(layer, *found)
 
 
@@ -230,7 +232,7 @@ def _map_of_blocks(inputs: LayerInputs, block_size: int) -> _Map:
             normalize=reduce == "sum",
         )
 
-    return _Map(pooled, rows, valid, heads, len(rows), rows)
+    return _Map(pooled, rows, valid, heads, len(rows), rows, block_size)
 
 
 def _map_of_tokens(inputs: LayerInputs, block_size: int) -> _Map:
@@ -255,7 +257,7 @@ def _map_of_tokens(inputs: LayerInputs, block_size: int) -> _Map:
         )
 
     columns = num_blocks(length, block_size)
-    return _Map(pooled, tokens // block_size, tokens < ends[:, None], inputs.k.shape[1], columns, tokens)
+    return _Map(pooled, tokens // block_size, tokens < ends[:, None], inputs.k.shape[1], columns, tokens, 1)
 
 
 def _of_tokens(inputs: LayerInputs, gate: DecodeGate, policy: Policy, true_map: _Map) -> Tensor:
