@@ -1,7 +1,7 @@
 """Which cheap number predicts retrieval: numbers of what is kept of the true map, and scores of tasks, over many cells.
 
-    python -m benchmarks.predictors --model testbed --length 16384 --train paper:30 paper:300 sub_block:30
-    python -m benchmarks.predictors --model smollm2 --length 8192 --tasks single niah_single_2 niah_multikey_1
+    python -m benchmarks.predictors --model testbed --train paper:30 paper:200 sub_block_shared:30 --budget 450
+    python -m benchmarks.predictors --model smollm2 --length 8192 --tasks single niah_single_2 --train paper:100
     python -m benchmarks.predictors --model FOLDER --gates mine=FOLDER --data books.jsonl
     python -m benchmarks.predictors --read benchmarks/results/h200/predictors.json      # the tables again
     python -m benchmarks.predictors --device cpu --tiny                                 # a rehearsal, in a minute
@@ -124,7 +124,14 @@ def copied(model: Any, documents: Tensor) -> float:
 
 
 def groups(model: Any, options: Any, texts: Texts) -> Iterator[list[Cell]]:
-    """Cells that share gates, which are attached while the group is in use; the last has selectors."""
+    """Cells that share gates, which are attached while the group is in use; the first has selectors."""
+    hf.attach(model, selector=Streaming(), min_context=0)
+    yield [
+        Cell(name, rule, selector, Setting(f"{name}, {rule}", selector=selector))
+        for (name, rule), selector in SELECTORS.items()
+    ]
+    if hf.is_attached(model):
+        hf.detach(model)
     own = default_gates(options.model) if not options.gates else None
     gates: dict[str, Any] = dict(pair.split("=", 1) for pair in options.gates or ())
     if own is not None:
@@ -139,13 +146,6 @@ def groups(model: Any, options: Any, texts: Texts) -> Iterator[list[Cell]]:
         if (budgets := state_of(model).budgets) is not None:
             rules |= {f"budget {d:g}": budgets.policy(d) for d in BUDGETS if d >= budgets.densities[0]}
         yield [Cell(name, rule, policy, Setting(f"{name}, {rule}", policy=policy)) for rule, policy in rules.items()]
-        hf.detach(model)
-    hf.attach(model, selector=Streaming(), min_context=0)
-    yield [
-        Cell(name, rule, selector, Setting(f"{name}, {rule}", selector=selector))
-        for (name, rule), selector in SELECTORS.items()
-    ]
-    if hf.is_attached(model):
         hf.detach(model)
 
 

@@ -20,8 +20,8 @@ from .distill.tiny import attached_llama, random_batches, tiny_llama
 BATCH, HEADS, ROWS = 2, 5, 9
 QUERIES = 5  # of a row
 PAIRS = (
-    "block", "far", "far_mass", "peaks", "high_peaks", "look_up", "look_up_rows", "highest", "needles",
-    "highest_needles",
+    "block", "far", "far_mass", "peaks", "high_peaks", "best_mass", "best", "look_up_mass", "look_up", "needles",
+    "needle_look_up",
 )  # fmt: skip
 
 
@@ -69,15 +69,14 @@ def by_loops(masses, peaks, selected, valid, head):
             add(name, sum(chosen[n] for n in high), len(high))
         best = max(far, key=lambda n: peak[n], default=None)
         if best is not None and peak[best] > LOOK_UP:
-            add("look_up", mass[best] * chosen[best], mass[best])
-            add("look_up_rows", chosen[best], 1)
-            few = mass[best] * QUERIES <= 2
-            if few:
-                add("needles", chosen[best], 1)
+            names = ["best"]
             if peak[best] == max(peak):
-                add("highest", chosen[best], 1)
-                if few:
-                    add("highest_needles", chosen[best], 1)
+                names.append("look_up")
+            for name in names:
+                add(f"{name}_mass", mass[best] * chosen[best], mass[best])
+                add(name, chosen[best], 1)
+                if mass[best] * QUERIES <= 2:
+                    add({"best": "needles", "look_up": "needle_look_up"}[name], chosen[best], 1)
     return found, rows
 
 
@@ -102,11 +101,11 @@ def test_every_number_by_its_definition(seed):
     worst = sorted(rows)[: math.ceil(0.1 * len(rows))]
     assert numbers["worst_rows"] == pytest.approx(sum(worst) / len(worst), abs=1e-3)
     assert numbers["worst_heads"] == pytest.approx(min(f["block"][0] / f["block"][1] for f in loops), rel=1e-5)
-    for name, ratio in {"look_up_heads": "look_up_rows", "highest_heads": "highest", "needle_heads": "needles"}.items():
+    for name, ratio in {"best_heads": "best", "look_up_heads": "look_up", "needle_heads": "needles"}.items():
         shares = [found[ratio][0] / found[ratio][1] for found in loops if found[ratio][1]]
         assert numbers[name] == pytest.approx(sum(shares) / len(shares))
-    busy = sorted(loops, key=lambda found: -found["look_up_rows"][1])
-    shares = [found["look_up_rows"][0] / found["look_up_rows"][1] for found in busy[:4]]
+    busy = sorted(loops, key=lambda found: -found["best"][1])
+    shares = [found["best"][0] / found["best"][1] for found in busy[:4]]
     assert numbers["busy_heads"] == pytest.approx(sum(shares) / 4)
     assert numbers["worst_busy_head"] == pytest.approx(min(shares))
 
@@ -119,7 +118,7 @@ def test_what_there_is_nothing_of_is_none():
     )
     numbers = measured.numbers()
     assert numbers["block"] > 0
-    for name in ("peaks", "look_up", "look_up_rows", "highest", "busy_heads", "worst_busy_head"):
+    for name in ("peaks", "best", "look_up", "needles", "best_heads", "busy_heads", "worst_busy_head"):
         assert numbers[name] is None
     assert measured.by_layer("look_up") == {3: None}
     assert Recall().numbers() == dict.fromkeys(RECALLS)

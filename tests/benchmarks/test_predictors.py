@@ -118,7 +118,7 @@ def test_a_whole_run(folder, tmp_path, capsys):
         assert 0 < cell["metrics"]["density"] <= 1
     by_name = {(cell["case"]["scores"], cell["case"]["rule"]): cell["numbers"] for cell in cells}
     drawn, true = by_name["random", "0.2"], by_name["true map", "top-k 0.1"]
-    assert drawn["books/look_up_rows"] < true["books/look_up_rows"]
+    assert drawn["books/best"] < true["books/best"]
 
     assert main(["--read", str(tmp_path / "predictors.json")]) == 0
     shown = capsys.readouterr()

@@ -18,7 +18,7 @@ __all__ = ["LOOK_UP", "PEAK", "RECALLS", "SHOWN", "Recall", "count_kept"]
 PEAK = 0.1
 """A far block is a peak of its row if some query gives one of its keys more than this probability."""
 LOOK_UP = 0.3
-"""A row looks something up if its highest peak is above this."""
+"""A row whose highest probability of all is above this and lies in a far block looks something up."""
 # A look-up by so many queries, or fewer, is a needle: what pooled queries lose first.
 _FEW = 2.0
 # Rows with less of their attention in far blocks have nothing there to keep.
@@ -26,12 +26,12 @@ _LEAST_FAR = 0.01
 
 # Shares that are sums over sums, of each head.
 _RATIOS = (
-    "block", "far", "far_mass", "peaks", "high_peaks", "look_up", "look_up_rows", "highest", "needles",
-    "highest_needles",
+    "block", "far", "far_mass", "peaks", "high_peaks", "best_mass", "best", "look_up_mass", "look_up", "needles",
+    "needle_look_up",
 )  # fmt: skip
-_ROWS = _RATIOS.index("look_up_rows")
+_BUSY = _RATIOS.index("best")
 # Numbers in which every head that has any counts the same, and what of.
-_BY_HEAD = {"look_up_heads": "look_up_rows", "highest_heads": "highest", "needle_heads": "needles"}
+_BY_HEAD = {"best_heads": "best", "look_up_heads": "look_up", "needle_heads": "needles"}
 # Rows by their block recall.
 _BINS = 1024
 # Share of the rows, or heads, that are the worst; and of the heads, those that look up most.
@@ -43,18 +43,19 @@ RECALLS = {
     "far_mass": "far recall by mass",
     "peaks": "peak recall",
     "high_peaks": "high-peak recall",
+    "best_mass": "recall of best far blocks by mass",
+    "best": "recall of best far blocks",
+    "look_up_mass": "look-up recall by mass",
     "look_up": "look-up recall",
-    "look_up_rows": "look-up recall by row",
-    "highest": "recall of highest blocks",
     "needles": "needle recall",
-    "highest_needles": "recall of highest needles",
+    "needle_look_up": "look-up recall of needles",
+    "best_heads": "recall of best far blocks by head",
     "look_up_heads": "look-up recall by head",
-    "highest_heads": "recall of highest blocks by head",
     "needle_heads": "needle recall by head",
     "worst_rows": "block recall of the worst rows",
     "worst_heads": "block recall of the worst heads",
-    "busy_heads": "look-up recall of busy heads",
-    "worst_busy_head": "look-up recall of the worst busy head",
+    "busy_heads": "recall of best far blocks of busy heads",
+    "worst_busy_head": "recall of best far blocks of the worst busy head",
 }
 """The numbers by name, and what people are told that they are; :meth:`Recall.numbers` says what each is."""
 
@@ -62,8 +63,8 @@ SHOWN = "look_up"
 """The one that is shown beside block recall."""
 
 SHOWN_SAYS = (
-    "where a row looks far back (a probability above 0.3 outside of the first block, its own and the one before), the "
-    "share of that attention whose block is selected"
+    "of the rows whose highest probability (above 0.3) lies far back, outside of the first block, their own and the "
+    "one before, the share in which that block is selected"
 )
 """What it says, for people."""
 
@@ -109,16 +110,17 @@ class Recall:
           ``far_mass``: over all rows, weighted by that attention.
         * ``peaks``, ``high_peaks``: share of the far blocks with a probability above :data:`PEAK`, above
           :data:`LOOK_UP`, that are chosen.
-        * ``look_up``: of rows whose highest far block is above :data:`LOOK_UP`, whether that block is chosen, weighted
-          by the attention mass in it; ``look_up_rows``: each such row counts the same; ``highest``: rows where no other
-          block, sink and local ones included, is higher.
-        * ``needles``, ``highest_needles``: ``look_up_rows`` and ``highest`` where the block gets as much attention as
-          two queries of the row have to give, or less.
-        * ``look_up_heads``, ``highest_heads``, ``needle_heads``: mean over the heads that have any of their own
-          ``look_up_rows``, ``highest`` and ``needles``.
+        * ``best``: of rows whose highest far block is above :data:`LOOK_UP`, in how many that block is chosen;
+          ``best_mass``: weighted by the attention mass in it.
+        * ``look_up``: the same of rows where no other block, sink and local ones included, is higher;
+          ``look_up_mass``: weighted by mass.
+        * ``needles``, ``needle_look_up``: ``best`` and ``look_up`` where the block gets as much attention as two
+          queries of the row have to give, or less.
+        * ``best_heads``, ``look_up_heads``, ``needle_heads``: mean over the heads that have any of their own ``best``,
+          ``look_up`` and ``needles``.
         * ``worst_rows``, ``worst_heads``: mean block recall of the worst tenth of all rows, of all heads.
-        * ``busy_heads``, ``worst_busy_head``: ``look_up_rows`` of the twentieth of the heads (at least four) that look
-          up most often, their mean and the least of them.
+        * ``busy_heads``, ``worst_busy_head``: ``best`` of the twentieth of the heads (at least four) that have most
+          such rows, their mean and the least of them.
         """
         if not self.heads:
             return dict.fromkeys(RECALLS)
@@ -134,10 +136,10 @@ class Recall:
             kept, whole = heads[:, _RATIOS.index(ratio)].unbind(-1)
             shares = (kept / whole)[whole > 0]
             found[name] = float(shares.mean()) if len(shares) else None
-        asked = heads[:, _ROWS, 1]
+        asked = heads[:, _BUSY, 1]
         busy = asked.argsort(descending=True, stable=True)[: max(4, math.ceil(_BUSIEST * len(heads)))]
         busy = busy[asked[busy] > 0]
-        shares = heads[busy, _ROWS, 0] / asked[busy]
+        shares = heads[busy, _BUSY, 0] / asked[busy]
         found["busy_heads"] = float(shares.mean()) if len(busy) else None
         found["worst_busy_head"] = float(shares.min()) if len(busy) else None
         return {name: found[name] for name in RECALLS}
@@ -192,11 +194,12 @@ def count_kept(
         sums.append(((high & selected).sum(-1), high.sum(-1)))
     best, place = peaks.masked_fill(~far, -1.0).max(-1, keepdim=True)
     mass, found = masses.gather(-1, place)[..., 0], selected.gather(-1, place)[..., 0]
-    looks = best[..., 0] > LOOK_UP
-    highest = looks & (best >= peaks.amax(-1, keepdim=True))[..., 0]
+    far_off = best[..., 0] > LOOK_UP
+    looks = far_off & (best >= peaks.amax(-1, keepdim=True))[..., 0]
     few = mass * queries <= _FEW
-    sums.append((mass * (looks & found), mass * looks))
-    sums += [(which & found, which) for which in (looks, highest, looks & few, highest & few)]
+    for which in (far_off, looks):
+        sums += [(mass * (which & found), mass * which), (which & found, which)]
+    sums += [(which & few & found, which & few) for which in (far_off, looks)]
     heads = torch.stack([torch.stack([part.double().sum((0, 2)) for part in pair], -1) for pair in sums], 1)
     bins = (recall[valid] * (_BINS - 1)).round().long()
     return heads, torch.bincount(bins, minlength=_BINS)
