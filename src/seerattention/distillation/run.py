@@ -266,7 +266,7 @@ class _Run:
             for layer, name in names.items()
         }
         joined = measured.joined(heads, self.processes.sum_, self.trainer.device)
-        recall = {names[layer]: share for layer, share in joined.by_layer().items() if share is not None}
+        recall = {names[layer]: share for layer, share in joined.block_recall().items()}
         if unread := [name for name in names.values() if name not in recall]:
             longest = max(batch["input_ids"].shape[1] for batch in self.eval_batches)
             raise ValueError(

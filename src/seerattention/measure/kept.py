@@ -91,6 +91,10 @@ class Recall:
         """Layer index -> float64 ``[2]``: attention mass inside the blocks, and how many rows of all heads it is of."""
         return {layer: sums[:, 0].sum(0) for layer, sums in sorted(self.heads.items())}
 
+    def block_recall(self) -> dict[int, float]:
+        """Block recall of each layer that has read a prompt."""
+        return {layer: share for layer, share in self.by_layer().items() if share is not None}
+
     def by_layer(self, name: str = "block") -> dict[int, float | None]:
         """One of the shares of all heads together, for each layer; None where a layer has nothing of the kind.
 

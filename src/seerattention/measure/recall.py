@@ -58,16 +58,13 @@ def block_recall(
             token by token.
         TypeError: a batch of the wrong type.
     """
-    sums = recall_sums(model, batches, policy, phase=phase)
-    if not sums:
+    found = measure_recall(model, batches, policy, phase=phase).block_recall()
+    if not found:
         raise ValueError(
             "no batch, or no layer with a gate that reads these as whole prompts, to measure block recall on; prompts "
             "must be longer than one token and not longer than the model's sliding window"
         )
-    device = next(iter(sums.values())).device
-    layers = sorted(sums)
-    host = torch.stack([sums[layer].to(device) for layer in layers]).tolist()
-    return {layer: mass / pairs for layer, (mass, pairs) in zip(layers, host, strict=True)}
+    return found
 
 
 def recall_sums(
