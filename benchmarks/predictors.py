@@ -194,7 +194,8 @@ def make_texts(model: Any, tokenizer: Any, options: Any) -> Texts:
     numbers = {
         "books": documents,
         "repeated": repeated(documents),
-        "tasks": torch.from_numpy(np.stack([ids[-least:] for ids in asked])),
+        # Cut behind the first token, which may be one that begins prompts, so that they still end with the question.
+        "tasks": torch.from_numpy(np.stack([np.r_[ids[:1], ids[len(ids) - least + 1 :]] for ids in asked])),
     }
     scored = samples(options.samples, 0)
     prompts = None if measure is None else measure.prepare(subject, options.length)
@@ -325,8 +326,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def permutation(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
     """Share of shuffles (and of the data themselves) whose correlation is as far from 0, in either direction."""
-    rng, found = np.random.default_rng(seed), abs(spearman(x, y))
-    as_far = sum(abs(spearman(x, rng.permutation(y))) >= found - 1e-12 for _ in range(RESAMPLES))
+    a, b = (values - values.mean() for values in (ranks(x), ranks(y)))
+    shuffled = np.random.default_rng(seed).permuted(np.tile(b, (RESAMPLES, 1)), axis=1)  # shuffled ranks are ranks
+    as_far = int((np.abs(shuffled @ a) >= abs(a @ b) - 1e-9).sum())
     return (as_far + 1) / (RESAMPLES + 1)
 
 
