@@ -87,6 +87,7 @@ class ModelBenchmark:
         cases: from options and lengths; the length is the first element of each.
         measure: the results of a case.
         table: of all results.
+        silent: write and show nothing: what the other processes of one run do.
     """
 
     name: str
@@ -96,10 +97,12 @@ class ModelBenchmark:
     cases: Callable[[argparse.Namespace, Sequence[int]], Sequence[tuple[Any, ...]]]
     measure: Callable[[str, Any, tuple[Any, ...], argparse.Namespace], Iterable[Result]]
     table: Callable[[Sequence[Result]], Table]
+    silent: bool = False
 
     def run(self, given: Sequence[str], options: argparse.Namespace, dtype: torch.dtype) -> int:
         """Run; returns the exit status: 1 where a check failed."""
         terminal, device = Terminal(), torch.device(resolve_device(options.device))
+        terminal.err.quiet = terminal.out.quiet = self.silent
         run = start_run(self.name, f"benchmarks.{self.name}", given, device, options.output, options.tiny)
         budget = Budget(options.budget, terminal)
         for name in ["tiny"] if options.tiny else options.model:
@@ -117,12 +120,14 @@ class ModelBenchmark:
             with terminal.progress(name, len(cases)) as advance:
                 for case in budget.of(cases, lambda case: f"{case[0]} tokens and more"):
                     for result in self.measure(name, model, case, options):
-                        run.add({**result, **found})
+                        if not self.silent:
+                            run.add({**result, **found})
                     advance(1)
             del model
             release(device)
-        terminal.table(self.table(run.results))
-        terminal.say(f"written to {run.path}")
+        if run.results:
+            terminal.table(self.table(run.results))
+            terminal.say(f"written to {run.path}")
         return 0
 
 
@@ -164,6 +169,11 @@ def speedup(result: Result) -> str:
 def gib(peak: float | None) -> str:
     """Bytes of memory, where they are known."""
     return "" if peak is None else f"{peak / 2**30:.1f}"
+
+
+def hours(result: Result) -> str:
+    """Hours for the 0.5 billion tokens on which the paper's gates were distilled (arXiv 2410.13276)."""
+    return f"{0.5e9 / result['metrics']['tokens_per_s'] / 3600:.1f}"
 
 
 def fits(result: Result) -> str:

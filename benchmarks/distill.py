@@ -2,13 +2,19 @@
 
     python -m benchmarks.distill --model llama-3.1-8b --lengths 8192 32768 65536 --rows 1.0 0.25
     python -m benchmarks.distill --model llama-3.1-8b --lengths 32768 --layers 4     # scaled to all layers
+    python -m benchmarks.distill --form sub_block_shared --lengths 16384 32768 --memory-limit 22.5   # a 24 GB card
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision no -m benchmarks.distill --lengths 32768
     python -m benchmarks.distill --device cpu --tiny                                 # a rehearsal, in seconds
 
 A step is what ``seer distill`` does with one prompt: a dense forward of the frozen model, and in every layer the pooled
 attention map of some query-block rows, the gate's forward and backward, at the end AdamW on float32 masters. It is
 timed beside the forward alone; the difference over the number of layers is what distilling one layer costs. With
 ``--layers N`` times are scaled as in ``benchmarks.e2e``, and memory by what each layer adds: weights, gates, masters,
-gradients and optimizer state, all counted, not estimated.
+gradients and optimizer state, all counted, not estimated. With ``--memory-limit`` no more than so many GiB of the GPU
+are had, and what does not fit them is said and left out.
+
+Under ``accelerate launch`` every process has a GPU, the whole model and prompts of its own, and gradients are averaged,
+as ``seer distill`` does; tokens a second are those of all, memory is that of each, and the forward is one process's.
 
 Before anything is timed, the losses of a step are compared with losses made from the reference implementation of the
 target on the same tensors.
@@ -20,13 +26,15 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 import seerattention as seer
+from seerattention.cli.common import Terminal, resolve_device
 from seerattention.distillation.losses import draw_rows, kl_sum
+from seerattention.distillation.processes import Processes
 from seerattention.distillation.trainer import Trainer
 from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.tables import Table
@@ -36,7 +44,7 @@ from seerattention.hf.prompts import run_prompt
 from seerattention.ops.indices import num_blocks
 from seerattention.ops.pooled_attention import pooled_attention
 
-from .command import PROMPT, ModelBenchmark, case_of, fits, gib, make_table, metric, model_parser
+from .command import PROMPT, ModelBenchmark, case_of, fits, gib, hours, make_table, metric, model_parser
 from .models import num_layers, random_tokens, without_layers
 from .results import own_arguments
 
@@ -56,33 +64,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     given = list(own_arguments() if arguments is None else arguments)
     options = _parse(given)
+    processes = Processes.join(cpu=options.device == "cpu")
+    if processes.world_size > 1:
+        if options.budget:
+            raise ValueError("--budget ends a run by each process's own clock; leave it out with several processes")
+        if options.device != "cpu":
+            options.device = f"cuda:{processes.local_rank}"
+    if options.memory_limit:
+        limit_memory(options.memory_limit, torch.device(resolve_device(options.device)))
     benchmark = ModelBenchmark(
         name="distill",
         lengths=[8192, 32768, 65536],
         prepare=lambda model: seer.attach(model, seer.GateConfig(prefill=FORMS[options.form])),
         check=lambda model, name, length: _checked(check_losses(model, random_tokens(name, length))),
         cases=lambda options, lengths: [(length, rows) for length in lengths for rows in options.rows],
-        measure=lambda name, model, case, options: [measure(name, model, *case, options.repeats, options.form)],
+        measure=lambda name, model, case, options: measure_if_it_fits(name, model, case, options, processes),
         table=_table,
+        silent=not processes.is_main,
     )
-    return benchmark.run(given, options, torch.float32 if options.tiny else getattr(torch, options.dtype))
+    status = benchmark.run(given, options, torch.float32 if options.tiny else getattr(torch, options.dtype))
+    processes.finish()
+    return status
+
+
+def limit_memory(gib: float, device: torch.device) -> None:
+    """Let this process have so much of the GPU's memory, as if it were a smaller one.
+
+    Raises:
+        ValueError: no GPU, or one that has less.
+    """
+    if device.type != "cuda":
+        raise ValueError("--memory-limit is of a GPU's memory; leave it out on other devices")
+    whole = torch.cuda.get_device_properties(device).total_memory
+    if gib * 2**30 > whole:
+        raise ValueError(f"--memory-limit {gib:g}: this GPU has {whole / 2**30:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole, device)
+
+
+def measure_if_it_fits(
+    name: str, model: Any, case: tuple[Any, ...], options: argparse.Namespace, processes: Processes
+) -> Iterator[dict[str, Any]]:
+    """The result of a case, or none and a word where its memory does not suffice."""
+    try:
+        yield measure(name, model, case, options, processes)
+    except torch.OutOfMemoryError:
+        length, rows = case
+        Terminal().say(f"{name}, {length} tokens, rows {rows:g}: does not fit the memory, left out")
+        torch.cuda.empty_cache()
 
 
 def _checked(loss_error: float) -> tuple[dict[str, Any], str]:
     return {"loss_error": loss_error}, f"losses agree with the reference to {loss_error:.1e}"
 
 
-def measure(name: str, model: Any, length: int, rows: float, repeats: int, form: str) -> dict[str, Any]:
-    """Time steps and forwards in turns; the first of each is a warm-up."""
+def measure(
+    name: str, model: Any, asked: tuple[Any, ...], options: argparse.Namespace, processes: Processes
+) -> dict[str, Any]:
+    """Time steps and forwards in turns; the first of each is a warm-up. All processes begin a step together."""
+    (length, rows), repeats, size = asked, options.repeats, options.batch_size
     device = model.device
-    batch = {"input_ids": random_tokens(name, length).to(device)}
-    trainer = Trainer(model, _config(rows))
+    prompts = random_tokens(name, length, size * processes.world_size)
+    batch = {"input_ids": prompts[processes.rank :: processes.world_size].to(device)}
+    trainer = Trainer(model, _config(rows), processes=processes)
+    trainer.broadcast()
     step_seconds, forward_seconds, peak = [], [], None
     for repeat in range(repeats + 1):
         with torch.no_grad(), dense(model):
             forward = _seconds(lambda: run_prompt(model, batch), device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        processes.wait()
         step = _seconds(lambda: trainer.train_step([batch]), device)
         if repeat:
             step_seconds.append(step)
@@ -95,7 +146,7 @@ def measure(name: str, model: Any, length: int, rows: float, repeats: int, form:
     step, forward = statistics.median(step_seconds), statistics.median(forward_seconds)
     whole_step = fixed + max(0.0, step - fixed) * whole / layers
     metrics: dict[str, Any] = {
-        "tokens_per_s": length / whole_step,
+        "tokens_per_s": size * processes.world_size * length / whole_step,
         "step_s": whole_step,
         "layer_extra_s": (step - forward) / layers,
         "step_over_forward": step / forward,
@@ -107,10 +158,13 @@ def measure(name: str, model: Any, length: int, rows: float, repeats: int, form:
         "model": name,
         "length": length,
         "rows": rows,
-        "form": form,
+        "form": options.form,
         "layers": layers,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    # Not in the cases of one prompt on one GPU, which earlier runs have measured.
+    case |= {"gpus": processes.world_size} if processes.world_size > 1 else {}
+    case |= {"batch_size": size} if size > 1 else {}
     return {
         "case": case,
         "metrics": metrics,
@@ -172,6 +226,8 @@ def _seconds(function: Any, device: torch.device) -> float:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.distill", __doc__, check_length=2048)
     parser.add_argument("--form", choices=list(FORMS), default="paper", help="form of the gates")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts a step, of each process")
+    parser.add_argument("--memory-limit", type=float, help="GiB of the GPU that may be used: 22.5 for a 24 GB card")
     parser.add_argument("--rows", type=float, nargs="+", default=[1.0, 0.25], help="share of the query-block rows")
     return parser.parse_args(arguments)
 
@@ -181,14 +237,16 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
         *PROMPT,
         ("rows", case_of("rows", "g")),
         ("gates", lambda result: result["case"].get("form", "paper")),
+        ("GPUs x prompts", lambda r: f"{r['case'].get('gpus', 1)} x {r['case'].get('batch_size', 1)}"),
         ("step s", metric("step_s", ".3g")),
         ("tokens/s", metric("tokens_per_s", ".0f")),
+        ("hours for 0.5 B", hours),
         ("step / forward", metric("step_over_forward", ".2f")),
         ("extra ms a layer", metric("layer_extra_s", ".3g", 1e3)),
         ("peak GiB", lambda result: gib(result["metrics"].get("peak_bytes"))),
         ("fits 24 GB", fits),
     ]
-    return make_table(results, columns, "One step with one prompt, scaled to all layers.")
+    return make_table(results, columns, "One step, scaled to all layers; memory of each GPU.")
 
 
 if __name__ == "__main__":

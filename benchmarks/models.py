@@ -158,10 +158,10 @@ def num_layers(name: str) -> int:
     return int(MODELS[name].entries["num_hidden_layers"])
 
 
-def random_tokens(name: str, length: int) -> torch.Tensor:
-    """A prompt ``[1, length]`` of random tokens."""
+def random_tokens(name: str, length: int, count: int = 1) -> torch.Tensor:
+    """Prompts ``[count, length]`` of random tokens."""
     vocabulary = int(MODELS[name].entries["vocab_size"])
-    return torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 @contextmanager

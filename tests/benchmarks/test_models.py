@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import benchmarks.distill
 import benchmarks.e2e
@@ -14,6 +16,8 @@ from benchmarks.models import MODELS, build_model, num_layers, random_tokens, wi
 import seerattention.hf.attention
 from seerattention.evaluate.kernels import WrongResultError
 from seerattention.evaluate.timing import prefill_seconds
+
+from ..distill.test_processes import launch
 
 TINY = ["--device", "cpu", "--tiny", "--lengths", "256", "--repeats", "1"]
 
@@ -93,6 +97,38 @@ def test_distill(tmp_path, form):
         assert result["metrics"]["tokens_per_s"] == pytest.approx(256 / result["metrics"]["step_s"])
         assert result["loss_error"] < 1e-3
         assert result["measured_peak_bytes"] is None
+
+
+def test_distill_with_two_processes(tmp_path):
+    """Each has prompts of its own, and one writes."""
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    options = [*TINY, "--layers", "2", "--rows", "0.25", "--batch-size", "2", "--output", str(tmp_path)]
+    said = launch("-m", "benchmarks.distill", *options, env={"PYTHONPATH": paths})
+    (result,) = results_of(tmp_path, "distill")
+    assert (result["case"]["gpus"], result["case"]["batch_size"]) == (2, 2)
+    assert result["metrics"]["tokens_per_s"] == pytest.approx(4 * 256 / result["metrics"]["step_s"])
+    assert said.count("losses agree with the reference") == 1
+    assert said.count("hours for 0.5 B") == 1
+
+
+def test_memory_limits_are_of_gpus(tmp_path):
+    with pytest.raises(ValueError, match="--memory-limit is of a GPU's memory"):
+        benchmarks.distill.main([*TINY, "--memory-limit", "22.5", "--output", str(tmp_path)])
+
+
+def test_what_does_not_fit_is_said_and_left_out(tmp_path, monkeypatch, capsys):
+    right = benchmarks.distill.measure
+
+    def short_of_memory(name, model, asked, *others):
+        if asked[1] == 1:
+            raise torch.OutOfMemoryError("no more")
+        return right(name, model, asked, *others)
+
+    monkeypatch.setattr(benchmarks.distill, "measure", short_of_memory)
+    assert benchmarks.distill.main([*TINY, "--layers", "2", "--output", str(tmp_path)]) == 0
+    (quarter,) = results_of(tmp_path, "distill")
+    assert quarter["case"]["rows"] == 0.25
+    assert "tiny, 256 tokens, rows 1: does not fit" in capsys.readouterr().err
 
 
 def test_distill_times_no_wrong_target(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 import seerattention as seer
 from seerattention.cli.demo_job import STORED, DemoPlan, _affordable_steps, _policy
 from seerattention.gates.sources import stored_budgets
+from seerattention.measure.kept import RECALLS, SHOWN
 
 from ..evaluate.tiny import make_model
 
@@ -31,11 +32,13 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     for kind in ("before", "after", "committed", "oracle"):
         assert all(0 < recall < 1 for recall in distillation[f"recall_{kind}"])
     assert distillation["recall_before"] != distillation["recall_after"]
+    assert {name: len(values) for name, values in distillation["numbers"].items()} == dict.fromkeys(RECALLS, 2)
+    assert set(distillation[SHOWN]) == {"committed", "oracle"}
     # What was distilled is there to be used.
     model = make_model(seer.testbed.load()[0].config.vocab_size)
     seer.attach(model, tmp_path / "report" / "fresh-gates")
     page = (tmp_path / "report" / "index.html").read_text()
-    for text in (*names, "smoke test", "Block recall", "git commit"):
+    for text in (*names, "smoke test", "Block recall", RECALLS[SHOWN], "git commit"):
         assert text in page
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == data
     # Progress and tables went to stderr.

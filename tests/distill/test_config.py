@@ -90,6 +90,10 @@ def test_layers_that_do_not_learn_are_named():
     assert "recall" in found["layers.2"]
     assert history.mean_recall() == pytest.approx((0.9 + 0.6 + 0.4) / 3)
     assert history.loss[0] == 1.0
+    assert history.latest_numbers() == {}
+    history.add_recall(50, {"layers.0": 0.9, "layers.1": 0.6, "layers.2": 0.4}, {"look_up": 0.5, "far": None})
+    assert history.numbers == {"look_up": [None, None, 0.5], "far": [None, None, None]}  # one for each of recall_steps
+    assert history.latest_numbers() == {"look_up": 0.5, "far": None}
     assert DistillHistory.from_dict(json.loads(json.dumps(history.to_dict()))) == history
 
 

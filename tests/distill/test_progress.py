@@ -9,6 +9,7 @@ from rich.console import Console
 
 from seerattention.distillation import StepReport
 from seerattention.distillation.progress import distill_progress
+from seerattention.measure.kept import SHOWN
 
 
 def _show(terminal: bool, total: int | None) -> str:
@@ -19,6 +20,17 @@ def _show(terminal: bool, total: int | None) -> str:
         for step in range(1, 41):
             on_step(StepReport(step, total, 1.0 / step, 0.5, 12_345.0))
     return file.getvalue()
+
+
+def test_the_number_that_tells_more_stands_beside_block_recall():
+    file = io.StringIO()
+    with distill_progress(Console(file=file, width=160), "training") as on_step:
+        on_step(StepReport(0, 2, None, 0.25, 0.0, {SHOWN: 0.125, "far": 0.75}))
+        on_step(StepReport(2, 2, 0.5, 0.25, 0.0, {SHOWN: None, "far": 0.75}))
+    first, last = file.getvalue().splitlines()
+    assert first == "training: step 0/2 block recall 0.250, look-up recall 0.125"
+    assert "look-up" not in last  # a text in which nothing is looked up
+    assert "0.75" not in first + last
 
 
 @pytest.mark.parametrize("total", [40, None])

@@ -254,7 +254,7 @@ def interrupt_at(place, number, monkeypatch):
 
         monkeypatch.setattr(run.Trainer, name, patched)
     if place == "recall":
-        measured, recalls = [], run.recall_sums
+        measured, recalls = [], run.measure_recall
 
         def recall(*args, **options):
             measured.append(True)
@@ -262,7 +262,7 @@ def interrupt_at(place, number, monkeypatch):
                 fire()
             return recalls(*args, **options)
 
-        monkeypatch.setattr(run, "recall_sums", recall)
+        monkeypatch.setattr(run, "measure_recall", recall)
     if place == "save":
         options["save_every"] = 3
 

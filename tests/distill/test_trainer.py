@@ -17,7 +17,7 @@ from seerattention.distillation.trainer import Trainer
 from seerattention.evaluate.maps import inspect_attention
 from seerattention.files import temporary_files
 from seerattention.hf import attach, dense, observe
-from seerattention.measure import block_recall, calibrate
+from seerattention.measure import block_recall, calibrate, measure_recall
 from seerattention.ops import pooled_attention
 from seerattention.policies import Dense, TopK
 
@@ -61,6 +61,11 @@ def test_learns_and_leaves_the_base_model_alone(dtype):
     # The last recall belongs to the gates that the model now carries.
     expected = block_recall(model, held_out, TopK(0.3))
     assert history.recall["layers.1"][-1] == pytest.approx(expected[1], rel=1e-5)
+    numbers = {k: v for k, v in measure_recall(model, held_out, TopK(0.3)).numbers().items() if v is not None}
+    latest = {name: values[-1] for name, values in history.numbers.items() if values[-1] is not None}
+    assert latest == pytest.approx(numbers, rel=1e-5, abs=1e-3)
+    assert all(len(values) == 3 for values in history.numbers.values())
+    assert history.numbers["peaks"][-1] > history.numbers["peaks"][0]
 
 
 def test_first_loss_is_the_kl_of_the_gates_as_they_came():

@@ -26,7 +26,8 @@ from ..evaluate.retrieval import RetrievalResult, evaluate_retrieval, make_sampl
 from ..evaluate.settings import Setting
 from ..evaluate.timing import TimingResult, time_prefill
 from ..gates.sources import stored_budgets
-from ..measure import block_recall
+from ..measure import Recall, measure_recall
+from ..measure.kept import SHOWN
 from ..policies import Budgets, Policy, TopK, TopP
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
@@ -147,6 +148,7 @@ class DemoResult:
         inspection: block recall of all heads in that prompt.
         rounds: how many rounds of evaluation the time allowed.
         seconds: of each stage.
+        shown: the number that is shown beside block recall, of "committed" gates and the "oracle".
     """
 
     history: DistillHistory
@@ -159,6 +161,7 @@ class DemoResult:
     inspection: Inspection
     rounds: int
     seconds: dict[str, float] = field(default_factory=dict)
+    shown: dict[str, float | None] = field(default_factory=dict)
 
     def fresh_recall(self) -> tuple[list[float], list[float]]:
         """Block recall of the fresh gates by layer, before and after distillation."""
@@ -207,16 +210,16 @@ def run_demo(
     fresh, untrained = folder / "fresh-gates", folder / "untrained-gates"
     batches = _training_batches(tokenizer, books.train, plan, seed)
     history = _distil_fresh_gates(model, batches, held_out, plan, untrained, fresh, seed, progress)
-    committed_recall: dict[int, float] = {}
+    committed = Recall()
     if gates is not None:
         hf.attach(model, gates, min_context=0)
         try:
-            committed_recall = block_recall(model, held_out, TopK(RECALL_DENSITY))
+            committed = measure_recall(model, held_out, TopK(RECALL_DENSITY))
         finally:
             hf.detach(model)
     hf.attach(model, selector=Oracle(TopK(RECALL_DENSITY)), min_context=0)
     try:
-        oracle_recall = block_recall(model, held_out)
+        oracle = measure_recall(model, held_out)
     finally:
         hf.detach(model)
     clock.lap("distillation")
@@ -257,7 +260,17 @@ def run_demo(
     rounds = int(next(iter(retrieval[0].correct.values())).shape[0])
     far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
     return DemoResult(
-        history, committed_recall, oracle_recall, timing, retrieval, perplexity, far, inspection, rounds, clock.laps
+        history,
+        committed.block_recall(),
+        oracle.block_recall(),
+        timing,
+        retrieval,
+        perplexity,
+        far,
+        inspection,
+        rounds,
+        clock.laps,
+        {"committed": committed.numbers()[SHOWN], "oracle": oracle.numbers()[SHOWN]},
     )
 
 

@@ -11,6 +11,7 @@ from ..evaluate.maps import draw_maps, draw_recall
 from ..evaluate.report import Report
 from ..evaluate.retrieval import retrieval_table
 from ..evaluate.tables import Table, format_density, format_length, format_percent, with_error
+from ..measure.kept import RECALLS, SHOWN, SHOWN_SAYS
 from .demo import NO_COMMITTED
 from .demo_job import RECALL_DENSITY, DemoPlan, DemoResult
 
@@ -60,14 +61,21 @@ def recall_table(result: DemoResult) -> Table:
     if result.committed_recall:
         recall["committed gates"] = list(result.committed_recall.values())
     recall["true block maxima (oracle)"] = list(result.oracle_recall.values())
-    rows = [[name, _mean(values), f"{min(values):.3f}"] for name, values in recall.items()]
+    history = result.history.numbers.get(SHOWN) or [None]
+    shown = [history[0], history[-1], *([result.shown.get("committed")] if result.committed_recall else [])]
+    shown.append(result.shown.get("oracle"))
+    rows = [
+        [name, _mean(values), f"{min(values):.3f}", "-" if number is None else f"{number:.3f}"]
+        for (name, values), number in zip(recall.items(), shown, strict=True)
+    ]
     caption = (
         f"Block recall at density {RECALL_DENSITY:g}: share of the true attention mass inside the selected blocks, on "
         "held-out text, half of it a retrieval task. Gates learn to predict the block maxima that the oracle knows: it "
         "shows what can be reached, not 1 (a maximum is not a sum, so it may be passed a little). Most of the mass is "
-        "in the first block and in neighbours, which untrained gates find, too: what they learn shows in retrieval."
+        "in the first block and in neighbours, which untrained gates find, too: what they learn shows in retrieval. "
+        f"{RECALLS[SHOWN].capitalize()}: {SHOWN_SAYS}."
     )
-    return Table(["gates", "mean recall", "worst layer"], rows, caption)
+    return Table(["gates", "mean recall", "worst layer", RECALLS[SHOWN]], rows, caption)
 
 
 def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any]:
@@ -90,6 +98,8 @@ def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any
             "recall_after": after,
             "recall_committed": list(result.committed_recall.values()),
             "recall_oracle": list(result.oracle_recall.values()),
+            "numbers": result.history.numbers,
+            SHOWN: result.shown,
         },
         "timing": [item.to_dict() for item in result.timing],
         "retrieval": [item.to_dict() for item in result.retrieval],

@@ -350,6 +350,7 @@ def _write_results(
     from ..evaluate.figures import learning_curves
     from ..evaluate.tables import Table
     from ..files import replacing, write_file
+    from ..measure.kept import RECALLS, SHOWN, SHOWN_SAYS
 
     hf.save_gates(model, output)
     result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}
@@ -375,6 +376,9 @@ def _write_results(
     shown = headers if history.not_learning else headers[:-1]
     caption = f"block recall: share of the attention mass inside the selected blocks at density {config.eval_density:g}"
     terminal.table(Table(shown, [row[: len(shown)] for row in rows], caption if history.recall else ""))
+    values = history.numbers.get(SHOWN)
+    if values and values[0] is not None and values[-1] is not None:
+        terminal.say(f"{RECALLS[SHOWN]} {values[0]:.3f} -> {values[-1]:.3f}: {SHOWN_SAYS}")
     terminal.say(
         f"{len(history.loss)} steps, {history.tokens:,} tokens, {history.seconds:.0f} s "
         f"({history.tokens / max(history.seconds, 1e-9):,.0f} tokens/s). Gates, history and curves are in {output}"

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class DistillHistory:
-    """Losses and block recall of a run.
+    """Losses and block recall of a run, and other numbers of what its gates keep.
 
     Attributes:
         loss: one float per step, the mean over the layers of the losses that the step's gradient came from; the first
@@ -19,6 +19,8 @@ class DistillHistory:
         recall: block recall of each layer, by its name, at ``recall_steps``; empty without ``eval_batches``.
         recall_steps: number of updates done when recall was measured; the first is 0 (the gates as they came).
         recall_density: density at which recall was measured.
+        numbers: each of :data:`seerattention.measure.RECALLS` over all layers, at ``recall_steps``; None where there
+            was nothing of the kind, or where an earlier version did not count it.
         learning_rate: of each step.
         tokens: prompt tokens read so far, all processes together.
         seconds: time spent in training steps and evaluation, all parts of an interrupted run together.
@@ -32,6 +34,7 @@ class DistillHistory:
     recall: dict[str, list[float]] = field(default_factory=dict)
     recall_steps: list[int] = field(default_factory=list)
     recall_density: float | None = None
+    numbers: dict[str, list[float | None]] = field(default_factory=dict)
     learning_rate: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
@@ -49,9 +52,13 @@ class DistillHistory:
         self.learning_rate.append(learning_rate)
         self.tokens += tokens
 
-    def add_recall(self, step: int, recall: Mapping[str, float]) -> None:
+    def add_recall(
+        self, step: int, recall: Mapping[str, float], numbers: Mapping[str, float | None] | None = None
+    ) -> None:
         for layer, value in recall.items():
             self.recall.setdefault(layer, []).append(value)
+        for name, number in (numbers or {}).items():
+            self.numbers.setdefault(name, [None] * len(self.recall_steps)).append(number)
         self.recall_steps.append(step)
 
     def mean_recall(self) -> float | None:
@@ -59,6 +66,10 @@ class DistillHistory:
         if not self.recall:
             return None
         return sum(values[-1] for values in self.recall.values()) / len(self.recall)
+
+    def latest_numbers(self) -> dict[str, float | None]:
+        """The latest of :attr:`numbers`; empty where they were never measured."""
+        return {name: values[-1] for name, values in self.numbers.items()}
 
     def find_not_learning(self, min_improvement: float, warmup: int) -> dict[str, str]:
         """Fill :attr:`not_learning`: layers without any gradient, whose loss hardly fell, or whose block recall is not

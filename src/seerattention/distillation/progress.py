@@ -1,4 +1,4 @@
-"""A progress line for distillation: loss, block recall, tokens per second, time left."""
+"""A progress line for distillation: loss, block recall, the number that tells more, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..measure.kept import RECALLS, SHOWN
 from .run import StepReport
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def _figures(report: StepReport, rate: float) -> str:
         parts.append(f"loss {report.loss:.4f}")
     if report.recall is not None:
         parts.append(f"block recall {report.recall:.3f}")
+    if (shown := report.numbers.get(SHOWN)) is not None:
+        parts.append(f"{RECALLS[SHOWN]} {shown:.3f}")
     if rate:
         parts.append(f"{rate / 1000:.1f}K tokens/s" if rate >= 1000 else f"{rate:.0f} tokens/s")
     return ", ".join(parts)

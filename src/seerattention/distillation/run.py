@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from torch import nn
 
 from ..gates.geometry import fingerprint
 from ..hf.architectures import find_decoder
+from ..hf.phases import PREFILL
 from ..hf.prompts import check_batch, input_device
 from ..hf.state import state_of
-from ..measure.recall import recall_sums
+from ..measure.recall import measure_recall
 from ..policies import TopK
 from .batches import Batch, BatchWalk
 from .config import DistillConfig
@@ -49,6 +50,8 @@ class StepReport:
         loss: mean over the layers, measured before the latest update; None before the first.
         recall: mean block recall of the latest measurement; None: not measured.
         tokens_per_second: of this step, all processes together.
+        numbers: what else the latest measurement found, by its name in :data:`seerattention.measure.RECALLS`; empty
+            where nothing was measured.
     """
 
     step: int
@@ -56,6 +59,7 @@ class StepReport:
     loss: float | None
     recall: float | None
     tokens_per_second: float
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def distill(
@@ -85,8 +89,9 @@ def distill(
         batches: iterable of ``{"input_ids": int64 [B, T]}``, optionally with ``"attention_mask"`` ``[B, T]`` and what
             else the model's forward takes; see :func:`~seerattention.hf.prompts.check_batch`.
         config: see :class:`DistillConfig`; None: the defaults.
-        eval_batches: held-out batches, the same in all processes, on which block recall is measured before, after and
-            every ``config.eval_every`` steps.
+        eval_batches: held-out batches, the same in all processes, on which block recall (and what else
+            :func:`seerattention.measure.measure_recall` counts) is measured before, after and every
+            ``config.eval_every`` steps.
         on_step: called in every process with a :class:`StepReport`.
         state_path: file that holds the state of the run, the same for all processes. If it exists, the run continues
             from it, exactly as if it had never stopped: pass the same model, gates, batches and config. Digests of the
@@ -254,32 +259,32 @@ class _Run:
             return
         self.trainer.write_back()
         mine = self.eval_batches[self.processes.rank :: self.processes.world_size]
-        sums = recall_sums(self.trainer.model, mine, TopK(self.config.eval_density), phase=self.config.phase)
-        # In float32, as not every device adds up float64; a process without a batch of its own adds zeros.
-        device = self.trainer.device
-        table = torch.zeros(len(self.trainer.names), 2, dtype=torch.float32, device=device)
-        for slot, layer in enumerate(self.trainer.names):
-            if layer in sums:
-                table[slot] = sums[layer].to(device, torch.float32)
-        host = self.processes.sum_(table).tolist()
-        names = self.trainer.names.values()
-        unread = [name for name, (_, pairs) in zip(names, host, strict=True) if not pairs]
-        if unread:
+        phase, names, gates = self.config.phase, self.trainer.names, self.trainer.gates
+        measured = measure_recall(self.trainer.model, mine, TopK(self.config.eval_density), phase=phase)
+        heads = {
+            layer: gates[name].num_heads if phase == PREFILL else gates[name].num_kv_heads
+            for layer, name in names.items()
+        }
+        joined = measured.joined(heads, self.processes.sum_, self.trainer.device)
+        recall = {names[layer]: share for layer, share in joined.block_recall().items()}
+        if unread := [name for name in names.values() if name not in recall]:
             longest = max(batch["input_ids"].shape[1] for batch in self.eval_batches)
             raise ValueError(
                 f"block recall cannot be measured on these eval_batches: {', '.join(unread)} read none of them as "
                 f"whole prompts. They are up to {longest} tokens long; they must be longer than one token and not "
                 "longer than the model's sliding window"
             )
-        recall = {name: mass / pairs for name, (mass, pairs) in zip(names, host, strict=True)}
         with self.interrupts.held():
-            self.history.add_recall(step, recall)
+            self.history.add_recall(step, recall, joined.numbers())
 
     def _report(self, tokens_per_second: float) -> None:
         if self.on_step is not None:
             loss = self.history.loss[-1] if self.history.loss else None
             step, total = self.trainer.step, self.trainer.total_steps
-            self.on_step(StepReport(step, total, loss, self.history.mean_recall(), tokens_per_second))
+            history = self.history
+            self.on_step(
+                StepReport(step, total, loss, history.mean_recall(), tokens_per_second, history.latest_numbers())
+            )
 
     def _warn_of_equal_shares(self, batches: Sequence[Batch]) -> None:
         """Every process training on the same text is the classical mistake, and silently wastes all but one."""

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..measure.kept import RECALLS, SHOWN
+
 __all__ = ["COLORS", "bar_figure", "learning_curves", "line_figure", "new_figure", "over_density"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -122,7 +124,10 @@ def _label(axis: Axes, x_label: str, y_label: str) -> None:
 
 
 def learning_curves(history: Any) -> Figure:
-    """Loss of each layer and their mean, and block recall where it was measured, of a ``DistillHistory``."""
+    """Loss of each layer and their mean, and block recall where it was measured, of a ``DistillHistory``.
+
+    A thick line among the layers' block recall is the number that is shown beside it, of all layers together.
+    """
     figure, axes = new_figure(width=9.6, columns=2 if history.recall else 1)
     for losses in history.loss_per_layer.values():
         axes[0].plot(range(1, len(losses) + 1), losses, color=COLORS[5], linewidth=0.7, alpha=0.6)
@@ -134,6 +139,9 @@ def learning_curves(history: Any) -> Figure:
     if history.recall:
         for layer, values in history.recall.items():
             axes[1].plot(history.recall_steps, values, marker="o", markersize=3, linewidth=1.2, label=layer)
+        shown = getattr(history, "numbers", {}).get(SHOWN)  # histories of earlier versions have none
+        if shown and None not in shown:
+            axes[1].plot(history.recall_steps, shown, color=COLORS[0], linewidth=2.4, label=f"{RECALLS[SHOWN]}, all")
         axes[1].set(xlabel="step", ylabel=f"block recall at density {history.recall_density:g}")
         if len(history.recall) <= 12:
             axes[1].legend(frameon=False, fontsize=7, ncols=2)

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from .calibrate import calibrate
+from .kept import RECALLS, Recall
 from .memory import CacheMemory, cache_memory
-from .recall import block_recall, recall_sums
+from .recall import block_recall, compare_recall, measure_recall, recall_sums
 from .stats import Statistics, record
 
-__all__ = ["CacheMemory", "Statistics", "block_recall", "cache_memory", "calibrate", "recall_sums", "record"]
+__all__ = [
+    "RECALLS",
+    "CacheMemory",
+    "Recall",
+    "Statistics",
+    "block_recall",
+    "cache_memory",
+    "calibrate",
+    "compare_recall",
+    "measure_recall",
+    "recall_sums",
+    "record",
+]
