@@ -118,6 +118,18 @@ class Selector(ABC):
             BlockIndices on the device of q, with one list per query head, or one per KV head.
         """
 
+    @property
+    def attention(self) -> str:
+        """What tables say of a selector whose choice is read by another attention than that of all others, see
+        :meth:`attend`; empty: it is the same."""
+        return ""
+
+    def attend(self, inputs: LayerInputs, blocks: BlockIndices) -> Tensor | None:
+        """Attention of the layer, ``[B, Hq, Tq, D]`` like q, for methods that are more than lists of blocks, which say
+        so by :attr:`attention`. ``blocks`` is what :meth:`select` chose, but rows of a padded batch that are to be
+        dense hold everything. None: the block-sparse attention of all others."""
+        return None
+
     def scores(self, inputs: LayerInputs) -> Tensor | None:
         """What a policy would choose from, float32 logits ``[B, Hq or 1, R, N]``; undefined behind the diagonal. None
         where it has no scores. For pictures: :meth:`select` need not ask it."""

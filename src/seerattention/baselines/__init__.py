@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..selectors import Selector
 from .flashprefill import FlashPrefill
+from .flashprefill_v2 import FlashPrefillV2
 from .flexprefill import FlexPrefill
 from .mean_pool import MeanPool
 from .minference import MInference
@@ -21,6 +22,7 @@ from .xattention import XAttention
 
 __all__ = [
     "FlashPrefill",
+    "FlashPrefillV2",
     "FlexPrefill",
     "MInference",
     "MeanPool",

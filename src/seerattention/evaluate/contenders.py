@@ -79,6 +79,7 @@ KNOBS: dict[str, Knob] = {
     "flexprefill": Knob("gamma", 0.0, 1.0),
     "minference": Knob("multiplier", 1e-3, 1e3, log=True),
     "flashprefill": Knob("alpha", 1.0, 1e-9, log=True),
+    "flashprefill_v2": Knob("alpha", 1.0, 1e-9, log=True),
     "oracle_cover": Knob("p", 0.0, 1.0),
     "top_k": Knob("density", 1e-3, 1.0, log=True),
     "top_p": Knob("p", 1e-4, 1.0),
@@ -91,6 +92,7 @@ KNOBS: dict[str, Knob] = {
 _CONCESSIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "relative_threshold": ({"min_blocks": 2, "dense_rows": 4}, {"min_blocks": 1, "dense_rows": 0}),
     "flashprefill": ({"sink_blocks": 1, "window_blocks": 1},),
+    "flashprefill_v2": ({"sink_blocks": 1, "window_blocks": 1},),
     "flexprefill": ({"min_budget": 1},),
 }
 # In sweeps from the beginning: what is absolute in a publication and would fill a prompt of a few thousand tokens.
@@ -100,8 +102,12 @@ _ADAPTED: dict[str, Mapping[str, Any]] = {"flexprefill": {"min_budget": 128}}
 def _published(selector: Selector) -> Selector | None:
     """The selector with what its publication keeps besides; None where that is nothing."""
     size = getattr(selector, "block_size", 64)
-    if selector.kind == "flashprefill":  # two, two and four blocks of 128
+    if selector.kind in ("flashprefill", "flashprefill_v2"):
+        # Two, two and four blocks of 128. The second version: the eight last row tiles of its recipe, which are 256
+        # tokens where four heads share a KV head, and four layers.
         extras = {"last_blocks_dense": 256 // size, "sink_blocks": 256 // size, "window_blocks": 512 // size}
+        if selector.kind == "flashprefill_v2":
+            extras["first_layers_dense"] = 4
         return dataclasses.replace(selector, **extras)  # type: ignore[type-var]
     if isinstance(selector, GateSelector):
         return GateSelector(dataclasses.replace(selector.policy, last_blocks_dense=2))  # type: ignore[type-var]

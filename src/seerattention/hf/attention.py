@@ -233,8 +233,11 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     if blocks is None:
         return result
     assert inputs is not None
+    assert selector is not None
     forward.sparse = True
-    out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale))
+    out = selector.attend(inputs, blocks)
+    if out is None:
+        out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale))
     if padding is not None:
         mine = padding[:, -out.shape[2] :]
         out = shift_right(out, starts).masked_fill(~mine[:, None, :, None], 0.0)

@@ -6,6 +6,7 @@ from .block_sparse_attention import block_sparse_attention
 from .block_sparse_decode import block_sparse_decode
 from .indices import BlockIndices
 from .inverse_rope import inverse_rope
+from .mean_correction import mean_corrected_attention
 from .pooled_attention import pooled_attention, pooled_attention_decode
 from .span import Pages, Span
 
@@ -18,6 +19,7 @@ __all__ = [
     "block_sparse_decode",
     "dense_indices",
     "inverse_rope",
+    "mean_corrected_attention",
     "pooled_attention",
     "pooled_attention_decode",
     "select_threshold",
