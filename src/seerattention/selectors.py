@@ -92,11 +92,14 @@ class Selector(ABC):
         kind: its name, in dicts and on the command line.
         needs_gate: whether it asks the layer's gate, so that layers without one are dense.
         takes_chunks: whether it can choose for queries that are the last of longer keys (chunks on a cache).
+        reads_blocks: whether what it reads are lists of blocks. If not, :meth:`attend` and :meth:`share_read` are its
+            own.
     """
 
     kind: ClassVar[str]
     needs_gate: ClassVar[bool] = False
     takes_chunks: ClassVar[bool] = False
+    reads_blocks: ClassVar[bool] = True
 
     def __init_subclass__(cls, registered: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -128,6 +131,11 @@ class Selector(ABC):
         """Attention of the layer, ``[B, Hq, Tq, D]`` like q, for methods that are more than lists of blocks, which say
         so by :attr:`attention`. ``blocks`` is what :meth:`select` chose, but rows of a padded batch that are to be
         dense hold everything. None: the block-sparse attention of all others."""
+        return None
+
+    def share_read(self, inputs: LayerInputs) -> Tensor | None:
+        """Pairs of tokens that :meth:`attend` reads over causal pairs, float64 ``[]``, where that is not what the lists
+        say (``reads_blocks`` is False); None: it is."""
         return None
 
     def scores(self, inputs: LayerInputs) -> Tensor | None:

@@ -12,6 +12,7 @@ from .flashprefill_v2 import FlashPrefillV2
 from .flexprefill import FlexPrefill
 from .mean_pool import MeanPool
 from .minference import MInference
+from .minference_exact import MInferenceExact
 from .oracle import Oracle
 from .oracle_cover import OracleCover
 from .random import Random
@@ -25,6 +26,7 @@ __all__ = [
     "FlashPrefillV2",
     "FlexPrefill",
     "MInference",
+    "MInferenceExact",
     "MeanPool",
     "Oracle",
     "OracleCover",

@@ -85,6 +85,11 @@ class Prompt:
             end = min(first + step, self.num_keys)
             yield range(first, end), slice(first - self.first_row, end - self.first_row)
 
+    def positions(self, blocks: range) -> Tensor:
+        """Where the queries of these query blocks are, int64."""
+        first, end = max(self.start, blocks.start * self.block_size), min(self.length, blocks.stop * self.block_size)
+        return torch.arange(first, end, device=self.q.device)
+
     def queries(self, blocks: range) -> tuple[Tensor, Tensor]:
         """Scaled queries of whole query blocks, and which are there: float32 ``[Hq, M, D]``, bool ``[M]``.
 
@@ -202,17 +207,26 @@ def _for_each_row(
     inputs: LayerInputs, block_size: int, answer: Callable[[Prompt], Tensor], fill: bool | float, heads: int | None
 ) -> Tensor:
     """Answers for the sequences of a batch, ``[B, heads, R, N]``; ``fill`` where a sequence has no such block."""
-    q, k, span = inputs.q, inputs.k, inputs.span
-    heads = q.shape[1] if heads is None else heads
-    if span is None:
-        span = Span.of_padded(q.shape[0], q.shape[2], k.shape[2], inputs.lengths)
-    q, k = span.gather_queries(q), span.gather_keys(k)
+    span, heads = _span_of(inputs), inputs.q.shape[1] if heads is None else heads
     shape = span.batch, heads, span.num_rows(block_size), span.num_key_blocks(block_size)
     dtype = torch.bool if isinstance(fill, bool) else torch.float32
-    out = torch.full(shape, fill, dtype=dtype, device=q.device)
+    out = torch.full(shape, fill, dtype=dtype, device=inputs.q.device)
+    for b, prompt in prompts(inputs, block_size):
+        out[b, :, : prompt.num_rows, : prompt.num_keys] = answer(prompt)
+    return out
+
+
+def prompts(inputs: LayerInputs, block_size: int) -> Iterator[tuple[int, Prompt]]:
+    """The sequences of a batch that have a query, each with the number of its row."""
+    q, k, span = inputs.q, inputs.k, _span_of(inputs)
+    q, k = span.gather_queries(q), span.gather_keys(k)
     starts, counts = span.column(START).tolist(), span.column(LENGTH).tolist()
     for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
         if count:
-            prompt = Prompt(inputs.layer, q[b, :, :count], k[b, :, : start + count], inputs.scale, block_size)
-            out[b, :, : prompt.num_rows, : prompt.num_keys] = answer(prompt)
-    return out
+            yield b, Prompt(inputs.layer, q[b, :, :count], k[b, :, : start + count], inputs.scale, block_size)
+
+
+def _span_of(inputs: LayerInputs) -> Span:
+    if inputs.span is not None:
+        return inputs.span
+    return Span.of_padded(inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2], inputs.lengths)

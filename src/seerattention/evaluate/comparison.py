@@ -27,6 +27,10 @@ NOTES: Mapping[str, str] = {
         "(+ mean correction): blocks that are left out are not forgotten but stand in as the mean of their keys and "
         "values, by another attention than that of the others; its density is of the blocks that are read."
     ),
+    "token by token": (
+        "(token by token): what is read are single keys and parts of blocks, and the density counts pairs of tokens; "
+        "attention is masked dense attention, so that its time says nothing."
+    ),
 }
 #: Name of the line that says what a run was: model, machine, versions, command.
 RUN = "run"

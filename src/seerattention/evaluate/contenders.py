@@ -84,6 +84,7 @@ KNOBS: dict[str, Knob] = {
     "xattention": Knob("tau", 0.0, 1.0),
     "flexprefill": Knob("gamma", 0.0, 1.0),
     "minference": Knob("multiplier", 1e-3, 1e3, log=True),
+    "minference_exact": Knob("multiplier", 1e-3, 1e3, log=True),
     "flashprefill": Knob("alpha", 1.0, 1e-9, log=True),
     "flashprefill_v2": Knob("alpha", 1.0, 1e-9, log=True),
     "oracle_cover": Knob("p", 0.0, 1.0),

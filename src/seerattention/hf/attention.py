@@ -182,6 +182,7 @@ def _count(
     blocks: BlockIndices | None,
     lengths: Tensor | None,
     decoding: bool = False,
+    share: Tensor | None = None,
 ) -> None:
     if not forward.statistics:
         return
@@ -196,6 +197,7 @@ def _count(
         decoding,
         None if blocks is not None else call.reason,
         _min_context(layer, query.device),
+        share,
     )
     for statistics in forward.statistics:
         statistics.add(layer.index, attended)
@@ -210,7 +212,8 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     problem = call.reason = _not_a_prompt(arguments, call, forward, plain, padding)
     if problem is None:
         selector = layer.selector(PREFILL)
-        wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector)
+        padded = padding is not None
+        wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector, padded)
         if wants_sparse or forward.observers:
             inputs, starts = _layer_inputs(arguments, call, forward, padding)
             if selector is not None and wants_sparse:
@@ -221,7 +224,10 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
     if forward.statistics:
         lengths = inputs.lengths if inputs is not None else None if padding is None else padding.sum(-1)
-        _count(arguments, call, forward, blocks, lengths)
+        share = None
+        if blocks is not None and selector is not None and inputs is not None:
+            share = selector.share_read(inputs)
+        _count(arguments, call, forward, blocks, lengths, share=share)
     result: tuple[Tensor, Tensor | None] | None = None
     if inputs is not None and forward.observers:
         if blocks is None and not call.part and call.valid_keys is None:
@@ -282,7 +288,7 @@ def _not_a_prompt(
     return reason
 
 
-def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: Selector) -> bool:
+def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: Selector, padded: bool) -> bool:
     """Whether a whole prompt, or a chunk of one, is to be attended sparsely in this layer."""
     layer = call.layer
     query, key = arguments.query, arguments.key
@@ -296,6 +302,11 @@ def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: 
     reason = must_be_dense(arguments, layer, gradients)
     if reason is None and query.shape[2] != key.shape[2]:
         reason = _not_a_chunk(call, forward, selector, key)
+    if reason is None and padded and not selector.reads_blocks and _min_context(layer, query.device):
+        reason = (
+            f"the selector {selector.kind!r} reads single tokens, and rows of a padded batch that are shorter than "
+            "min_context cannot be dense beside that (attach with min_context=0)"
+        )
     if reason is not None:
         warn_dense(layer, reason)
     layer.model.note(reason is None, gradients)
