@@ -42,6 +42,13 @@ def test_every_score_is_compared_under_both_rules():
     assert by_name["flexprefill", "own"] == FlexPrefill(min_budget=128)
 
 
+def test_a_rule_that_is_a_methods_own_is_there_once():
+    both = make_contenders({}, "sub_block,xattention", ("own", "top_k"))
+    assert [c.family for c in both] == ["sub_block, own rule", "xattention, own rule", "xattention, top_k rule"]
+    alone = make_contenders({}, "sub_block,xattention", ("top_k",))
+    assert [c.family for c in alone] == ["sub_block, top_k rule", "xattention, top_k rule"]
+
+
 def test_every_selector_has_a_knob():
     kinds = set(SELECTORS) - {"gate"}
     assert {c.selector.kind for c in make_contenders({}, ALL)} == {k for k in kinds if k in ALL.replace(":", ",")}

@@ -31,6 +31,7 @@ from ..policies import Budgets, Policy, TopK, TopP
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
 from .demo import DEMO_MINUTES
+from .demo_compare import Compared, compare
 
 __all__ = ["DemoBooks", "DemoPlan", "DemoResult", "run_demo"]
 
@@ -38,6 +39,7 @@ Rule: TypeAlias = float | TopP | Literal["default"]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 RECALL_DENSITY = 0.1
+COMPARED_DENSITY = 0.2  # low enough to tell methods apart, and short prompts reach it
 _ROWS = 0.5  # of the query blocks of a training sequence enter each step
 _RECALL_LENGTH = 4096  # at most; the true map of a prompt costs as much as its attention
 STORED: Final = "default"
@@ -146,6 +148,7 @@ class DemoResult:
         maps: of the heads that look farthest, from the committed gates, or the fresh ones without those.
         inspection: block recall of all heads in that prompt.
         rounds: how many rounds of evaluation the time allowed.
+        compared: the same gates beside training-free methods, on other prompts.
         seconds: of each stage.
     """
 
@@ -158,6 +161,7 @@ class DemoResult:
     maps: list[HeadMap]
     inspection: Inspection
     rounds: int
+    compared: Compared
     seconds: dict[str, float] = field(default_factory=dict)
 
     def fresh_recall(self) -> tuple[list[float], list[float]]:
@@ -243,6 +247,13 @@ def run_demo(
         )
     clock.lap("timing")
 
+    best = ("fresh gates", fresh) if gates is None else ("committed gates", gates)
+    asker = TaskGenerator(tokenizer, books.test, split="test", seed=seed + 2)
+    asked = make_samples(asker, plan.tasks, plan.task_length, 1, plan.questions)
+    read = documents[:1, : plan.task_length]
+    compared = compare(model, best, asked, read, density=COMPARED_DENSITY, progress=progress)
+    clock.lap("comparison")
+
     generator = TaskGenerator(tokenizer, books.test, split="test", seed=seed)
     retrieval, perplexity = _evaluate_rounds(model, generator, documents, settings, plan, started, progress)
     clock.lap("evaluation")
@@ -256,9 +267,8 @@ def run_demo(
     clock.lap("maps")
     rounds = int(next(iter(retrieval[0].correct.values())).shape[0])
     far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
-    return DemoResult(
-        history, committed_recall, oracle_recall, timing, retrieval, perplexity, far, inspection, rounds, clock.laps
-    )
+    measured = timing, retrieval, perplexity, far, inspection
+    return DemoResult(history, committed_recall, oracle_recall, *measured, rounds, compared, clock.laps)
 
 
 def _rule_name(rule: Rule) -> str:

@@ -12,6 +12,7 @@ from ..evaluate.report import Report
 from ..evaluate.retrieval import retrieval_table
 from ..evaluate.tables import Table, format_density, format_length, format_percent, with_error
 from .demo import NO_COMMITTED
+from .demo_compare import compared_table
 from .demo_job import RECALL_DENSITY, DemoPlan, DemoResult
 
 __all__ = ["build_report", "demo_to_dict", "recall_table", "result_table"]
@@ -94,6 +95,7 @@ def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any
         "timing": [item.to_dict() for item in result.timing],
         "retrieval": [item.to_dict() for item in result.retrieval],
         "perplexity": [item.to_dict() for item in result.perplexity],
+        "comparison": result.compared.to_dict(),
         "environment": environment(),
     }
 
@@ -180,6 +182,9 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
         "before it produced.",
         alt="block recall of each layer and head",
     )
+
+    report.section("Against training-free methods")
+    report.table(compared_table(result.compared))
 
     report.section("How it was measured")
     report.text(

@@ -292,7 +292,7 @@ def make_contenders(
                     spent = GateSelector(stored.policy())
                     found.append(BudgetContender(name, spent, rule, gates=folder, budgets=stored))
                 continue
-            made = _under(selector, RULES[rule])
+            made = _under(selector, RULES[rule], "own" in rules)
             if made is None:
                 continue
             contender = Contender(name, made, rule, gates=folder)
@@ -318,13 +318,14 @@ def _short_names(methods: list[tuple[str, Selector, Any]]) -> list[tuple[str, Se
     return [(new if short.count(new) == 1 else name, *rest) for new, (name, *rest) in zip(short, methods, strict=True)]  # type: ignore[misc]
 
 
-def _under(selector: Selector, policy: Policy | None) -> Selector | None:
-    """The selector with this policy in place of its own rule; None where it has no scores, or that policy anyway."""
+def _under(selector: Selector, policy: Policy | None, with_own: bool) -> Selector | None:
+    """The selector with this policy in place of its own rule; None where it has no scores, or where that is its own
+    rule, under which it is compared anyway."""
     if policy is None:
         return selector
     if not any(field.name == "policy" for field in dataclasses.fields(selector)):  # type: ignore[arg-type]
         return None
     own = getattr(selector, "policy", None)
     if own is not None and own.kind == policy.kind:
-        return None
+        return None if with_own else selector
     return dataclasses.replace(selector, policy=policy)  # type: ignore[type-var]
