@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import LIST_KINDS, assert_as_accurate_as, assert_lse_close, make_blocks, make_qkv, token_mask
+from helpers import (
+    LIST_KINDS,
+    assert_as_accurate_as,
+    assert_lse_close,
+    make_blocks,
+    make_qkv,
+    sdpa_with_means,
+    token_mask,
+)
 from layouts import LAYOUTS, lay_out
 from seerattention.ops import block_sparse_attention, mean_corrected_attention, mean_correction
 from seerattention.ops.indices import BlockIndices
@@ -39,24 +47,6 @@ def brute(q, k, v, blocks, scale):
                     out[b, h, i] = torch.tensor(logits, dtype=torch.float64).softmax(0) @ torch.stack(values)
                     lse[b, h, i] = torch.tensor(logits, dtype=torch.float64).logsumexp(0)
     return out, lse
-
-
-def longer(q, k, v, blocks):
-    """The same as SDPA with the means behind the keys, in the dtype of the inputs."""
-    size, (heads, queries), keys = blocks.block_size, q.shape[1:3], k.shape[2]
-    num = keys // size
-    group = heads // k.shape[1]
-    both = []
-    for x in (k, v):
-        means = x[:, :, : num * size].unflatten(2, (num, size)).float().mean(3).to(x.dtype)
-        both.append(torch.cat([x, means], 2).repeat_interleave(group, 1))
-    read = token_mask(blocks, queries, keys)
-    read = read.repeat_interleave(heads // read.shape[1], 1)
-    seen = torch.arange(num) < (torch.arange(keys - queries, keys)[:, None] + 1) // size
-    stands_in = seen & ~read[..., : num * size : size]
-    bias = torch.where(torch.cat([read, stands_in], -1), 0.0, -math.inf)
-    bias[..., keys:] += math.log(size)
-    return F.scaled_dot_product_attention(q, *both, attn_mask=bias.to(q.dtype))
 
 
 @pytest.mark.parametrize("kind", LIST_KINDS)
@@ -103,7 +93,7 @@ def test_precision(dtype, nan_filled_empty):
     blocks = make_blocks("random", q, k)
     exact, _ = brute(q, k, v, blocks, 64**-0.5)
     out = mean_corrected_attention(q, k, v, blocks)
-    assert_as_accurate_as(out, longer(q, k, v, blocks), exact)
+    assert_as_accurate_as(out, sdpa_with_means(q, k, v, blocks), exact)
 
 
 def test_in_chunks_is_the_same(monkeypatch):
