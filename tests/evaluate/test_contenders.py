@@ -19,7 +19,7 @@ from seerattention.selectors import SELECTORS, GateSelector
 
 ALL = (
     "xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,flashprefill_v2:mean_correction=true,minference,"
-    "minference_exact,mean_pool,sub_block,streaming,random,oracle,oracle_cover"
+    "minference_exact,mean_pool,sparge,sub_block,streaming,random,oracle,oracle_cover"
 )
 
 
@@ -31,7 +31,15 @@ def test_every_score_is_compared_under_both_rules():
         assert contender.protocol == PROTOCOLS[0]
     flash = ["flashprefill", "flashprefill_v2", "flashprefill_v2 (+ mean correction)"]
     scored = ["gates", "xattention:stride=16", *flash, "mean_pool", "sub_block", "oracle"]
-    unscored = ["flexprefill", "minference", "minference_exact (token by token)", "streaming", "random", "oracle_cover"]
+    unscored = [
+        "sparge",
+        "flexprefill",
+        "minference",
+        "minference_exact (token by token)",
+        "streaming",
+        "random",
+        "oracle_cover",
+    ]
     assert rules == {**{name: ["own", "project"] for name in scored}, **{name: ["own"] for name in unscored}}
     by_name = {(c.label, c.rule): c.selector for c in found}
     assert by_name["gates", "own"] == GateSelector(Threshold(5e-3))

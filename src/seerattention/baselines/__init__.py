@@ -17,6 +17,7 @@ from .oracle import Oracle
 from .oracle_cover import OracleCover
 from .random import Random
 from .registry import parse_selectors, selector_from_dict
+from .sparge import Sparge
 from .streaming import Streaming
 from .sub_block import SubBlock
 from .xattention import XAttention
@@ -32,6 +33,7 @@ __all__ = [
     "OracleCover",
     "Random",
     "Selector",
+    "Sparge",
     "Streaming",
     "SubBlock",
     "XAttention",

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "tasks": "all",
         "selectors": "xattention,xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,"
-        "flashprefill_v2:mean_correction=true,minference,minference_exact,mean_pool,"
+        "flashprefill_v2:mean_correction=true,sparge,minference,minference_exact,mean_pool,"
         "sub_block:query_parts=8:key_parts=8,sub_block:query_parts=8:key_parts=8:reduce=max,streaming,random,"
         "oracle:policy=top_k(0.1),oracle:reduce=mass:policy=top_k(0.1)",
         "densities": "0.05,0.1,0.2",

@@ -125,7 +125,8 @@ def compared_table(compared: Compared) -> Table:
         f"Against training-free methods, one document of {format_length(compared.length)} tokens and {questions} "
         "questions, the same for all: too few to rank methods that are close, seer compare takes as many as you like. "
         f"Rule top_k: each row reads the same share of its blocks, {compared.density:g}, by the scores of the method. "
-        "Rule budget: as gates are shipped. Streaming reads the first block and the latest tokens. The oracle looks at "
-        "the true attention map and saves nothing. Methods choose in plain torch: no times."
+        "Rule budget: as gates are shipped; short prompts come out denser. Streaming reads the first block and the "
+        "latest tokens. The oracle looks at the true attention map and saves nothing. Methods choose in plain torch: "
+        "no times."
     )
     return Table(["method", "density", "perplexity", *tasks, "decides"], rows, caption)

@@ -85,6 +85,7 @@ KNOBS: dict[str, Knob] = {
     "flexprefill": Knob("gamma", 0.0, 1.0),
     "minference": Knob("multiplier", 1e-3, 1e3, log=True),
     "minference_exact": Knob("multiplier", 1e-3, 1e3, log=True),
+    "sparge": Knob("tau", 0.0, 1.0),
     "flashprefill": Knob("alpha", 1.0, 1e-9, log=True),
     "flashprefill_v2": Knob("alpha", 1.0, 1e-9, log=True),
     "oracle_cover": Knob("p", 0.0, 1.0),
@@ -101,6 +102,7 @@ _CONCESSIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "flashprefill": ({"sink_blocks": 1, "window_blocks": 1},),
     "flashprefill_v2": ({"sink_blocks": 1, "window_blocks": 1},),
     "flexprefill": ({"min_budget": 1},),
+    "sparge": ({"theta": 0.3}, {"theta": -1.0}),
 }
 # What the mark of a corrected attention says anyway.
 _CORRECTED = ":mean_correction=true"
