@@ -18,7 +18,8 @@ from helpers import (
     token_mask,
 )
 from layouts import LAYOUTS, lay_out
-from seerattention.ops import block_sparse_attention, mean_corrected_attention, mean_correction
+from seerattention.ops import block_sparse_attention, mean_corrected_attention
+from seerattention.ops.block_sparse_attention import mean_correction
 from seerattention.ops.indices import BlockIndices
 
 LENGTHS = [(1, 1), (31, 31), (64, 64), (65, 65), (200, 200), (1, 65), (37, 200), (130, 161)]

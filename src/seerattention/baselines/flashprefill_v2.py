@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..ops.block_sparse_attention.mean_correction import mean_corrected_attention
 from ..ops.indices import BlockIndices
-from ..ops.mean_correction import mean_corrected_attention
 from ..policies import Policy
 from ..selectors import LayerInputs
 from .base import TrainingFree

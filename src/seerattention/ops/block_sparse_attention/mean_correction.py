@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .block_sparse_attention import block_sparse_attention
-from .dispatch import default_scale
-from .indices import BlockIndices, span_of
-from .span import START, Span
+from ..dispatch import default_scale
+from ..indices import BlockIndices, span_of
+from ..span import START, Span
+from .interface import block_sparse_attention
 
 __all__ = ["mean_corrected_attention"]
 
