@@ -2,7 +2,8 @@
 
 A definition here is a function of one head of one sequence, ``brute(q, k, start)``: float64 ``q [T, D]`` (multiplied
 by the softmax scale) at positions ``start`` and on, and ``k [L, D]``. It returns a bool mask ``[R, N]``, whose rows are
-the query blocks from ``start // block`` on.
+the query blocks from ``start // block`` on. Of a selector whose query heads share a list with their KV head, it is a
+function of all of them, ``q [G, T, D]``.
 """
 
 from __future__ import annotations
@@ -64,17 +65,20 @@ def causal(rows, columns, first):
     return torch.arange(columns) <= torch.arange(first, first + rows)[:, None]
 
 
-def expected_of(inputs, block, brute):
-    """``brute`` of every row and head: a list of (batch row, head, what it said)."""
+def expected_of(inputs, block, brute, shared=False):
+    """``brute`` of every row and head: a list of (batch row, head, what it said); KV heads where lists are shared."""
     heads, kv_heads = inputs.q.shape[1], inputs.k.shape[1]
+    group = heads // kv_heads
     found = []
     for b in range(inputs.q.shape[0]):
         length = inputs.k.shape[2] if inputs.lengths is None else int(inputs.lengths[b])
         start = inputs.k.shape[2] - inputs.q.shape[2]
-        for h in range(heads):
-            q = inputs.q[b, h, : length - start].double() * SCALE
-            k = inputs.k[b, h // (heads // kv_heads), :length].double()
-            found.append((b, h, brute(q, k, start)))
+        queries = inputs.q[b, :, : length - start].double() * SCALE
+        keys = inputs.k[b, :, :length].double()
+        if shared:
+            found += [(b, h, brute(queries[h * group : (h + 1) * group], keys[h], start)) for h in range(kv_heads)]
+        else:
+            found += [(b, h, brute(queries[h], keys[h // group], start)) for h in range(heads)]
     return found
 
 
@@ -84,7 +88,9 @@ def assert_lists(selector, inputs, brute):
     lists = selector.select(inputs)
     lists.checked()
     mask = lists.to_mask()
-    for b, h, wanted in expected_of(inputs, block, brute):
+    shared = getattr(selector, "lists_per_kv_head", False)
+    assert mask.shape[1] == (inputs.k if shared else inputs.q).shape[1]
+    for b, h, wanted in expected_of(inputs, block, brute, shared):
         rows, columns = wanted.shape
         own = torch.arange(columns) == torch.arange(columns - rows, columns)[:, None]
         wanted = (wanted | own) & causal(rows, columns, columns - rows)
@@ -147,7 +153,8 @@ def assert_scores(selector, brute, tolerance=1e-4, **options):
     """The scores that a policy gets are those of the definition, wherever a block is visible."""
     for seed, (length, start) in enumerate([(300, 0), (65, 0), (1, 0), *CHUNKS]):
         inputs = make_inputs([length], start=start, seed=seed, **options)
-        for _, h, wanted in expected_of(inputs, selector.block_size, brute):
+        shared = getattr(selector, "lists_per_kv_head", False)
+        for _, h, wanted in expected_of(inputs, selector.block_size, brute, shared):
             k = inputs.k[0]
             prompt = Prompt(inputs.layer, inputs.q[0], k, SCALE, selector.block_size)
             found = selector.score(prompt)[h].double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,24 @@ def masked_sdpa(q, k, v, blocks):
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def sdpa_with_means(q, k, v, blocks):
+    """What mean correction is, in the dtype of the inputs: the means of all blocks stand behind the keys, and a mask
+    shows each query those of the whole blocks that it does not read."""
+    size, (heads, queries), keys = blocks.block_size, q.shape[1:3], k.shape[2]
+    num, group, both = keys // size, heads // k.shape[1], []
+    for x in (k, v):
+        means = x[:, :, : num * size].unflatten(2, (num, size)).double().mean(3).to(x.dtype)
+        both.append(torch.cat([x, means], 2).repeat_interleave(group, 1))
+    read = token_mask(blocks, queries, keys)
+    read = read.repeat_interleave(heads // read.shape[1], 1)
+    ends = torch.arange(keys - queries, keys, device=q.device)[:, None] + 1
+    stands_in = (torch.arange(num, device=q.device) < ends // size) & ~read[..., : num * size : size]
+    bias = torch.zeros(*read.shape[:3], keys + num, dtype=q.dtype, device=q.device)
+    bias[..., keys:] = math.log(size)
+    bias.masked_fill_(~torch.cat([read, stands_in], -1), -math.inf)
+    return F.scaled_dot_product_attention(q, *both, attn_mask=bias)
 
 
 def exact_attention(q, k, v, blocks, scale=None):

@@ -94,11 +94,14 @@ class Selector(ABC):
         kind: its name, in dicts and on the command line.
         needs_gate: whether it asks the layer's gate, so that layers without one are dense.
         takes_chunks: whether it can choose for queries that are the last of longer keys (chunks on a cache).
+        reads_blocks: whether what it reads are lists of blocks. If not, :meth:`attend` and :meth:`share_read` are its
+            own.
     """
 
     kind: ClassVar[str]
     needs_gate: ClassVar[bool] = False
     takes_chunks: ClassVar[bool] = False
+    reads_blocks: ClassVar[bool] = True
 
     def __init_subclass__(cls, registered: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -119,6 +122,23 @@ class Selector(ABC):
         Returns:
             BlockIndices on the device of q, with one list per query head, or one per KV head.
         """
+
+    @property
+    def attention(self) -> str:
+        """What tables say of a selector whose choice is read by another attention than that of all others, see
+        :meth:`attend`; empty: it is the same."""
+        return ""
+
+    def attend(self, inputs: LayerInputs, blocks: BlockIndices) -> Tensor | None:
+        """Attention of the layer, ``[B, Hq, Tq, D]`` like q, for methods that are more than lists of blocks, which say
+        so by :attr:`attention`. ``blocks`` is what :meth:`select` chose, but rows of a padded batch that are to be
+        dense hold everything. None: the block-sparse attention of all others."""
+        return None
+
+    def share_read(self, inputs: LayerInputs) -> Tensor | None:
+        """Pairs of tokens that :meth:`attend` reads over causal pairs, float64 ``[]``, where that is not what the lists
+        say (``reads_blocks`` is False); None: it is."""
+        return None
 
     def scores(self, inputs: LayerInputs) -> Tensor | None:
         """What a policy would choose from, float32 logits ``[B, Hq or 1, R, N]``; undefined behind the diagonal. None
@@ -186,7 +206,7 @@ class GateSelector(Selector):
         num = num_blocks(inputs.k_pre.shape[2], gate.block_size)
         return ordered_lists(indices, counts, num, gate.block_size)
 
-    def attend(self, inputs: LayerInputs) -> Tensor | None:
+    def attend_at_once(self, inputs: LayerInputs) -> Tensor | None:
         """What attention gives on the lists that are selected, ``[B, Hq, T, D]``, where nobody wants to see the lists:
         both are one replay then. None: they are two steps."""
         replayed = self._replayed(inputs)

@@ -1,15 +1,18 @@
-"""MInference in tiles: chosen columns and diagonals, and every tile with a token pair of one of them."""
+"""MInference: chosen columns and diagonals, every tile with a token pair of one of them, and the pairs themselves."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import baseline_cases as cases
-from seerattention.baselines import MInference, minference
+import seerattention as seer
+from seerattention.baselines import MInference, MInferenceExact, minference
 from seerattention.baselines.prompt import Prompt
+from tiny_models import logits_of, make_ids, make_model
 
 
 def brute_patterns(vertical, slash, last):
@@ -111,3 +114,111 @@ def test_names():
 def test_bad_arguments(options):
     with pytest.raises(ValueError, match=f"MInference: {next(iter(options))} must be"):
         MInference(**options)
+
+
+# ---- the exact form ----------------------------------------------------------------------------------------------
+
+
+def brute_pairs(vertical, slash, last, block):
+    """Which keys each query reads, bool ``[T, L]``, one query block and key at a time."""
+
+    def pairs(q, k, start):
+        keys, distances = brute_patterns(vertical, slash, last)(q, k, start)
+        read = torch.zeros(len(q), len(k), dtype=torch.bool)
+        for t in range(start, len(k)):
+            end = (t // block + 1) * block
+            for c in range(t + 1):
+                read[t - start, c] = c in keys or any(end - d - block <= c < end - d for d in distances)
+        return read
+
+    return pairs
+
+
+def exact_inputs(lengths, **options):
+    """Values that are not the keys; what is padding is NaN."""
+    inputs = cases.make_inputs(lengths, sharp=2.0, **options)
+    generator = torch.Generator().manual_seed(5)
+    v = torch.randn(inputs.k.shape, generator=generator)
+    return dataclasses.replace(inputs, v=torch.where(inputs.k.isnan(), inputs.k, v))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "start", "heads"),
+    [
+        ([1], None, (4, 2)),
+        ([65], None, (2, 2)),
+        ([150], None, (4, 1)),
+        ([150], 77, (6, 2)),
+        ([150, 37, 96], None, (4, 2)),
+    ],
+)
+@pytest.mark.parametrize(("vertical", "slash", "last", "block"), [(4, 6, 64, 32), (3, 5, 7, 64)])
+def test_exact_attention_and_density(few, monkeypatch, lengths, start, heads, vertical, slash, last, block):
+    selector = MInferenceExact(vertical, slash, last_queries=last, block_size=block)
+    inputs = exact_inputs(lengths, start=start, heads=heads[0], kv_heads=heads[1])
+    blocks = selector.select(inputs)
+    tiles = MInference(vertical, slash, last_queries=last, block_size=block)
+    assert torch.equal(blocks.to_mask(), tiles.select(inputs).to_mask())
+    out, read, causal = selector.attend(inputs, blocks), 0, 0
+    assert out.shape == inputs.q.shape
+    first = start or 0
+    for b, h, pairs in cases.expected_of(inputs, block, brute_pairs(vertical, slash, last, block)):
+        length = pairs.shape[1]
+        k, v = (x[b, h // (heads[0] // heads[1]), :length].double() for x in (inputs.k, inputs.v))
+        logits = inputs.q[b, h, : length - first].double() @ k.T * cases.SCALE
+        expected = logits.masked_fill(~pairs, -math.inf).softmax(-1) @ v
+        torch.testing.assert_close(out[b, h, : length - first].double(), expected, rtol=1e-4, atol=1e-5)
+        read += int(pairs.sum())
+        causal += sum(range(first + 1, length + 1))
+    assert float(selector.share_read(inputs)) == pytest.approx(read / causal, abs=1e-12)
+    assert read < causal or max(lengths) == 1
+    monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
+    torch.testing.assert_close(selector.attend(inputs, blocks).nan_to_num(), out.nan_to_num(), rtol=1e-5, atol=1e-6)
+    assert float(selector.share_read(inputs)) == pytest.approx(read / causal, abs=1e-12)
+
+
+def test_exact_form_reads_less_than_the_tiles_and_all_that_is_chosen(few):
+    inputs = exact_inputs([320])
+    exact, tiles = MInferenceExact(2, 4, block_size=32), MInference(2, 4, block_size=32).select(inputs)
+    prompt = Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, 32)
+    keys, distances = exact.patterns(prompt)
+    t, c = torch.arange(320)[:, None], torch.arange(320)
+    chosen = (keys[:, None] | distances[:, (t - c).clamp(min=0)]) & (c <= t)
+    read = exact.reader(prompt)(range(10)).repeat_interleave(32, 1) & (c <= t)
+    whole = tiles.to_mask()[0].repeat_interleave(32, 1).repeat_interleave(32, 2)
+    assert not (chosen & ~read).any()
+    assert not (read & ~whole).any()
+    assert chosen.sum() < read.sum() < (whole & (c <= t)).sum()
+
+
+def test_exact_density_in_a_model(few):
+    """What is recorded are pairs of tokens, and rows of a batch that would be dense by their length make it dense."""
+    selector, ids = MInferenceExact(4, 6, block_size=32), make_ids(200, batch=2)
+    model = seer.attach(make_model(), selector=selector, min_context=0)
+    shares = []
+
+    def look(inputs, blocks):
+        shares.append(float(selector.share_read(inputs)))
+        assert blocks.density() > shares[-1]
+
+    with seer.record(model) as stats, seer.hf.observe(model, look):
+        logits_of(model, ids)
+    assert stats.dense_calls == 0
+    assert stats.density == pytest.approx(sum(shares) / len(shares))
+    assert 0 < stats.total_density < 1
+    seer.detach(model)
+    model, mask = seer.attach(make_model(), selector=selector, min_context=150), torch.ones_like(ids)
+    mask[1, :100] = 0
+    with seer.record(model) as stats, pytest.warns(UserWarning, match="reads single tokens"):
+        logits_of(model, ids, attention_mask=mask)
+    assert stats.sparse_calls == 0
+    with seer.record(model) as stats:
+        logits_of(model, ids)
+    assert stats.dense_calls == 0
+
+
+def test_exact_names():
+    cases.assert_goes_round("minference_exact:vertical=100:slash=800", MInferenceExact(100, 800))
+    assert MInferenceExact().attention == "token by token"
+    with pytest.raises(ValueError, match="MInferenceExact: slash must be"):
+        MInferenceExact(slash=-1)

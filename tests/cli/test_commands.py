@@ -12,7 +12,7 @@ from seerattention import ops
 from seerattention.cli import COMMANDS, env
 from seerattention.cli.common import parse_list, token_count
 from seerattention.cli.demo import DEMO_MINUTES
-from seerattention.cli.demo_job import DemoPlan
+from seerattention.cli.demo_plan import DemoPlan
 
 ROOT = Path(__file__).parents[2]
 OPS = {

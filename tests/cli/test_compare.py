@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from seerattention import testbed
 from seerattention.cli.compare import PRESETS
 from seerattention.evaluate.contenders import make_contenders
+from seerattention.gates.sources import store_budgets, stored_budgets
+from seerattention.policies import Budget, Budgets
 
 
 @pytest.fixture
@@ -18,15 +21,20 @@ def common(folder):
 
 
 def test_compare_then_report(seer_command, common, tmp_path):
+    gates, curve = tmp_path / "gates", ((1.0, 64.0), (0.5, 0.5))
+    store_budgets(common[3], gates, Budgets((Budget(0.2, *curve), Budget(0.4, *curve)), 0.2, 4096, 64))
+    common = [*common, "--gates", gates]
     result = seer_command("compare", *common, "--output", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     names = [item["setting"] for item in data["settings"]]
     assert names == [
-        "dense", "gates, own rule 0.3", "gates, project rule 0.3", "oracle, own rule 0.3", "oracle, project rule 0.3",
-        "streaming, own rule 0.3",
+        "dense", "gates, budget rule 0.3", "gates, own rule 0.3", "gates, project rule 0.3", "oracle, own rule 0.3",
+        "oracle, project rule 0.3", "streaming, own rule 0.3",
     ]  # fmt: skip
-    for item in data["settings"][1:]:
+    assert data["settings"][1]["contender"]["selector"]["policy"]["kind"] == "budget"
+    assert 0 < data["settings"][1]["tasks"]["density"] < 1
+    for item in data["settings"][2:]:
         assert item["tasks"]["density"] < 0.4
         assert item["perplexity"]["density"] < 0.4
         assert item["prefill_seconds"] > 0
@@ -45,7 +53,9 @@ def test_compare_then_report(seer_command, common, tmp_path):
 def test_presets_can_be_run():
     for name, preset in PRESETS.items():
         rules, protocols = preset["rules"].split(","), preset["protocols"].split(",")
-        contenders = make_contenders({"gates": "folder"}, preset["selectors"], rules, protocols)
+        budgets = {"gates": stored_budgets(testbed.gates_path())}
+        contenders = make_contenders({"gates": "folder"}, preset["selectors"], rules, protocols, budgets)
+        assert "gates, budget rule" in {contender.family for contender in contenders}
         assert len({contender.family for contender in contenders}) == len(contenders), name
     assert len({c.label for c in make_contenders({"g": "f"}, PRESETS["quick"]["selectors"])}) == 6
 
@@ -62,6 +72,7 @@ def test_presets_can_be_run():
         (["--lengths", "1"], "--lengths"),
         (["--gates", "./nowhere"], "no folder of gates"),
         (["--gates", "none", "--selectors", "none"], "nothing to compare"),
+        (["--rules", "budget"], "no budgets are stored with gates"),
         (["--lengths", "64"], "does not fit into 64 tokens"),
         (["--apply-chat-template"], "no chat template"),
     ],

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import seerattention as seer
-from seerattention.cli.demo_job import STORED, DemoPlan, _affordable_steps, _policy
+from seerattention.cli.demo_job import _affordable_steps, _policy
+from seerattention.cli.demo_plan import STORED, DemoPlan
 from seerattention.gates.sources import stored_budgets
 from seerattention.measure.kept import RECALLS, SHOWN
 
@@ -25,6 +26,16 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     densities = [item["density"] for item in data["retrieval"]]
     assert densities[0] == 1.0
     assert densities[2] == densities[4] == densities[5] < densities[1] < 1  # the tiny model's gates store TopK(0.5)
+    compared = data["comparison"]
+    methods = ["xattention", "flashprefill_v2", "sub_block:query_parts=8:key_parts=8", "oracle"]
+    compared_names = ["dense", *(f"{name}, top_k rule 0.2" for name in ("committed gates", *methods))]
+    compared_names.append("streaming, own rule 0.2")
+    for part in ("retrieval", "perplexity"):
+        assert [item["setting"] for item in compared[part]] == compared_names
+        found = [item["density"] for item in compared[part]]
+        assert found[0] == 1.0
+        assert len({round(density, 9) for density in found[1:-1]}) == 1  # one rule, one density
+        assert abs(found[-1] / found[1] - 1) < 0.2
     distillation = data["distillation"]
     assert 2 <= distillation["steps"] <= plan.max_steps
     assert len(distillation["loss"]) == distillation["steps"]
@@ -38,7 +49,10 @@ def test_demo_does_the_main_job(seer_command, tiny_testbed, tmp_path):
     model = make_model(seer.testbed.load()[0].config.vocab_size)
     seer.attach(model, tmp_path / "report" / "fresh-gates")
     page = (tmp_path / "report" / "index.html").read_text()
-    for text in (*names, "smoke test", "Block recall", RECALLS[SHOWN], "git commit"):
+    for text in (
+        *names, *compared_names, "Against training-free methods", "smoke test", "Block recall", RECALLS[SHOWN],
+        "git commit",
+    ):  # fmt: skip
         assert text in page
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == data
     # Progress and tables went to stderr.

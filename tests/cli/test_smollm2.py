@@ -8,7 +8,7 @@ import pytest
 
 from seerattention import testbed
 from seerattention.cli.common import default_gates
-from seerattention.cli.demo_job import STORED, DemoPlan
+from seerattention.cli.demo_plan import STORED, DemoPlan
 from seerattention.testbed import smollm2
 
 

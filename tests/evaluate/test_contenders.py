@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from seerattention.baselines import FlashPrefill, FlexPrefill, MeanPool, Oracle, Streaming, XAttention
+from seerattention.baselines import FlashPrefill, FlashPrefillV2, FlexPrefill, MeanPool, Oracle, Streaming, XAttention
 from seerattention.evaluate.contenders import (
     KNOBS,
     PROJECT_RULE,
@@ -14,11 +14,12 @@ from seerattention.evaluate.contenders import (
     make_contenders,
     register_knob,
 )
-from seerattention.policies import RelativeThreshold, Threshold, TopK
+from seerattention.policies import Budget, Budgets, RelativeThreshold, Threshold, TopK
 from seerattention.selectors import SELECTORS, GateSelector
 
 ALL = (
-    "xattention:stride=16,flexprefill,flashprefill,minference,mean_pool,sub_block,streaming,random,oracle,oracle_cover"
+    "xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,flashprefill_v2:mean_correction=true,minference,"
+    "minference_exact,mean_pool,sparge,sub_block,streaming,random,oracle,oracle_cover"
 )
 
 
@@ -28,8 +29,17 @@ def test_every_score_is_compared_under_both_rules():
     for contender in found:
         rules.setdefault(contender.label, []).append(contender.rule)
         assert contender.protocol == PROTOCOLS[0]
-    scored = ["gates", "xattention:stride=16", "flashprefill", "mean_pool", "sub_block", "oracle"]
-    unscored = ["flexprefill", "minference", "streaming", "random", "oracle_cover"]
+    flash = ["flashprefill", "flashprefill_v2", "flashprefill_v2 (+ mean correction)"]
+    scored = ["gates", "xattention:stride=16", *flash, "mean_pool", "sub_block", "oracle"]
+    unscored = [
+        "sparge",
+        "flexprefill",
+        "minference",
+        "minference_exact (token by token)",
+        "streaming",
+        "random",
+        "oracle_cover",
+    ]
     assert rules == {**{name: ["own", "project"] for name in scored}, **{name: ["own"] for name in unscored}}
     by_name = {(c.label, c.rule): c.selector for c in found}
     assert by_name["gates", "own"] == GateSelector(Threshold(5e-3))
@@ -38,6 +48,13 @@ def test_every_score_is_compared_under_both_rules():
     assert by_name["xattention:stride=16", "project"] == XAttention(stride=16, policy=PROJECT_RULE)
     assert by_name["mean_pool", "own"] == MeanPool(TopK(0.1))
     assert by_name["flexprefill", "own"] == FlexPrefill(min_budget=128)
+
+
+def test_a_rule_that_is_a_methods_own_is_there_once():
+    both = make_contenders({}, "sub_block,xattention", ("own", "top_k"))
+    assert [c.family for c in both] == ["sub_block, own rule", "xattention, own rule", "xattention, top_k rule"]
+    alone = make_contenders({}, "sub_block,xattention", ("top_k",))
+    assert [c.family for c in alone] == ["sub_block, top_k rule", "xattention, top_k rule"]
 
 
 def test_every_selector_has_a_knob():
@@ -62,16 +79,49 @@ def test_names():
 
 def test_as_published_adds_what_publications_keep():
     found = make_contenders(
-        {"gates": "folder"}, "flashprefill,xattention,flashprefill:block_size=128", protocols=PROTOCOLS
+        {"gates": "folder"}, "flashprefill,xattention,flashprefill:block_size=128,flashprefill_v2", protocols=PROTOCOLS
     )
     published = {c.label: c.selector for c in found if c.protocol == "as_published"}
     assert published == {
         "gates": GateSelector(Threshold(5e-3, last_blocks_dense=2)),
         "flashprefill": FlashPrefill(last_blocks_dense=4, sink_blocks=4, window_blocks=8),
         "flashprefill:block_size=128": FlashPrefill(last_blocks_dense=2, block_size=128),
+        "flashprefill_v2": FlashPrefillV2(last_blocks_dense=4, sink_blocks=4, window_blocks=8, first_layers_dense=4),
     }
     assert all(c.conceding() == [c] for c in found if c.protocol == "as_published")
     assert not any(getattr(c.selector, "last_blocks_dense", 0) for c in found if c.protocol == PROTOCOLS[0])
+
+
+def test_what_is_read_otherwise_is_marked():
+    texts = "flashprefill_v2,flashprefill_v2:mean_correction=true:block_size=128"
+    plain, corrected = make_contenders({}, texts, ("own",))
+    assert corrected.label == "flashprefill_v2:block_size=128 (+ mean correction)"
+    assert corrected.to_dict()["attention"] == "+ mean correction"
+    assert plain.label == "flashprefill_v2"
+    assert plain.to_dict()["attention"] == ""
+
+
+def test_the_budget_rule_is_what_is_stored_with_gates():
+    curve = (1.0, 64.0), (2.0, 1.0)
+    budgets = Budgets((Budget(0.1, *curve), Budget(0.4, *curve)), 0.1, 4096, 64)
+    gates = {"gates": "folder", "older": "another"}
+    found = make_contenders(gates, "xattention", ("budget",), PROTOCOLS, {"gates": budgets, "older": None})
+    assert [(c.family, c.gates) for c in found] == [("gates, budget rule", "folder")]
+    contender = found[0]
+    assert contender.stored(0.1) == GateSelector(budgets.policy(0.1))
+    assert contender.stored(0.2) == GateSelector(budgets.policy(0.2))
+    assert [contender.reaches(density) for density in (0.05, 0.1, 0.2, 0.4, 0.5)] == [False, True, True, True, False]
+    assert contender.to_dict()["knob"] is None
+    both = make_contenders(gates, "xattention", ("own", "budget"), budgets={"gates": budgets})
+    assert [c.family for c in both] == [
+        "gates, own rule",
+        "gates, budget rule",
+        "older, own rule",
+        "xattention, own rule",
+    ]
+    assert all(c.stored(0.2) is None for c in both if c.rule == "own")
+    with pytest.raises(ValueError, match="nothing to compare"):
+        make_contenders(gates, "xattention", ("budget",))
 
 
 def test_floors_are_conceded_one_after_the_other():

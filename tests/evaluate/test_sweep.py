@@ -11,7 +11,7 @@ import torch
 import seerattention as seer
 from seerattention.evaluate import Journal, Setting, Subject
 from seerattention.evaluate.calibration import TOLERANCE, CalibrationMeasure, search
-from seerattention.evaluate.comparison import RUN, Comparison, RunResult, summary_table, task_table
+from seerattention.evaluate.comparison import NOTES, RUN, Comparison, Entry, RunResult, summary_table, task_table
 from seerattention.evaluate.contenders import KNOBS, Knob, make_contenders
 from seerattention.evaluate.perplexity import PerplexityMeasure
 from seerattention.evaluate.statistics import bootstrap, paired_bootstrap
@@ -205,6 +205,42 @@ def test_gates_are_compared_too(subject, tmp_path):
         assert found[name].contender["needs_gates"]
         assert found[name].maps.prediction is not None
     assert found["streaming, own rule 0.3"].maps.prediction is None
+
+
+def test_stored_budgets_are_run_as_they_are(subject, tmp_path, monkeypatch):
+    """No knob is searched, what was not fitted is left out and said, and tables say what the rule is."""
+    curve = (1.0, 64.0), (0.5, 0.5)
+    budgets = seer.Budgets((seer.Budget(0.2, *curve), seer.Budget(0.4, *curve)), 0.2, 4096, 64)
+    seer.attach(subject.model, seer.GateConfig())
+    seer.save_gates(subject.model, tmp_path / "gates")
+    seer.detach(subject.model)
+    contenders = make_contenders({"gates": tmp_path / "gates"}, "", ("budget",), budgets={"gates": budgets})
+    plan = Plan(contenders, [LENGTH], [0.1, 0.2], TASKS, PerplexityMeasure(1))
+    assert [unit.name for unit in units_of(plan)] == ["dense", "gates, budget rule 0.2"]
+    monkeypatch.setattr(CalibrationMeasure, "run", None)
+    said = []
+    run_sweep(sweep_of(subject, plan, tmp_path / "out"), progress=quiet, say=said.append)
+    assert said == ["gates, budget rule: no budgets for 0.1 are stored; seer calibrate fits them"]
+    found = Comparison.read(tmp_path / "out")
+    entry = next(entry for entry in found.at(LENGTH) if not entry.is_dense)
+    assert entry.contender["selector"]["policy"]["kind"] == "budget"
+    setting = Setting("x", gates=tmp_path / "gates", selector=contenders[0].stored(0.2))
+    document = PerplexityMeasure(1).prepare(subject, LENGTH).content
+    with setting.applied(subject.model) as cost, torch.no_grad():
+        subject.model(document[:1])
+    assert entry.perplexity.density == pytest.approx(cost.prompt_density)
+    assert 0 < entry.perplexity.density < 1
+    caption = summary_table(found, LENGTH).caption
+    assert "Budget rule: as the gates are shipped" in caption
+    assert "out of reach" not in caption
+
+
+def test_attentions_of_their_own_are_explained():
+    facts = {"rule": "own", "protocol": "every_row_sparse", "whole_prompt": False}
+    for mark, note in {**NOTES, "": ""}.items():
+        entry = Entry("x", 64, 0.1, {**facts, "attention": mark})
+        caption = summary_table(Comparison({}, {(64, "x"): entry}), 64).caption
+        assert [other in caption for other in NOTES.values()] == [other == note for other in NOTES.values()]
 
 
 def _process(number, folder, tokenizer, books, started):

@@ -117,7 +117,7 @@ def test_a_layer_is_one_replay(policy, form, monkeypatch):
     for seed in range(5):
         x = inputs_of(gates[seed % 2], 200, seed)
         blocks = selector._select(x)
-        found = selector.attend(x)
+        found = selector.attend_at_once(x)
         expected = block_sparse_attention(x.q, x.k, x.v, blocks, scale=x.scale)
         assert torch.equal(found, expected)
         assert found.stride() == expected.stride()
@@ -128,10 +128,10 @@ def test_a_layer_is_one_replay(policy, form, monkeypatch):
 def test_what_is_no_whole_short_prompt_takes_two_steps(gate, monkeypatch):
     selector = GateSelector(seer.TopK(0.4))
     padded = inputs_of(gate, 200, 0, lengths=torch.tensor([150]))
-    assert selector.attend(padded) is None
-    assert selector.attend(inputs_of(None, 200, 0)) is None
+    assert selector.attend_at_once(padded) is None
+    assert selector.attend_at_once(inputs_of(None, 200, 0)) is None
     monkeypatch.setattr("seerattention.selectors.MOST_TOKENS_AT_ONCE", 100)
-    assert selector.attend(inputs_of(gate, 200, 0)) is None
+    assert selector.attend_at_once(inputs_of(gate, 200, 0)) is None
 
 
 @torch.no_grad()

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 from ..selectors import Selector
 from .flashprefill import FlashPrefill
+from .flashprefill_v2 import FlashPrefillV2
 from .flexprefill import FlexPrefill
 from .mean_pool import MeanPool
 from .minference import MInference
+from .minference_exact import MInferenceExact
 from .oracle import Oracle
 from .oracle_cover import OracleCover
 from .random import Random
 from .registry import parse_selectors, selector_from_dict
+from .sparge import Sparge
 from .streaming import Streaming
 from .sub_block import SubBlock
 from .xattention import XAttention
 
 __all__ = [
     "FlashPrefill",
+    "FlashPrefillV2",
     "FlexPrefill",
     "MInference",
+    "MInferenceExact",
     "MeanPool",
     "Oracle",
     "OracleCover",
     "Random",
     "Selector",
+    "Sparge",
     "Streaming",
     "SubBlock",
     "XAttention",

@@ -21,7 +21,7 @@ class TrainingFree(Selector, registered=False):
     * ``keep(prompt)``: the blocks to keep, bool ``[Hq or 1, R, N]``, a rule of its own;
     * ``score(prompt)``: scores, float32 ``[Hq or 1, R, N]``, from which its ``policy`` chooses if it has one.
 
-    What lies behind the diagonal is ignored, and the diagonal is kept.
+    What lies behind the diagonal is ignored, and the diagonal is kept. With ``lists_per_kv_head`` both have Hkv for Hq.
 
     Attributes:
         block_size: tokens a block; publications have 64 or 128.
@@ -31,6 +31,7 @@ class TrainingFree(Selector, registered=False):
     takes_chunks = True
     block_size: int = field(default=64, kw_only=True)
     policy_required: ClassVar[bool] = False
+    lists_per_kv_head: ClassVar[bool] = False
     limits: ClassVar[dict[str, int | tuple[float, float]]]
 
     def __init_subclass__(
@@ -62,14 +63,19 @@ class TrainingFree(Selector, registered=False):
         return not getattr(self, "last_blocks_dense", 0)
 
     def select(self, inputs: LayerInputs) -> BlockIndices:
+        heads = self._lists(inputs)
         if self._policy is None:
-            return masks_to_lists(inputs, self.block_size, self.keep)
-        return scores_to_lists(inputs, self.block_size, self._policy, self.score)
+            return masks_to_lists(inputs, self.block_size, self.keep, heads)
+        return scores_to_lists(inputs, self.block_size, self._policy, self.score, heads)
+
+    def _lists(self, inputs: LayerInputs) -> int | None:
+        """How many lists each row of blocks has; None: one a query head."""
+        return inputs.k.shape[1] if self.lists_per_kv_head else None
 
     def scores(self, inputs: LayerInputs) -> Tensor | None:
         if type(self).score is TrainingFree.score:
             return None
-        return rows_of_scores(inputs, self.block_size, self.score)
+        return rows_of_scores(inputs, self.block_size, self.score, self._lists(inputs))
 
     def keep(self, prompt: Prompt) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no rule of its own; give it a policy")

@@ -30,10 +30,8 @@ class MInference(
 
     **This is more than the method reads.** Its kernel reads a chosen key alone and a diagonal as the 64 keys that a
     query block needs of it, which are rarely a whole tile; here each of these fills the tiles that it touches, two a
-    diagonal. A thousand keys that lie apart touch up to a thousand tiles in every row. The exact form is no list of
-    blocks: it needs an attention op that takes for every head and query block a list of single keys to gather and a
-    list of intervals of keys that begin anywhere, or a token mask in the reference. Hold it to MInference's own
-    density only with that.
+    diagonal. A thousand keys that lie apart touch up to a thousand tiles in every row. What the method itself reads, at
+    its own density, is :class:`~seerattention.baselines.MInferenceExact`, which is no list of blocks.
 
     The published configurations have one pair of numbers for each head, found by a search; here one pair serves all.
 

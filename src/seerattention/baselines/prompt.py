@@ -85,6 +85,11 @@ class Prompt:
             end = min(first + step, self.num_keys)
             yield range(first, end), slice(first - self.first_row, end - self.first_row)
 
+    def positions(self, blocks: range) -> Tensor:
+        """Where the queries of these query blocks are, int64."""
+        first, end = max(self.start, blocks.start * self.block_size), min(self.length, blocks.stop * self.block_size)
+        return torch.arange(first, end, device=self.q.device)
+
     def queries(self, blocks: range) -> tuple[Tensor, Tensor]:
         """Scaled queries of whole query blocks, and which are there: float32 ``[Hq, M, D]``, bool ``[M]``.
 
@@ -148,22 +153,33 @@ def diagonal_sums(attention: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def masks_to_lists(inputs: LayerInputs, block_size: int, choose: Callable[[Prompt], Tensor]) -> BlockIndices:
+def masks_to_lists(
+    inputs: LayerInputs, block_size: int, choose: Callable[[Prompt], Tensor], heads: int | None = None
+) -> BlockIndices:
     """Block lists of a selector with a rule of its own.
 
     Args:
         inputs: what the selector got.
         block_size: tokens a block.
-        choose: gives the blocks to keep, bool ``[Hq or 1, R, N]``, of a sequence. What lies behind the diagonal is
+        choose: gives the blocks to keep, bool ``[heads or 1, R, N]``, of a sequence. What lies behind the diagonal is
             dropped and the diagonal is added.
+        heads: lists of each row; None: Hq. Hkv where the query heads of a group share one.
     """
-    mask = _for_each_row(inputs, block_size, lambda prompt: choose(prompt) | (prompt.columns() == prompt.rows()), False)
+
+    def keep(prompt: Prompt) -> Tensor:
+        return choose(prompt) | (prompt.columns() == prompt.rows())
+
+    mask = _for_each_row(inputs, block_size, keep, False, heads)
     return BlockIndices.from_mask(mask, block_size, span=inputs.span)
 
 
 @torch.no_grad()
 def scores_to_lists(
-    inputs: LayerInputs, block_size: int, policy: Policy, score: Callable[[Prompt], Tensor]
+    inputs: LayerInputs,
+    block_size: int,
+    policy: Policy,
+    score: Callable[[Prompt], Tensor],
+    heads: int | None = None,
 ) -> BlockIndices:
     """Block lists of a selector that leaves the choice to a policy.
 
@@ -171,33 +187,46 @@ def scores_to_lists(
         inputs: what the selector got.
         block_size: tokens a block.
         policy: gets the scores as logits.
-        score: gives the scores of a sequence, float32 ``[Hq or 1, R, N]``. What lies behind the diagonal is ignored.
+        score: gives the scores of a sequence, float32 ``[heads or 1, R, N]``. What lies behind the diagonal is ignored.
+        heads: lists of each row; None: Hq. Hkv where the query heads of a group share one.
     """
-    logits = rows_of_scores(inputs, block_size, score)
+    logits = rows_of_scores(inputs, block_size, score, heads)
     lengths = inputs.lengths if inputs.span is None else None  # the span knows them
     return policy.select(logits, block_size=block_size, lengths=lengths, span=inputs.span)
 
 
 @torch.no_grad()
-def rows_of_scores(inputs: LayerInputs, block_size: int, score: Callable[[Prompt], Tensor]) -> Tensor:
-    """Scores of the sequences of a batch, float32 ``[B, Hq, R, N]``, as a policy gets them."""
-    return _for_each_row(inputs, block_size, score, 0.0)
+def rows_of_scores(
+    inputs: LayerInputs, block_size: int, score: Callable[[Prompt], Tensor], heads: int | None = None
+) -> Tensor:
+    """Scores of the sequences of a batch, float32 ``[B, heads, R, N]``, as a policy gets them."""
+    return _for_each_row(inputs, block_size, score, 0.0, heads)
 
 
 def _for_each_row(
-    inputs: LayerInputs, block_size: int, answer: Callable[[Prompt], Tensor], fill: bool | float
+    inputs: LayerInputs, block_size: int, answer: Callable[[Prompt], Tensor], fill: bool | float, heads: int | None
 ) -> Tensor:
-    """Answers for the sequences of a batch, ``[B, Hq, R, N]``; ``fill`` where a sequence has no such block."""
-    q, k, span = inputs.q, inputs.k, inputs.span
-    if span is None:
-        span = Span.of_padded(q.shape[0], q.shape[2], k.shape[2], inputs.lengths)
-    q, k = span.gather_queries(q), span.gather_keys(k)
-    shape = span.batch, q.shape[1], span.num_rows(block_size), span.num_key_blocks(block_size)
+    """Answers for the sequences of a batch, ``[B, heads, R, N]``; ``fill`` where a sequence has no such block."""
+    span, heads = _span_of(inputs), inputs.q.shape[1] if heads is None else heads
+    shape = span.batch, heads, span.num_rows(block_size), span.num_key_blocks(block_size)
     dtype = torch.bool if isinstance(fill, bool) else torch.float32
-    out = torch.full(shape, fill, dtype=dtype, device=q.device)
+    out = torch.full(shape, fill, dtype=dtype, device=inputs.q.device)
+    for b, prompt in prompts(inputs, block_size):
+        out[b, :, : prompt.num_rows, : prompt.num_keys] = answer(prompt)
+    return out
+
+
+def prompts(inputs: LayerInputs, block_size: int) -> Iterator[tuple[int, Prompt]]:
+    """The sequences of a batch that have a query, each with the number of its row."""
+    q, k, span = inputs.q, inputs.k, _span_of(inputs)
+    q, k = span.gather_queries(q), span.gather_keys(k)
     starts, counts = span.column(START).tolist(), span.column(LENGTH).tolist()
     for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
         if count:
-            prompt = Prompt(inputs.layer, q[b, :, :count], k[b, :, : start + count], inputs.scale, block_size)
-            out[b, :, : prompt.num_rows, : prompt.num_keys] = answer(prompt)
-    return out
+            yield b, Prompt(inputs.layer, q[b, :, :count], k[b, :, : start + count], inputs.scale, block_size)
+
+
+def _span_of(inputs: LayerInputs) -> Span:
+    if inputs.span is not None:
+        return inputs.span
+    return Span.of_padded(inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2], inputs.lengths)

@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tasks": "niah_single_2,niah_multikey_1,niah_multivalue",
         "selectors": "xattention,flashprefill,sub_block:query_parts=8:key_parts=8,streaming,oracle:policy=top_k(0.1)",
         "densities": "0.1,0.2",
-        "rules": "own,project",
+        "rules": "own,project,budget",
         "protocols": "every_row_sparse",
         "samples": 16,
         "documents": 4,
@@ -48,11 +48,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {
         "tasks": "all",
-        "selectors": "xattention,xattention:stride=16,flexprefill,flashprefill,minference,mean_pool,"
+        "selectors": "xattention,xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,"
+        "flashprefill_v2:mean_correction=true,sparge,minference,minference_exact,mean_pool,"
         "sub_block:query_parts=8:key_parts=8,sub_block:query_parts=8:key_parts=8:reduce=max,streaming,random,"
         "oracle:policy=top_k(0.1),oracle:reduce=mass:policy=top_k(0.1)",
         "densities": "0.05,0.1,0.2",
-        "rules": "own,project",
+        "rules": "own,project,budget",
         "protocols": "every_row_sparse,as_published",
         "samples": 50,
         "documents": 8,
@@ -80,7 +81,10 @@ def command(
     ] = None,
     preset: Annotated[str, typer.Option(help="quick or full: what is not given otherwise.")] = "quick",
     rules: Annotated[
-        str | None, typer.Option(help="Budget rules: own, project, top_k, top_p, threshold (see docs/comparison.md).")
+        str | None,
+        typer.Option(
+            help="How a density is spent: own, project, budget (what is stored with gates), top_k, top_p, threshold."
+        ),
     ] = None,
     protocols: Annotated[str | None, typer.Option(help="every_row_sparse, as_published.")] = None,
     samples: Annotated[int | None, typer.Option(help="Prompts of each task and length.", min=1)] = None,
@@ -140,7 +144,7 @@ def command(
         _check_questions(qa_data)
         folders = _gate_folders(model, gates)
         plan = _plan(
-            _contenders(folders, chosen),
+            _contenders(folders, chosen, terminal.say),
             asked_lengths,
             chosen,
             {"answers": answers, "chat": apply_chat_template, "qa_data": None if qa_data is None else str(qa_data)},
@@ -208,16 +212,21 @@ def _in_package(folder: str) -> bool:
     return Path(__file__).parents[1] in Path(folder).resolve().parents
 
 
-def _contenders(folders: Mapping[str, str], chosen: Mapping[str, Any]) -> list[Contender]:
-    from ..evaluate.contenders import PROTOCOLS, RULES, make_contenders
+def _contenders(folders: Mapping[str, str], chosen: Mapping[str, Any], say: Callable[[str], None]) -> list[Contender]:
+    from ..evaluate.contenders import BUDGET, PROTOCOLS, RULE_NAMES, make_contenders
+    from ..gates.sources import stored_budgets
 
-    rules = check_choice(parse_list(chosen["rules"], str, "rules"), RULES, "rules")
+    rules = check_choice(parse_list(chosen["rules"], str, "rules"), RULE_NAMES, "rules")
     protocols = check_choice(parse_list(chosen["protocols"], str, "protocols"), PROTOCOLS, "protocols")
     selectors = chosen["selectors"].strip()
     if not selectors:
         raise ValueError("--selectors is empty; give selectors separated by commas, or none")
+    budgets = {name: stored_budgets(folder) for name, folder in folders.items()} if BUDGET in rules else {}
+    without = [name for name, stored in budgets.items() if stored is None]
+    if without:
+        say(f"no budgets are stored with {', '.join(without)}, so not under the rule budget; seer calibrate fits them")
     with named("--selectors"):
-        return make_contenders(folders, "" if selectors == "none" else selectors, rules, protocols)
+        return make_contenders(folders, "" if selectors == "none" else selectors, rules, protocols, budgets)
 
 
 def _check_questions(folder: Path | None) -> None:

@@ -74,7 +74,9 @@ def command(
         loaded, tokenizer = load_model(model, chosen)
 
         from ..files import write_file
-        from .demo_job import DemoBooks, DemoPlan, run_demo
+        from .demo_compare import compared_table
+        from .demo_job import DemoBooks, run_demo
+        from .demo_plan import DemoPlan
         from .demo_report import build_report, demo_to_dict, recall_table, result_table
 
         plan = DemoPlan.choose(chosen, fast, 60.0 * minutes, model)
@@ -93,6 +95,7 @@ def command(
         )
         terminal.table(recall_table(result))
         terminal.table(result_table(result, plan))
+        terminal.table(compared_table(result.compared))
         page = build_report(result, plan, seed=seed, device=chosen, fast=fast).save(output / "index.html")
         numbers = demo_to_dict(result, plan, seed)
         write_file(output / "results.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")

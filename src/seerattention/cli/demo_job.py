@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,107 +31,18 @@ from ..measure.kept import SHOWN
 from ..policies import Budgets, Policy, TopK, TopP
 from ..tasks import TaskGenerator
 from ..testbed import GATE_CONFIG
-from .demo import DEMO_MINUTES
+from .demo_compare import Compared, compare
+from .demo_plan import DemoPlan, Rule
 
-__all__ = ["DemoBooks", "DemoPlan", "DemoResult", "run_demo"]
+__all__ = ["DemoBooks", "DemoResult", "run_demo"]
 
-Rule: TypeAlias = float | TopP | Literal["default"]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 RECALL_DENSITY = 0.1
+COMPARED_DENSITY = 0.2  # low enough to tell methods apart, and short prompts reach it
 _ROWS = 0.5  # of the query blocks of a training sequence enter each step
 _RECALL_LENGTH = 4096  # at most; the true map of a prompt costs as much as its attention
-STORED: Final = "default"
-"""The policy that is stored with gates; of fresh ones, that of ``attach``."""
 _WARMUP_LENGTH = 2048  # what is compiled for it serves all longer prompts
-
-
-@dataclass(frozen=True)
-class DemoPlan:
-    """How much the demo does.
-
-    Attributes:
-        model: which of the testbed's models.
-        length: tokens of the prompts that are timed and of the documents for perplexity.
-        task_length: tokens of the retrieval samples.
-        train_length, batch_size: tokens and sequences of a training step.
-        max_steps: most steps of distillation; fewer where ``distill_share`` of ``seconds`` does not hold them.
-        max_rounds: most rounds of evaluation (a sample of each task and a document); fewer where the time is short.
-        questions: questions a sample.
-        repeats: timed prefills of each setting.
-        seconds: what the whole demo may take.
-        committed, fresh, untrained: what the committed gates (not used where the model has none), the fresh ones, and
-            those before distillation are asked for: :data:`STORED`, a share of probability as :class:`TopP`, or a
-            density, spent by the budgets of the gates or, where they have none, by top-k selection.
-        headline: which of the committed (else the fresh) ones stands at the top of the report.
-        tasks: retrieval tasks.
-        learning_rate: for the fresh gates.
-    """
-
-    model: str = "testbed"
-    length: int = 8192
-    task_length: int = 8192
-    train_length: int = 2048
-    batch_size: int = 1
-    max_steps: int = 60
-    distill_share: float = 0.25
-    max_rounds: int = 4
-    questions: int = 16
-    repeats: int = 2
-    seconds: float = 60.0 * DEMO_MINUTES
-    committed: Sequence[Rule] = (STORED, 0.1)
-    fresh: Sequence[Rule] = (STORED, 0.2)
-    untrained: Sequence[Rule] = (0.2,)
-    headline: int = 0
-    tasks: Sequence[str] = ("multikey", "keyvalue")
-    learning_rate: float = 4e-3
-
-    @classmethod
-    def choose(
-        cls, device: str, fast: bool = False, seconds: float = 60.0 * DEMO_MINUTES, model: str = "testbed"
-    ) -> DemoPlan:
-        """What fits the device and the model; ``fast`` is a smoke test whose numbers mean little."""
-        if model == "smollm2":
-            return cls._of_smollm2(device, fast, seconds)
-        if fast:
-            tokens: dict[str, Any] = {"length": 1024, "task_length": 1024, "train_length": 512}
-            work: dict[str, Any] = {"max_steps": 4, "max_rounds": 1, "questions": 2, "repeats": 1, "seconds": seconds}
-            return cls(**tokens, **work, committed=(STORED, 0.2), fresh=(STORED, 0.2))
-        if device.startswith("cuda"):
-            return cls(
-                length=16384,
-                task_length=16384,
-                train_length=8192,
-                batch_size=4,
-                max_steps=200,
-                max_rounds=12,
-                repeats=5,
-                seconds=seconds,
-                committed=(STORED, 0.5, 0.1, 0.05),
-                fresh=(STORED, 0.2, 0.1),
-            )
-        return cls(seconds=seconds)
-
-    @classmethod
-    def _of_smollm2(cls, device: str, fast: bool, seconds: float) -> DemoPlan:
-        """A token costs eight times as much as the testbed's. A share of each row's own blocks (top-k) drops the
-        attention sink of early rows, which this model does not bear: it is there to compare fresh gates with untrained
-        ones. Of many names, the model finds one in up to 2K tokens only. Gates that saw shorter texts than they are
-        used for are worth little here."""
-        shared: dict[str, Any] = {
-            "model": "smollm2",
-            "seconds": seconds,
-            "committed": (STORED, TopP(0.9)),
-            "tasks": ("multikey",),
-            "questions": 8,
-            "distill_share": 0.4,
-        }
-        if fast:
-            small: dict[str, Any] = {**shared, "length": 512, "task_length": 512, "questions": 1}
-            return cls(train_length=256, max_steps=2, max_rounds=1, repeats=1, **small)
-        if device.startswith("cuda"):
-            return cls(task_length=2048, train_length=8192, batch_size=4, max_steps=200, max_rounds=12, **shared)
-        return cls(length=4096, task_length=2048, train_length=2048, max_rounds=6, **shared)
 
 
 @dataclass
@@ -147,6 +58,7 @@ class DemoResult:
         maps: of the heads that look farthest, from the committed gates, or the fresh ones without those.
         inspection: block recall of all heads in that prompt.
         rounds: how many rounds of evaluation the time allowed.
+        compared: the same gates beside training-free methods, on other prompts.
         seconds: of each stage.
         shown: the number that is shown beside block recall, of "committed" gates and the "oracle".
     """
@@ -160,6 +72,7 @@ class DemoResult:
     maps: list[HeadMap]
     inspection: Inspection
     rounds: int
+    compared: Compared
     seconds: dict[str, float] = field(default_factory=dict)
     shown: dict[str, float | None] = field(default_factory=dict)
 
@@ -246,6 +159,13 @@ def run_demo(
         )
     clock.lap("timing")
 
+    best = ("fresh gates", fresh) if gates is None else ("committed gates", gates)
+    asker = TaskGenerator(tokenizer, books.test, split="test", seed=seed + 2)
+    asked = make_samples(asker, plan.tasks, plan.task_length, 1, plan.questions)
+    read = documents[:1, : plan.task_length]
+    compared = compare(model, best, asked, read, density=COMPARED_DENSITY, progress=progress)
+    clock.lap("comparison")
+
     generator = TaskGenerator(tokenizer, books.test, split="test", seed=seed)
     retrieval, perplexity = _evaluate_rounds(model, generator, documents, settings, plan, started, progress)
     clock.lap("evaluation")
@@ -259,19 +179,11 @@ def run_demo(
     clock.lap("maps")
     rounds = int(next(iter(retrieval[0].correct.values())).shape[0])
     far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
+    recalls, shown = (committed.block_recall(), oracle.block_recall()), {"committed": committed, "oracle": oracle}
     return DemoResult(
-        history,
-        committed.block_recall(),
-        oracle.block_recall(),
-        timing,
-        retrieval,
-        perplexity,
-        far,
-        inspection,
-        rounds,
-        clock.laps,
-        {"committed": committed.numbers()[SHOWN], "oracle": oracle.numbers()[SHOWN]},
-    )
+        history, *recalls, timing, retrieval, perplexity, far, inspection, rounds, compared, clock.laps,
+        {name: recall.numbers()[SHOWN] for name, recall in shown.items()},
+    )  # fmt: skip
 
 
 def _rule_name(rule: Rule) -> str:

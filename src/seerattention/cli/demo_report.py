@@ -13,7 +13,9 @@ from ..evaluate.retrieval import retrieval_table
 from ..evaluate.tables import Table, format_density, format_length, format_percent, with_error
 from ..measure.kept import RECALLS, SHOWN, SHOWN_SAYS
 from .demo import NO_COMMITTED
-from .demo_job import RECALL_DENSITY, DemoPlan, DemoResult
+from .demo_compare import compared_table
+from .demo_job import RECALL_DENSITY, DemoResult
+from .demo_plan import DemoPlan
 
 __all__ = ["build_report", "demo_to_dict", "recall_table", "result_table"]
 
@@ -104,6 +106,7 @@ def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any
         "timing": [item.to_dict() for item in result.timing],
         "retrieval": [item.to_dict() for item in result.retrieval],
         "perplexity": [item.to_dict() for item in result.perplexity],
+        "comparison": result.compared.to_dict(),
         "environment": environment(),
     }
 
@@ -190,6 +193,9 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
         "before it produced.",
         alt="block recall of each layer and head",
     )
+
+    report.section("Against training-free methods")
+    report.table(compared_table(result.compared))
 
     report.section("How it was measured")
     report.text(

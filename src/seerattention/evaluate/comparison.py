@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .contenders import BUDGET
 from .journal import Journal
 from .map_measure import MapMeasure, MapResult
 from .perplexity import PerplexityMeasure, PerplexityResult
@@ -20,6 +21,17 @@ from .timing import TimingMeasure, TimingResult
 
 __all__ = ["RUN", "Comparison", "Entry", "RunResult", "summary_table", "task_table"]
 
+#: What to say of selectors whose choice is read by an attention of their own, by what it is called.
+NOTES: Mapping[str, str] = {
+    "+ mean correction": (
+        "(+ mean correction): blocks that are left out are not forgotten but stand in as the mean of their keys and "
+        "values, by another attention than that of the others; its density is of the blocks that are read."
+    ),
+    "token by token": (
+        "(token by token): what is read are single keys and parts of blocks, and the density counts pairs of tokens; "
+        "attention is masked dense attention, so that its time says nothing."
+    ),
+}
 #: Name of the line that says what a run was: model, machine, versions, command.
 RUN = "run"
 _MEASURES: Mapping[str, Any] = {
@@ -266,10 +278,21 @@ def summary_table(comparison: Comparison, length: int) -> Table:
     missed = [entry.name for entry in comparison.at(length) if entry.contender.get("reached") is False]
     if missed:
         caption += f" The density was out of reach for: {'; '.join(missed)}."
+    if any(entry.contender.get("rule") == BUDGET for entry in comparison.at(length)):
+        caption += (
+            " Budget rule: as the gates are shipped, by the factors stored with them; nothing was searched for it, so "
+            "that its density is what it came to."
+        )
+    caption += "".join(f" {NOTES[mark]}" for mark in _attentions(comparison.at(length)))
     conceded = [entry.name for entry in comparison.at(length) if entry.contender.get("conceded")]
     if conceded:
         caption += f" With smaller floors than the rule's defaults, to reach the density: {'; '.join(conceded)}."
     return Table(headers, rows, caption)
+
+
+def _attentions(entries: Sequence[Entry]) -> list[str]:
+    """Attentions other than that of all others that are among these, as :attr:`Selector.attention` calls them."""
+    return sorted(NOTES.keys() & {entry.contender.get("attention") for entry in entries})
 
 
 def task_table(comparison: Comparison, length: int) -> Table:

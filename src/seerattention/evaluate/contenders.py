@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..baselines import parse_selectors
-from ..policies import Policy, RelativeThreshold, Threshold, TopK, TopP
+from ..policies import Budgets, Policy, RelativeThreshold, Threshold, TopK, TopP
 from ..selectors import GateSelector, Selector
 from .settings import Setting
 
 __all__ = [
+    "BUDGET",
     "KNOBS",
     "PROJECT_RULE",
     "PROTOCOLS",
     "RULES",
+    "RULE_NAMES",
+    "BudgetContender",
     "Contender",
     "Knob",
     "make_contenders",
@@ -40,6 +43,9 @@ RULES: Mapping[str, Policy | None] = {
     "top_p": TopP(0.9),
     "threshold": Threshold(5e-3),
 }
+#: The rule that gates are shipped with: the budgets stored with them say how a density is spent; of gates only.
+BUDGET = "budget"
+RULE_NAMES = (*RULES, BUDGET)
 PROTOCOLS = ("every_row_sparse", "as_published")
 #: The rule of gates in the paper (SeerAttention, section 3.3).
 _OWN_RULE_OF_GATES = Threshold(5e-3)
@@ -78,7 +84,10 @@ KNOBS: dict[str, Knob] = {
     "xattention": Knob("tau", 0.0, 1.0),
     "flexprefill": Knob("gamma", 0.0, 1.0),
     "minference": Knob("multiplier", 1e-3, 1e3, log=True),
+    "minference_exact": Knob("multiplier", 1e-3, 1e3, log=True),
+    "sparge": Knob("tau", 0.0, 1.0),
     "flashprefill": Knob("alpha", 1.0, 1e-9, log=True),
+    "flashprefill_v2": Knob("alpha", 1.0, 1e-9, log=True),
     "oracle_cover": Knob("p", 0.0, 1.0),
     "top_k": Knob("density", 1e-3, 1.0, log=True),
     "top_p": Knob("p", 1e-4, 1.0),
@@ -91,8 +100,12 @@ KNOBS: dict[str, Knob] = {
 _CONCESSIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "relative_threshold": ({"min_blocks": 2, "dense_rows": 4}, {"min_blocks": 1, "dense_rows": 0}),
     "flashprefill": ({"sink_blocks": 1, "window_blocks": 1},),
+    "flashprefill_v2": ({"sink_blocks": 1, "window_blocks": 1},),
     "flexprefill": ({"min_budget": 1},),
+    "sparge": ({"theta": 0.3}, {"theta": -1.0}),
 }
+# What the mark of a corrected attention says anyway.
+_CORRECTED = ":mean_correction=true"
 # In sweeps from the beginning: what is absolute in a publication and would fill a prompt of a few thousand tokens.
 _ADAPTED: dict[str, Mapping[str, Any]] = {"flexprefill": {"min_budget": 128}}
 
@@ -100,8 +113,12 @@ _ADAPTED: dict[str, Mapping[str, Any]] = {"flexprefill": {"min_budget": 128}}
 def _published(selector: Selector) -> Selector | None:
     """The selector with what its publication keeps besides; None where that is nothing."""
     size = getattr(selector, "block_size", 64)
-    if selector.kind == "flashprefill":  # two, two and four blocks of 128
+    if selector.kind in ("flashprefill", "flashprefill_v2"):
+        # Two, two and four blocks of 128. The second version: the eight last row tiles of its recipe, which are 256
+        # tokens where four heads share a KV head, and four layers.
         extras = {"last_blocks_dense": 256 // size, "sink_blocks": 256 // size, "window_blocks": 512 // size}
+        if selector.kind == "flashprefill_v2":
+            extras["first_layers_dense"] = 4
         return dataclasses.replace(selector, **extras)  # type: ignore[type-var]
     if isinstance(selector, GateSelector):
         return GateSelector(dataclasses.replace(selector.policy, last_blocks_dense=2))  # type: ignore[type-var]
@@ -125,7 +142,7 @@ class Contender:
     Attributes:
         label: what the method is called.
         selector: with any value of its knob.
-        rule, protocol: by name, of :data:`RULES` and :data:`PROTOCOLS`.
+        rule, protocol: by name, of :data:`RULE_NAMES` and :data:`PROTOCOLS`.
         gates: a folder, for selectors that ask gates.
     """
 
@@ -161,12 +178,24 @@ class Contender:
             )
         return KNOBS[kind]
 
+    def stored(self, density: float) -> Selector | None:
+        """The selector of a density where that is stored and not searched for; None: the knob has to be found."""
+        return None
+
+    def reaches(self, density: float) -> bool:
+        """Whether it can be asked for this density at all."""
+        return True
+
     def at(self, value: float | int) -> Selector:
         """The selector with this value of its knob."""
         if self.policy is None:
             return dataclasses.replace(self.selector, **{self.knob.argument: value})  # type: ignore[type-var]
         policy = dataclasses.replace(self.policy, **{self.knob.argument: value})  # type: ignore[type-var]
         return dataclasses.replace(self.selector, policy=policy)  # type: ignore[type-var]
+
+    @property
+    def _knob_name(self) -> str | None:
+        return self.knob.argument
 
     def setting(self, selector: Selector, density: float) -> Setting:
         """What is measured."""
@@ -194,10 +223,34 @@ class Contender:
             "family": self.family,
             "rule": self.rule,
             "protocol": self.protocol,
-            "knob": self.knob.argument,
+            "attention": self.selector.attention,
+            "knob": self._knob_name,
             "needs_gates": self.selector.needs_gate,
             "whole_prompt": not self.selector.rowwise,
         }
+
+
+@dataclass(frozen=True)
+class BudgetContender(Contender):
+    """Gates under the rule that they are shipped with: as ``attach(density=)`` would run them, and no knob is searched.
+
+    Attributes:
+        budgets: those that are stored with the gates.
+    """
+
+    budgets: Budgets | None = None
+
+    def stored(self, density: float) -> Selector:
+        assert self.budgets is not None
+        return GateSelector(self.budgets.policy(density))
+
+    def reaches(self, density: float) -> bool:
+        assert self.budgets is not None
+        return self.budgets.densities[0] <= density <= self.budgets.densities[-1]
+
+    @property
+    def _knob_name(self) -> None:
+        return None
 
 
 def make_contenders(
@@ -205,6 +258,7 @@ def make_contenders(
     selectors: str,
     rules: Sequence[str] = ("own", "project"),
     protocols: Sequence[str] = PROTOCOLS[:1],
+    budgets: Mapping[str, Budgets | None] | None = None,
 ) -> list[Contender]:
     """Every method under every rule that it can have and every protocol that changes something.
 
@@ -212,11 +266,13 @@ def make_contenders(
         gates: folders by what they are called.
         selectors: as :func:`~seerattention.baselines.parse_selectors` takes them; "" for none.
         rules, protocols: by name.
+        budgets: those that are stored with the gates, by what these are called; gates without are left out under the
+            rule :data:`BUDGET`, which is for gates only.
 
     Raises:
         ValueError: unknown names, selectors that cannot be read or swept, or nothing to compare.
     """
-    for given, known, what in ((rules, RULES, "rules"), (protocols, PROTOCOLS, "protocols")):
+    for given, known, what in ((rules, RULE_NAMES, "rules"), (protocols, PROTOCOLS, "protocols")):
         unknown = [name for name in given if name not in known]
         if unknown or not given:
             raise ValueError(f"{what} {unknown} are not known; choose from {', '.join(known)}")
@@ -232,7 +288,13 @@ def make_contenders(
     found: list[Contender] = []
     for name, selector, folder in methods:
         for rule in rules:
-            made = _under(selector, RULES[rule])
+            if rule == BUDGET:
+                stored = (budgets or {}).get(name) if selector.needs_gate else None
+                if stored is not None and PROTOCOLS[0] in protocols:
+                    spent = GateSelector(stored.policy())
+                    found.append(BudgetContender(name, spent, rule, gates=folder, budgets=stored))
+                continue
+            made = _under(selector, RULES[rule], "own" in rules)
             if made is None:
                 continue
             contender = Contender(name, made, rule, gates=folder)
@@ -248,18 +310,24 @@ def make_contenders(
 
 
 def _short_names(methods: list[tuple[str, Selector, Any]]) -> list[tuple[str, Selector, Any]]:
-    """Without the policies, whose numbers are only where a sweep begins, unless two would have one name."""
+    """Without the policies, whose numbers are only where a sweep begins, unless two would have one name. What is read
+    by another attention than that of all others is marked."""
+    methods = [
+        (f"{name.replace(_CORRECTED, '')} ({selector.attention})" if selector.attention else name, selector, folder)
+        for name, selector, folder in methods
+    ]
     short = [re.sub(r":policy=\w+\s*(\([^)]*\))?", "", name) for name, *_ in methods]
     return [(new if short.count(new) == 1 else name, *rest) for new, (name, *rest) in zip(short, methods, strict=True)]  # type: ignore[misc]
 
 
-def _under(selector: Selector, policy: Policy | None) -> Selector | None:
-    """The selector with this policy in place of its own rule; None where it has no scores, or that policy anyway."""
+def _under(selector: Selector, policy: Policy | None, with_own: bool) -> Selector | None:
+    """The selector with this policy in place of its own rule; None where it has no scores, or where that is its own
+    rule, under which it is compared anyway."""
     if policy is None:
         return selector
     if not any(field.name == "policy" for field in dataclasses.fields(selector)):  # type: ignore[arg-type]
         return None
     own = getattr(selector, "policy", None)
     if own is not None and own.kind == policy.kind:
-        return None
+        return None if with_own else selector
     return dataclasses.replace(selector, policy=policy)  # type: ignore[type-var]

@@ -79,7 +79,7 @@ def units_of(plan: Plan) -> list[Unit]:
     for length in sorted(plan.lengths):
         found.append(Unit(length))
         for density in sorted(plan.densities, reverse=True):
-            found += [Unit(length, contender, density) for contender in plan.contenders]
+            found += [Unit(length, contender, density) for contender in plan.contenders if contender.reaches(density)]
     return found
 
 
@@ -112,15 +112,18 @@ class Sweep:
         contender, facts = unit.contender, {"run": self.run, "target": unit.density}
         setting = DENSE
         if contender is not None:
-            found = self.calibrated(unit, contender)
-            setting = contender.setting(found.made(), unit.density)
-            facts["contender"] = {
-                **contender.to_dict(),
-                "selector": dict(found.selector),
-                "calibrated_density": found.density,
-                "reached": found.reached,
-                "conceded": found.conceded,
-            }
+            selector = contender.stored(unit.density)
+            told = contender.to_dict()
+            if selector is None:
+                found = self.calibrated(unit, contender)
+                selector = found.made()
+                told |= {
+                    "calibrated_density": found.density,
+                    "reached": found.reached,
+                    "conceded": found.conceded,
+                }
+            facts["contender"] = {**told, "selector": selector.to_dict()}
+            setting = contender.setting(selector, unit.density)
         for measure in self.plan.measures:
             # Times are of one moment: each is measured beside dense attention.
             together = [DENSE, setting] if measure is self.plan.timing and contender is not None else [setting]
@@ -173,6 +176,10 @@ def run_sweep(
         ValueError: prompts that cannot be made, or a contender that cannot run on the model.
     """
     units = units_of(sweep.plan)
+    for contender in sweep.plan.contenders:
+        missing = [f"{density:g}" for density in sweep.plan.densities if not contender.reaches(density)]
+        if missing:
+            say(f"{contender.family}: no budgets for {', '.join(missing)} are stored; seer calibrate fits them")
     tokens = {length: sweep.tokens(length) for length in sorted(sweep.plan.lengths)}  # all prompts, before any work
     left, failed = [], []
 

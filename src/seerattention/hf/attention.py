@@ -181,6 +181,7 @@ def _count(
     blocks: BlockIndices | None,
     lengths: Tensor | None,
     decoding: bool = False,
+    share: Tensor | None = None,
 ) -> None:
     if not forward.statistics:
         return
@@ -195,6 +196,7 @@ def _count(
         decoding,
         None if blocks is not None else call.reason,
         _min_context(layer, query.device),
+        share,
     )
     for statistics in forward.statistics:
         statistics.add(layer.index, attended)
@@ -209,11 +211,12 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     problem = call.reason = _not_a_prompt(arguments, call, forward, plain, padding)
     if problem is None:
         selector = layer.selector(PREFILL)
-        wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector)
+        padded = padding is not None
+        wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector, padded)
         if wants_sparse or forward.observers:
             inputs, starts = _layer_inputs(arguments, call, forward, padding)
             seen = type(selector) is not GateSelector or bool(forward.observers or forward.statistics)
-            if not seen and (out := cast(GateSelector, selector).attend(inputs)) is not None:
+            if not seen and (out := cast(GateSelector, selector).attend_at_once(inputs)) is not None:
                 forward.sparse = True
                 return out.transpose(1, 2).contiguous(), None
             if selector is not None and wants_sparse:
@@ -224,8 +227,11 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         raise ValueError(f"observe() sees whole prompts only, but this forward is not one: {problem}")
     if forward.statistics:
         lengths = inputs.lengths if inputs is not None else None if padding is None else padding.sum(-1)
-        _count(arguments, call, forward, blocks, lengths)
-    result = None
+        share = None
+        if blocks is not None and selector is not None and inputs is not None:
+            share = selector.share_read(inputs)
+        _count(arguments, call, forward, blocks, lengths, share=share)
+    result: tuple[Tensor, Tensor | None] | None = None
     if inputs is not None and forward.observers:
         if blocks is None and not call.part and call.valid_keys is None:
             # Before the observers, who would otherwise compute its log-sum-exp again.
@@ -236,8 +242,11 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     if blocks is None:
         return result
     assert inputs is not None
+    assert selector is not None
     forward.sparse = True
-    out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale))
+    out = selector.attend(inputs, blocks)
+    if out is None:
+        out = cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale))
     if padding is not None:
         mine = padding[:, -out.shape[2] :]
         out = shift_right(out, starts).masked_fill(~mine[:, None, :, None], 0.0)
@@ -282,7 +291,7 @@ def _not_a_prompt(
     return reason
 
 
-def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: Selector) -> bool:
+def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: Selector, padded: bool) -> bool:
     """Whether a whole prompt, or a chunk of one, is to be attended sparsely in this layer."""
     layer = call.layer
     query, key = arguments.query, arguments.key
@@ -296,6 +305,11 @@ def _wants_sparse(arguments: Arguments, call: Call, forward: Forward, selector: 
     reason = must_be_dense(arguments, layer, gradients)
     if reason is None and query.shape[2] != key.shape[2]:
         reason = _not_a_chunk(call, forward, selector, key)
+    if reason is None and padded and not selector.reads_blocks and _min_context(layer, query.device):
+        reason = (
+            f"the selector {selector.kind!r} reads single tokens, and rows of a padded batch that are shorter than "
+            "min_context cannot be dense beside that (attach with min_context=0)"
+        )
     if reason is not None:
         warn_dense(layer, reason)
     layer.model.note(reason is None, gradients)

@@ -113,6 +113,7 @@ class Attended(NamedTuple):
         decoding: whether the queries are decoded tokens.
         reason: why it was dense.
         min_context: tokens below which it would have been.
+        share: pairs of tokens that were read over causal pairs, where the lists do not say it; None: they do.
     """
 
     blocks: BlockIndices | None
@@ -124,6 +125,7 @@ class Attended(NamedTuple):
     decoding: bool
     reason: str | None
     min_context: int
+    share: Tensor | None = None
 
 
 class Arguments(dict[str, Any]):

@@ -64,6 +64,8 @@ class Statistics:
             counts = read_lists(blocks)[1]
             shared = heads // counts.shape[1]  # lists may be shared by the query heads of a group
             selected = (counts * valid[:, None]).sum(dtype=torch.float64) * shared
+            if attended.share is not None:  # of pairs of tokens, not of lists
+                selected = attended.share * causal
             self.sparse_calls += 1
             share = selected / causal
             self._shares[device] = self._shares[device] + share if device in self._shares else share
