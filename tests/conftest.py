@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import helpers` from any 
 
 import helpers
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    helpers.quicken_interpreter()
+
 
 @pytest.fixture
 def nan_filled_empty(monkeypatch):
