@@ -24,6 +24,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     helpers.quicken_interpreter()
 
 
+# Files whose tests need one thing that takes minutes to make: each is run whole, and first, by one process.
+TOGETHER = ("ops/test_offline_compile.py", "testbed/test_smollm2.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """``--dist loadgroup``, by files: pytest 9.2 and xdist 3.8 together lose the group of a test."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
 @pytest.fixture
 def nan_filled_empty(monkeypatch):
     """Within the test, torch.empty and torch.empty_like give NaN: what a kernel forgets to write shows."""
