@@ -25,7 +25,7 @@ SOURCES := src tests testbed benchmarks examples
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-cpu test-lowest test-lm-eval test-gpu lint format clean
+.PHONY: help install install-dev install-lowest demo test test-cpu test-lowest test-lm-eval test-gpu lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -60,6 +60,8 @@ clean:  ## remove environments, caches and reports
 # The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds.
 LOWEST := $(VENV)-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\(.*\)",/\1/p' pyproject.toml)
+
+install-lowest: $(LOWEST)/.installed  ## the lowest supported transformers
 
 test-lowest: $(LOWEST)/.installed  ## the Hugging Face tests with the lowest supported transformers
 	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__)'

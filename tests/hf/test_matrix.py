@@ -91,7 +91,7 @@ def alone(pads) -> Run:
 
 def in_turns(model: nn.Module, ids: Tensor) -> Tensor:
     """A prompt, a turn that is decoded, and a further prompt, on one cache."""
-    return in_chunks(model, ids, [96, *range(97, 129)])
+    return in_chunks(model, ids, [120, *range(121, 129)])
 
 
 def with_a_turn_taken_back(model: nn.Module, ids: Tensor) -> Tensor:
