@@ -57,7 +57,8 @@ clean:  ## remove environments, caches and reports
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lm-eval build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds.
+# The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds. What is compared
+# with the official implementation are scores and masks of gates, on a Llama that all the other tests use: not repeated.
 LOWEST := $(VENV)-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\(.*\)",/\1/p' pyproject.toml)
 
@@ -65,7 +66,7 @@ install-lowest: $(LOWEST)/.installed  ## the lowest supported transformers
 
 test-lowest: $(LOWEST)/.installed  ## the Hugging Face tests with the lowest supported transformers
 	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__)'
-	PYTHONPATH=$(LOWEST) $(PYTEST) tests/hf tests/test_public_api.py $(ARGS)
+	PYTHONPATH=$(LOWEST) $(PYTEST) tests/hf tests/test_public_api.py --ignore tests/hf/test_golden.py $(ARGS)
 
 $(LOWEST)/.installed: $(DEV_ENV)
 	rm -rf $(LOWEST)

@@ -24,8 +24,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     helpers.quicken_interpreter()
 
 
-# Files whose tests need one thing that takes minutes to make: each is run whole, and first, by one process.
-TOGETHER = ("ops/test_offline_compile.py", "testbed/test_smollm2.py")
+# Files whose tests need one thing that takes long to make: each is run whole, and first, by one process.
+TOGETHER = ("hf/test_tensor_parallel.py", "ops/test_offline_compile.py", "testbed/test_smollm2.py")
 
 
 @pytest.hookimpl(optionalhook=True)
