@@ -25,7 +25,7 @@ SOURCES := src tests testbed benchmarks examples
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-cpu test-lowest test-lm-eval test-gpu lint format clean
+.PHONY: help install install-dev install-lowest demo test test-cpu test-lowest test-lm-eval test-gpu lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -57,13 +57,16 @@ clean:  ## remove environments, caches and reports
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lm-eval build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds.
+# The lowest transformers that pyproject.toml allows, in front of everything else that $(DEV_ENV) holds. What is compared
+# with the official implementation are scores and masks of gates, on a Llama that all the other tests use: not repeated.
 LOWEST := $(VENV)-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\(.*\)",/\1/p' pyproject.toml)
 
+install-lowest: $(LOWEST)/.installed  ## the lowest supported transformers
+
 test-lowest: $(LOWEST)/.installed  ## the Hugging Face tests with the lowest supported transformers
 	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__)'
-	PYTHONPATH=$(LOWEST) $(PYTEST) tests/hf tests/test_public_api.py $(ARGS)
+	PYTHONPATH=$(LOWEST) $(PYTEST) tests/hf tests/test_public_api.py --ignore tests/hf/test_golden.py $(ARGS)
 
 $(LOWEST)/.installed: $(DEV_ENV)
 	rm -rf $(LOWEST)

@@ -1,17 +1,17 @@
 """``seer distill`` killed from outside, again and again: nothing breaks, and the gates come out bit for bit the same.
 
 SEER_KILLS says how often (default 4). Half of the kills come at random moments, the other half while a file is being
-written: as soon as a temporary file shows up beside the outputs.
+written: as soon as a temporary file shows up beside the outputs. Each run is a process of its own, but a fork of one
+that has imported everything: imports would be nine tenths of the test.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing.process
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from seerattention import cli
 from seerattention.cli.distill import command as seer_distill
 from seerattention.distillation.lock import locked
 from seerattention.distillation.saved import STATE_FILE, load_state
@@ -34,6 +35,9 @@ STEPS = 20 + 8 * KILLS  # so that the last kill still finds it training
 
 def command(model: Path, data: Path, output: Path, **options) -> list[str]:
     settings = {
+        "model": model,
+        "data": data,
+        "output": output,
         "length": 320,
         "batch-size": 2,
         "block-size": 32,
@@ -46,29 +50,32 @@ def command(model: Path, data: Path, output: Path, **options) -> list[str]:
         "seed": 3,
         **options,
     }
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [
-        sys.executable,
-        "-m",
-        "seerattention.cli.distill",
-        "--model",
-        str(model),
-        "--data",
-        str(data),
-        "--output",
-        str(output),
-        *flags,
-    ]
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def run(*arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments, **options), env=environment(), capture_output=True, text=True, timeout=300
+@pytest.fixture(scope="module")
+def start():
+    """``start(*arguments)`` starts ``seer distill`` in a process of its own and returns that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["seerattention.cli.distill", "seerattention.hf", "transformers.models.llama.modeling_llama"]
     )
+
+    def started(*arguments) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=cli.main, args=(["distill", *command(*arguments)],))
+        process.start()
+        return process
+
+    with pytest.MonkeyPatch.context() as patch:  # for what all are forked from: the first start makes it
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield started
+
+
+def finish(process) -> None:
+    process.join(300)
+    assert process.exitcode == 0, "its last words are in this test's output"
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +107,25 @@ def check_every_file_loads(output: Path) -> int:
     return step
 
 
-def kill_at(process: subprocess.Popen, output: Path, delay: float, inside_write: bool) -> None:
+def kill_at(process, output: Path, delay: float, inside_write: bool) -> None:
     """SIGKILL after ``delay`` seconds of training, or in the next write after that."""
     state = output / STATE_FILE
     before = state.stat().st_mtime_ns if state.exists() else None
-    while process.poll() is None:  # until this process has begun to train
+    while process.is_alive():  # until this process has begun to train
         if state.exists() and state.stat().st_mtime_ns != before:
             break
         time.sleep(0.002)
     time.sleep(delay)
     if inside_write:
-        while process.poll() is None and not temporary_files(state):
+        while process.is_alive() and not temporary_files(state):
             pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 @pytest.mark.timeout(180 + 60 * KILLS)
-def test_killed_runs_end_like_an_unbroken_one(inputs, tmp_path):
-    unbroken = run(*inputs, tmp_path / "unbroken")
-    assert unbroken.returncode == 0, unbroken.stderr
+def test_killed_runs_end_like_an_unbroken_one(start, inputs, tmp_path):
+    finish(start(*inputs, tmp_path / "unbroken"))
 
     rng = random.Random(20)
     output = tmp_path / "killed"
@@ -127,30 +133,29 @@ def test_killed_runs_end_like_an_unbroken_one(inputs, tmp_path):
     while kills < KILLS:
         attempts += 1
         assert attempts <= 3 * KILLS, "the run ends too early to be killed so often"
-        process = subprocess.Popen(command(*inputs, output), env=environment(), stderr=subprocess.PIPE, text=True)
+        process = start(*inputs, output)
         # Early in the run, so that all kills find it still training; a few even before the first step.
         if rng.random() < 0.15:
-            time.sleep(rng.uniform(0.0, 3.0))
+            time.sleep(rng.uniform(0.0, 0.3))
             process.kill()
-            process.wait()
+            process.join()
         else:
             kill_at(process, output, delay=rng.uniform(0.0, 0.15), inside_write=kills % 2 == 0)
-        if process.returncode == -signal.SIGKILL:
+        if process.exitcode == -signal.SIGKILL:
             kills += 1
             inside += bool(temporary_files(output / STATE_FILE))
         assert check_every_file_loads(output) < STEPS, "the run ended before all kills were done"
     assert inside >= 1, "no kill fell into a write"
 
     # Once more at the very end, while the results are written.
-    process = subprocess.Popen(command(*inputs, output), env=environment(), stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(output.glob("*gate*")):
+    process = start(*inputs, output)
+    while process.is_alive() and not list(output.glob("*gate*")):
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.join()
     assert check_every_file_loads(output) == STEPS
 
-    finished = run(*inputs, output)
-    assert finished.returncode == 0, finished.stderr
+    finish(start(*inputs, output))
     assert check_every_file_loads(output) == STEPS
     expected, gates = load_file(tmp_path / "unbroken" / "gates.safetensors"), load_file(output / "gates.safetensors")
     assert expected.keys() == gates.keys()
@@ -173,7 +178,7 @@ def mistake(*arguments, **options) -> str:
     """What the command, run in this process, says about a mistake."""
     app = typer.Typer()
     app.command()(seer_distill)
-    result = CliRunner().invoke(app, command(*arguments, **options)[3:])
+    result = CliRunner().invoke(app, command(*arguments, **options))
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
     return result.stderr

@@ -136,18 +136,22 @@ def with_diagonal(mask: torch.Tensor) -> torch.Tensor:
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool)
 
 
+@pytest.fixture
+def attached(golden):
+    """The model with its gates."""
+    yield seer.attach(golden.model, golden.gate_folder, min_context=0)
+    seer.detach(golden.model)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
-def test_end_to_end(golden, length):
+def test_end_to_end(golden, attached, length):
     """Every layer of every run whose earlier layers kept all their diagonal blocks: scores, then masks."""
     compared = 0
     for spec in golden.meta["runs"]:
         run = spec["name"]
         kept = golden.diag_kept(length, run)
-        seer.attach(golden.model, golden.gate_folder, prefill=golden.policy(run), min_context=0)
-        try:
-            scores, masks, _ = run_forward(golden, length)
-        finally:
-            seer.detach(golden.model)
+        seer.set_policy(attached, golden.policy(run))
+        scores, masks, _ = run_forward(golden, length)
         for layer in range(LAYERS):
             if min(kept[:layer], default=1.0) < 1.0:
                 break

@@ -86,12 +86,15 @@ def test_on_a_cache_tables_that_change_are_dense_and_say_so(model_of, ids_of, ki
 # ---- far out ----------------------------------------------------------------------------------------------------
 
 
+LAST = 36  # tokens of a chunk that begins inside of a block and ends with one
+
+
 def far_out(model_of, length):
-    """A model of one layer, a cache of all but the last 100 of ``length`` tokens, and its keys before RoPE."""
+    """A model of one layer, a cache of all but the ``LAST`` of ``length`` tokens, and its keys before RoPE."""
     shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     table = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": length // 16}
     model = model_of("llama", rope_parameters=table, max_position_embeddings=length, **shape)
-    generator, past = torch.Generator().manual_seed(0), length - 100
+    generator, past = torch.Generator().manual_seed(0), length - LAST
     keys, values = (torch.randn(1, 1, past, 16, generator=generator) for _ in range(2))
     cos, sin = model.model.rotary_emb(keys, torch.arange(past)[None])
     cache = DynamicCache()
@@ -115,7 +118,7 @@ def test_positions_of_long_caches(model_of, ids_of, length):
     """A chunk and two tokens at the end, against gate, policy and masked softmax written out on the keys as they were
     before RoPE."""
     model, cache, raw = far_out(model_of, length)
-    seen, outputs, tokens, past = [], [], [], length - 100
+    seen, outputs, tokens, past = [], [], [], length - LAST
     gated(model, selector=Watched(GateSelector(seer.TopK(0.05)), seen))
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +127,7 @@ def test_positions_of_long_caches(model_of, ids_of, length):
             seer.hf.attention, "attend_tokens", lambda a, blocks: tokens.append((a, blocks)) or attend(a, blocks)
         )
         with seer.record(model) as stats:
-            for ids in (ids_of(100), ids_of(1), ids_of(1, seed=1)):
+            for ids in (ids_of(LAST), ids_of(1), ids_of(1, seed=1)):
                 feed(model, ids, cache)
     assert (stats.sparse_calls, stats.dense_calls) == (3, 0)
 
@@ -133,7 +136,7 @@ def test_positions_of_long_caches(model_of, ids_of, length):
     cos, sin = model.model.rotary_emb(raw, positions[None])
     assert torch.equal(inputs.cos, cos)
     torch.testing.assert_close(inputs.k_pre[:, :, :past], raw, rtol=1e-4, atol=1e-4)
-    span = Span(1, 100, length)
+    span = Span(1, LAST, length)
     keys = torch.cat((raw, inputs.k_pre[:, :, past:]), 2)
     gate = gates_of(model)[0]
     encoded = (

@@ -51,7 +51,7 @@ def by_hand(logits, bounds, relative, floors):
 @pytest.mark.parametrize("floors", [{}, FLOORS])
 @pytest.mark.parametrize("kind", ["head and row", "head", "row", "one"])
 def test_thresholds_by_head_and_row(kind, floors, implementation):
-    for num_rows, num_keys in ((11, 11), (4, 11)):
+    for num_rows, num_keys in ((7, 7), (3, 8)):
         logits, bounds = make(num_rows, num_keys)
         bounds = {"head and row": bounds, "head": bounds[:, 3:4], "row": bounds[1:2], "one": bounds[:1, :1]}[kind]
         for relative in (True, False):

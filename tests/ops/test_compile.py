@@ -41,7 +41,7 @@ def assert_same_lists(a, b):
     assert torch.equal(a.to_mask(), b.to_mask())
 
 
-# -- registrations -----------------------------------------------------------------------------------------------------
+# -- registrations: each check runs the op many times, so there are few heads ------------------------------------------
 
 
 @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
@@ -57,7 +57,7 @@ def test_block_pooling_is_a_proper_op(kinds, lengths, implementation):
 @pytest.mark.parametrize("lengths", [None, torch.tensor([70, 130])])
 @pytest.mark.parametrize(("reduce", "normalize"), [("max", True), ("sum", False)])
 def test_pooled_attention_is_a_proper_op(reduce, normalize, lengths, implementation):
-    q, k, _ = make_qkv(130, 130, batch=2, head_dim=16)
+    q, k, _ = make_qkv(130, 130, batch=2, heads=2, kv_heads=1, head_dim=16)
     rows, span = torch.tensor([2, 0]), Span.of_padded(2, 130, 130, lengths)
     for lse in (None, torch.zeros(q.shape[:3])):
         arguments = (q, k, rows, 64, 0.25, reduce, normalize, lse, *span.arguments(), 0, implementation)
@@ -67,7 +67,7 @@ def test_pooled_attention_is_a_proper_op(reduce, normalize, lengths, implementat
 @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([70, 300])])
 def test_selections_are_proper_ops(lengths, implementation):
-    scores = scores_of(4, 5)
+    scores = scores_of(4, 5, heads=1)
     probabilities = scores.softmax(-1)
     # Triton leaves what follows the counts as it was in memory: two runs differ there, and one check compares them.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -90,7 +90,7 @@ def test_selections_are_proper_ops(lengths, implementation):
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("lengths", [(130, 130), (70, 200), (0, 64)])
 def test_block_sparse_attention_is_a_proper_op(lengths, return_lse, implementation):
-    q, k, v = make_qkv(*lengths, head_dim=16)
+    q, k, v = make_qkv(*lengths, heads=2, kv_heads=1, head_dim=16)
     blocks = make_blocks("random", q, k)
     plain, ragged = Span(1, *lengths), Span.of_padded(1, *lengths, torch.tensor([lengths[1] - 5]))
     mask = torch.ones(1, q.shape[1], ragged.num_rows(64), ragged.num_key_blocks(64), dtype=torch.bool)

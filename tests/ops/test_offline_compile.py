@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "offline_compile.py"
-# One process compiles everything once; tests that read its report must share a worker.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("offline_compile")]
+pytestmark = pytest.mark.slow  # one process compiles everything once: tests/conftest.py keeps this file together
 
 # What one multiprocessor of a Hopper GPU has, and what the Hopper kernel is planned for: programs by padded head_dim.
 REGISTERS, SHARED_MEMORY = 65536, 228 * 1024

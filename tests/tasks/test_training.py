@@ -10,9 +10,13 @@ from seerattention.tasks import TaskGenerator, TrainingMix
 from seerattention.tasks.training import DRILL_MIX, LONG_DRILL, PAIR_KEYS, SHORT_DRILLS, TASK_MIX
 
 
+@pytest.fixture(scope="module")
+def book(tokenizer):
+    return np.array(tokenizer.encode(seer.testbed.book_texts("train")[0][:60_000], add_special_tokens=False))
+
+
 @pytest.fixture
-def generator(tokenizer):
-    book = np.array(tokenizer.encode(seer.testbed.book_texts("train")[0][:60_000], add_special_tokens=False))
+def generator(tokenizer, book):
     return TaskGenerator(tokenizer, [book], split="train", seed=5)
 
 

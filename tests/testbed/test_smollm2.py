@@ -25,10 +25,6 @@ from seerattention.tasks import TASKS, TaskGenerator
 from seerattention.tasks.pieces import VARIABLE_TEMPLATES
 from seerattention.testbed import smollm2
 
-# All on one worker: the model is built once.
-pytestmark = pytest.mark.xdist_group("smollm2")
-
-
 # ---- without the model: a file of a few bytes, and a conversion that copies it --------------------------------------
 
 

@@ -208,6 +208,8 @@ def draw_projection(weight: Tensor, carriers: Sequence[bool]) -> None:
         weight: is written to.
         carriers: for each part whether it carries; one does at least.
     """
+    if weight.is_meta:  # there is nothing to fill, which the meta device takes milliseconds to find out
+        return
     weight.normal_(std=_INIT_NOISE * weight.shape[1] ** -0.5)
     parts = weight.unflatten(1, (len(carriers), -1))
     identity = _narrowed_identity(parts.shape[2], weight.shape[2]).to(weight)
