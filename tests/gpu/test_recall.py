@@ -29,14 +29,16 @@ def known(recall):
 
 
 def test_as_on_the_cpu():
-    """What is drawn is the same on every device, so that only the maps differ."""
+    """What is drawn is the same on every device, so that only the maps differ, by rounding: of the rows that are counted
+    because a probability is above a limit, two a head may fall on its other side."""
     model, batches = model_of(torch.float32), [{"input_ids": make_ids(1000)}, {"input_ids": make_ids(640)}]
     choices = {"drawn": Random(0.3), "true": Oracle(seer.TopK(0.3)), "all": seer.Dense()}
     here = compare_recall(model, batches, choices)
     there = compare_recall(copy.deepcopy(model).cuda(), batches, choices)
     for name in choices:
         assert len(known(here[name])) > 10
-        assert known(there[name]) == pytest.approx(known(here[name]), abs=0.02), name
+        for layer, sums in here[name].heads.items():
+            torch.testing.assert_close(there[name].heads[layer].cpu(), sums, rtol=0.02, atol=2.0)
 
 
 def test_while_distilling():
