@@ -29,7 +29,7 @@ def known(recall):
 
 
 def test_as_on_the_cpu():
-    """What is drawn is the same on every device, so that only the maps differ, by rounding: of the rows that are counted
+    """What is drawn is the same on every device, so that only the maps differ, by rounding: of rows that are counted
     because a probability is above a limit, two a head may fall on its other side."""
     model, batches = model_of(torch.float32), [{"input_ids": make_ids(1000)}, {"input_ids": make_ids(640)}]
     choices = {"drawn": Random(0.3), "true": Oracle(seer.TopK(0.3)), "all": seer.Dense()}
