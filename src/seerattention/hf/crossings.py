@@ -7,4 +7,12 @@ dense at any measured length.
 
 from __future__ import annotations
 
-CROSSINGS: dict[str, list[tuple[str, int, int, int]]] = {}
+CROSSINGS: dict[str, list[tuple[str, int, int, int]]] = {
+    "h200": [
+        ("smollm2-135m", 3538944, 576, 32768),
+        ("qwen2.5-0.5b", 14909440, 896, 16384),
+        ("qwen2.5-1.5b", 46792704, 1536, 8192),
+        ("qwen3-4b", 100925440, 4096, 4096),
+        ("llama-3.1-8b", 218103808, 4096, 4096),
+    ],
+}
