@@ -13,7 +13,7 @@ from seerattention.baselines import Oracle, Random
 from seerattention.hf import dense, observe
 from seerattention.hf.prompts import run_prompt
 from seerattention.measure import RECALLS, Recall, block_recall, compare_recall, measure_recall, recall, recall_sums
-from seerattention.measure.kept import LOOK_UP, PEAK, SHOWN, count_kept
+from seerattention.measure.kept import LOOK_UP, PEAK, count_kept
 
 from .distill.tiny import attached_llama, random_batches, tiny_llama
 
@@ -218,7 +218,7 @@ def test_several_choices_on_one_map():
     assert list(found) == list(choices)
     half = measure_recall(model, batches, seer.TopK(0.5))
     assert known(found["half"]) == pytest.approx(known(half), rel=1e-5)
-    shown = {name: measured.numbers()[SHOWN] for name, measured in found.items()}
+    shown = {name: measured.numbers()["look_up"] for name, measured in found.items()}
     assert shown["drawn"] < shown["true"] < shown["all"] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"one block size .* \[32, 64\]"):
         compare_recall(model, batches, {**choices, "other": Random(0.2)})

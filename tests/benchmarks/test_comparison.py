@@ -1,5 +1,7 @@
 """docs/comparison.md: its measured part comes from results, the rest stays as it is written."""
 
+import json
+
 import pytest
 from benchmarks.comparison import BEGIN, DOCUMENT, END, main
 
@@ -10,7 +12,12 @@ def test_results_go_between_the_marks(tmp_path):
     folder = write_folder(tmp_path / "results")
     document = tmp_path / "page.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main([str(folder), "--document", str(document)]) == 0
+    assert main([str(folder), "--document", str(document), "--save", str(tmp_path / "saved")]) == 0
+    saved = json.loads((tmp_path / "saved" / "results.json").read_text())
+    assert saved["benchmark"] == "comparison"
+    assert {item["setting"] for item in saved["settings"]} >= {
+        f"{name}, {rule} rule 0.1" for name, (rule, *_) in METHODS.items()
+    }
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")

@@ -21,6 +21,8 @@ def test_the_table_is_written_from_results():
     others = [result(2048, 5.0, way="graphs"), result(2048, 5.0, density=0.1)]
     found = benchmarks.crossings.rows([*(result(*pair) for pair in measured), *others])
     assert found == [("smollm2-135m", *shape, 16384)]
+    whole = [result(length, 1.5, layers=30) for length in (8192, 16384)]
+    assert benchmarks.crossings.rows([*whole, result(8192, 0.9, layers=4)])[0][3] == 8192
     assert pays_from({2048: 2.0, 4096: 0.9}) == 8192  # not where it was measured
     assert benchmarks.crossings.rows([]) == []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 CROSSINGS: dict[str, list[tuple[str, int, int, int]]] = {
     "h200": [
-        ("smollm2-135m", 3538944, 576, 32768),
+        ("smollm2-135m", 3538944, 576, 16384),
         ("qwen2.5-0.5b", 14909440, 896, 16384),
         ("qwen2.5-1.5b", 46792704, 1536, 8192),
         ("qwen3-4b", 100925440, 4096, 4096),

@@ -59,12 +59,13 @@ RECALLS = {
 }
 """The numbers by name, and what people are told that they are; :meth:`Recall.numbers` says what each is."""
 
-SHOWN = "look_up"
-"""The one that is shown beside block recall."""
+SHOWN = "needle_heads"
+"""The one that is shown beside block recall: on plain text it goes with retrieval best (docs/experiments.md)."""
 
 SHOWN_SAYS = (
-    "of the rows whose highest probability (above 0.3) lies far back, outside of the first block, their own and the "
-    "one before, the share in which that block is selected"
+    "of the rows in which one or two queries look at a single place far back (with more than 0.3 of their attention, "
+    "outside of the first block, their own and the one before) the share in which that block is selected, mean over "
+    "heads"
 )
 """What it says, for people."""
 

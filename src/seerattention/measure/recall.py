@@ -83,7 +83,7 @@ def recall_sums(
 def measure_recall(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], policy: Policy | None = None, *, phase: str = PREFILL
 ) -> Recall:
-    """Everything that is counted of what the selected blocks keep: ``measure_recall(...).numbers()["look_up"]``.
+    """Everything that is counted of what the selected blocks keep: ``measure_recall(...).numbers()["needle_heads"]``.
 
     Any text will do, as models look back in plain books too. What the numbers are of is what the text asks for: give
     prompts like those that the model is for.
