@@ -181,9 +181,40 @@ def test_decode_gates_are_distilled_and_go_on(run, tmp_path):
     assert "--k-pitch has no effect: only --form sub_block" in useless.stderr
 
 
+def test_gates_of_both_phases(run, folder, tmp_path):
+    """One command trains both, goes on where it was, and leaves one folder that has what two runs would have."""
+    output = tmp_path / "both"
+    assert run(tmp_path / "prefill").exit_code == 0
+    assert run(tmp_path / "decode", "--phase", "decode", "--k-pitch", 8, "--own-heads").exit_code == 0
+    options = ("--phase", "both", "--k-pitch", 8, "--own-heads")
+    with interrupted_after(2):
+        assert run(output, *options).exit_code == 130
+    done = run(output, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "has no effect" not in done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["output"] == str(output)
+    assert printed["prefill"]["output"] == str(output / "prefill")
+    assert printed["decode"]["settings"]["phase"] == "decode"
+    weights = gates(output)
+    apart = {**gates(tmp_path / "prefill"), **gates(tmp_path / "decode")}
+    assert same(weights, apart)
+    from transformers import AutoModelForCausalLM
+
+    model = seer.attach(AutoModelForCausalLM.from_pretrained(folder / "model"), output)
+    decode = seer.hf.state.state_of(model).gate_config.decode
+    assert (decode.k_pitch, decode.merge_heads) == (8, False)
+    again = run(output, *options)  # nothing is left to train
+    assert again.exit_code == 0, again.stderr
+    assert same(gates(output), weights)
+    refused = run(tmp_path / "more", "--phase", "both", "--gates", output)
+    assert "--phase both trains fresh gates" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--phase", "neither"], "--phase: phase must be"),
         (["--form", "fine"], "--form must be one of paper, sub_block, got 'fine'"),
         (["--form", "sub_block", "--q-pitch", 3], "--q-pitch: q_pitch must be one of"),
         (["--form", "sub_block", "--k-pitch", 128], "--k-pitch: k_pitch must be one of"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import PHASES
 from .common import Terminal, errors, load_model, resolve_device, token_count
+from .distill_results import fit_budgets, write_results
 from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, ShareKeys, say_what_gates_decide
 from .options import (
     check_dtype,
@@ -27,15 +29,14 @@ from .options import (
 from .parameters import BlockSize, Dtype, ModelName, TextField
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ..distillation import DistillConfig, DistillHistory
     from ..distillation.documents import Documents
     from ..distillation.processes import Processes
 
 __all__ = ["command"]
 
 
+PREFILL, DECODE = PHASES
+BOTH = "both"
 _TEXT = "digest of the text"  # of the whole of it: what no step has read yet decides the rest of the run
 
 
@@ -61,7 +62,10 @@ def command(
     skip_rows: Annotated[float, typer.Option(help="Share of the first query blocks that is left out.")] = 0.25,
     last_rows: Annotated[int, typer.Option(help="How many of the last query blocks are in every step.")] = 0,
     phase: Annotated[
-        str, typer.Option(help="prefill, or decode: gates of decoding (their rows are query tokens).")
+        str,
+        typer.Option(
+            help="prefill; decode: gates of decoding (their rows are query tokens); both: one after the other."
+        ),
     ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
     block_size: BlockSize = 64,
@@ -109,7 +113,8 @@ def command(
     """Train gates by self-distillation.
 
     The model stays as it is; small gates learn to predict its attention map. OUTPUT can then be given to
-    seer eval --gates and to seerattention.attach. The same command, started again after an interruption, continues
+    seer eval --gates and to seerattention.attach (of --phase both: the gates of OUTPUT/prefill and OUTPUT/decode
+    together). The same command, started again after an interruption, continues
     the run and ends with the same gates. Several GPUs: accelerate launch -m seerattention.cli.distill, same options.
     """
     with errors():
@@ -135,50 +140,69 @@ def command(
         if not eval_sequences:
             unused = ("eval_every", "eval_density", "budgets")
             say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
-        shape = GateForm(
-            "seerattention_r" if phase == "decode" else form,
-            block_size=block_size,
-            k_pooling=k_pooling,
-            q_pooling=q_pooling,
-            gate_hidden_size=gate_hidden_size,
-            q_pitch=q_pitch,
-            k_pitch=k_pitch,
-            tile_score=tile_score,
-            share_keys=share_keys,
-            qk_norm=qk_norm,
-            merge_heads=merge_heads,
-        )
-        shape.say_unused(context, terminal)
-        job = _Job(
-            model=check_model(model),
-            data=data,
-            length=token_count(length, "--length"),
-            batch_size=batch_size,
-            text_field=text_field,
-            document_tokens=document_tokens,
-            eval_sequences=eval_sequences,
-            dtype=dtype,
-            device=device,
-            gates=gates,
-            gate=shape.config(),
-        )
-        settings = {
-            "steps": steps or None,
-            "learning_rate": learning_rate,
-            "warmup": warmup,
-            "clip_norm": clip_norm or None,
-            "rows": _row_choice(rows),
-            "skip_rows": skip_rows,
-            "last_rows": last_rows,
-            "reduction": reduction,
-            "accumulation": accumulation,
-            "seed": seed,
-            "phase": phase,
-            "eval_every": eval_every or None,
-            "eval_density": eval_density,
-        }
-        asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
-        _distill(job, settings, output, save_every or None, save_seconds, terminal, asked, budgets)
+        if phase == BOTH and gates is not None:
+            raise ValueError("--phase both trains fresh gates; to go on from --gates train one phase at a time")
+        if phase == BOTH and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "--phase both runs in one process; on several train prefill and decode one after the other, and put "
+                "them together by seer join"
+            )
+        results = {}
+        for one in (PREFILL, DECODE) if phase == BOTH else (phase,):
+            shape = GateForm(
+                "seerattention_r" if one == DECODE else form,
+                block_size=block_size,
+                k_pooling=k_pooling,
+                q_pooling=q_pooling,
+                gate_hidden_size=gate_hidden_size,
+                q_pitch=q_pitch,
+                k_pitch=k_pitch,
+                tile_score=tile_score,
+                share_keys=share_keys,
+                qk_norm=qk_norm,
+                merge_heads=merge_heads,
+            )
+            if phase != BOTH:  # where the other phase may have it
+                shape.say_unused(context, terminal)
+            job = _Job(
+                model=check_model(model),
+                data=data,
+                length=token_count(length, "--length"),
+                batch_size=batch_size,
+                text_field=text_field,
+                document_tokens=document_tokens,
+                eval_sequences=eval_sequences,
+                dtype=dtype,
+                device=device,
+                gates=gates,
+                gate=shape.config(),
+            )
+            settings = {
+                "steps": steps or None,
+                "learning_rate": learning_rate,
+                "warmup": warmup,
+                "clip_norm": clip_norm or None,
+                "rows": _row_choice(rows),
+                "skip_rows": skip_rows,
+                "last_rows": last_rows,
+                "reduction": reduction,
+                "accumulation": accumulation,
+                "seed": seed,
+                "phase": one,
+                "eval_every": eval_every or None,
+                "eval_density": eval_density,
+            }
+            asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
+            folder = output / one if phase == BOTH else output
+            results[one] = _distill(job, settings, folder, save_every or None, save_seconds, terminal, asked, budgets)
+        if phase == BOTH:
+            from ..gates.sources import join
+
+            join(str(output / PREFILL), str(output / DECODE), output)
+            terminal.say(f"gates of both phases are in {output}")
+            terminal.emit({"output": str(output), **results})
+        elif results[phase] is not None:
+            terminal.emit(results[phase])
 
 
 def _row_choice(rows: float) -> float | int:
@@ -217,9 +241,9 @@ def _distill(
     terminal: Terminal,
     asked: dict[str, Any],
     budgets: bool,
-) -> None:
-    """``asked``: what was said of the form of gates although they come from ``job.gates``; ``budgets``: whether they
-    are to be fitted."""
+) -> dict[str, Any] | None:
+    """What ``--json`` prints, of the first process. ``asked``: what was said of the form of gates although they come
+    from ``job.gates``; ``budgets``: whether they are to be fitted."""
     import torch
 
     from .. import hf
@@ -255,10 +279,11 @@ def _distill(
     torch.manual_seed(config.seed)
     hf.attach(model, gate_config if job.gates is None else job.gates, min_context=0)
     batches, held_out = _text(job, documents, tokenizer, processes, repeat=config.steps is not None)
-    main = processes.is_main
+    main, result = processes.is_main, None
     if main:
         terminal.say(
-            f"distilling gates of {job.model} on {device}: {job.length} tokens a sequence, text from {job.data}"
+            f"distilling {config.phase} gates of {job.model} on {device}: {job.length} tokens a sequence, text from "
+            f"{job.data}"
         )
         if job.gates is not None:
             say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, config.phase, asked)
@@ -284,21 +309,9 @@ def _distill(
     if main:
         if budgets and held_out and config.phase == "prefill":
             fit_budgets(model, held_out, terminal)
-        _write_results(model, history, config, output, terminal, asdict(job))
+        result = write_results(model, history, config, output, terminal, asdict(job))
     processes.finish()
-
-
-def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> None:
-    """Fit the budgets that are saved with the gates, or say why not: of short texts gates are good without them."""
-    from ..measure import calibrate
-
-    try:
-        found = calibrate(model, held_out)
-    except ValueError as error:
-        terminal.say(f"no budgets are stored with these gates: {error}")
-        return
-    known = ", ".join(f"{density:g}" for density in found.densities)
-    terminal.say(f"fitted budgets on the held-out sequences, for densities {known}; the default is {found.default:g}")
+    return result
 
 
 def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
@@ -336,54 +349,6 @@ def _text(
         **common,
     )
     return batches, held_out
-
-
-def _write_results(
-    model: nn.Module,
-    history: DistillHistory,
-    config: DistillConfig,
-    output: Path,
-    terminal: Terminal,
-    job: dict[str, Any],
-) -> None:
-    from .. import hf
-    from ..evaluate.figures import learning_curves
-    from ..evaluate.tables import Table
-    from ..files import replacing, write_file
-    from ..measure.kept import RECALLS, SHOWN, SHOWN_SAYS
-
-    hf.save_gates(model, output)
-    result = {"settings": {**config.to_dict(), **job}, "history": history.to_dict()}
-    write_file(output / "history.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    picture = output / "curves.png"
-    with replacing(picture) as temporary:
-        learning_curves(history).savefig(temporary, format="png", dpi=120)
-
-    rows = []
-    for layer, losses in history.loss_per_layer.items():
-        recall = history.recall.get(layer, [])
-        rows.append(
-            (
-                layer,
-                f"{losses[0]:.4f}",
-                f"{losses[-1]:.4f}",
-                f"{recall[0]:.3f}" if recall else "-",
-                f"{recall[-1]:.3f}" if recall else "-",
-                history.not_learning.get(layer, ""),
-            )
-        )
-    headers = ("layer", "first loss", "last loss", "recall before", "recall after", "does not seem to learn")
-    shown = headers if history.not_learning else headers[:-1]
-    caption = f"block recall: share of the attention mass inside the selected blocks at density {config.eval_density:g}"
-    terminal.table(Table(shown, [row[: len(shown)] for row in rows], caption if history.recall else ""))
-    values = history.numbers.get(SHOWN)
-    if values and values[0] is not None and values[-1] is not None:
-        terminal.say(f"{RECALLS[SHOWN]} {values[0]:.3f} -> {values[-1]:.3f}: {SHOWN_SAYS}")
-    terminal.say(
-        f"{len(history.loss)} steps, {history.tokens:,} tokens, {history.seconds:.0f} s "
-        f"({history.tokens / max(history.seconds, 1e-9):,.0f} tokens/s). Gates, history and curves are in {output}"
-    )
-    terminal.emit({"output": str(output), **result})
 
 
 if __name__ == "__main__":
