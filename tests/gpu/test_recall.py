@@ -47,14 +47,14 @@ def test_counts_as_on_the_cpu():
 
 def test_a_model_as_on_the_cpu():
     """What is drawn is the same on every device, so that only the maps differ, by rounding. Shares of mass bear that;
-    which block of a row is the highest, where several hold nearly everything, does not."""
+    which block of a row is the highest, where several hold nearly everything, does not: nor what the oracle picks."""
     model, batches = model_of(torch.float32), [{"input_ids": make_ids(1000)}, {"input_ids": make_ids(640)}]
     choices = {"drawn": Random(0.3), "true": Oracle(seer.TopK(0.3)), "all": seer.Dense()}
     here = compare_recall(model, batches, choices)
     there = compare_recall(copy.deepcopy(model).cuda(), batches, choices)
     for name in choices:
         assert len(known(here[name])) > 10
-        for number in ("block", "far", "far_mass", "worst_heads"):
+        for number in ("block", "far", "far_mass", "worst_heads") if name != "true" else ():
             assert known(there[name])[number] == pytest.approx(known(here[name])[number], abs=0.02), (name, number)
 
 
