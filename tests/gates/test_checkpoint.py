@@ -169,8 +169,7 @@ def test_earlier_gates_are_verified(own):
 
 def test_the_testbeds_gates_are_verified(tmp_path):
     assert read_checkpoint(TESTBED).gate_config.block_size == 64
-    for name in ("gate_config.json", "gates.safetensors"):
-        (tmp_path / name).write_bytes((TESTBED / name).read_bytes())
+    write_checkpoint(tmp_path, read_checkpoint(TESTBED))  # they come packed
     content = bytearray((tmp_path / "gates.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "gates.safetensors").write_bytes(content)
@@ -456,6 +455,7 @@ def test_of_packed_and_plain_gates_only_those_saved_last_are_there(own, tmp_path
         assert [path.name for path in folder.glob("gates.*")] == [name]
 
 
-def test_packing_saves_a_third_of_weights_in_half_precision():
-    content = (TESTBED / "gates.safetensors").read_bytes()
+def test_packing_saves_a_third_of_weights_in_half_precision(tmp_path):
+    write_checkpoint(tmp_path, read_checkpoint(TESTBED))
+    content = (tmp_path / "gates.safetensors").read_bytes()
     assert len(tensors.pack(content)) < 0.71 * len(content)
