@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from seerattention.evaluate.tables import Table, with_error
+from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
+from seerattention.gates.sources import notes_of
 from seerattention.tasks import MIXES
 
 from .evaluate import draw_curves
@@ -49,6 +51,8 @@ The recipe is the folder `testbed/` of the repository: `python -m testbed all --
 def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
     """Copy model, tokenizer and gates of the run ``out`` into ``target/model`` and ``target/gates``, with the card.
 
+    Weights of gates are compressed without loss on the way.
+
     Args:
         out: folder of a run that was trained, evaluated and whose gates were distilled.
         target: the embedded folder; what it held of the same names is replaced.
@@ -59,14 +63,15 @@ def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
     """
     sources = [(out / "model" / name, target / "model" / name) for name in WEIGHTS]
     sources += [(out / name, target / "model" / name) for name in TOKENIZER]
-    sources += [(out / "gates" / name, target / "gates" / name) for name in GATES]
-    needed = [source for source, _ in sources] + [out / "summary.json", out / "dense.json", out / "log.jsonl"]
+    needed = [*(source for source, _ in sources), *(out / "gates" / name for name in GATES)]
+    needed += [out / "summary.json", out / "dense.json", out / "log.jsonl"]
     missing = [str(path.relative_to(out)) for path in needed if not path.exists()]
     if missing:
         raise FileNotFoundError(f"{out} lacks {', '.join(missing)}; train, evaluate and distil the gates first")
     for source, copy in sources:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
+    write_checkpoint(target / "gates", read_checkpoint(out / "gates"), packed=True, notes=notes_of(out / "gates"))
     draw_curves(out / "log.jsonl", target / "model" / "curves.png")
     results = [json.loads(path.read_text()) for path in sparse]
     read = {name: _read(out / f"{name}.json") for name in ("summary", "dense", "data", "gates/history")}

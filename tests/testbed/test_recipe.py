@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from testbed.__main__ import app
 from testbed.card import _phases, stages
 from testbed.model import FastLlama, ModelConfig, read
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import seerattention as seer
+from seerattention.gates.checkpoint import read_checkpoint
 
 from .tiny import write_books
 
@@ -178,7 +178,10 @@ def test_everything_in_one_command(tmp_path):
     trained_on = AutoTokenizer.from_pretrained(tmp_path / "run on" / "package" / "model")
     assert trained_on.get_vocab() == tokenizer.get_vocab()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run on" / "model").config.max_position_embeddings == 1024
-    assert set(load_file(package / "gates" / "gates.safetensors"))
+    packed, plain = (read_checkpoint(folder / "gates").weights for folder in (package, tmp_path / "run"))
+    assert (package / "gates" / "gates.safetensors.xz").is_file()
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
 def test_packaging_an_unfinished_run_says_what_is_missing(run_folder, tmp_path):
