@@ -86,3 +86,9 @@ def write_text(path, documents: int = 30, words: int = 300, seed: int = 0) -> li
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(words // 2, words))) for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return texts
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
