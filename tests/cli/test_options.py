@@ -58,7 +58,7 @@ WRONG = {
         "--skip-rows": ["-0.1", "1", "nan"],
         "--last-rows": NOT_OPTIONAL_COUNTS,
         "--reduction": ["mean", ""],
-        "--phase": ["both", ""],
+        "--phase": ["all", ""],
         "--block-size": ["0", "48", "-64", "256"],
         "--k-pooling": ["median", "", "max,max"],
         "--q-pooling": ["median", ""],
@@ -231,6 +231,7 @@ def test_right_options_pass_the_checks(command, seer_command, arguments, nothing
 @pytest.mark.parametrize(
     ("command", "option", "values"),
     [
+        ("distill", "--phase", ["decode", "both"]),
         ("distill", "--rows", ["0.5", "1", "2", "8.0"]),
         ("distill", "--length", ["65", "4K", "4k"]),
         ("distill", "--eval-sequences", ["0"]),

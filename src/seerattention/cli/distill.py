@@ -29,6 +29,8 @@ from .options import (
 from .parameters import BlockSize, Dtype, ModelName, TextField
 
 if TYPE_CHECKING:
+    from ..config import GateConfig
+    from ..distillation import DistillConfig
     from ..distillation.documents import Documents
     from ..distillation.processes import Processes
 
@@ -147,7 +149,7 @@ def command(
                 "--phase both runs in one process; on several train prefill and decode one after the other, and put "
                 "them together by seer join"
             )
-        results = {}
+        runs = {}
         for one in (PREFILL, DECODE) if phase == BOTH else (phase,):
             shape = GateForm(
                 "seerattention_r" if one == DECODE else form,
@@ -193,6 +195,10 @@ def command(
                 "eval_density": eval_density,
             }
             asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
+            _check(job, settings)  # of both phases before one is trained
+            runs[one] = job, settings, asked
+        results = {}
+        for one, (job, settings, asked) in runs.items():
             folder = output / one if phase == BOTH else output
             results[one] = _distill(job, settings, folder, save_every or None, save_seconds, terminal, asked, budgets)
         if phase == BOTH:
@@ -232,6 +238,24 @@ class _Job:
     gate: dict[str, Any]
 
 
+def _check(job: _Job, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:
+    """What can be wrong with the options is found before a model is loaded."""
+    from ..config import GateConfig
+    from ..distillation import DistillConfig
+
+    with named({name: f"--{name.replace('_', '-')}" for name in settings}):
+        config = DistillConfig(**settings)
+    with named(OPTION_OF):
+        gate_config = GateConfig.from_dict(job.gate)
+    block_size = gate_config.block_size_of(config.phase)
+    if job.gates is None and job.length <= block_size:
+        raise ValueError(
+            f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
+            "to choose from there is nothing to learn"
+        )
+    return config, gate_config
+
+
 def _distill(
     job: _Job,
     settings: dict[str, Any],
@@ -247,8 +271,7 @@ def _distill(
     import torch
 
     from .. import hf
-    from ..config import GateConfig
-    from ..distillation import DistillationError, DistillConfig
+    from ..distillation import DistillationError
     from ..distillation import distill as run_distillation
     from ..distillation.documents import open_documents
     from ..distillation.processes import Processes
@@ -256,17 +279,7 @@ def _distill(
     from ..distillation.saved import STATE_FILE
     from ..hf.state import state_of
 
-    # What can be wrong with the options is found before a model is loaded.
-    with named({name: f"--{name.replace('_', '-')}" for name in settings}):
-        config = DistillConfig(**settings)
-    with named(OPTION_OF):
-        gate_config = GateConfig.from_dict(job.gate)
-    block_size = gate_config.block_size_of(config.phase)
-    if job.gates is None and job.length <= block_size:
-        raise ValueError(
-            f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
-            "to choose from there is nothing to learn"
-        )
+    config, gate_config = _check(job, settings)
     documents = open_documents(job.data, text_field=job.text_field)
     device = resolve_device(job.device)
     processes = Processes.join(cpu=device == "cpu")
