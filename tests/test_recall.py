@@ -108,6 +108,8 @@ def test_every_number_by_its_definition(seed):
     shares = [found["best"][0] / found["best"][1] for found in busy[:4]]
     assert numbers["busy_heads"] == pytest.approx(sum(shares) / 4)
     assert numbers["worst_busy_head"] == pytest.approx(min(shares))
+    assert numbers["block_needles"] == pytest.approx(numbers["block"] * numbers["needle_heads"])
+    assert 0 < numbers["block_needles"] < numbers["block"]
 
 
 def test_what_there_is_nothing_of_is_none():
@@ -118,7 +120,7 @@ def test_what_there_is_nothing_of_is_none():
     )
     numbers = measured.numbers()
     assert numbers["block"] > 0
-    for name in ("peaks", "best", "look_up", "needles", "best_heads", "busy_heads", "worst_busy_head"):
+    for name in ("peaks", "best", "look_up", "needles", "best_heads", "busy_heads", "worst_busy_head", "block_needles"):
         assert numbers[name] is None
     assert measured.by_layer("look_up") == {3: None}
     assert Recall().numbers() == dict.fromkeys(RECALLS)

@@ -28,7 +28,7 @@ def test_the_number_that_tells_more_stands_beside_block_recall():
         on_step(StepReport(0, 2, None, 0.25, 0.0, {SHOWN: 0.125, "far": 0.75}))
         on_step(StepReport(2, 2, 0.5, 0.25, 0.0, {SHOWN: None, "far": 0.75}))
     first, last = file.getvalue().splitlines()
-    assert first == "training: step 0/2 block recall 0.250, needle recall by head 0.125"
+    assert first == "training: step 0/2 block recall 0.250, block recall times needle recall by head 0.125"
     assert "needle" not in last  # a text in which nothing is looked up
     assert "0.75" not in first + last
 
