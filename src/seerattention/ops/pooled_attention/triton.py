@@ -185,18 +185,19 @@ def _reduce(b_s, b_lse, scale_log2, REDUCE: tl.constexpr, UNITS: tl.constexpr, B
     """A strip of raw scores to one value for each of the program's heads: the logarithm of the largest probability (to
     base 2), or the mass; for ``row_sum`` to the mass of each query. Rows that are not valid have lse +inf and count for
     nothing."""
-    N: tl.constexpr = b_s.shape[1]
-    if REDUCE != "max":
-        b_row = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
-        if REDUCE == "row_sum":
-            return b_row
-        return tl.sum(tl.sum(tl.reshape(b_row, [BLOCK // 16, UNITS, 16]), 2), 0)
-    # A thread holds pairs of neighbouring columns, eight apart, of rows eight apart: it reduces what it has, and only
-    # the last two steps are between threads.
-    b_row = tl.max(tl.max(tl.reshape(b_s, [UNITS * BLOCK, N // 8, 4, 2]), 3), 1)
-    b_row = b_row * scale_log2 - b_lse[:, None]
-    b_row = tl.max(tl.max(tl.reshape(b_row, [BLOCK // 16, UNITS, 2, 8, 4]), 2), 0)
-    return tl.max(tl.max(b_row, 2), 1)
+    if REDUCE == "max":
+        # A thread holds pairs of neighbouring columns, eight apart, of rows eight apart: it reduces what it has, and
+        # only the last two steps are between threads.
+        N: tl.constexpr = b_s.shape[1]
+        b_row = tl.max(tl.max(tl.reshape(b_s, [UNITS * BLOCK, N // 8, 4, 2]), 3), 1)
+        b_row = b_row * scale_log2 - b_lse[:, None]
+        b_row = tl.max(tl.max(tl.reshape(b_row, [BLOCK // 16, UNITS, 2, 8, 4]), 2), 0)
+        b_value = tl.max(tl.max(b_row, 2), 1)
+    else:
+        b_value = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
+        if REDUCE == "sum":
+            b_value = tl.sum(tl.sum(tl.reshape(b_value, [BLOCK // 16, UNITS, 16]), 2), 0)
+    return b_value
 
 
 @triton.jit
@@ -215,9 +216,9 @@ def _add_strip(
 def _value(b_tile, REDUCE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
     """What is stored of a tile, ``[UNITS]``, once all its strips are in."""
     if REDUCE == "max":
-        return tl.exp2(b_tile)
-    if REDUCE == "row_sum":
-        return tl.max(tl.max(tl.reshape(b_tile, [BLOCK // 16, UNITS, 16]), 2), 0)
+        b_tile = tl.exp2(b_tile)
+    elif REDUCE == "row_sum":
+        b_tile = tl.max(tl.max(tl.reshape(b_tile, [BLOCK // 16, UNITS, 16]), 2), 0)
     return b_tile
 
 

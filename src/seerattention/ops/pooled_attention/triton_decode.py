@@ -72,25 +72,29 @@ def _reduce(b_s, b_lse, scale_log2, REDUCE: tl.constexpr, HEADS: tl.constexpr, P
     # between threads.
     b_x = _fold(_fold(tl.reshape(b_s, [M, PARTS, WIDTH // 8, 4, 2]), 4, SUM), 2, SUM)
     if REDUCE == "row_sum":
-        return tl.sum(b_x, 2)
-    if not SUM:
-        b_x = b_x * scale_log2 - b_lse[:, None, None]
-    b_x = _fold(tl.reshape(b_x, [M // (HEADS * APART), HEADS, APART, PARTS, 4]), 1, SUM)
-    return tl.reshape(_fold(b_x, 3, SUM), [M // HEADS, PARTS])
+        b_value = tl.sum(b_x, 2)
+    else:
+        if not SUM:
+            b_x = b_x * scale_log2 - b_lse[:, None, None]
+        b_x = _fold(tl.reshape(b_x, [M // (HEADS * APART), HEADS, APART, PARTS, 4]), 1, SUM)
+        b_value = tl.reshape(_fold(b_x, 3, SUM), [M // HEADS, PARTS])
+    return b_value
 
 
 @triton.jit
 def _value(b_block, weight, REDUCE: tl.constexpr, HEADS: tl.constexpr):
     """What is stored of blocks, ``[TOKENS, PARTS]``, once all their strips are in."""
     if REDUCE == "max":
-        return tl.exp2(b_block)
-    if REDUCE == "sum":
-        return b_block * weight
-    M: tl.constexpr = b_block.shape[0]
-    PARTS: tl.constexpr = b_block.shape[1]
-    APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
-    b_x = tl.max(tl.reshape(b_block, [M // (HEADS * APART), HEADS, APART, PARTS]), 1)
-    return tl.reshape(b_x, [M // HEADS, PARTS])
+        b_block = tl.exp2(b_block)
+    elif REDUCE == "sum":
+        b_block = b_block * weight
+    else:
+        M: tl.constexpr = b_block.shape[0]
+        PARTS: tl.constexpr = b_block.shape[1]
+        APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
+        b_x = tl.max(tl.reshape(b_block, [M // (HEADS * APART), HEADS, APART, PARTS]), 1)
+        b_block = tl.reshape(b_x, [M // HEADS, PARTS])
+    return b_block
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
