@@ -31,7 +31,7 @@ from seerattention.ops.block_pooling.reference import Grid
 from seerattention.ops.block_selection.reference import Rule
 from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import BlockIndices
-from seerattention.ops.pooled_attention.arguments import Wanted
+from seerattention.ops.pooled_attention.arguments import REDUCTIONS, Wanted
 from seerattention.ops.span import Pages, Span
 
 OPS = "seerattention.ops"
@@ -172,7 +172,7 @@ def pooled_attention(module, target):
         shape = f"{head_dim} {block_size} {dtype}"
         wanted = Wanted(block_size, 0.1, "max", True, lse, Span(1, 128, 128))
         yield f"lse {shape}", functools.partial(module.query_lse, q, k, rows, wanted)
-        for reduce in ("max", "sum"):
+        for reduce in REDUCTIONS:
             given = wanted._replace(reduce=reduce)
             yield f"{reduce} {shape}", functools.partial(module.pooled_attention, q, k, rows, given)
     padded = wanted._replace(span=Span.of_padded(1, 128, 128, torch.tensor([100])))
@@ -190,7 +190,7 @@ def pooled_attention_wide(module, target):
 
 
 def pooled_attention_decode(module, target):
-    cases = [(128, 4, 64, torch.bfloat16, reduce, given) for reduce in ("max", "sum") for given in (False, True)]
+    cases = [(128, 4, 64, torch.bfloat16, reduce, given) for reduce in REDUCTIONS for given in (False, True)]
     if target == "sm_90":
         for shape in [
             (64, 4, 64, torch.float16),
@@ -199,7 +199,7 @@ def pooled_attention_decode(module, target):
             (256, 2, 64, torch.bfloat16),
             (64, 4, 64, torch.float32),
         ]:
-            cases += [(*shape, "max", False), (*shape, "sum", True)]
+            cases += [(*shape, "max", False), (*shape, "sum", True), (*shape, "row_sum", True)]
     for head_dim, group, block_size, dtype, reduce, given in cases:
         q = torch.zeros(1, 128, group, head_dim, dtype=dtype).transpose(1, 2)
         lse = torch.zeros(1, group, 128) if given else None

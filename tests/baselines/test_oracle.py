@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -29,13 +31,14 @@ def brute_map(reduce):
         for i in range(first, blocks):
             for j in range(i + 1):
                 tile = shares[max(0, i * BLOCK - start) : (i + 1) * BLOCK - start, j * BLOCK : (j + 1) * BLOCK]
-                found[i - first, j] = tile.max() if reduce == "max" else tile.sum()
+                values = {"max": tile.max(), "mass": tile.sum(), "row_mass": max(query.sum() for query in tile)}
+                found[i - first, j] = values[reduce]
         return found.log()
 
     return scores
 
 
-@pytest.mark.parametrize("reduce", ["max", "mass"])
+@pytest.mark.parametrize("reduce", ["max", "mass", "row_mass"])
 @pytest.mark.parametrize("policy", [TopK(0.4), TopP(0.7), Threshold(0.1)], ids=repr)
 def test_maxima_and_mass(reduce, policy):
     selector = Oracle(policy, BLOCK, reduce)
@@ -43,10 +46,11 @@ def test_maxima_and_mass(reduce, policy):
     cases.assert_rowwise(selector)
 
 
-def test_maxima_and_mass_differ():
+def test_maxima_and_masses_differ():
     inputs = cases.make_inputs([300])
-    by_max, by_mass = (Oracle(TopK(0.4), BLOCK, reduce).select(inputs).to_mask() for reduce in ("max", "mass"))
-    assert not torch.equal(by_max, by_mass)
+    reductions = ("max", "mass", "row_mass")
+    masks = [Oracle(TopK(0.4), BLOCK, reduce).select(inputs).to_mask() for reduce in reductions]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(masks, 2))
 
 
 @pytest.mark.parametrize("start", [128, 77])
@@ -118,6 +122,7 @@ def test_masses():
 
 def test_names():
     cases.assert_goes_round("oracle:reduce=mass:policy=top_p(0.95)", Oracle(TopP(0.95), reduce="mass"))
+    cases.assert_goes_round("oracle:reduce=row_mass:policy=top_k(0.1)", Oracle(TopK(0.1), reduce="row_mass"))
     cases.assert_goes_round("oracle_cover:p=0.8", OracleCover(0.8))
 
 

@@ -138,6 +138,23 @@ def test_sub_block_gates_are_distilled_and_go_on(run, tmp_path):
     assert "--form" not in said
 
 
+def test_the_target_is_part_of_a_run(run, tmp_path):
+    """It trains other gates, is in the history, and an interrupted run goes on with its own only."""
+    output, target = tmp_path / "out", ("--target", "row_mass")
+    with interrupted_after(2):
+        run(output, *target)
+    other = run(output)
+    assert other.exit_code == 1
+    assert "belongs to a run with other settings (target: was 'row_mass'" in other.stderr
+    done = run(output, *target)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((output / "history.json").read_text())["settings"]["target"] == "row_mass"
+    assert run(tmp_path / "max", "--target", "max").exit_code == 0
+    assert "target" not in json.loads((tmp_path / "max" / "history.json").read_text())["settings"]
+    by_max = gates(tmp_path / "max")
+    assert not all(torch.equal(weight, by_max[name]) for name, weight in gates(output).items())
+
+
 @pytest.mark.parametrize(
     ("options", "spec"),
     [((), seer.SubBlockGateConfig()), (("--form", "paper"), seer.PrefillGateConfig())],

@@ -58,6 +58,7 @@ WRONG = {
         "--skip-rows": ["-0.1", "1", "nan"],
         "--last-rows": NOT_OPTIONAL_COUNTS,
         "--reduction": ["mean", ""],
+        "--target": ["mass", "row_sum", ""],
         "--phase": ["all", ""],
         "--block-size": ["0", "48", "-64", "256"],
         "--k-pooling": ["median", "", "max,max"],

@@ -24,6 +24,8 @@ from seerattention.distillation import DistillConfig, DistillHistory
         ("skip_rows", 1.0),
         ("last_rows", -1),
         ("reduction", "mean"),
+        ("target", "mass"),
+        ("target", ["max"]),
         ("accumulation", 0),
         ("eval_every", 0),
         ("eval_density", 0.0),
@@ -98,7 +100,8 @@ def test_layers_that_do_not_learn_are_named():
 
 
 def test_what_is_newer_than_a_state_is_not_in_its_settings():
-    assert not {"phase", "last_rows"} & DistillConfig().to_dict().keys()
-    config = DistillConfig(last_rows=3, phase="decode")
+    assert not {"phase", "last_rows", "target"} & DistillConfig().to_dict().keys()
+    config = DistillConfig(last_rows=3, phase="decode", target="row_mass")
     assert config.to_dict()["last_rows"] == 3
+    assert config.to_dict()["target"] == "row_mass"
     assert DistillConfig.from_dict(config.to_dict()) == config

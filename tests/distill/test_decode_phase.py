@@ -51,7 +51,8 @@ def block_logits(gate, queries, keys, kv, blocks):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_loss_by_its_definition(padded, form):
+@pytest.mark.parametrize("target", ["max", "row_mass"])
+def test_loss_by_its_definition(target, padded, form):
     model = attached(form=form)
     (batch,) = random_batches(1, batch=2, length=120)
     if padded:
@@ -61,7 +62,7 @@ def test_loss_by_its_definition(padded, form):
     gate = gates_of(model, "decode")[1].float()
     rows = torch.tensor([32, 63, 64, 99, 119])
     valid = torch.tensor([[True] * 4 + [not padded], [True] * 5])
-    found = decode_loss(gate, inputs, rows, valid)
+    found = decode_loss(gate, inputs, rows, valid, target)
     scores = inputs.q.double() @ inputs.k.double().repeat_interleave(2, 1).mT * inputs.scale
     probabilities = scores.masked_fill(torch.ones(120, 120).triu(1).bool(), float("-inf")).softmax(-1)
     q, k, cos, sin = (x.float() for x in (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin))
@@ -73,9 +74,8 @@ def test_loss_by_its_definition(padded, form):
                 if not valid[b, i]:
                     continue
                 own = row // BLOCK
-                mass = torch.stack(
-                    [probabilities[b, 2 * kv : 2 * kv + 2, row, n * BLOCK : (n + 1) * BLOCK].max() for n in range(own)]
-                )
+                tiles = probabilities[b, 2 * kv : 2 * kv + 2, row, : own * BLOCK].unflatten(-1, (own, BLOCK))
+                mass = (tiles.amax(-1) if target == "max" else tiles.sum(-1)).amax(0)  # of the group's heads
                 mass /= mass.sum()
                 here = (x[b : b + 1, ..., row : row + 1, :] for x in (q, cos, sin))
                 query = gate.encode_queries(*here)[0, :, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from seerattention.distillation.identity import weights_digest
 from seerattention.distillation.lock import lock_of, locked
 from seerattention.distillation.saved import load_state, save_state
 
-from .stopping import HELD_OUT, assert_same_gates, resumed, short_batches, stopped, texts
+from .stopping import CONFIG, HELD_OUT, assert_same_gates, resumed, short_batches, stopped, texts
 from .tiny import attached_llama, random_batches
 
 # ---- other inputs are refused ----------------------------------------------------------------------------------------
@@ -82,6 +83,24 @@ def test_other_weights_and_other_held_out_batches_are_refused(tmp_path):
     with pytest.raises(ValueError, match="digest of eval_batches: was"):
         resumed(path, batches, eval_batches=random_batches(1, length=130, seed=10))
     resumed(path, batches, eval_batches=HELD_OUT)
+
+
+def test_another_target_is_refused(tmp_path):
+    """Also where the state was made before there was another one, and says nothing of it."""
+    batches, other = short_batches(6), dataclasses.replace(CONFIG, target="row_mass")
+    path = tmp_path / "state"
+    stopped(path, batches)
+    with pytest.raises(ValueError, match=r"other settings \(target: was None, now 'row_mass'\)"):
+        resumed(path, batches, config=other)
+    path = tmp_path / "other"
+    stopped(path, batches, config=other)
+    with pytest.raises(ValueError, match=r"other settings \(target: was 'row_mass', now None\)"):
+        resumed(path, batches)
+    whole = attached_llama()
+    expected = distill(whole, batches, other)
+    model, history = resumed(path, batches, config=other)
+    assert history.loss == expected.loss
+    assert_same_gates(model, whole)
 
 
 def test_weights_are_digested_wherever_they_are():

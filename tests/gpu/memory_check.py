@@ -77,7 +77,7 @@ def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype,
     ops.block_sparse_decode(q[:, :, -1:], k, v, tokens, return_lse=True)
     if implementation == "triton":
         lse = torch.zeros(2, 8, queries, device=DEVICE)
-        for reduce, given in itertools.product(("max", "sum"), (None, lse)):
+        for reduce, given in itertools.product(("max", "sum", "row_sum"), (None, lse)):
             common = {"lengths": lengths, "reduce": reduce, "lse": given, "implementation": "triton"}
             ops.pooled_attention(q, k, **common)
             ops.pooled_attention_decode(q, k, **common)

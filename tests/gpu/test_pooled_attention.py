@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu_targets import lse_of, make, spoilt_padding
 from seerattention.ops import pooled_attention
 from seerattention.ops.dense import dense_attention_with_lse
-from seerattention.ops.pooled_attention.arguments import Wanted
+from seerattention.ops.pooled_attention.arguments import REDUCTIONS, Wanted
 from seerattention.ops.pooled_attention.interface import hopper_usable
 
 
@@ -37,8 +38,8 @@ def implementations(q, k, block_size=64, reduce="max", **_):
 def test_equals_reference(dtype, head_dim, group, nan_filled_empty):
     for length in (1, 63, 64, 65, 127, 1000):
         q, k = make(length, length, group * 2, 2, head_dim, dtype)
-        check(q, k)
-        check(q, k, reduce="sum")
+        for reduce in REDUCTIONS:
+            check(q, k, reduce=reduce)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,8 @@ def test_other_block_sizes_and_head_dims(head_dim, block_size, dtype):
     q, k = make(700, 700, 4, 2, head_dim, dtype)
     check(q, k, block_size=block_size)
     check(q, k, block_size=block_size, reduce="sum", normalize=False)
+    for normalize in (True, False):
+        check(q, k, block_size=block_size, reduce="row_sum", normalize=normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -65,18 +68,21 @@ def test_given_the_lse(dtype, head_dim, block_size, group, nan_filled_empty):
     for tokens in ((1, 1), (65, 65), (1000, 1000), (300, 500)):
         q, k = make(*tokens, group * 2, 2, head_dim, dtype)
         lse = lse_of(q, k)
-        for reduce in ("max", "sum"):
+        for reduce in REDUCTIONS:
             check(q, k, block_size=block_size, lse=lse, reduce=reduce)
         lengths = torch.tensor([tokens[1], tokens[1] - tokens[0] // 2], device="cuda")
         rows = torch.tensor([(tokens[1] - 1) // block_size, (tokens[1] - tokens[0]) // block_size], device="cuda")
-        check(q, k, block_size=block_size, lse=lse, lengths=lengths, rows=rows, normalize=False)
+        for reduce in ("max", "row_sum"):
+            check(q, k, block_size=block_size, lse=lse, lengths=lengths, rows=rows, normalize=False, reduce=reduce)
 
 
 def test_padding_and_its_lse_are_never_used(nan_filled_empty):
-    q, k, lse, lengths, expected = spoilt_padding(pooled_attention)
-    for implementation in implementations(q, k):
-        actual = pooled_attention(q, k, lengths=lengths, lse=lse, implementation=implementation)
-        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for reduce in REDUCTIONS:
+        q, k, lse, lengths, expected = spoilt_padding(functools.partial(pooled_attention, reduce=reduce))
+        for implementation in implementations(q, k, reduce=reduce):
+            common = {"lengths": lengths, "lse": lse, "reduce": reduce}
+            actual = pooled_attention(q, k, implementation=implementation, **common)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", [None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
@@ -104,7 +110,7 @@ def test_the_dense_forward_gives_it(backend, heads, kv_heads, head_dim, length):
 def test_repeated_runs_are_equal():
     q, k = make(5000, 5000, 32, 8, 128, torch.bfloat16, batch=1)
     lse = dense_attention_with_lse(q, k, k)[1]
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         for implementation in implementations(q, k, reduce=reduce):
             common = {"lse": lse, "reduce": reduce, "implementation": implementation}
             first = pooled_attention(q, k, **common)
@@ -114,32 +120,33 @@ def test_repeated_runs_are_equal():
 
 @pytest.mark.parametrize("implementation", ["triton", "hopper"])
 @pytest.mark.parametrize("group", [1, 4, 7, 8])
-def test_long_prompts_given_the_lse(group, implementation):
+@pytest.mark.parametrize("reduce", ["max", "row_sum"])
+def test_long_prompts_given_the_lse(reduce, group, implementation):
     """Every row of a real size, and a random quarter of them; the reference judges some."""
     length, kv_heads = 32768, 2
     q, k = make(length, length, group * kv_heads, kv_heads, 128, torch.bfloat16, batch=1)
-    if implementation not in implementations(q, k):
+    if implementation not in implementations(q, k, reduce=reduce):
         pytest.skip("cannot run here")
     lse = dense_attention_with_lse(q, k, k)[1]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    target = pooled_attention(q, k, lse=lse, implementation=implementation)
+    target = pooled_attention(q, k, lse=lse, reduce=reduce, implementation=implementation)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= 1.05 * target.numel() * 4  # the map and nothing else
     rows = torch.randperm(length // 64, device="cuda")[: length // 256]
-    some = pooled_attention(q, k, lse=lse, rows=rows, implementation=implementation)
+    some = pooled_attention(q, k, lse=lse, rows=rows, reduce=reduce, implementation=implementation)
     assert torch.equal(some, target[:, :, rows])
     judged = torch.tensor([511, 100, 1], device="cuda")
-    expected = pooled_attention(q, k, rows=judged, implementation="reference")
+    expected = pooled_attention(q, k, rows=judged, reduce=reduce, implementation="reference")
     torch.testing.assert_close(target[:, :, judged], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_rows_lengths_and_chunks():
     q, k = make(500, 830, 4, 2, 64, torch.bfloat16)
     rows = torch.tensor([12, 5, 9], device="cuda")
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         for lengths in (None, torch.tensor([830, 401], device="cuda")):
             check(q, k, reduce=reduce, lengths=lengths, rows=rows)
             check(q, k, reduce=reduce, lengths=lengths)

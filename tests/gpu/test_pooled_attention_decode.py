@@ -8,6 +8,7 @@ import torch
 from gpu_targets import lse_of, make, spoilt_padding
 from seerattention.ops import pooled_attention_decode
 from seerattention.ops.dense import dense_attention_with_lse
+from seerattention.ops.pooled_attention.arguments import REDUCTIONS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -34,7 +35,7 @@ def test_equals_reference(dtype, head_dim, group, nan_filled_empty):
     for length in (1, 63, 64, 65, 127, 300, 1000):
         q, k = make(length, length, group * 2, 2, head_dim, dtype)
         for lse in (None, lse_of(q, k)):
-            for reduce in ("max", "sum"):
+            for reduce in REDUCTIONS:
                 check(q, k, reduce=reduce, lse=lse)
 
 
@@ -46,7 +47,7 @@ def test_equals_reference(dtype, head_dim, group, nan_filled_empty):
 def test_other_block_sizes_head_dims_and_groups(dtype, head_dim, block_size, group, nan_filled_empty):
     q, k = make(300, 700, group, 1, head_dim, dtype)
     for lse in (None, lse_of(q, k)):
-        for reduce in ("max", "sum"):
+        for reduce in REDUCTIONS:
             check(q, k, block_size=block_size, reduce=reduce, lse=lse)
 
 
@@ -57,7 +58,7 @@ def test_rows_lengths_and_chunks(dtype, group, tokens, nan_filled_empty):
     q, k = make(*tokens, group * 2, 2, 128, dtype)
     lengths = torch.tensor([tokens[1], tokens[1] - tokens[0] // 2], device="cuda")
     for lse in (None, lse_of(q, k)):
-        for reduce in ("max", "sum"):
+        for reduce in REDUCTIONS:
             check(q, k, rows=some_rows(*tokens), reduce=reduce, lse=lse)
             check(q, k, rows=some_rows(*tokens).sort().values, reduce=reduce, lse=lse, lengths=lengths)
             check(q, k, reduce=reduce, lse=lse, lengths=lengths, normalize=False)
@@ -81,7 +82,7 @@ def test_rows_out_of_range_are_zero(nan_filled_empty):
 def test_repeated_runs_are_equal():
     q, k = make(5000, 5000, 32, 8, 128, torch.bfloat16, batch=1)
     for lse in (None, dense_attention_with_lse(q, k, k)[1]):
-        for reduce in ("max", "sum"):
+        for reduce in REDUCTIONS:
             first = pooled_attention_decode(q, k, lse=lse, reduce=reduce)
             for _ in range(3):
                 assert torch.equal(pooled_attention_decode(q, k, lse=lse, reduce=reduce), first)

@@ -55,7 +55,7 @@ def test_block_pooling_is_a_proper_op(kinds, lengths, implementation):
 
 @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([70, 130])])
-@pytest.mark.parametrize(("reduce", "normalize"), [("max", True), ("sum", False)])
+@pytest.mark.parametrize(("reduce", "normalize"), [("max", True), ("sum", False), ("row_sum", True)])
 def test_pooled_attention_is_a_proper_op(reduce, normalize, lengths, implementation):
     q, k, _ = make_qkv(130, 130, batch=2, heads=2, kv_heads=1, head_dim=16)
     rows, span = torch.tensor([2, 0]), Span.of_padded(2, 130, 130, lengths)

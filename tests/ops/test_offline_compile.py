@@ -22,6 +22,7 @@ KNOWN_SPILLS = {
     ("block_sparse_attention", "sm_90", "64 64 torch.float32 lse=True"): 256,
     # One register, before the loops and after them.
     ("pooled_attention_decode", "sm_90", "sum 128 1 128 torch.bfloat16 lse=True"): 8,
+    ("pooled_attention_decode", "sm_90", "row_sum 128 1 128 torch.bfloat16 lse=True"): 8,
     ("hopper_span", "sm_90", "64 pages in parts"): 8,  # before the loop and after it
     # Eight warps with all registers of a thread; pages look up each tile. A100 runs them from memory of its own.
     ("block_sparse_attention", "sm_80", "128 64 padded"): 64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from seerattention.ops import dispatch, pooled_attention
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.indices import first_query_block, num_blocks
+from seerattention.ops.pooled_attention.arguments import REDUCTIONS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "distill_targets.safetensors"
 needs_interpreter = pytest.mark.skipif(
@@ -40,9 +42,11 @@ def definition(q, k, block_size, rows, lengths=None, reduce="max", normalize=Tru
                 tile = probabilities[b, :, queries, key * block_size : (key + 1) * block_size]
                 if reduce == "max":
                     out[b, :, slot, key] = tile.amax((1, 2))
+                elif reduce == "row_sum":
+                    out[b, :, slot, key] = torch.stack([query.sum(-1) for query in tile.unbind(1)]).amax(0)
                 else:
                     out[b, :, slot, key] = tile.sum((1, 2)) / (int(queries.sum()) if normalize else 1)
-    if reduce == "max" and normalize:
+    if reduce != "sum" and normalize:
         out = torch.nan_to_num(out / out.sum(-1, keepdim=True))
     return out
 
@@ -69,12 +73,12 @@ def check(q, k, block_size, implementation, rows=None, tolerance=2e-6, **argumen
 )
 def test_equals_definition(implementation, length, heads, kv_heads, head_dim, block_size):
     q, k = make(length, length, heads, kv_heads, head_dim)
-    check(q, k, block_size, implementation)
-    check(q, k, block_size, implementation, reduce="sum")
+    for reduce in REDUCTIONS:
+        check(q, k, block_size, implementation, reduce=reduce)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])
-@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_rows_lengths_and_chunks(implementation, reduce, normalize):
     kinds = {"reduce": reduce, "normalize": normalize}
@@ -87,13 +91,32 @@ def test_rows_lengths_and_chunks(implementation, reduce, normalize):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_are_computed_in_float32(dtype):
     q, k = make(190, 190, 4, 2, 64, dtype=dtype)
-    check(q, k, 64, None)
+    for reduce in REDUCTIONS:
+        check(q, k, 64, None, reduce=reduce)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", pytest.param("triton", marks=needs_interpreter)])
+def test_what_the_reductions_tell_apart(implementation):
+    """A query that looks at one key of a block, one that looks at all keys of it alike, and all queries a little."""
+    probabilities = torch.zeros(32, 128)
+    probabilities[:, 96] = 0.4  # the rest of every row: its own block
+    probabilities[0, 5], probabilities[1, 32:64] = 0.5, 0.6 / 32
+    probabilities[2:, 64:96] = 0.2 / 32
+    probabilities[:, 96] += 1 - probabilities.sum(-1)
+    # Queries and keys whose products are the logarithms of these: scores of what is not seen are far below.
+    q = probabilities.clamp(min=1e-12).log()[None, None]
+    k = torch.eye(128)[None, None]
+    common = {"block_size": 32, "scale": 1.0, "normalize": False, "implementation": implementation}
+    row = {reduce: pooled_attention(q, k, reduce=reduce, **common)[0, 0, 0].tolist() for reduce in REDUCTIONS}
+    assert row["max"] == pytest.approx([0.5, 0.6 / 32, 0.2 / 32, 0.8], abs=1e-5)
+    assert row["sum"] == pytest.approx([0.5, 0.6, 6.0, 32 - 7.1], abs=1e-4)
+    assert row["row_sum"] == pytest.approx([0.5, 0.6, 0.2, 0.8], abs=1e-5)
 
 
 def test_rows_sum_to_one_and_padding_gives_zero_rows():
     q, k = make(300, 300, 4, 2, 32)
     lengths = torch.tensor([300, 100])
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         sums = pooled_attention(q, k, block_size=32, lengths=lengths, reduce=reduce).sum(-1)
         torch.testing.assert_close(sums[0], torch.ones_like(sums[0]))
         torch.testing.assert_close(sums[1, :, :4], torch.ones_like(sums[1, :, :4]))
@@ -124,7 +147,7 @@ def test_padding_changes_nothing(implementation):
         ((70, 260), 1, 1, 256, 128, torch.float16),
     ],
 )
-@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_triton_interpreted(lengths, heads, kv_heads, head_dim, block_size, dtype, reduce):
     q, k = make(*lengths, heads, kv_heads, head_dim, batch=1, dtype=dtype)
     check(q, k, block_size, "triton", reduce=reduce)
@@ -134,7 +157,7 @@ def test_triton_interpreted(lengths, heads, kv_heads, head_dim, block_size, dtyp
 def test_triton_interpreted_rows_and_padding():
     q, k = make(150, 200, 2, 1, 32)
     lengths = torch.tensor([200, 101])
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         check(q, k, 32, "triton", rows=[5, 1, 3], lengths=lengths, reduce=reduce, normalize=reduce == "max")
     q[1, :, 51:] = float("nan")  # queries start at position 50, so these are the padded ones
     k[1, :, 101:] = float("nan")
@@ -190,7 +213,7 @@ def test_given_the_lse_of_the_forward(
         monkeypatch.setattr(kernels(), "query_lse", None)  # not asked
     last = all_rows(*tokens, block_size)[-1]
     lengths = torch.tensor([tokens[1], max(1, tokens[1] - tokens[0] // 2)])
-    for reduce, normalize in (("max", True), ("max", False), ("sum", True), ("sum", False)):
+    for reduce, normalize in itertools.product(REDUCTIONS, (True, False)):
         common = {"reduce": reduce, "normalize": normalize, "lse": lse, "tolerance": 5e-6}
         check(q, k, block_size, implementation, **common)
         check(q, k, block_size, implementation, rows=[last], lengths=lengths, **common)
@@ -207,7 +230,8 @@ def test_triton_shares_keys_between_heads(heads, kv_heads, tokens, monkeypatch, 
     monkeypatch.setattr(kernels(), "query_rows", lambda *_: tokens)
     q, k = make(50, 90, heads, kv_heads, 16, batch=1)
     for block_size in (32, 64):
-        check(q, k, block_size, "triton", rows=[2, 1] if block_size == 32 else None)
+        for reduce in ("max", "row_sum"):
+            check(q, k, block_size, "triton", rows=[2, 1] if block_size == 32 else None, reduce=reduce)
 
 
 @needs_interpreter
@@ -217,6 +241,7 @@ def test_wide_heads_on_a_gpu_of_little_shared_memory(block_size, monkeypatch, ca
     dispatch.warn_once.cache_clear()
     q, k = make(50, 150, 2, 1, 256, batch=1, dtype=torch.float16)
     check(q, k, block_size, "triton")
+    check(q, k, block_size, "triton", reduce="row_sum")
     q, k = q.float(), k.float()
     if block_size == 64:
         check(q, k, block_size, "triton")
@@ -233,14 +258,12 @@ def test_wide_heads_on_a_gpu_of_little_shared_memory(block_size, monkeypatch, ca
 def test_padding_and_its_lse_are_never_used(nan_filled_empty):
     q, k = make(150, 200, 4, 1, 16)
     lse, lengths = lse_of(q, k), torch.tensor([200, 101])
-    expected = {
-        reduce: pooled_attention(q, k, block_size=32, lengths=lengths, reduce=reduce) for reduce in ("max", "sum")
-    }
+    expected = {reduce: pooled_attention(q, k, block_size=32, lengths=lengths, reduce=reduce) for reduce in REDUCTIONS}
     q[1, :, 51:] = float("nan")  # queries start at position 50, so these are the padded ones
     k[1, :, 101:] = float("nan")
     lse[1, :, 51:] = float("nan")
     for implementation in ("reference", "cpu", "triton"):
-        for reduce in ("max", "sum"):
+        for reduce in REDUCTIONS:
             common = {"block_size": 32, "lengths": lengths, "lse": lse, "reduce": reduce}
             actual = pooled_attention(q, k, implementation=implementation, **common)
             torch.testing.assert_close(actual, expected[reduce], atol=5e-6, rtol=0)

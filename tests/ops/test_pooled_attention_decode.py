@@ -19,6 +19,7 @@ from seerattention.ops import Span, pooled_attention, pooled_attention_decode
 from seerattention.ops.dense import dense_attention_with_lse
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.indices import num_blocks
+from seerattention.ops.pooled_attention.arguments import REDUCTIONS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 needs_interpreter = pytest.mark.skipif(
@@ -50,9 +51,9 @@ def definition(q, k, block_size, rows=None, lengths=None, reduce="max", normaliz
         block = probabilities[..., start : start + block_size]
         by_head = block.amax(-1) if reduce == "max" else block.sum(-1)
         by_group = by_head.view(batch, kv_heads, heads // kv_heads, query_length)
-        blocks.append(by_group.amax(2) if reduce == "max" else by_group.mean(2) if normalize else by_group.sum(2))
+        blocks.append(by_group.amax(2) if reduce != "sum" else by_group.mean(2) if normalize else by_group.sum(2))
     out = torch.stack(blocks, -1)
-    if reduce == "max" and normalize:
+    if reduce != "sum" and normalize:
         out = out / out.sum(-1, keepdim=True)
     if lengths is not None:
         positions = torch.arange(key_length - query_length, key_length)
@@ -111,7 +112,7 @@ CASES = list(
         block_size=(64, 16, 32, 128),
         dtype=(torch.float32, torch.float16),
         given_lse=(False, True),
-        reduce=("max", "sum"),
+        reduce=REDUCTIONS,
         normalize=(True, False),
         subset=(True, False),
         padded=(False, True),
@@ -139,6 +140,7 @@ def test_scale_and_many_heads(implementation, nan_filled_empty):
         q, k = make(50, 90, heads, kv_heads, head_dim, batch=1, dtype=torch.float16)
         check(q, k, implementation, scale=0.3, rows=some_rows(50, 90), block_size=16)
         check(q, k, implementation, reduce="sum", given_lse=True)
+        check(q, k, implementation, reduce="row_sum", given_lse=True, block_size=16)
 
 
 @needs_interpreter
@@ -150,7 +152,8 @@ def test_triton_shares_keys_between_tokens(group, query_rows, monkeypatch, nan_f
     monkeypatch.setattr(module, "query_rows", lambda *_: query_rows)
     q, k = make(40, 150, group, 1, 16, batch=1, dtype=torch.float16)
     for block_size in (16, 128):
-        check(q, k, "triton", block_size=block_size, given_lse=True)
+        for reduce in REDUCTIONS:
+            check(q, k, "triton", block_size=block_size, given_lse=True, reduce=reduce)
         check(q, k, "triton", block_size=block_size, given_lse=True, rows=torch.tensor([149, 110, 111, 130]))
 
 
@@ -159,7 +162,7 @@ def test_padding_and_its_lse_are_never_used(implementation, nan_filled_empty):
     """A padded row gives what it would give alone, even where the padding holds NaN."""
     q, k = make(90, 110, 4, 2, 16)
     lse, lengths = softmax_map(q, k)[1], torch.tensor([110, 71])
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         expected = definition(q, k, 32, lengths=lengths, reduce=reduce)
         dirty = [x.clone() for x in (q, k, lse)]
         for x, first in zip(dirty, (51, 71, 51), strict=True):  # queries start at position 20
@@ -189,7 +192,7 @@ def test_rows_sum_to_one(data):
     rows = torch.tensor(data.draw(st.lists(positions, min_size=1, max_size=40)))
     lengths = torch.tensor(data.draw(st.lists(st.integers(0, key_length), min_size=batch, max_size=batch)))
     q, k = make(query_length, key_length, group * kv_heads, kv_heads, 8, batch)
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         out = pooled_attention_decode(q, k, block_size=block_size, rows=rows, lengths=lengths, reduce=reduce)
         valid = (rows < lengths[:, None])[:, None].expand(-1, kv_heads, -1).float()
         torch.testing.assert_close(out.sum(-1), valid, atol=1e-5, rtol=0)
@@ -200,13 +203,13 @@ def test_rows_sum_to_one(data):
 def test_agrees_with_the_two_dimensional_op():
     """With one query head a KV head, the maximum over the queries of a block is what pooled_attention gives."""
     q, k = make(130, 200, 3, 3, 32)
-    for reduce in ("max", "sum"):
+    for reduce in REDUCTIONS:
         common = {"block_size": 32, "reduce": reduce, "normalize": False}
         rows = pooled_attention_decode(q, k, **common)
         blocks = torch.arange(70, 200) // 32
         for slot, row in enumerate(range(2, 7)):
             ours = rows[:, :, blocks == row]
-            ours = ours.amax(2) if reduce == "max" else ours.sum(2)
+            ours = ours.sum(2) if reduce == "sum" else ours.amax(2)
             torch.testing.assert_close(ours, pooled_attention(q, k, **common)[:, :, slot], atol=1e-5, rtol=1e-5)
 
 
@@ -249,7 +252,7 @@ def test_no_gradient():
 
 
 @pytest.mark.parametrize("implementation", [None, *EVERY])
-@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_is_a_proper_op(reduce, implementation):
     q, k = make(20, 40, 2, 1, 16)
     for lengths, lse in ((None, torch.zeros(q.shape[:3])), (torch.tensor([30, 40]), None)):

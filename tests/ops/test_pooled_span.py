@@ -18,7 +18,7 @@ if triton_importable() and triton_interpreted():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("reduce", ["max", "sum"])
+@pytest.mark.parametrize("reduce", ["max", "sum", "row_sum"])
 @pytest.mark.parametrize("op", [pooled_attention, pooled_attention_decode])
 @pytest.mark.parametrize("implementation", EVERY)
 def test_any_layout(implementation, op, reduce, given, layout, nan_filled_empty):

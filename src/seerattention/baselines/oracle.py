@@ -15,7 +15,7 @@ from ..policies import Policy, Threshold
 from ..selectors import LayerInputs, Selector
 from .checks import check_choice
 
-_REDUCTIONS = {"max": "max", "mass": "sum"}
+_REDUCTIONS = {"max": "max", "mass": "sum", "row_mass": "row_sum"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Oracle(Selector):
             (SeerAttention, arXiv 2410.13276, section 3.2), of which no method that scores blocks can predict more.
             "mass": the sum of all probabilities over the number of queries, so that ``TopP(p)`` keeps p of the
             attention of the queries of a block on average. The logarithm of the mass without the normalisation of each
-            query is ``SubBlock`` with as many parts as tokens.
+            query is ``SubBlock`` with as many parts as tokens. "row_mass": the largest mass that one query of the block
+            gives to the tile, the target of gates of ``DistillConfig(target="row_mass")``; it is not in the paper.
 
     Raises:
         ValueError: another reduction.

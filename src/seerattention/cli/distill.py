@@ -70,6 +70,13 @@ def command(
         ),
     ] = "prefill",
     reduction: Annotated[str, typer.Option(help="row, or official (the published code's mean).")] = "row",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What gates learn of a tile of the attention map: max, its largest probability (the papers), or "
+            "row_mass, the most that one query gives to the whole tile."
+        ),
+    ] = "max",
     block_size: BlockSize = 64,
     form: Annotated[
         str,
@@ -188,6 +195,7 @@ def command(
                 "skip_rows": skip_rows,
                 "last_rows": last_rows,
                 "reduction": reduction,
+                "target": target,
                 "accumulation": accumulation,
                 "seed": seed,
                 "phase": one,

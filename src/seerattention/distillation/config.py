@@ -12,6 +12,7 @@ from typing import Any
 from ..config import PHASES
 
 REDUCTIONS = ("row", "official")
+TARGETS = ("max", "row_mass")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class DistillConfig:
             texts that end with what matters: a question about what lies before it.
         reduction: "row": the mean over rows and heads of the KL divergence of a row; "official": also divided by the
             number of key blocks, as the published code does (its mean counts masked entries).
+        target: what gates learn of a tile, of which each row is divided by its sum. "max": its largest single
+            probability, the target of the papers. "row_mass": the largest attention mass that one query of the block
+            (for decoding, one head of the group) gives to the keys of the tile. It is not in the papers: attention that
+            one query spreads over a block counts in full, while a block that one query needs stands out as it does by
+            its maximum, and does not where the mass is a mean over queries.
         accumulation: batches a step.
         seed: decides which rows are drawn.
         phase: "prefill" trains the gates of prompts, "decode" those of decoding: their rows are query tokens, of which
@@ -61,6 +67,7 @@ class DistillConfig:
     min_improvement: float = 0.02
     phase: str = "prefill"
     last_rows: int = 0
+    target: str = "max"
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list | tuple):
@@ -94,7 +101,7 @@ class DistillConfig:
         return cls(**data)
 
 
-_AS_BEFORE = (("phase", "prefill"), ("last_rows", 0))
+_AS_BEFORE = (("phase", "prefill"), ("last_rows", 0), ("target", "max"))
 
 
 def _integer(x: Any, least: int) -> bool:
@@ -131,4 +138,5 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("min_improvement", lambda x: _number(x) and 0 <= x < 1, "in [0, 1)"),
     ("last_rows", lambda x: _integer(x, 0), "an integer of at least 0"),
     ("phase", lambda x: x in PHASES, f"one of {PHASES}"),
+    ("target", lambda x: isinstance(x, str) and x in TARGETS, f"one of {TARGETS}"),
 )

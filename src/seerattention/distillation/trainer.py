@@ -176,7 +176,8 @@ class Trainer:
             name, device = self.names[inputs.layer], inputs.q.device
             valid = None if inputs.lengths is None else rows.valid_on(device)
             with torch.enable_grad():
-                loss = self.phase.objective(self.masters[name], inputs, rows.on(device), valid)
+                master, target = self.masters[name], self.config.target
+                loss = self.phase.objective(master, inputs, rows.on(device), valid, target)
                 loss.backward()
             sums[name] += loss.detach()
 

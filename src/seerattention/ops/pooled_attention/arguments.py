@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..span import KEY_SLOT, LENGTH, QUERY_SLOT, START, Span
 
-REDUCTIONS = ("max", "sum")
+REDUCTIONS = ("max", "sum", "row_sum")
 NO_SPAN = Span(0, 0, 0)
 
 
@@ -29,6 +29,11 @@ class Wanted(NamedTuple):
     lse: Tensor | None
     span: Span = NO_SPAN
     first_row: int = 0
+
+    @property
+    def divides_by_sum(self) -> bool:
+        """Whether rows are divided by their sum; those of ``sum`` are divided by how many queries they add up."""
+        return self.normalize and self.reduce != "sum"
 
 
 def check_arguments(

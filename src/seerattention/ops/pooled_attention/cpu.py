@@ -36,7 +36,7 @@ def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tens
                 if wanted.normalize and wanted.reduce == "sum":
                     tiles /= end - start
                 out[b, heads_here, slot, : block + 1] = tiles
-    return divide_by_sum(out) if wanted.normalize and wanted.reduce == "max" else out
+    return divide_by_sum(out) if wanted.divides_by_sum else out
 
 
 def whole_blocks(k: Tensor, content: Content, block_size: int) -> Tensor:
@@ -65,7 +65,7 @@ def pool(
         hidden: bool ``[M, W]``, which of the last W keys each query does not see.
         lse: float32 ``[group, M]``, of these queries; None: computed here.
         buffers: of :func:`make_buffers`; overwritten.
-        over: what else is reduced, and first: 0, the heads, or 1, the queries.
+        over: what else is reduced, and first where order makes no difference: 0, the heads, or 1, the queries.
 
     Returns:
         float32 ``[M or group, N / block_size]``.
@@ -78,12 +78,14 @@ def pool(
         torch.softmax(scores, -1, out=probabilities)
     else:
         scores.sub_(lse.reshape(-1, 1))
-        if wanted.reduce == "sum":
+        if wanted.reduce != "max":
             scores.exp_()
     probabilities = probabilities.view(group, tokens, visible)
     blocks = (visible // wanted.block_size, wanted.block_size)
     if wanted.reduce == "sum":
         return probabilities.sum(over).unflatten(-1, blocks).sum(-1)
+    if wanted.reduce == "row_sum":
+        return probabilities.unflatten(-1, blocks).sum(-1).amax(over)
     pooled = probabilities.amax(over).unflatten(-1, blocks).amax(-1)
     # With lse these are logarithms so far: the exponential of the maximum is the maximum.
     return pooled if lse is None else pooled.exp_()

@@ -60,7 +60,11 @@ def pooled_attention(
 
     ``reduce="max"`` with ``normalize=True`` is the distillation target of the SeerAttention paper (arXiv 2410.13276,
     section 3.2): the largest attention probability in each tile, each row divided by its sum. ``reduce="sum"`` is the
-    attention mass of each tile, from which block recall is computed.
+    attention mass of each tile, from which block recall is computed. ``reduce="row_sum"`` is the largest mass that one
+    query of the tile gives to its keys: the maximum over the queries of the sum over the keys of the probabilities. It
+    is a target of distillation that is not in the paper (``DistillConfig.target``): what a query spreads over a block
+    counts in full, where the maximum sees its largest part only, and what one query needs is not lost among the others,
+    as it is in the mass of all.
 
     Two passes, neither of which stores more than the result: the log-sum-exp of each query, then Q K^T again, reduced
     tile by tile. A dense forward knows the first already: given its ``lse``, only the second is run. Only the query
@@ -77,9 +81,9 @@ def pooled_attention(
             ascending. Values on a CUDA device are not checked (that would synchronise it): keep them in range.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Padded queries take no part in the
             reduction; rows of wholly padded blocks are 0.
-        reduce: ``"max"`` or ``"sum"``.
-        normalize: divide ``max`` rows by their sum, and ``sum`` rows by their number of valid queries; rows then sum
-            to 1.
+        reduce: ``"max"``, ``"sum"`` or ``"row_sum"``.
+        normalize: divide ``max`` and ``row_sum`` rows by their sum, and ``sum`` rows by their number of valid queries;
+            rows then sum to 1.
         lse: float32 ``[B, Hq, Tq]``, natural logarithm of the sum of exp of the scaled causal logits of each query, as
             attention kernels return it; None: computed here. Values at padded queries are never used.
         implementation: ``"reference"``, ``"cpu"``, ``"triton"``, ``"hopper"`` (where ``hopper_usable``) or None

@@ -29,7 +29,9 @@ def pooled_attention_decode(
     2506.08889, section 2): queries are not pooled, and a KV head's group of query heads shares one row, which holds the
     largest attention probability of any of these heads on any visible key of each block, divided by its sum.
     ``reduce="sum"`` is the attention mass of each block, mean over the group, from which block recall of decoding is
-    computed.
+    computed. ``reduce="row_sum"`` is the largest mass that one head of the group gives to each block: the maximum over
+    the heads of the sum over the keys of the probabilities. That target is not in the paper;
+    :func:`~.interface.pooled_attention` says what it is for.
 
     The block of the query itself is a block like the others. The official training leaves it out, as decoding reads it
     always: to follow it, set these entries to 0 and divide by the sum again.
@@ -48,9 +50,9 @@ def pooled_attention_decode(
             counted from the first query of each batch row; None: all Tq, ascending. Values on a CUDA device are not
             checked (that would synchronise it): keep them in range.
         lengths: int64 ``[B]``, valid tokens of each right-padded row (None: all). Rows of padded queries are 0.
-        reduce: ``"max"`` or ``"sum"``.
-        normalize: divide ``max`` rows by their sum, and ``sum`` rows by the Hq / Hkv heads of a group; rows then sum
-            to 1.
+        reduce: ``"max"``, ``"sum"`` or ``"row_sum"``.
+        normalize: divide ``max`` and ``row_sum`` rows by their sum, and ``sum`` rows by the Hq / Hkv heads of a group;
+            rows then sum to 1.
         lse: float32 ``[B, Hq, Tq]``, natural logarithm of the sum of exp of the scaled causal logits of each query, as
             attention kernels return it; None: computed here. Only values at valid queries in ``rows`` are used.
         implementation: ``"reference"``, ``"cpu"``, ``"triton"`` or None (automatic).

@@ -22,11 +22,11 @@ def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tens
                 continue  # a block of padding
             positions = torch.arange(first, end, device=q.device)
             tiles = attention_map(q, keys, positions, content, wanted)
-            tiles = tiles.amax(dim=(1, 3)) if wanted.reduce == "max" else tiles.sum(dim=(1, 3))
+            tiles = reduce_tiles(tiles, wanted, over=1)
             if wanted.normalize and wanted.reduce == "sum":
                 tiles /= len(positions)
             out[b, :, slot, : tiles.shape[1]] = tiles
-    return divide_by_sum(out) if wanted.normalize and wanted.reduce == "max" else out
+    return divide_by_sum(out) if wanted.divides_by_sum else out
 
 
 def keys_of(k: Tensor, heads: int, content: Content) -> Tensor:
@@ -57,6 +57,14 @@ def attention_map(q: Tensor, keys: Tensor, positions: Tensor, content: Content, 
     num = num_blocks(keys.shape[1], wanted.block_size)
     padded = torch.nn.functional.pad(probabilities, (0, num * wanted.block_size - keys.shape[1]))
     return padded.unflatten(-1, (num, wanted.block_size))
+
+
+def reduce_tiles(tiles: Tensor, wanted: Wanted, *, over: int) -> Tensor:
+    """One value for each tile: probabilities, keys of a block last, reduced over these and over dimension ``over``."""
+    if wanted.reduce == "max":
+        return tiles.amax((over, -1))
+    masses = tiles.sum(-1)
+    return masses.amax(over) if wanted.reduce == "row_sum" else masses.sum(over)
 
 
 def divide_by_sum(out: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Wanted, content_rows
-from .reference import attention_map, divide_by_sum, keys_of
+from .reference import attention_map, divide_by_sum, keys_of, reduce_tiles
 
 # Tokens at a time: bounds the part of the map that is in memory.
 TOKENS = 64
@@ -25,7 +25,7 @@ def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) 
                 continue  # nothing but padding
             blocks = attention_map(q, keys, rows[slots] + content.start, content, wanted)
             blocks = blocks.unflatten(0, (kv_heads, group))  # [Hkv, group, tokens, n, block_size]
-            blocks = blocks.amax((1, 4)) if wanted.reduce == "max" else blocks.sum((1, 4))
+            blocks = reduce_tiles(blocks, wanted, over=1)
             out[b, :, slots, : blocks.shape[2]] = blocks
     return finish(out, group, wanted)
 
@@ -34,4 +34,4 @@ def finish(out: Tensor, group: int, wanted: Wanted) -> Tensor:
     """Divide ``out [B, Hkv, R, Nk]`` in place: rows of maxima by their sum, of masses by the heads of a group."""
     if not wanted.normalize:
         return out
-    return divide_by_sum(out) if wanted.reduce == "max" else out.div_(group)
+    return divide_by_sum(out) if wanted.divides_by_sum else out.div_(group)

@@ -1,7 +1,8 @@
 """Pooled attention in Triton: Q K^T, reduced tile by tile, given the log-sum-exp of each query.
 
-The maximum of exp(s - lse) over a tile is exp(max(s - lse)), so ``max`` takes one exponential per tile. V is never read
-and nothing but the result is stored. Where no log-sum-exp is given, a kernel of its own finds it first.
+The maximum of exp(s - lse) over a tile is exp(max(s - lse)), so ``max`` takes one exponential per tile; masses take one
+per score. V is never read and nothing but the result is stored. Where no log-sum-exp is given, a kernel of its own
+finds it first.
 
 One tile of keys feeds little work, so a program shares it: it holds one query block of several query heads of one KV
 head (``UNITS``). Rows of these heads are interleaved 16 at a time, as warps take them from a product, so that the
@@ -180,31 +181,45 @@ def query_lse_fwd_kernel(
 
 
 @triton.jit
-def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce(b_s, b_lse, scale_log2, REDUCE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
     """A strip of raw scores to one value for each of the program's heads: the logarithm of the largest probability (to
-    base 2), or the mass. Rows that are not valid have lse +inf and count for nothing."""
-    N: tl.constexpr = b_s.shape[1]
-    if SUM:
-        b_row = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
-        return tl.sum(tl.sum(tl.reshape(b_row, [BLOCK // 16, UNITS, 16]), 2), 0)
-    # A thread holds pairs of neighbouring columns, eight apart, of rows eight apart: it reduces what it has, and only
-    # the last two steps are between threads.
-    b_row = tl.max(tl.max(tl.reshape(b_s, [UNITS * BLOCK, N // 8, 4, 2]), 3), 1)
-    b_row = b_row * scale_log2 - b_lse[:, None]
-    b_row = tl.max(tl.max(tl.reshape(b_row, [BLOCK // 16, UNITS, 2, 8, 4]), 2), 0)
-    return tl.max(tl.max(b_row, 2), 1)
+    base 2), or the mass; for ``row_sum`` to the mass of each query. Rows that are not valid have lse +inf and count for
+    nothing."""
+    if REDUCE == "max":
+        # A thread holds pairs of neighbouring columns, eight apart, of rows eight apart: it reduces what it has, and
+        # only the last two steps are between threads.
+        N: tl.constexpr = b_s.shape[1]
+        b_row = tl.max(tl.max(tl.reshape(b_s, [UNITS * BLOCK, N // 8, 4, 2]), 3), 1)
+        b_row = b_row * scale_log2 - b_lse[:, None]
+        b_row = tl.max(tl.max(tl.reshape(b_row, [BLOCK // 16, UNITS, 2, 8, 4]), 2), 0)
+        b_value = tl.max(tl.max(b_row, 2), 1)
+    else:
+        b_value = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
+        if REDUCE == "sum":
+            b_value = tl.sum(tl.sum(tl.reshape(b_value, [BLOCK // 16, UNITS, 16]), 2), 0)
+    return b_value
 
 
 @triton.jit
 def _add_strip(
     b_tile, b_q, b_lse, p_k, o_keys, o_q, o_d, s_k_t, head_dim, limit, scale_log2,
-    MASKED: tl.constexpr, MASK_DIM: tl.constexpr, SUM: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, MASK_DIM: tl.constexpr, REDUCE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One strip of keys more in the value of a tile, ``[UNITS]``."""
+    """One strip of keys more in what :func:`_reduce` makes of a tile."""
     # [M, N]
     b_s = scores(b_q, p_k, o_keys, o_q, o_d, s_k_t, head_dim, limit, MASKED, MASK_DIM)
-    b_strip = _reduce(b_s, b_lse, scale_log2, SUM, UNITS, BLOCK)
-    return b_tile + b_strip if SUM else tl.maximum(b_tile, b_strip)
+    b_strip = _reduce(b_s, b_lse, scale_log2, REDUCE, UNITS, BLOCK)
+    return tl.maximum(b_tile, b_strip) if REDUCE == "max" else b_tile + b_strip
+
+
+@triton.jit
+def _value(b_tile, REDUCE: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """What is stored of a tile, ``[UNITS]``, once all its strips are in."""
+    if REDUCE == "max":
+        b_tile = tl.exp2(b_tile)
+    elif REDUCE == "row_sum":
+        b_tile = tl.max(tl.max(tl.reshape(b_tile, [BLOCK // 16, UNITS, 16]), 2), 0)
+    return b_tile
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
@@ -212,7 +227,7 @@ def pooled_attention_fwd_kernel(
     p_q, p_k, p_lse, p_rows, p_table, p_out, scale_log2,
     heads, group, query_slots, key_length, head_dim, num_keys,
     s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
-    TABLE: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr, NORMALIZE: tl.constexpr,
+    TABLE: tl.constexpr, PACKED: tl.constexpr, REDUCE: tl.constexpr, NORMALIZE: tl.constexpr,
     UNITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_DIM: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
@@ -237,27 +252,27 @@ def pooled_attention_fwd_kernel(
         b_lse = tl.load(p_own_lse, mask=m_valid, other=float("inf")) * LOG2E
 
         # A tile of several strips is stored with its last one.
-        initial = 0.0 if SUM else float("-inf")
-        b_tile = tl.full([UNITS], initial, tl.float32)
+        initial = float("-inf") if REDUCE == "max" else 0.0
+        b_tile = tl.full([UNITS * BLOCK if REDUCE == "row_sum" else UNITS], initial, tl.float32)
         for o_strip in range(0, diagonal, BLOCK_N):
             b_tile = _add_strip(
                 b_tile, b_q, b_lse, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, scale_log2,
-                False, MASK_DIM, SUM, UNITS, BLOCK,
+                False, MASK_DIM, REDUCE, UNITS, BLOCK,
             )  # fmt: skip
             done = (o_strip + BLOCK_N) % BLOCK == 0
-            b_value = b_tile if SUM else tl.exp2(b_tile)
+            b_value = _value(b_tile, REDUCE, UNITS, BLOCK)
             tl.store(p_own_out + o_strip // BLOCK, b_value, mask=m_u & done)
             b_total += tl.where(done, b_value, 0.0)
             b_tile = tl.where(done, initial, b_tile)
         for o_strip in tl.range(diagonal, diagonal + BLOCK, BLOCK_N, num_stages=1):
             b_tile = _add_strip(
                 b_tile, b_q, b_lse, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, scale_log2,
-                True, MASK_DIM, SUM, UNITS, BLOCK,
+                True, MASK_DIM, REDUCE, UNITS, BLOCK,
             )  # fmt: skip
-        b_value = b_tile if SUM else tl.exp2(b_tile)
+        b_value = _value(b_tile, REDUCE, UNITS, BLOCK)
         tl.store(p_own_out + i_row, b_value, mask=m_u)
         b_total += b_value
-        if SUM:
+        if REDUCE == "sum":
             b_total = tl.zeros_like(b_total) + (tl.minimum(diagonal + BLOCK, end) - tl.maximum(diagonal, start))
     # Wholly padded rows are 0 and stay 0.
     b_factor = 1.0 / tl.maximum(b_total, 1e-37)
@@ -303,7 +318,7 @@ def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tens
     with torch.cuda.device_of(q):
         pooled_attention_fwd_kernel[_grid(q, k, rows, span, shape)](
             q, k, lse.contiguous(), rows, span.table, out, scale * LOG2E.value, *sizes(q, k, span), num_keys,
-            *strides(q, k), TABLE=span.table is not None, PACKED=span.packed, SUM=reduce == "sum",
+            *strides(q, k), TABLE=span.table is not None, PACKED=span.packed, REDUCE=reduce,
             NORMALIZE=normalize, BLOCK_OUT=256, **shape,
         )  # fmt: skip
     return out

@@ -58,22 +58,43 @@ def _fold(b_x, axis: tl.constexpr, SUM: tl.constexpr):
 
 
 @triton.jit
-def _reduce(b_s, b_lse, scale_log2, SUM: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr):
+def _reduce(b_s, b_lse, scale_log2, REDUCE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr):
     """A strip of raw scores ``[M, N]`` to one value for each token and each of the PARTS blocks of the strip: the
-    logarithm of the largest probability (to base 2), or the mass. Rows that are not valid have lse +inf and count for
-    nothing."""
+    logarithm of the largest probability (to base 2), or the mass; for ``row_sum`` to the mass of each head of each
+    token. Rows that are not valid have lse +inf and count for nothing."""
     M: tl.constexpr = b_s.shape[0]
     WIDTH: tl.constexpr = b_s.shape[1] // PARTS
     APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
+    SUM: tl.constexpr = REDUCE != "max"
     if SUM:
         b_s = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     # A thread holds pairs of neighbouring columns, eight apart: it reduces what it has, and only the last steps are
     # between threads.
     b_x = _fold(_fold(tl.reshape(b_s, [M, PARTS, WIDTH // 8, 4, 2]), 4, SUM), 2, SUM)
-    if not SUM:
-        b_x = b_x * scale_log2 - b_lse[:, None, None]
-    b_x = _fold(tl.reshape(b_x, [M // (HEADS * APART), HEADS, APART, PARTS, 4]), 1, SUM)
-    return tl.reshape(_fold(b_x, 3, SUM), [M // HEADS, PARTS])
+    if REDUCE == "row_sum":
+        b_value = tl.sum(b_x, 2)
+    else:
+        if not SUM:
+            b_x = b_x * scale_log2 - b_lse[:, None, None]
+        b_x = _fold(tl.reshape(b_x, [M // (HEADS * APART), HEADS, APART, PARTS, 4]), 1, SUM)
+        b_value = tl.reshape(_fold(b_x, 3, SUM), [M // HEADS, PARTS])
+    return b_value
+
+
+@triton.jit
+def _value(b_block, weight, REDUCE: tl.constexpr, HEADS: tl.constexpr):
+    """What is stored of blocks, ``[TOKENS, PARTS]``, once all their strips are in."""
+    if REDUCE == "max":
+        b_block = tl.exp2(b_block)
+    elif REDUCE == "sum":
+        b_block = b_block * weight
+    else:
+        M: tl.constexpr = b_block.shape[0]
+        PARTS: tl.constexpr = b_block.shape[1]
+        APART: tl.constexpr = 16 // HEADS if HEADS < 16 else 1
+        b_x = tl.max(tl.reshape(b_block, [M // (HEADS * APART), HEADS, APART, PARTS]), 1)
+        b_block = tl.reshape(b_x, [M // HEADS, PARTS])
+    return b_block
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SCALARS)
@@ -81,7 +102,7 @@ def pooled_attention_decode_fwd_kernel(
     p_q, p_k, p_lse, p_rows, p_table, p_out, scale_log2, weight, num_rows,
     heads, group, query_slots, key_length, head_dim, num_keys,
     s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
-    HAS_LSE: tl.constexpr, TABLE: tl.constexpr, PACKED: tl.constexpr, SUM: tl.constexpr, DIVIDE: tl.constexpr,
+    HAS_LSE: tl.constexpr, TABLE: tl.constexpr, PACKED: tl.constexpr, REDUCE: tl.constexpr, DIVIDE: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_DIM: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
@@ -133,16 +154,16 @@ def pooled_attention_decode_fwd_kernel(
     p_own_out = p_out + ((i_b * kv_heads + i_kv) * num_rows + o_slot) * num_keys
     o_part = tl.arange(0, PARTS)
     # A block of several strips is stored with its last one.
-    initial = 0.0 if SUM else float("-inf")
-    b_block = tl.full([TOKENS, PARTS], initial, tl.float32)
+    initial = float("-inf") if REDUCE == "max" else 0.0
+    b_block = tl.full([M if REDUCE == "row_sum" else TOKENS, PARTS], initial, tl.float32)
     b_total = tl.zeros([TOKENS], tl.float32)
     for MASKED in tl.static_range(2):
         for o_strip in range(whole if MASKED else 0, stop if MASKED else whole, BLOCK_N):
             b_s = scores(b_q, p_own_k, o_strip + o_n, o_q, o_d, s_k_t, head_dim, end, MASKED, MASK_DIM)
-            b_strip = _reduce(b_s, b_lse, scale_log2, SUM, HEADS, PARTS)
-            b_block = b_block + b_strip if SUM else tl.maximum(b_block, b_strip)
+            b_strip = _reduce(b_s, b_lse, scale_log2, REDUCE, HEADS, PARTS)
+            b_block = tl.maximum(b_block, b_strip) if REDUCE == "max" else b_block + b_strip
             done = (o_strip + BLOCK_N) % BLOCK == 0
-            b_value = b_block * weight if SUM else tl.exp2(b_block)
+            b_value = _value(b_block, weight, REDUCE, HEADS)
             o_key = o_strip // BLOCK + o_part
             tl.store(
                 p_own_out[:, None] + o_key[None, :], b_value, mask=m_slot[:, None] & (o_key < num_keys)[None, :] & done
@@ -180,7 +201,7 @@ def pooled_attention_decode(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) 
         pooled_attention_decode_fwd_kernel[(-(-num_rows // shape["TOKENS"]), batch * kv_heads)](
             q, k, lse, rows.contiguous(), span.table, out, scale * LOG2E.value, weight, num_rows, *sizes(q, k, span),
             num_keys, *strides(q, k), HAS_LSE=lse is not None, TABLE=span.table is not None, PACKED=span.packed,
-            SUM=reduce == "sum", DIVIDE=normalize and reduce == "max", BLOCK=block_size, **shape,
+            REDUCE=reduce, DIVIDE=wanted.divides_by_sum, BLOCK=block_size, **shape,
         )  # fmt: skip
     return out
 
