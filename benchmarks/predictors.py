@@ -36,6 +36,7 @@ import seerattention as seer
 from seerattention import hf
 from seerattention.baselines import MeanPool, Oracle, Random, Streaming, SubBlock
 from seerattention.cli.common import Terminal, book_tokens, default_gates, load_model, open_data, resolve_device
+from seerattention.distillation.repeats import say_again
 from seerattention.evaluate import Setting
 from seerattention.evaluate.forward import decoder_states, prompt_device, token_logits
 from seerattention.evaluate.measure import Subject
@@ -97,15 +98,11 @@ class Texts:
 
 def repeated(documents: Tensor, seed: int = 0) -> Tensor:
     """Documents whose second half is made of passages of the first half, in another order."""
-    rng, half, made = np.random.default_rng(seed), documents.shape[1] // 2, documents.clone()
+    rng, half = np.random.default_rng(seed), documents.shape[1] // 2
     size = min(PASSAGE, half // 2)
     starts = np.arange(1, half - size, size)  # the first token may be one that begins documents
     order = [int(start) for _ in range(half // size + 2) for start in rng.permutation(starts)]
-    places = range(half, documents.shape[1], size)
-    for place, start in zip(places, order, strict=False):
-        length = min(size, documents.shape[1] - place)
-        made[:, place : place + length] = documents[:, start : start + length]
-    return made
+    return say_again(documents, half, [(start, size) for start in order])
 
 
 @torch.inference_mode()

@@ -47,6 +47,12 @@ Start = Annotated[
 ]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
 Form = Annotated[str, typer.Option(help="Of the gates: sub_block, which looks more finely than its mask, or paper.")]
+GateBooks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Training books, or held-out ones: token files (.u16) or texts. Repeatable. Default: those of the package."
+    ),
+]
 
 
 def _texts(sources: list[str], text_field: str) -> Iterator[str]:
@@ -202,28 +208,46 @@ def look_up(
 
 @app.command()
 def gates(
-    model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
-    books: Annotated[list[Path], typer.Option(help="Token files (.u16) of training books. Repeatable.")],
-    held_out: Annotated[list[Path], typer.Option(help="Token files of books not used in training. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the gates.")],
-    steps: int = 150,
-    length: int = 16_384,
-    batch_size: int = 8,
-    rate: float = 8e-3,
-    rows: Annotated[float, typer.Option(help="Share of query-block rows in each step's loss.")] = 1.0,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the trained model. Default: the one that the package embeds.")
+    ] = None,
+    books: GateBooks = None,
+    held_out: GateBooks = None,
+    phase: Annotated[str, typer.Option(help="prefill: gates of prompts; decode: of decoded tokens.")] = "prefill",
+    steps: Annotated[int | None, typer.Option(help="Default: 150; of --phase decode 300.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence. Default: 16384.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. Default: 8; of --phase decode 4.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Default: 8e-3; of --phase decode 3e-3.")] = None,
+    rows: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of rows in each step's loss. Default: all query blocks; of --phase decode 0.125 of the tokens."
+        ),
+    ] = None,
+    lists: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of sequences that end with a list that was in the text. Default: 0; of --phase decode 0.25."
+        ),
+    ] = None,
     seed: Seed = 0,
     templates: Templates = None,
     device: str = "cuda",
     form: Form = "sub_block",
 ) -> None:
-    """Distil the gates of a trained testbed model."""
-    from .distil import GateRun, distil
+    """Distil the gates of a trained testbed model, for prompts or for decoding."""
+    from seerattention.testbed import model_path
 
+    from .distil import distil, recipe
+
+    asked = {"steps": steps, "length": length, "batch_size": batch_size, "rate": rate, "rows": rows, "lists": lists}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     try:
-        run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates), form)
+        run = recipe(phase, **given, seed=seed, device=device, templates=_read(templates), form=form)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--form") from error
-    summary = distil(model, books, held_out, out, run)
+        raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0]}") from error
+    summary = distil(model or model_path(), books, held_out, out, run)
     typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1]}))
 
 
@@ -323,10 +347,10 @@ def everything(
     curves(out, out / "curves.png")
     evaluate(model, test, out / "dense.json", lengths=lengths, samples=samples, templates=templates, device=device)
     gates(
+        out / "gates",
         model,
         [out / "train.u16"],
         test,
-        out / "gates",
         steps=gate_steps,
         length=gate_length,
         seed=seed,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,43 @@ from seerattention.tasks import TASKS, TaskGenerator, TrainingMix
 
 from .data import load_books
 
+LIST_CUE, LIST_TOKENS = 8, (24, 400)
+"""Tokens of a list that ask for the rest, and how many that rest has, the last number left out."""
+
+TRAINING_TOKENS, HELD_OUT_TOKENS = 3_000_000, 400_000
+"""Of each source of texts that is read; token files are read whole."""
+
 
 class TaskBatches:
     """Batches ``{"input_ids": [batch_size, length]}`` of tasks in books, the same ones each time it is iterated.
 
     Half of the training sequences are the training mix, half look like evaluation samples (a few questions near the
-    end, text between them), because a gate must find the few rows that ask among many that do not.
+    end, text between them), because a gate must find the few rows that ask among many that do not. Gates of decoding
+    see too few such rows even so: of their sequences a share ends with a long list that was in the text before, which
+    is a look-up for each token of it.
 
     Args:
         tokenizer, books: as for ``TaskGenerator``.
         length, batch_size, count: tokens a sequence, sequences a batch, batches.
+        lists: share of the sequences that end with a list, as ``TaskGenerator.list_copy`` makes them: 8 tokens as the
+            question, and 24 to 399 more (at most a quarter of the sequence).
         options: ``seed``, ``split``, ``templates`` of ``TaskGenerator``.
+
+    Raises:
+        ValueError: a share out of [0, 1].
     """
 
     def __init__(
-        self, tokenizer: Any, books: list[np.ndarray], length: int, batch_size: int, count: int, **options: Any
+        self,
+        tokenizer: Any,
+        books: list[np.ndarray],
+        length: int,
+        batch_size: int,
+        count: int,
+        lists: float = 0.0,
+        **options: Any,
     ) -> None:
-        self.arguments = (tokenizer, books)
+        self.arguments, self.lists = (tokenizer, books), _share("lists", lists)
         self.length, self.batch_size, self.count, self.options = length, batch_size, count, options
 
     def __len__(self) -> int:
@@ -51,6 +72,9 @@ class TaskBatches:
 
     def _sequence(self, generator: TaskGenerator, mix: TrainingMix | None) -> np.ndarray:
         rng = generator.rng
+        if self.lists and rng.random() < self.lists:  # asked first: without lists the draws are those of before
+            count = min(int(rng.integers(*LIST_TOKENS)), self.length // 4)
+            return generator.list_copy(self.length, LIST_CUE, count).input_ids
         if mix is not None and rng.random() < 0.5:
             return mix.sequence(self.length, tasks=0.7).input_ids
         task = TASKS[int(rng.integers(len(TASKS)))]
@@ -58,12 +82,27 @@ class TaskBatches:
         return generator.sample(task, self.length, int(rng.integers(1, most + 1))).input_ids
 
 
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:  # NaN is no share either
+        raise ValueError(f"{name} must be a share from 0 to 1, got {value!r}")
+    return value
+
+
 FORMS = {
-    "sub_block": seer.testbed.GATE_CONFIG,
-    # Queries by all three poolings: the average alone loses what a single question among 64 tokens asks for.
-    "paper": seer.GateConfig(prefill=seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))),
+    "prefill": {
+        "sub_block": seer.testbed.GATE_CONFIG,
+        # Queries by all three poolings: the average alone loses what a single question among 64 tokens asks for.
+        "paper": seer.GateConfig(prefill=seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))),
+    },
+    "decode": {
+        "sub_block": seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(k_pitch=8, merge_heads=False)),
+        "paper": seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()),
+    },
 }
-"""Forms of gates by name, the default first."""
+"""Forms of gates by phase and name, the default first: sub-blocks of 8 tokens, and what the papers publish."""
+
+POLICIES = {"prefill": seer.TopK(0.1), "decode": seer.TokenBudget(1600)}
+"""What is stored with the gates; a tenth of 16K tokens both."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +112,16 @@ class GateRun:
     Attributes:
         steps, length, batch_size: of the run, in tokens a sequence and sequences a step.
         rate: most learning rate.
-        rows: share of the query blocks whose targets are computed.
+        rows: share of the rows whose targets are computed: of query blocks, or in decoding of query tokens.
+        phase: one of :data:`FORMS`: gates of prompts or of decoding.
+        lists: share of the sequences that end with a list, see :class:`TaskBatches`.
         seed: of the gates and batches.
         device: where.
         templates: other needle sentences, [statement, question].
-        form: one of :data:`FORMS`.
+        form: one of those of the phase.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: a form that the phase does not have, or a share of lists out of [0, 1].
     """
 
     steps: int
@@ -88,18 +129,62 @@ class GateRun:
     batch_size: int
     rate: float
     rows: float
-    seed: int
-    device: str
+    phase: str = "prefill"
+    lists: float = 0.0
+    seed: int = 0
+    device: str = "cuda"
     templates: list | None = None
-    form: str = next(iter(FORMS))
+    form: str = "sub_block"
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form not in FORMS[self.phase]:
+            raise ValueError(f"form must be one of {', '.join(FORMS[self.phase])}, got {self.form!r}")
+        _share("lists", self.lists)
 
 
-def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Path, run: GateRun) -> dict[str, Any]:
-    """Train fresh gates, save them in ``out`` with their history; returns a summary."""
+RECIPES = {
+    "prefill": GateRun(steps=150, length=16_384, batch_size=8, rate=8e-3, rows=1.0),
+    # A row is a query token: an eighth of them is eight times as many rows as there are query blocks.
+    "decode": GateRun(steps=300, length=16_384, batch_size=4, rate=3e-3, rows=0.125, phase="decode", lists=0.25),
+}
+"""What is trained unless told otherwise, by phase."""
+
+
+def recipe(phase: str, **changed: Any) -> GateRun:
+    """The recipe of a phase, but for what is told otherwise: fields of :class:`GateRun`.
+
+    Raises:
+        ValueError: as :class:`GateRun`.
+    """
+    if phase not in RECIPES:
+        raise ValueError(f"phase must be one of {', '.join(RECIPES)}, got {phase!r}")
+    return dataclasses.replace(RECIPES[phase], **changed)
+
+
+def read_books(sources: Sequence[Path] | None, tokenizer: Any, length: int, split: str, limit: int) -> list[np.ndarray]:
+    """Token ids of books: whole token files (.u16), about ``limit`` tokens of each source of texts, or of the passages
+    that come with the package (None).
+
+    Raises:
+        ValueError: no book of ``length`` tokens in the token files, or no text.
+        FileNotFoundError: no such file.
+    """
+    from seerattention.cli.common import book_tokens
+
+    if sources is None:
+        return book_tokens(None, "testbed", tokenizer, limit=limit, split=split)
+    files = [source for source in sources if source.suffix == ".u16"]
+    books = load_books(files, length, tokenizer.bos_token_id) if files else []
+    for source in sources:
+        if source.suffix != ".u16":
+            books += book_tokens(str(source), "testbed", tokenizer, limit=limit)
+    return books
+
+
+def distil(
+    model_folder: Path, books: Sequence[Path] | None, held_out: Sequence[Path] | None, out: Path, run: GateRun
+) -> dict[str, Any]:
+    """Train fresh gates, save them in ``out`` with their history; returns a summary. Books: see :func:`read_books`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from seerattention.cli.common import Terminal
@@ -110,18 +195,22 @@ def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Pat
     dtype = torch.bfloat16 if run.device.startswith("cuda") else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     model.to(run.device).eval()
-    bos = tokenizer.bos_token_id
     # Gates remember the model that they were trained for by name, and that of a folder would say nothing.
     model.config._name_or_path = seer.testbed.NAME
     shared: dict[str, Any] = {"seed": run.seed, "templates": run.templates}
 
-    def batches(texts: list[Path], steps: int, split: str) -> TaskBatches:
-        tokens = load_books(texts, run.length, bos)
-        return TaskBatches(tokenizer, tokens, run.length, run.batch_size, steps, split=split, **shared)
+    def batches(texts: Sequence[Path] | None, steps: int, split: str, limit: int, lists: float) -> TaskBatches:
+        tokens = read_books(texts, tokenizer, run.length, split, limit)
+        return TaskBatches(tokenizer, tokens, run.length, run.batch_size, steps, lists, split=split, **shared)
 
-    train, test = batches(books, run.steps, "train"), list(batches(held_out, 1, "test"))
-    seer.attach(model, FORMS[run.form], prefill=seer.TopK(0.1))
-    config = seer.DistillConfig(learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0)
+    train = batches(books, run.steps, "train", TRAINING_TOKENS, run.lists)
+    # Half of the held-out sequences end with lists: of a few sequences a smaller share may be none.
+    test = list(batches(held_out, 1, "test", HELD_OUT_TOKENS, 0.5 if run.lists else 0.0))
+    policies: dict[str, Any] = {run.phase: POLICIES[run.phase]}
+    seer.attach(model, FORMS[run.phase][run.form], **policies)
+    config = seer.DistillConfig(
+        learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0, phase=run.phase
+    )
     with Terminal(False).progress("distilling", run.steps) as advance:
         history = distill(
             model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0)
@@ -129,5 +218,5 @@ def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Pat
     out.mkdir(parents=True, exist_ok=True)
     seer.save_gates(model, out)
     summary = history.to_dict()
-    (out / "history.json").write_text(json.dumps(summary))
+    (out / "history.json").write_text(json.dumps({**summary, "run": dataclasses.asdict(run)}))
     return summary

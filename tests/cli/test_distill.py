@@ -155,6 +155,46 @@ def test_the_target_is_part_of_a_run(run, tmp_path):
     assert not all(torch.equal(weight, by_max[name]) for name, weight in gates(output).items())
 
 
+def test_passages_said_again_go_on(run, tmp_path):
+    """They are part of the run: an interrupted one ends like another, and goes on with no other share."""
+    output, repeats = tmp_path / "out", ("--repeats", 0.5)
+    with interrupted_after(2):
+        run(output, *repeats)
+    for other in ((), ("--repeats", 0.25)):
+        refused = run(output, *other)
+        assert refused.exit_code == 1
+        assert "belongs to a run with other settings (repeats: was 0.5, now " in refused.stderr
+    done = run(output, *repeats, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["settings"]["repeats"] == 0.5
+    assert run(tmp_path / "unbroken", *repeats).exit_code == 0
+    assert same(gates(output), gates(tmp_path / "unbroken"))
+    assert run(tmp_path / "plain").exit_code == 0
+    assert not same(gates(output), gates(tmp_path / "plain"))
+    recall = [
+        json.loads((tmp_path / name / "history.json").read_text())["history"]["recall"] for name in ("out", "plain")
+    ]
+    for repeated, plain in zip(*(layers.values() for layers in recall), strict=True):
+        assert repeated[0] == plain[0], "what is held out is plain text"
+
+
+def test_runs_without_repeats_are_those_of_earlier_versions(run, tmp_path):
+    output = tmp_path / "out"
+    with interrupted_after(1):
+        run(output)
+    meta = load_state(output / STATE_FILE)[1]
+    assert "repeats" not in meta["settings"]
+    refused = run(output, "--repeats", 1)
+    assert "(repeats: was None, now 1.0)" in refused.stderr
+
+
+def test_sequences_too_short_for_repeats(run, tmp_path):
+    result = run(tmp_path / "out", "--repeats", 0.5, "--length", 127)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --repeats: repeats need sequences of at least 128 tokens")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "spec"),
     [((), seer.SubBlockGateConfig()), (("--form", "paper"), seer.PrefillGateConfig())],

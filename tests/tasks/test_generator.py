@@ -157,3 +157,34 @@ def test_short_books_run_on_into_the_next(tokenizer):
     text = maker.book_text(75)
     assert len(text) == 75
     assert {100, 200} <= set(text.tolist())
+
+
+@pytest.mark.parametrize(("cue", "count"), [(8, 40), (1, 1), (24, 999)])
+def test_lists_are_said_again_at_the_end(tokenizer, books, cue, count):
+    maker, size, places = generator(tokenizer, books, seed=2), cue + count, []
+    for _ in range(20):
+        sample = maker.list_copy(LENGTH, cue, count)
+        ids = sample.input_ids
+        assert ids.shape == sample.weights.shape == (LENGTH,)
+        assert ids[0] == tokenizer.bos_token_id
+        assert [question.answers for question in sample.questions] == [((LENGTH - count, LENGTH),)]
+        assert (sample.weights[-count:] == 8).all()
+        text = ids[: LENGTH - size]
+        found = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(text, size) == ids[-size:]).all(-1))
+        assert len(found) == 1 or size == 2
+        assert all(place + size <= 3 * LENGTH // 4 for place in found[:1])
+        places.append(int(found[0]))
+    assert len(set(places)) > 1 or count == 999
+    numbers = tokenizer.decode(ids[-size:])
+    assert numbers.isdecimal()
+    assert len(numbers) == 3 * size  # a token is a group of three digits
+
+
+def test_lists_that_have_no_room(tokenizer, books):
+    maker = generator(tokenizer, books)
+    assert len(maker.list_copy(101, 10, 40).input_ids) == 101
+    with pytest.raises(ValueError, match="a list of 50 tokens and its copy need 101 tokens, got length 100"):
+        maker.list_copy(100, 10, 40)
+    for wrong in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            maker.list_copy(100, *wrong)

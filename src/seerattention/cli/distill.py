@@ -102,11 +102,18 @@ def command(
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides fresh gates and the rows drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides fresh gates, the rows drawn and the passages of --repeats.")] = 0,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     text_field: TextField = "text",
     document_tokens: Annotated[int, typer.Option(help="Use at most so many tokens of each document; 0: all.")] = 0,
+    repeats: Annotated[
+        float,
+        typer.Option(
+            help="Share of the training sequences, from 0 to 1, whose last quarter is replaced by passages of 32 to "
+            "256 tokens from random places before it: rows that look something up, of which plain text has few."
+        ),
+    ] = 0.0,
     eval_sequences: Annotated[int, typer.Option(help="First sequences, held out for block recall; 0: no recall.")] = 4,
     eval_every: Annotated[
         int, typer.Option(help="Measure block recall every so many steps; 0: only before and after.")
@@ -180,6 +187,7 @@ def command(
                 batch_size=batch_size,
                 text_field=text_field,
                 document_tokens=document_tokens,
+                repeats=repeats,
                 eval_sequences=eval_sequences,
                 dtype=dtype,
                 device=device,
@@ -239,17 +247,22 @@ class _Job:
     batch_size: int
     text_field: str
     document_tokens: int
+    repeats: float
     eval_sequences: int
     dtype: str
     device: str
     gates: str | None
     gate: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the run is known by. Without repeats it says nothing of them, as runs of earlier versions do not."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("repeats", 0.0)}
+
 
 def _check(job: _Job, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:
     """What can be wrong with the options is found before a model is loaded."""
     from ..config import GateConfig
-    from ..distillation import DistillConfig
+    from ..distillation import DistillConfig, Repeats
 
     with named({name: f"--{name.replace('_', '-')}" for name in settings}):
         config = DistillConfig(**settings)
@@ -261,6 +274,10 @@ def _check(job: _Job, settings: dict[str, Any]) -> tuple[DistillConfig, GateConf
             f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
             "to choose from there is nothing to learn"
         )
+    with named({"repeats": "--repeats"}):
+        repeats = Repeats(job.repeats)
+        if repeats.share:
+            repeats.check_length(job.length)
     return config, gate_config
 
 
@@ -299,7 +316,7 @@ def _distill(
     model, tokenizer = load_model(job.model, device, job.dtype)
     torch.manual_seed(config.seed)
     hf.attach(model, gate_config if job.gates is None else job.gates, min_context=0)
-    batches, held_out = _text(job, documents, tokenizer, processes, repeat=config.steps is not None)
+    batches, held_out = _text(job, documents, tokenizer, processes, config)
     main, result = processes.is_main, None
     if main:
         terminal.say(
@@ -330,7 +347,7 @@ def _distill(
     if main:
         if budgets and held_out and config.phase == "prefill":
             fit_budgets(model, held_out, terminal)
-        result = write_results(model, history, config, output, terminal, asdict(job))
+        result = write_results(model, history, config, output, terminal, job.to_dict())
     processes.finish()
     return result
 
@@ -340,16 +357,20 @@ def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
     from ..distillation.saved import load_state
 
     if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
-        return asdict(job)
-    return {**asdict(job), _TEXT: documents.fingerprint()}
+        return job.to_dict()
+    return {**job.to_dict(), _TEXT: documents.fingerprint()}
 
 
 def _text(
-    job: _Job, documents: Documents, tokenizer: Any, processes: Processes, *, repeat: bool
+    job: _Job, documents: Documents, tokenizer: Any, processes: Processes, config: DistillConfig
 ) -> tuple[Any, list[Any]]:
-    """Training batches, and the held-out ones: the first sequences of the text, which training leaves out."""
+    """Training batches, and the held-out ones: the first sequences of the text, which training leaves out.
+
+    Those are plain text whatever ``job.repeats`` says: budgets are fitted on them, and runs compared by them.
+    """
     from itertools import islice
 
+    from ..distillation import Repeats
     from ..distillation.data import PackedText, Position, tokenize_with
 
     tokenize = tokenize_with(tokenizer)
@@ -364,9 +385,10 @@ def _text(
         tokenize,
         batch_size=job.batch_size,
         start=start,
-        repeat=repeat,
+        repeat=config.steps is not None,
         rank=processes.rank,
         world_size=processes.world_size,
+        repeats=Repeats(job.repeats, seed=config.seed),
         **common,
     )
     return batches, held_out

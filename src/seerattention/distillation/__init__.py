@@ -3,7 +3,17 @@
 from . import data, documents
 from .config import DistillConfig
 from .history import DistillHistory
+from .repeats import Repeats
 from .run import StepReport, distill
 from .trainer import DistillationError
 
-__all__ = ["DistillConfig", "DistillHistory", "DistillationError", "StepReport", "data", "distill", "documents"]
+__all__ = [
+    "DistillConfig",
+    "DistillHistory",
+    "DistillationError",
+    "Repeats",
+    "StepReport",
+    "data",
+    "distill",
+    "documents",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .documents import Documents
 from .identity import text_digest
+from .repeats import Repeats
 
 __all__ = ["PackedText", "Position", "in_background", "tokenize_with"]
 
@@ -67,6 +68,13 @@ class PackedText:
         document_tokens: use at most so many tokens of each document, for more variety in a batch; None: all.
         repeat: start over at the end instead of ending.
         rank, world_size: this process and how many there are.
+        repeats: makes a share of the sequences say passages of their first part again in their last; None: text as it
+            is. What it draws follows from its seed and from where the sequence ends in the documents (pass, document,
+            token), so it is the same for any number of processes and after an interruption, and another one in every
+            pass. The state holds it: nothing continues with others.
+
+    Raises:
+        ValueError: a length or count below 1, or sequences too short for ``repeats``.
     """
 
     def __init__(
@@ -82,11 +90,15 @@ class PackedText:
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 2,
+        repeats: Repeats | None = None,
     ):
         if length < 1 or batch_size < 1:
             raise ValueError(f"length and batch_size must be at least 1, got {length} and {batch_size}")
         if document_tokens is not None and document_tokens < 1:
             raise ValueError(f"document_tokens must be at least 1 or None, got {document_tokens}")
+        if repeats is not None and repeats.share:
+            repeats.check_length(length)
+        self.repeats = repeats if repeats is not None and repeats.share else None
         self.documents, self.tokenize = documents, tokenize
         self.length, self.batch_size = length, batch_size
         self.start = start or Position()
@@ -136,6 +148,7 @@ class PackedText:
             "world_size": self.world_size,
             "document_tokens": self.document_tokens,
             "start": [self.start.document, self.start.token],
+            "repeats": None if self.repeats is None else self.repeats.to_dict(),
         }
 
     def _and(self, read: _Read, text: str) -> _Read:
@@ -153,13 +166,13 @@ class PackedText:
     def _batches(self, position: Position, read: _Read) -> Iterator[tuple[Tensor, Position, _Read]]:
         global_batch = self.batch_size * self.world_size
         while True:
-            rows: list[list[int]] = []
+            rows: list[tuple[list[int], Position]] = []
             made = 0
             for row, after, so_far in self._sequences(position, read):
-                rows.append(row)
+                rows.append((row, after))
                 if len(rows) == global_batch:
                     mine = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                    yield torch.tensor(mine, dtype=torch.long), after, so_far
+                    yield torch.stack([self._as_trained_on(*one) for one in mine]), after, so_far
                     rows, made, read = [], made + 1, so_far
             whole_pass = (position.document, position.token) == (self.start.document, self.start.token)
             if whole_pass and not made:
@@ -170,6 +183,10 @@ class PackedText:
             if not self.repeat:
                 return
             position = Position(position.epoch + 1, self.start.document, self.start.token)
+
+    def _as_trained_on(self, row: list[int], after: Position) -> Tensor:
+        ids = torch.tensor(row, dtype=torch.long)
+        return ids if self.repeats is None else self.repeats.apply(ids, after.epoch, after.document, after.token)
 
     def _sequences(self, position: Position, read: _Read) -> Iterator[tuple[list[int], Position, _Read]]:
         """Sequences of one pass, from ``position`` on, each with the position that follows it and what was read."""

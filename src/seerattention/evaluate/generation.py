@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,19 @@ _OPTIONS = [name for name in GenerationConfig().to_dict() if name != "transforme
 
 
 def decode_greedily(
-    model: nn.Module, prompt: Tensor, count: int, mask: Tensor | None = None, stop: Sequence[int] = ()
+    model: nn.Module,
+    prompt: Tensor,
+    count: int,
+    mask: Tensor | None = None,
+    stop: Sequence[int] = (),
+    cache: Any = None,
 ) -> Tensor:
     """The ``count`` tokens that greedy decoding adds to ``prompt [B, T]``, int64 ``[B, count]``.
 
     Args:
         mask: int64 ``[B, T]``, 0 where a row is padded; None: no padding.
         stop: tokens at which a row ends; what follows them means nothing. If all rows end early the result is shorter.
+        cache: an empty cache to decode on, which holds everything but the last token afterwards; None: a fresh one.
     """
     # What is None in a config, or left out, is filled from the model's own, which may hold penalties and tokens to stop
     # at or to suppress; arguments are not, not even those that are None. The length of an answer is known.
@@ -33,6 +40,8 @@ def decode_greedily(
         "pad_token_id": 0, "eos_token_id": list(stop) or None,
     }  # fmt: skip
     mask = torch.ones_like(prompt) if mask is None else mask
+    if cache is not None:
+        options["past_key_values"] = cache
     with evaluating(model):
         out = model.generate(prompt, attention_mask=mask, **options)  # type: ignore[operator]
     return out[:, prompt.shape[1] : prompt.shape[1] + count]

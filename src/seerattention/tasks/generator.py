@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .pieces import VARIABLE_TEMPLATES, Event, Pieces
+from .pieces import ANSWER_WEIGHT, NOISE_WEIGHT, VARIABLE_TEMPLATES, Event, Pieces
 
 TASKS = ("single", "multikey", "multivalue", "variable", "keyvalue")
 
@@ -43,7 +43,7 @@ class Sample:
     """One sequence with its questions.
 
     Attributes:
-        task: one of ``TASKS``, or the name of a training form.
+        task: one of ``TASKS``, ``list``, or the name of a training form.
         input_ids: int64 ``[length]``, statements, book text, questions and right answers.
         questions: every question of the sequence.
         weights: float32 ``[length]``, weight of each token in the training loss.
@@ -122,6 +122,29 @@ class TaskGenerator:
             places.append((place, event))
             place += int(gap)
         return self.weave(task, body, places)
+
+    def list_copy(self, length: int, cue: int, count: int) -> Sample:
+        """A list of numbers in book text, which the end of the sample says again: as many look-ups in a row.
+
+        The list of ``cue + count`` tokens lies within the first three quarters of the sample's ``length`` tokens, at a
+        random place. Its first ``cue`` tokens, said again, are the question, and the ``count`` others, the last ones of
+        the sample, the only answer. In training that is a row that looks something up for nearly each token of the
+        list; in evaluation the sample up to the answer is a prompt.
+
+        Raises:
+            ValueError: a number below 1, or a length in which the list has no room twice.
+        """
+        if cue < 1 or count < 1:
+            raise ValueError(f"cue and count must be at least 1, got {cue} and {count}")
+        size, opening = cue + count, int(self.bos is not None)
+        room = length - opening - 2 * size
+        if room < 0:
+            raise ValueError(f"a list of {size} tokens and its copy need {length - room} tokens, got length {length}")
+        tokens = self.pieces.numbers(size)
+        place = int(self.rng.integers(0, min(room, 3 * length // 4 - size - opening) + 1))
+        asked = Event().add(tokens[:cue], NOISE_WEIGHT).add(tokens[cue:], ANSWER_WEIGHT, answer=True)
+        statement = Event().add(tokens, NOISE_WEIGHT)
+        return self.weave("list", self.book_text(room), [(place, statement), (room, asked)])
 
     # ---------------------------------------------------------------- tasks
     def _needles(self, keys: list[list[int]], questions: int) -> tuple[list[Event], list[Event]]:

@@ -135,6 +135,13 @@ class Pieces:
         """A random six-digit number."""
         return self.number(int(self.rng.integers(0, 1_000_000)))
 
+    def numbers(self, count: int) -> list[int]:
+        """``count`` token ids of random six-digit numbers, one after the other; the last number may be cut."""
+        tokens: list[int] = []
+        while len(tokens) < count:
+            tokens += self.value()
+        return tokens[:count]
+
     def keys(self, count: int, *, close: bool = False) -> list[list[int]]:
         """``count`` different two-word keys of this split, each beginning with a space.
 

@@ -207,19 +207,16 @@ class TrainingMix:
             if chance < 0.5:
                 body, weight = [int(t) for t in self.generator.book_text(count)], 1.0
             else:
-                body, weight = self._numbers(count) if chance < 0.75 else self.pieces.random_words(count), NOISE_WEIGHT
+                body, weight = (
+                    self.pieces.numbers(count) if chance < 0.75 else self.pieces.random_words(count),
+                    NOISE_WEIGHT,
+                )
             first = Event(list(body), [weight] * len(body), [], float(self.rng.uniform(0, 0.9)), group)
             events.append(first)
             for _ in range(int(self.rng.integers(1, 3))):
                 again = Event(list(body), _copied(len(body)), [], float(self.rng.uniform(first.position, 1.0)), group)
                 events.append(again)
         return events
-
-    def _numbers(self, count: int) -> list[int]:
-        tokens: list[int] = []
-        while len(tokens) < count:
-            tokens += self.pieces.value()
-        return tokens[:count]
 
     def _woven(self, kind: str, length: int, events: list[Event]) -> Sample:
         room = length - (self.generator.bos is not None)
@@ -254,7 +251,7 @@ class TrainingMix:
 
     def _drill_copy(self, room: int) -> list[Event]:
         """Random numbers, again and again: teaches that a token matches its own earlier occurrence."""
-        return self._copies(room, self._numbers)
+        return self._copies(room, self.pieces.numbers)
 
     def _drill_wordcopy(self, room: int) -> list[Event]:
         return self._copies(room, self.pieces.random_words)
