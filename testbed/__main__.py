@@ -215,14 +215,15 @@ def gates(
     templates: Templates = None,
     device: str = "cuda",
     form: Form = "sub_block",
+    target: Annotated[str, typer.Option(help="What gates learn of a tile: max or row_mass.")] = "max",
 ) -> None:
     """Distil the gates of a trained testbed model."""
     from .distil import GateRun, distil
 
     try:
-        run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates), form)
+        run = GateRun(steps, length, batch_size, rate, rows, seed, device, _read(templates), form, target)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--form") from error
+        raise typer.BadParameter(str(error), param_hint="--form and --target") from error
     summary = distil(model, books, held_out, out, run)
     typer.echo(json.dumps({"first loss": summary["loss"][0], "last loss": summary["loss"][-1]}))
 

@@ -78,9 +78,10 @@ class GateRun:
         device: where.
         templates: other needle sentences, [statement, question].
         form: one of :data:`FORMS`.
+        target: what gates learn of a tile, as of ``DistillConfig``.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: an unknown form or target.
     """
 
     steps: int
@@ -92,10 +93,12 @@ class GateRun:
     device: str
     templates: list | None = None
     form: str = next(iter(FORMS))
+    target: str = "max"
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        seer.DistillConfig(target=self.target)
 
 
 def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Path, run: GateRun) -> dict[str, Any]:
@@ -121,7 +124,9 @@ def distil(model_folder: Path, books: list[Path], held_out: list[Path], out: Pat
 
     train, test = batches(books, run.steps, "train"), list(batches(held_out, 1, "test"))
     seer.attach(model, FORMS[run.form], prefill=seer.TopK(0.1))
-    config = seer.DistillConfig(learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0)
+    config = seer.DistillConfig(
+        learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0, target=run.target
+    )
     with Terminal(False).progress("distilling", run.steps) as advance:
         history = distill(
             model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0)
