@@ -34,6 +34,7 @@ import torch
 import seerattention as seer
 from seerattention.cli.common import Terminal, resolve_device
 from seerattention.distillation.losses import draw_rows, kl_sum
+from seerattention.distillation.objectives import REDUCE_OF
 from seerattention.distillation.processes import Processes
 from seerattention.distillation.trainer import Trainer
 from seerattention.evaluate.kernels import WrongResultError
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name="distill",
         lengths=[8192, 32768, 65536],
         prepare=lambda model: seer.attach(model, seer.GateConfig(prefill=FORMS[options.form])),
-        check=lambda model, name, length: _checked(check_losses(model, random_tokens(name, length))),
+        check=lambda model, name, length: _checked(check_losses(model, random_tokens(name, length), options.target)),
         cases=lambda options, lengths: [(length, rows) for length in lengths for rows in options.rows],
         measure=lambda name, model, case, options: measure_if_it_fits(name, model, case, options, processes),
         table=_table,
@@ -125,7 +126,7 @@ def measure(
     device = model.device
     prompts = random_tokens(name, length, size * processes.world_size)
     batch = {"input_ids": prompts[processes.rank :: processes.world_size].to(device)}
-    trainer = Trainer(model, _config(rows), processes=processes)
+    trainer = Trainer(model, _config(rows, options.target), processes=processes)
     trainer.broadcast()
     step_seconds, forward_seconds, peak = [], [], None
     for repeat in range(repeats + 1):
@@ -165,6 +166,7 @@ def measure(
     # Not in the cases of one prompt on one GPU, which earlier runs have measured.
     case |= {"gpus": processes.world_size} if processes.world_size > 1 else {}
     case |= {"batch_size": size} if size > 1 else {}
+    case |= {"target": options.target} if options.target != "max" else {}
     return {
         "case": case,
         "metrics": metrics,
@@ -176,21 +178,22 @@ def measure(
     }
 
 
-def check_losses(model: Any, ids: torch.Tensor) -> float:
+def check_losses(model: Any, ids: torch.Tensor, target: str = "max") -> float:
     """Losses of one step against losses from the reference target: the largest difference over the largest loss.
 
     Raises:
         WrongResultError: a loss is off by more than one in a hundred.
     """
-    trainer = Trainer(model, _config(_CHECKED_ROWS))
+    trainer = Trainer(model, _config(_CHECKED_ROWS, target))
     rows = draw_rows(num_blocks(ids.shape[1], 64), _CHECKED_ROWS, _SKIP_ROWS, 0, 0).to(model.device)
     expected: dict[str, float] = {}
 
     def reference_loss(inputs: Any, blocks: Any) -> None:
         name = trainer.names[inputs.layer]
-        target = pooled_attention(inputs.q, inputs.k, scale=inputs.scale, rows=rows, implementation="reference")
+        common = {"scale": inputs.scale, "rows": rows, "reduce": REDUCE_OF[target]}
+        true_map = pooled_attention(inputs.q, inputs.k, implementation="reference", **common)
         logits = trainer.masters[name](inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, rows=rows)
-        expected[name] = float(kl_sum(logits, target)) / (len(rows) * target.shape[1])
+        expected[name] = float(kl_sum(logits, true_map)) / (len(rows) * true_map.shape[1])
 
     batch = {"input_ids": ids.to(model.device)}
     with torch.no_grad(), dense(model), observe(model, reference_loss):
@@ -204,8 +207,9 @@ def check_losses(model: Any, ids: torch.Tensor) -> float:
     return worst
 
 
-def _config(rows: float) -> seer.DistillConfig:
-    return seer.DistillConfig(rows=None if rows == 1 else rows, skip_rows=_SKIP_ROWS, warmup=0, steps=1000)
+def _config(rows: float, target: str) -> seer.DistillConfig:
+    share = None if rows == 1 else rows
+    return seer.DistillConfig(rows=share, skip_rows=_SKIP_ROWS, warmup=0, steps=1000, target=target)
 
 
 def _bytes_per_layer(model: Any, trainer: Trainer) -> int:
@@ -226,17 +230,24 @@ def _seconds(function: Any, device: torch.device) -> float:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.distill", __doc__, check_length=2048)
     parser.add_argument("--form", choices=list(FORMS), default="paper", help="form of the gates")
+    parser.add_argument("--target", choices=list(REDUCE_OF), default="max", help="what gates learn of a tile")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts a step, of each process")
     parser.add_argument("--memory-limit", type=float, help="GiB of the GPU that may be used: 22.5 for a 24 GB card")
     parser.add_argument("--rows", type=float, nargs="+", default=[1.0, 0.25], help="share of the query-block rows")
     return parser.parse_args(arguments)
 
 
+def _gates(result: dict[str, Any]) -> str:
+    """Form of the gates, and the target where it is not that of the papers."""
+    case = result["case"]
+    return ", ".join([case.get("form", "paper"), *([case["target"]] if "target" in case else [])])
+
+
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         *PROMPT,
         ("rows", case_of("rows", "g")),
-        ("gates", lambda result: result["case"].get("form", "paper")),
+        ("gates", _gates),
         ("GPUs x prompts", lambda r: f"{r['case'].get('gpus', 1)} x {r['case'].get('batch_size', 1)}"),
         ("step s", metric("step_s", ".3g")),
         ("tokens/s", metric("tokens_per_s", ".0f")),

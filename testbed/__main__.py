@@ -235,6 +235,7 @@ def gates(
     templates: Templates = None,
     device: str = "cuda",
     form: Form = "sub_block",
+    target: Annotated[str, typer.Option(help="What gates learn of a tile: max or row_mass.")] = "max",
 ) -> None:
     """Distil the gates of a trained testbed model, for prompts or for decoding."""
     from seerattention.testbed import model_path
@@ -244,7 +245,7 @@ def gates(
     asked = {"steps": steps, "length": length, "batch_size": batch_size, "rate": rate, "rows": rows, "lists": lists}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     try:
-        run = recipe(phase, **given, seed=seed, device=device, templates=_read(templates), form=form)
+        run = recipe(phase, **given, seed=seed, device=device, templates=_read(templates), form=form, target=target)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0]}") from error
     summary = distil(model or model_path(), books, held_out, out, run)

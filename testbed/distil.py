@@ -119,9 +119,10 @@ class GateRun:
         device: where.
         templates: other needle sentences, [statement, question].
         form: one of those of the phase.
+        target: what gates learn of a tile, as of ``DistillConfig``.
 
     Raises:
-        ValueError: a form that the phase does not have, or a share of lists out of [0, 1].
+        ValueError: a form that the phase does not have, a share of lists out of [0, 1], or an unknown target.
     """
 
     steps: int
@@ -135,11 +136,13 @@ class GateRun:
     device: str = "cuda"
     templates: list | None = None
     form: str = "sub_block"
+    target: str = "max"
 
     def __post_init__(self) -> None:
         if self.form not in FORMS[self.phase]:
             raise ValueError(f"form must be one of {', '.join(FORMS[self.phase])}, got {self.form!r}")
         _share("lists", self.lists)
+        seer.DistillConfig(target=self.target)
 
 
 RECIPES = {
@@ -209,7 +212,13 @@ def distil(
     policies: dict[str, Any] = {run.phase: POLICIES[run.phase]}
     seer.attach(model, FORMS[run.phase][run.form], **policies)
     config = seer.DistillConfig(
-        learning_rate=run.rate, steps=run.steps, rows=run.rows, seed=run.seed, skip_rows=0.0, phase=run.phase
+        learning_rate=run.rate,
+        steps=run.steps,
+        rows=run.rows,
+        seed=run.seed,
+        skip_rows=0.0,
+        phase=run.phase,
+        target=run.target,
     )
     with Terminal(False).progress("distilling", run.steps) as advance:
         history = distill(

@@ -212,16 +212,19 @@ def pooled_attention_decode(module, target):
 
 def pooled_attention_hopper(module, target):
     rows = torch.arange(2)
-    for head_dim, dtype, normalize in [
-        (128, torch.bfloat16, True),
-        (64, torch.float16, True),
-        (96, torch.bfloat16, False),
+    for head_dim, dtype, normalize, reduce in [
+        (128, torch.bfloat16, True, "max"),
+        (64, torch.float16, True, "max"),
+        (96, torch.bfloat16, False, "max"),
+        (128, torch.bfloat16, True, "row_sum"),
+        (64, torch.float16, True, "row_sum"),
+        (96, torch.bfloat16, False, "row_sum"),
     ]:
         q = torch.zeros(1, 128, 4, head_dim, dtype=dtype).transpose(1, 2)
         span = Span.of_padded(1, 128, 128, None if normalize else torch.tensor([100]))
-        wanted = Wanted(64, 0.1, "max", normalize, torch.zeros(1, 4, 128), span)
+        wanted = Wanted(64, 0.1, reduce, normalize, torch.zeros(1, 4, 128), span)
         yield (
-            f"{head_dim} {dtype} normalize={normalize}",
+            f"{head_dim} {dtype} normalize={normalize} {reduce}",
             functools.partial(module.pooled_attention, q, q[:, :1], rows, wanted),
         )
 

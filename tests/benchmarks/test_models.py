@@ -86,11 +86,15 @@ def test_a_check_that_cannot_fail_is_no_check(model):
         benchmarks.e2e.check_model(model, random_tokens("tiny", 64), torch.float32)
 
 
-@pytest.mark.parametrize("form", ["paper", "sub_block", "sub_block_shared"])
-def test_distill(tmp_path, form):
-    assert benchmarks.distill.main([*TINY, "--layers", "2", "--form", form, "--output", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("form", "target"), [("paper", "max"), ("sub_block", "max"), ("sub_block_shared", "max"), ("paper", "row_mass")]
+)
+def test_distill(tmp_path, form, target):
+    options = ["--layers", "2", "--form", form, "--target", target, "--output", str(tmp_path)]
+    assert benchmarks.distill.main([*TINY, *options]) == 0
     every, quarter = results_of(tmp_path, "distill")
     assert every["case"]["form"] == quarter["case"]["form"] == form
+    assert every["case"].get("target", "max") == target
     assert (every["case"]["rows"], quarter["case"]["rows"]) == (1.0, 0.25)
     for result in (every, quarter):
         assert set(result["metrics"]) == {"tokens_per_s", "step_s", "layer_extra_s", "step_over_forward"}

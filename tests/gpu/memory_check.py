@@ -69,7 +69,8 @@ def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype,
     far = draw(2, 4096, head_dim, dtype)
     everything = BlockIndices.from_mask(torch.ones(2, 8, 1, 64, dtype=torch.bool, device=DEVICE), 64)
     ops.block_sparse_attention(q[:, :, -64:], far, far, everything, return_lse=True, implementation=implementation)
-    ops.pooled_attention(q, k, lengths=lengths, implementation=implementation)
+    for reduce in ("max", "row_sum"):
+        ops.pooled_attention(q, k, lengths=lengths, reduce=reduce, implementation=implementation)
     table = torch.rand(1, keys, head_dim // 2, device=DEVICE)
     ops.inverse_rope(k, table, table + 0.1)
     tokens = BlockIndices.from_mask(torch.ones(2, 2, 1, blocks, dtype=torch.bool, device=DEVICE), 64)

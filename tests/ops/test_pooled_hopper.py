@@ -38,8 +38,10 @@ def check(q, k, lse, **arguments):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (7, 1), (8, 2), (8, 1)])
 def test_equals_reference(emulated, tokens, heads, kv_heads):
     q, k, lse = inputs(tokens, heads, kv_heads, 64)
-    check(q, k, lse)
-    check(q, k, lse, normalize=False, lengths=torch.tensor([tokens[1], tokens[1] - tokens[0] // 2]))
+    lengths = torch.tensor([tokens[1], tokens[1] - tokens[0] // 2])
+    for reduce in ("max", "row_sum"):
+        check(q, k, lse, reduce=reduce)
+        check(q, k, lse, reduce=reduce, normalize=False, lengths=lengths)
     assert all(launch[:2] == (4, 248) for launch in emulated)
 
 
@@ -47,18 +49,20 @@ def test_equals_reference(emulated, tokens, heads, kv_heads):
 def test_rows_and_head_dims(emulated, head_dim, dtype):
     q, k, lse = inputs((400, 450), 4, 1, head_dim, dtype)
     check(q, k, lse, rows=torch.tensor([6, 1, 3]), scale=None)
+    check(q, k, lse, rows=torch.tensor([6, 1, 3]), reduce="row_sum")
     check(q, k, lse, rows=torch.tensor([7]))
     check(q, k, lse, rows=torch.tensor([], dtype=torch.int64))
 
 
-def test_padding_and_its_lse_are_never_used(emulated):
+@pytest.mark.parametrize("reduce", ["max", "row_sum"])
+def test_padding_and_its_lse_are_never_used(emulated, reduce):
     q, k, lse = inputs((150, 200), 4, 1, 64)
-    lengths = torch.tensor([200, 101])
-    expected = pooled_attention(q, k, lengths=lengths, implementation="reference")
+    common = {"lengths": torch.tensor([200, 101]), "reduce": reduce}
+    expected = pooled_attention(q, k, implementation="reference", **common)
     q[1, :, 51:] = float("nan")  # queries start at position 50, so these are the padded ones
     k[1, :, 101:] = float("nan")
     lse[1, :, 51:] = float("nan")
-    actual = pooled_attention(q, k, lengths=lengths, lse=lse, implementation="hopper")
+    actual = pooled_attention(q, k, lse=lse, implementation="hopper", **common)
     torch.testing.assert_close(actual, expected, atol=5e-6, rtol=0)
 
 
@@ -73,8 +77,9 @@ def test_where_it_is_usable(emulated):
     q, k, _ = inputs((70, 70), 4, 1, 64)
     wanted = Wanted(64, 0.1, "max", True, None)
     assert interface.hopper_usable(q, k, wanted) is None
+    assert interface.hopper_usable(q, k, wanted._replace(reduce="row_sum")) is None
     assert "float16 or bfloat16" in interface.hopper_usable(q.float(), k.float(), wanted)
-    assert "reduce='max'" in interface.hopper_usable(q, k, wanted._replace(reduce="sum"))
+    assert "reduce='max' or 'row_sum'" in interface.hopper_usable(q, k, wanted._replace(reduce="sum"))
     assert "blocks of 64" in interface.hopper_usable(q, k, wanted._replace(block_size=32))
     assert "head_dim" in interface.hopper_usable(q[..., :32], k[..., :32], wanted)
     assert "four query heads" in interface.hopper_usable(q[:, :2], k, wanted)

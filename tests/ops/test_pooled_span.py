@@ -27,9 +27,10 @@ def test_any_layout(implementation, op, reduce, given, layout, nan_filled_empty)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("reduce", ["max", "row_sum"])
 @pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1")
-def test_hopper(emulated_pooled_attention, layout, given):
-    options = {"block_size": 64, "head_dim": 64, "heads": 4, "kv_heads": 1, "dtype": torch.float16}
+def test_hopper(emulated_pooled_attention, reduce, layout, given):
+    options = {"reduce": reduce, "block_size": 64, "head_dim": 64, "heads": 4, "kv_heads": 1, "dtype": torch.float16}
     check_pooled_layout(pooled_attention, "hopper", layout, [(70, 200), (1, 65), (64, 64)], given=given, **options)
 
 

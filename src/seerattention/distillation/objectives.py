@@ -16,7 +16,8 @@ Objective = Callable[[BlockGate, LayerInputs, Tensor, "Tensor | None", str], Ten
 """From a gate, a layer's inputs, int64 ``[R]`` rows, which of them are no padding, and ``DistillConfig.target``: the
 loss, summed over rows."""
 
-_REDUCTIONS = {"max": "max", "row_mass": "row_sum"}  # of pooled attention, by target
+REDUCE_OF = {"max": "max", "row_mass": "row_sum"}
+"""By target: ``reduce`` of pooled attention."""
 
 
 def prefill_loss(
@@ -59,7 +60,7 @@ def _true_map(op: Callable[..., Tensor], gate: BlockGate, inputs: LayerInputs, r
         rows=rows,
         lengths=inputs.lengths,
         lse=inputs.lse,
-        reduce=_REDUCTIONS[target],
+        reduce=REDUCE_OF[target],
     )
 
 

@@ -1,4 +1,5 @@
-"""Pooled attention for Hopper GPUs (compute capability 9.0) in Gluon: tile maxima, given the log-sum-exp of each query.
+"""Pooled attention for Hopper GPUs (compute capability 9.0) in Gluon, given the log-sum-exp of each query: maxima of
+tiles, of their probabilities or of the masses of their queries.
 
 The same loop as ``triton.py`` for blocks of 64: a program is one warpgroup with one query block of four query heads of
 one KV head, so that each tile of keys, brought in by the tensor copy engine (TMA), feeds 256 rows of queries. These are
@@ -51,10 +52,14 @@ def _order():
 
 
 @gluon.jit
-def _row_maxima(b_s, b_lse, scale_log2):
-    """Logarithm of the largest probability of each query in the tile; -inf for queries that are not valid."""
-    b_row = gl.max(b_s, 1) * scale_log2 - b_lse
-    return gl.where(b_lse < float("inf"), b_row, float("-inf"))
+def _row_values(b_s, b_lse, scale_log2, ROW_SUM: gl.constexpr):
+    """Of each query in the tile: logarithm of its largest probability, or its mass; of queries that are not valid the
+    logarithm of 0, or 0."""
+    if ROW_SUM:
+        b_row = gl.sum(gl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
+    else:
+        b_row = gl.max(b_s, 1) * scale_log2 - b_lse
+    return gl.where(b_lse < float("inf"), b_row, 0.0 if ROW_SUM else float("-inf"))
 
 
 @gluon.jit
@@ -64,17 +69,18 @@ def _queries_of(p_lse, o_query, m_row):
 
 
 @gluon.jit
-def _tile_value(b_0, b_1, b_2, b_3, UNITS: gl.constexpr):
-    """From one number a row to the largest probability of each of the program's heads."""
+def _tile_value(b_0, b_1, b_2, b_3, UNITS: gl.constexpr, ROW_SUM: gl.constexpr):
+    """From one number a row to the largest probability, or mass of a query, of each of the program's heads."""
     b_row = gl.maximum(gl.maximum(b_0, b_1), gl.maximum(b_2, b_3))
-    return gl.exp2(gl.max(b_row.reshape([UNITS, 16]), 1))
+    b_value = gl.max(b_row.reshape([UNITS, 16]), 1)
+    return b_value if ROW_SUM else gl.exp2(b_value)
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_SCALARS)
 def pooled_attention_hopper_kernel(
     d_q, d_k, p_lse, p_rows, p_table, p_out, num_heads, kv_group, query_slots, key_length, num_keys, scale_log2,
     PADDED_DIM: gl.constexpr, TILE: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr, TABLE: gl.constexpr,
-    PACKED: gl.constexpr, NORMALIZE: gl.constexpr, BLOCK_OUT: gl.constexpr,
+    PACKED: gl.constexpr, ROW_SUM: gl.constexpr, NORMALIZE: gl.constexpr, BLOCK_OUT: gl.constexpr,
 ):  # fmt: skip
     """One row of the map for each of UNITS query heads: every element of it is written."""
     DTYPE: gl.constexpr = d_q.dtype
@@ -159,19 +165,19 @@ def pooled_attention_hopper_kernel(
         b_s2 = warpgroup_mma(b_q2, b_kt, b_zero, use_acc=False, is_async=True)
         b_s3 = warpgroup_mma(b_q3, b_kt, b_zero, use_acc=False, is_async=True)
         b_s0 = warpgroup_mma_wait(3, deps=(b_s0,))
-        b_0 = _row_maxima(b_s0, b_lse0, scale_log2)
+        b_0 = _row_values(b_s0, b_lse0, scale_log2, ROW_SUM)
         pin(bar_pin)
         b_s1 = warpgroup_mma_wait(2, deps=(b_s1,))
-        b_1 = _row_maxima(b_s1, b_lse1, scale_log2)
+        b_1 = _row_values(b_s1, b_lse1, scale_log2, ROW_SUM)
         pin(bar_pin)
         b_s2 = warpgroup_mma_wait(1, deps=(b_s2,))
-        b_2 = _row_maxima(b_s2, b_lse2, scale_log2)
+        b_2 = _row_values(b_s2, b_lse2, scale_log2, ROW_SUM)
         pin(bar_pin)
         b_s3 = warpgroup_mma_wait(0, deps=(b_s3,))
         o_key = (i + STAGES) * TILE + key_slot
         copy_tile(d_k, i_memory, i_kv, o_key, bar, smem_k.index(stage), i + STAGES < num_tiles)
-        b_3 = _row_maxima(b_s3, b_lse3, scale_log2)
-        b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS)
+        b_3 = _row_values(b_s3, b_lse3, scale_log2, ROW_SUM)
+        b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS, ROW_SUM)
         gl.store(p_row + i, b_value, mask=m_unit)
         b_total += b_value
 
@@ -191,11 +197,11 @@ def pooled_attention_hopper_kernel(
         # valid query.
         o_n = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))[None, :]
         o_first = (o_m % 16)[:, None]
-        b_0 = _row_maxima(gl.where(o_first >= o_n, b_s0, float("-inf")), b_lse0, scale_log2)
-        b_1 = _row_maxima(gl.where(o_first + 16 >= o_n, b_s1, float("-inf")), b_lse1, scale_log2)
-        b_2 = _row_maxima(gl.where(o_first + 32 >= o_n, b_s2, float("-inf")), b_lse2, scale_log2)
-        b_3 = _row_maxima(gl.where(o_first + 48 >= o_n, b_s3, float("-inf")), b_lse3, scale_log2)
-        b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS)
+        b_0 = _row_values(gl.where(o_first >= o_n, b_s0, float("-inf")), b_lse0, scale_log2, ROW_SUM)
+        b_1 = _row_values(gl.where(o_first + 16 >= o_n, b_s1, float("-inf")), b_lse1, scale_log2, ROW_SUM)
+        b_2 = _row_values(gl.where(o_first + 32 >= o_n, b_s2, float("-inf")), b_lse2, scale_log2, ROW_SUM)
+        b_3 = _row_values(gl.where(o_first + 48 >= o_n, b_s3, float("-inf")), b_lse3, scale_log2, ROW_SUM)
+        b_value = _tile_value(b_0, b_1, b_2, b_3, UNITS, ROW_SUM)
         gl.store(p_row + i_row, b_value, mask=m_unit)
         b_total += b_value
 
@@ -220,8 +226,8 @@ def pooled_attention_hopper_kernel(
 
 
 def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tensor:
-    """Launch the kernel for tile maxima of blocks of 64; ``hopper_usable`` found no reason against it."""
-    _, scale, _, normalize, lse, span, _ = wanted
+    """Launch the kernel for blocks of 64; ``hopper_usable`` found no reason against it."""
+    _, scale, reduce, normalize, lse, span, _ = wanted
     heads, query_slots, head_dim = q.shape[1:]
     kv_heads, num_keys = k.shape[1], span.num_key_blocks(TILE)
     out = torch.empty(span.batch, heads, rows.numel(), num_keys, dtype=torch.float32, device=q.device)
@@ -251,6 +257,7 @@ def pooled_attention(q: Tensor, k: Tensor, rows: Tensor, wanted: Wanted) -> Tens
             STAGES=STAGES,
             TABLE=span.table is not None,
             PACKED=span.packed,
+            ROW_SUM=reduce == "row_sum",
             NORMALIZE=normalize,
             BLOCK_OUT=256,
             num_warps=NUM_WARPS,

@@ -29,13 +29,15 @@ def triton_refuses(q: Tensor, k: Tensor, wanted: Wanted) -> str | None:
 def hopper_usable(q: Tensor, k: Tensor, wanted: Wanted) -> str | None:
     """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
 
-    It needs what all Hopper kernels need (``dispatch.hopper_refuses``), tile maxima of blocks of 64, and query heads of
-    a KV head that make nearly whole fours.
+    It needs what all Hopper kernels need (``dispatch.hopper_refuses``), maxima over the queries of blocks of 64, and
+    query heads of a KV head that make nearly whole fours.
     """
     if reason := dispatch.hopper_refuses(q=q, k=k):
         return reason
-    if wanted.reduce != "max" or wanted.block_size != 64:
-        return f"it needs reduce='max' and blocks of 64 tokens, got {wanted.reduce!r} and {wanted.block_size}"
+    if wanted.reduce == "sum" or wanted.block_size != 64:
+        return (
+            f"it needs reduce='max' or 'row_sum' and blocks of 64 tokens, got {wanted.reduce!r} and {wanted.block_size}"
+        )
     group = q.shape[1] // k.shape[1]
     if 4 * (-group % 4) > group:
         return f"it takes four query heads at a time, of which too many would be idle with {group} a KV head"
