@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import seerattention as seer
+from seerattention.distillation import StepReport
 from seerattention.distillation.data import in_background
 from seerattention.tasks import TASKS, TaskGenerator, TrainingMix
 
@@ -187,11 +188,19 @@ def read_books(sources: Sequence[Path] | None, tokenizer: Any, length: int, spli
 def distil(
     model_folder: Path, books: Sequence[Path] | None, held_out: Sequence[Path] | None, out: Path, run: GateRun
 ) -> dict[str, Any]:
-    """Train fresh gates, save them in ``out`` with their history; returns a summary. Books: see :func:`read_books`."""
+    """Train fresh gates, save them in ``out`` with their history; returns a summary. Books: see :func:`read_books`.
+
+    The state of the run is kept in ``out``, too: the same call goes on after an interruption, and ends with the same
+    gates.
+
+    Raises:
+        ValueError: ``out`` holds the state of another run; or as :func:`read_books`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from seerattention.cli.common import Terminal
     from seerattention.distillation import distill
+    from seerattention.distillation.saved import STATE_FILE
 
     torch.manual_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -220,11 +229,26 @@ def distil(
         phase=run.phase,
         target=run.target,
     )
-    with Terminal(False).progress("distilling", run.steps) as advance:
-        history = distill(
-            model, train, config, eval_batches=test, on_step=lambda report: advance(1 if report.step else 0)
-        )
     out.mkdir(parents=True, exist_ok=True)
+    told = {name: getattr(run, name) for name in ("length", "batch_size", "lists", "templates", "form")}
+    done = 0
+    with Terminal(False).progress("distilling", run.steps) as advance:
+
+        def on_step(report: StepReport) -> None:
+            nonlocal done
+            advance(report.step - done)  # the first report of a run that goes on comes with all that was done
+            done = report.step
+
+        history = distill(
+            model,
+            train,
+            config,
+            eval_batches=test,
+            on_step=on_step,
+            state_path=out / STATE_FILE,
+            save_seconds=60.0,
+            settings=told,
+        )
     seer.save_gates(model, out)
     summary = history.to_dict()
     (out / "history.json").write_text(json.dumps({**summary, "run": dataclasses.asdict(run)}))

@@ -167,6 +167,7 @@ def test_passages_said_again_go_on(run, tmp_path):
     done = run(output, *repeats, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["settings"]["repeats"] == 0.5
+    assert "a share of 0.5 with passages said again" in done.stderr
     assert run(tmp_path / "unbroken", *repeats).exit_code == 0
     assert same(gates(output), gates(tmp_path / "unbroken"))
     assert run(tmp_path / "plain").exit_code == 0

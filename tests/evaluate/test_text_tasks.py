@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import seerattention as seer
 from seerattention.baselines import Oracle, XAttention
 from seerattention.evaluate import Setting, Subject
-from seerattention.evaluate.generation import answer_losses, generate_answers, left_padded
+from seerattention.evaluate.generation import answer_losses, decode_greedily, generate_answers, left_padded
 from seerattention.evaluate.text_tasks import LEAST_PARAMETERS, TextMeasure, TextResult, solved_tasks, text_table
 from seerattention.policies import TopK
 from seerattention.tasks import TEXT_TASKS
@@ -40,6 +41,14 @@ def test_a_batch_says_what_each_prompt_says(model, books):
     stopped = generate_answers(model, prompts, 12, [stop])
     assert stopped[0] == alone[0][:first]
     assert all(stop not in answer for answer in stopped)
+
+
+def test_decoding_on_a_cache_of_ones_own(model, books):
+    prompt = torch.from_numpy(books[0][:300])[None]
+    cache = DynamicCache(config=model.config)
+    made = decode_greedily(model, prompt, 5, cache=cache)
+    assert torch.equal(made, decode_greedily(model, prompt, 5))
+    assert cache.get_seq_length() == 300 + 5 - 1
 
 
 def test_losses_of_answers_are_those_of_one_forward(model, books):

@@ -82,3 +82,18 @@ def test_whole_models(module, tmp_path):
     assert results
     if module == "distill":
         assert all(result["metrics"]["fits_24gb"] for result in results)
+
+
+def test_decoded_lists(tmp_path):
+    """The embedded model copies lists densely; sparse decoding that keeps every block says nearly the same."""
+    from benchmarks.decode_accuracy import main
+
+    arguments = ["--length", "4096", "--count", "32", "--new", "16", "--policies", "TokenBudget(65536);TokenBudget(64)"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    (run,) = json.loads((tmp_path / "decode_accuracy.json").read_text())["runs"]
+    dense, everything, own_block = (result["metrics"] for result in run["results"])
+    assert dense["exact"] >= 0.9
+    assert abs(everything["loss_points"]) <= 100 * 2 / 32  # kernels round differently, so a near tie may fall otherwise
+    assert everything["density"] == pytest.approx(1)
+    assert own_block["loss_points"] >= 50
+    assert own_block["gate_bytes"] > dense["gate_bytes"] == 0

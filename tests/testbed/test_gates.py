@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import seerattention as seer
+from seerattention.cli import common
+from seerattention.distillation.saved import STATE_FILE, load_state
 from seerattention.gates.checkpoint import read_checkpoint
 
 LENGTH = 512
@@ -127,6 +131,33 @@ def test_gates_of_a_phase(model, prepared, tmp_path, phase, form, config):
     loaded = LlamaForCausalLM.from_pretrained(model)
     loaded.config._name_or_path = seer.testbed.NAME
     seer.attach(loaded, tmp_path / "gates", min_context=0)
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_gates(model, prepared, tmp_path):
+    arguments = (
+        "--model", model, "--books", prepared / "train.u16", "--held-out", prepared / "train.u16", "--phase", "decode",
+        "--steps", 4, "--length", LENGTH, "--batch-size", 1, "--device", "cpu", "--out",
+    )  # fmt: skip
+
+    @contextmanager
+    def pressing(terminal, what, total):
+        """Ctrl-C after the second step."""
+        done = []
+        yield lambda count: (done.append(count), signal.raise_signal(signal.SIGINT) if sum(done) == 2 else None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Terminal, "progress", pressing)
+        assert run_gates(*arguments, tmp_path / "stopped").exit_code != 0
+    assert load_state(tmp_path / "stopped" / STATE_FILE)[1]["step"] == 2
+    assert not (tmp_path / "stopped" / "gates.safetensors").exists()
+    other = run_gates(*arguments, tmp_path / "stopped", "--lists", 0.5)
+    assert "lists: was 0.25, now 0.5" in str(other.exception)
+    for name in ("stopped", "whole"):
+        result = run_gates(*arguments, tmp_path / name)
+        assert result.exit_code == 0, result.output
+    stopped, whole = (read_checkpoint(tmp_path / name).weights for name in ("stopped", "whole"))
+    assert stopped.keys() == whole.keys()
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
 def test_the_recipe_of_decoding():

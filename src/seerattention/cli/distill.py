@@ -321,7 +321,7 @@ def _distill(
     if main:
         terminal.say(
             f"distilling {config.phase} gates of {job.model} on {device}: {job.length} tokens a sequence, text from "
-            f"{job.data}"
+            f"{job.data}" + (f", a share of {job.repeats:g} with passages said again" if job.repeats else "")
         )
         if job.gates is not None:
             say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, config.phase, asked)
