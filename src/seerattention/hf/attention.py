@@ -83,9 +83,9 @@ def seer_attention(
         ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where dense attention gives them.
     """
     arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if query.shape[2] > 1 and not torch.compiler.is_dynamo_compiling():
-        if (plan := present_plan()) is not None and (out := plan.attend(arguments)) is not None:
-            return out, None
+    several = query.shape[2] > 1 and not torch.compiler.is_dynamo_compiling()
+    if several and (plan := present_plan()) is not None and (out := plan.attend(arguments)) is not None:
+        return out, None
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
     if unnoticed(query.shape[2], decodes_sparsely(module.config)):
@@ -218,7 +218,7 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         padded = padding is not None
         wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector, padded)
         if wants_sparse or forward.observers:
-            captured = call.query, call.key
+            captured = call.query, call.key  # of which the call lets go
             inputs, starts = _layer_inputs(arguments, call, forward, padding)
             seen = bool(forward.observers or forward.statistics)
             gated = selector if type(selector) is GateSelector and not seen else None

@@ -58,12 +58,14 @@ class Plan:
         self.forward, self.model, self.recording = forward, model, recording
         # What the attention module is given; how transformers reads its config takes microseconds.
         self.given = call.given
+        self.num_named = len(call.given[0][1])
         self.table, self.position_ids = (call.cos, call.sin), call.position_ids
         self.config = call.module.config
         self.standing: dict[str, Any] = vars(self.config)
         self.stand_in = self.standing["_attn_implementation_internal"]
         # What the attention function is given.
         self.mask, self.scaling, self.options = arguments.mask, arguments.scaling, arguments.options
+        self.num_options = len(self.options)
         # What decides in the layer, and what its gate launches.
         self.phase, self.min_context, self.window = model.phases[PREFILL], model.min_context, layer.geometry.window
         self.policy: Policy = layer.phases[PREFILL].policy or self.phase.policy
@@ -86,6 +88,7 @@ class Plan:
         on_gpu = self.device.type == "cuda"  # whose autocast is asked for without a name
         self.autocasts = torch.is_autocast_enabled if on_gpu else partial(torch.is_autocast_enabled, self.device.type)
         self.workspace = recording.new_workspace() if recording.workspace <= MOST_WORKSPACE else None
+        self.between = [] if self.workspace is None else [self.workspace.data_ptr()]
 
     def begin(self, layer: LayerState, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Begin the call of a layer's attention module, if it is given what that of the plan was."""
@@ -105,7 +108,7 @@ class Plan:
                     return False
         except KeyError:
             return False
-        if hidden is None or hidden.shape != shape or len(kwargs) != len(named) + (not args):
+        if hidden is None or hidden.shape != shape or len(kwargs) != self.num_named + (not args):
             return False
         call = _new(Call)  # its defaults are the class's
         call.layer, call.module, call.position_ids = layer, module, self.position_ids
@@ -143,16 +146,13 @@ class Plan:
         if self.index is not None and not is_current(self.index, self.stream):
             return None
         out = query.new_empty(self.shape) if self.joined else query.new_empty_strided(*self.by_head)
-        between = self.workspace
-        if between is None:
-            between = self.recording.new_workspace()
         shift_q, shift_k = self.shifts
         addresses[3] += shift_q
         addresses[4] += shift_k
         addresses[5:5] = self.tables
-        addresses.append(out.data_ptr())
-        if between is not None:
-            addresses.append(between.data_ptr())
+        addresses += [out.data_ptr(), *self.between]
+        if self.workspace is None and (mine := self.recording.new_workspace()) is not None:
+            addresses.append(mine.data_ptr())
         self.recording.launch(addresses)
         self.forward.take_call(module)
         self.forward.seen.add(layer.index)
@@ -167,7 +167,7 @@ class Plan:
                     return False
         except KeyError:
             return False
-        return len(options) == len(mine)
+        return len(options) == self.num_options
 
     def _parameters(self, layer: LayerState) -> tuple[Tensor, ...] | None:
         """Of the gate of a layer that decides as that of the plan did; None: it does not."""
