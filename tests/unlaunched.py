@@ -222,21 +222,21 @@ def check_below():
     from seerattention.ops.block_sparse_attention import interface
 
     recordings = [known for known in interface._ATTENTION._known.values() if type(known).__name__ == "Recording"]
-    maps = [value for known in recordings for *_, args, _ in known.steps for value in args]
+    maps = [value for known in recordings for step in known.steps for value in step[2]]
     maps = [value for value in maps if isinstance(value, triton_launch.TensorMaps)]
     assert maps
     for one in maps:
-        x = torch.zeros(64)
+        address = torch.zeros(64).data_ptr()
         encoded.clear()
-        first = one.at(x, 0)
-        assert one.at(x, 0) is first
-        assert one.at(x, 64) is not first
-        assert [fields[0] for fields in encoded] == [x.data_ptr(), x.data_ptr() + 64]
+        first = one[address]
+        assert one[address] is first
+        assert one[address + 64] is not first
+        assert [fields[0] for fields in encoded] == [address, address + 64]
     before = triton_launch.MOST_MAPS
     triton_launch.MOST_MAPS = 4
     for offset in range(0, 160, 16):
-        maps[0].at(x, offset)
-    assert len(maps[0].known) <= 4
+        maps[0][address + offset]
+    assert len(maps[0]) <= 4
     triton_launch.MOST_MAPS = before
 
 

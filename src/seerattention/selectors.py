@@ -19,7 +19,7 @@ from .ops import dispatch
 from .ops.block_sparse_attention import block_sparse_attention
 from .ops.custom_op import tracing
 from .ops.indices import num_blocks, ordered_lists, read_lists
-from .ops.replay import Replays
+from .ops.replay import Recording, Replays
 from .ops.span import Span
 from .policies import REPLAYED, Dense, Policy
 
@@ -209,21 +209,32 @@ class GateSelector(Selector):
     def attend_at_once(self, inputs: LayerInputs) -> Tensor | None:
         """What attention gives on the lists that are selected, ``[B, Hq, T, D]``, where nobody wants to see the lists:
         both are one replay then. None: they are two steps."""
-        replayed = self._replayed(inputs)
-        if (
-            replayed is None
-            or inputs.q.shape[2] > MOST_TOKENS_AT_ONCE
-            or dispatch.device_type(inputs.q.device) != "cuda"
-        ):
+        at_once = self._at_once(inputs)
+        if at_once is None:
             return None
 
         def attend() -> tuple[Tensor]:
             blocks = self._select(inputs)
             return (cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale)),)
 
+        tensors, settings = at_once
+        return _LAYERS.call(attend, tensors, *settings)[0]
+
+    def recording(self, inputs: LayerInputs) -> Recording | None:
+        """What :meth:`attend_at_once` replays, of the tensors q, k, v, q_pre, k_pre, cos, sin and the gate's
+        parameters; None: it calls, or is no replay."""
+        at_once = self._at_once(inputs)
+        return None if at_once is None else _LAYERS.recorded(at_once[0], *at_once[1])
+
+    def _at_once(self, inputs: LayerInputs) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
+        """Tensors and settings of :meth:`attend_at_once`."""
+        replayed = self._replayed(inputs)
+        long = inputs.q.shape[2] > MOST_TOKENS_AT_ONCE
+        if replayed is None or long or dispatch.device_type(inputs.q.device) != "cuda":
+            return None
         parameters, settings = replayed
         tensors = (inputs.q, inputs.k, inputs.v, inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters)
-        return _LAYERS.call(attend, tensors, *settings, self.policy, inputs.scale, dispatch.hopper_automatic())[0]
+        return tensors, (*settings, self.policy, inputs.scale, dispatch.hopper_automatic())
 
     def _replayed(self, inputs: LayerInputs) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
         """Parameters and settings of the gate where all launches follow from shapes, as those of whole prompts do, and

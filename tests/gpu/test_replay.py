@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import seerattention as seer
+from seerattention.hf import attention, gates_of, plan
 from seerattention.ops import block_pooling, replay, triton_launch
 from tiny_models import make_ids, make_model
 
@@ -66,8 +67,8 @@ def test_a_layer_is_replayed(policy, config, monkeypatch):
     model, ids, calls = attached(policy, config), make_ids(1000).cuda(), []
     for _ in range(2):
         logits_of(model, ids)
-    launch = replay.Recording.replay
-    monkeypatch.setattr(replay.Recording, "replay", lambda *given: calls.append(1) or launch(*given))
+    launch = replay.Recording.launch
+    monkeypatch.setattr(replay.Recording, "launch", lambda *given: calls.append(1) or launch(*given))
     logits_of(model, ids)
     assert len(calls) == model.config.num_hidden_layers
     calls.clear()
@@ -75,6 +76,73 @@ def test_a_layer_is_replayed(policy, config, monkeypatch):
         with seer.record(model):
             logits_of(model, ids)
     assert len(calls) >= 2 * model.config.num_hidden_layers  # lists that are looked at, and attention
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Indices of the layers that repeated what another one did."""
+    found, attend = [], plan.Plan.attend
+
+    def noting(self, arguments):
+        call = self.forward.call
+        out = attend(self, arguments)
+        if out is not None:
+            found.append(call.layer.index)
+        return out
+
+    monkeypatch.setattr(plan.Plan, "attend", noting)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text", "glm4"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_layers_repeat_what_the_first_one_did(family, use_cache, repeated, monkeypatch):
+    """As calls one by one; GLM-4's queries and keys are more than views."""
+    torch.manual_seed(0)
+    model = make_model(family, dtype=torch.bfloat16, num_hidden_layers=3).cuda()
+    seer.attach(model, seer.GateConfig(), prefill=seer.TopK(0.3), min_context=0)
+    for seed in range(4):
+        ids = make_ids(1000, seed=seed).cuda()
+        repeated.clear()
+        found = logits_of(model, ids, use_cache=use_cache)
+        again = list(repeated)
+        with monkeypatch.context() as changed:
+            changed.setattr(attention, "make_plan", lambda *given: None)
+            assert torch.equal(found, logits_of(model, ids, use_cache=use_cache))
+    assert again == {"glm4": [], "gemma3_text": [2]}.get(family, [1, 2])
+
+
+def test_a_layer_with_something_of_its_own_repeats_nothing(repeated):
+    """A gate that was moved comes back, and launches go to the stream of their layer."""
+    torch.manual_seed(0)
+    model = make_model("llama", dtype=torch.bfloat16, head_dim=64, num_hidden_layers=3).cuda()
+    seer.attach(model, seer.GateConfig(), prefill=seer.TopK(0.3), min_context=0)
+    ids = make_ids(1000).cuda()
+    for _ in range(3):
+        expected = logits_of(model, ids)
+    assert repeated[-2:] == [1, 2]
+    repeated.clear()
+    gates_of(model)[1].cpu()
+    assert torch.equal(logits_of(model, ids), expected)
+    assert repeated == [2]
+    assert next(gates_of(model)[1].parameters()).device == ids.device
+    side, layer = torch.cuda.Stream(), model.model.layers[1]
+    context = torch.cuda.stream(side)
+
+    def enter(*given):
+        side.wait_stream(torch.cuda.current_stream())
+        context.__enter__()
+
+    def leave(*given):
+        context.__exit__(None, None, None)
+        torch.cuda.current_stream().wait_stream(side)
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave)
+    for _ in range(3):
+        repeated.clear()
+        assert torch.equal(logits_of(model, ids), expected)
+        assert 1 not in repeated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

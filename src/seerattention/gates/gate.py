@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class BlockGate(nn.Module, ABC):
 
     def resolve(self, config: Widened) -> Widened:
         """The config with its width, which follows from head_dim where it says none; sets ``width`` and ``scale``."""
-        config = config.resolve(self.head_dim)
+        config = _resolved(config, self.head_dim)
         assert config.width is not None
         self.width, self.scale = config.width, config.width**-0.5
         return config
@@ -189,6 +190,12 @@ class BlockGate(nn.Module, ABC):
         if self.q_pitch != self.block_size or self.k_pitch != self.block_size:  # only sub-blocks can be without tokens
             span = Span.of_padded(batch, length, length, lengths)
         return self.score(queries, keys, rows=rows, span=span, masked=masked)
+
+
+@functools.cache
+def _resolved(config: Any, head_dim: int) -> Any:
+    """One object for the gates of all layers, which are then quickly seen to be of one kind."""
+    return config.resolve(head_dim)
 
 
 def check_rotary_width(width: int, rotary_dim: int) -> None:

@@ -65,7 +65,7 @@ class PrefillGate(BlockGate):
 
     def replayed(self) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
         """See :meth:`BlockGate.replayed`."""
-        if "launches_by_geometry" not in vars(type(self)) or self._forward_hooks or self._forward_pre_hooks:
+        if "launches_by_geometry" not in type(self).__dict__ or self._forward_hooks or self._forward_pre_hooks:
             return None
         parameters = self._parameters  # nn.Module's own way takes microseconds
         k_linear, q_linear = parameters["k_linear"], parameters["q_linear"]

@@ -36,7 +36,7 @@ from .conditions import (
 )
 from .decoding import attend_tokens, select_for_tokens
 from .dense import Arguments, attend_densely, attend_densely_with_lse
-from .forward import Attended, Call, Forward, current_forward
+from .forward import Attended, Call, Forward, current_forward, present_plan
 from .generation import UNKNOWN
 from .history import chunk_of, chunk_span, history_problem, history_table, keys_before_rope
 from .implementation import NAME, decodes_sparsely, original_of
@@ -44,6 +44,7 @@ from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .parts import join, split
 from .phases import PREFILL, unnoticed
+from .plan import make_plan
 from .untraced import untraced
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
@@ -81,9 +82,12 @@ def seer_attention(
     Returns:
         ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where dense attention gives them.
     """
+    arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    several = query.shape[2] > 1 and not torch.compiler.is_dynamo_compiling()
+    if several and (plan := present_plan()) is not None and (out := plan.attend(arguments)) is not None:
+        return out, None
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
-    arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if unnoticed(query.shape[2], decodes_sparsely(module.config)):
         return attend_densely(arguments)
     return _attend(arguments)
@@ -214,10 +218,13 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         padded = padding is not None
         wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector, padded)
         if wants_sparse or forward.observers:
+            captured = call.query, call.key  # of which the call lets go
             inputs, starts = _layer_inputs(arguments, call, forward, padding)
-            seen = type(selector) is not GateSelector or bool(forward.observers or forward.statistics)
-            if not seen and (out := cast(GateSelector, selector).attend_at_once(inputs)) is not None:
+            seen = bool(forward.observers or forward.statistics)
+            gated = selector if type(selector) is GateSelector and not seen else None
+            if gated is not None and (out := gated.attend_at_once(inputs)) is not None:
                 forward.sparse = True
+                make_plan(forward, call, arguments, inputs, captured, gated)
                 return out.transpose(1, 2).contiguous(), None
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))

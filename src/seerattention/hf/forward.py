@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..blocks import BlockIndices
     from ..gates import KeyState
     from .layer import LayerState
+    from .plan import Plan
     from .state import ModelState
 
 DENSE, OBSERVE, RECORD = "dense", "observe", "record"
@@ -83,6 +84,8 @@ class Call:
         state: the encoded keys that were kept for what the cache layer held before these tokens.
         part: whether it is a part of the call only: the prompt, or what follows on it in the same forward.
         reason: why it is attended densely, once that is known.
+        given: what the attention module was given beside its hidden states, by place and by name, and their shape;
+            None: that is not known (compiled code).
     """
 
     layer: LayerState
@@ -98,6 +101,7 @@ class Call:
     state: KeyState | None = None
     part: bool = False
     reason: str | None = None
+    given: tuple[tuple[tuple[Any, ...], dict[str, Any]], tuple[int, ...]] | None = None
 
 
 class Attended(NamedTuple):
@@ -129,7 +133,13 @@ class Attended(NamedTuple):
 
 
 class Arguments(dict[str, Any]):
-    """The keyword arguments of a call of the decoder, as an object whose end can be seen."""
+    """The keyword arguments of a call of the decoder, as an object whose end can be seen.
+
+    Attributes:
+        plan: what the layers of the call may repeat, which ends with it.
+    """
+
+    plan: Plan | None = None
 
 
 class Forward:
@@ -146,6 +156,7 @@ class Forward:
         positions_are_made: whether the decoder was given no positions, and so counts from the end of its cache on.
         facts: what was found out about this forward, by name, so that it is asked and waited for once.
         prepared: what ``generate`` said of this forward; None: nothing.
+        plans: layers after which a plan for the others was made, or tried to.
     """
 
     def __init__(
@@ -169,6 +180,7 @@ class Forward:
         self.positions_are_made = positions_are_made
         self.facts: dict[Any, Any] = {}
         self.prepared = take_prepared(state, tokens)
+        self.plans = 0
         self._call: Callable[[], Call | None] = _nothing
         self._keeper: Callable[[], Tensor | None] = _nothing
         self._outer = _forward.get()
@@ -186,6 +198,12 @@ class Forward:
         Where ``generate`` says nothing, one token is decoded, and several are a prompt.
         """
         return int(queries == 1) if self.prepared is None else self.prepared.decoded_of(queries)
+
+    def repeat(self, plan: Plan | None) -> None:
+        """Let the layers that follow repeat what one did; None: no more."""
+        arguments = None if self._arguments is None else self._arguments()
+        if arguments is not None:
+            arguments.plan = plan
 
     @property
     def call(self) -> Call | None:
@@ -216,6 +234,7 @@ class Forward:
     def close(self) -> None:
         """Let go of all tensors. Called in the context that opened it, or by whoever detaches the model."""
         self._call = _nothing
+        self.repeat(None)
         self.masks.clear()
         self.facts.clear()
 
@@ -276,6 +295,19 @@ class Forward:
 
 def _nothing() -> None:
     return None
+
+
+def present_plan() -> Plan | None:
+    """What a layer of the present forward may repeat. Not for compiled code."""
+    forward = _forward.get()
+    arguments = None if forward is None or forward._arguments is None else forward._arguments()
+    return None if arguments is None else arguments.plan
+
+
+def present_call() -> Call | None:
+    """The attention layer that is under way in this context. Not for compiled code."""
+    forward = _forward.get()
+    return None if forward is None else forward._call()
 
 
 @untraced("Dynamo does not know contexts")

@@ -16,10 +16,11 @@ from ..ops.replay import capturing
 from ..policies import Policy
 from ..selectors import Selector
 from .architectures import find_attention
-from .forward import Call, current_forward
+from .forward import Call, current_forward, present_call, present_plan
 from .implementation import NAME
 from .kept import kept_keys
 from .phases import DECODE, PREFILL, LayerPhase, unnoticed
+from .plan import given_to
 from .sharding import part_of_gate
 from .untraced import untraced
 
@@ -36,15 +37,15 @@ class LayerState:
 
     def __init__(self, model: ModelState, index: int, decoder_layer: nn.Module):
         self.model = model
-        self.index = index
+        self.index, self._name = index, str(index)  # its name among the decoder's layers
         self.decoder_layer = decoder_layer
         self.geometry = model.family.geometry(model.decoder, index)
         self.phases: dict[str, LayerPhase] = {PREFILL: LayerPhase()}
         self.stray = False  # in a copy of the layer alone, without its model: the hooks do nothing
         self.lost = False  # the layer has no attention module any more that could be hooked
-        self._heads = self.geometry.num_heads  # as last seen: of those that are spread over processes, a part
+        self.heads = self.geometry.num_heads  # as last seen: of those that are spread over processes, a part
         self._parts: dict[int, tuple[tuple[int, ...] | None, BlockGate]] = {}
-        self._placement: tuple[torch.device, torch.dtype] | None = None
+        self.placement: tuple[torch.device, torch.dtype] | None = None
         # Where the parameter is that the gates follow: a module's dict of parameters, and its name in there.
         self._guide: tuple[dict[str, Any], str] | None = None
         self._hooks: list[Any] = []
@@ -128,7 +129,15 @@ class LayerState:
 
     def follow_modules(self, decoder: nn.Module) -> None:
         """Hook the present modules: adapters (LoRA) that came after attach put modules of their own there."""
-        family, layers = self.model.family, cast(nn.ModuleList, decoder.layers)
+        family = self.model.family
+        try:  # without a call: this is asked for in every forward, and nearly always so
+            attention = decoder._modules["layers"]._modules[self._name]._modules["self_attn"]  # type: ignore
+            inner = attention._modules  # type: ignore[union-attr]
+            if self._hooked == (attention, inner[family.query], inner[family.key]):
+                return
+        except (AttributeError, KeyError, TypeError):  # wrapped, or not there
+            pass
+        layers = cast(nn.ModuleList, decoder.layers)
         try:
             attention = find_attention(layers[self.index], family)
         except (AttributeError, IndexError):
@@ -159,18 +168,18 @@ class LayerState:
         self._guide = None
         parameter = None if self.lost else self._find_guide()
         placement = None if parameter is None else (parameter.device, parameter.dtype)
-        moved = placement is not None and placement != self._placement
+        moved = placement is not None and placement != self.placement
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained or loaded into
             for gate in gates:
                 if placement is not None and moved:
-                    self._placement = placement
+                    self.placement = placement
                     gate.to(device=placement[0], dtype=placement[1])
                 if device is not None and next(gate.parameters()).device != device:
                     gate.to(device)
 
     def gate_of(self, heads: int, gate: BlockGate | None) -> BlockGate | None:
         """``gate`` for the query heads that this process has."""
-        self._heads = heads
+        self.heads = heads
         if gate is None or gate.num_heads == heads:
             return gate
         name = (heads, *(parameter.data_ptr() for parameter in gate.parameters()))  # gates move
@@ -192,10 +201,10 @@ class LayerState:
     def _in_place(self, gates: list[BlockGate], device: torch.device | None) -> bool:
         """Whether nothing has moved since the gates were placed: to walk through all parameters takes long, and is
         asked for in every call."""
-        if self._guide is None or self._placement is None:
+        if self._guide is None or self.placement is None:
             return False
         parameters, name = self._guide
-        guide, (place, dtype) = parameters.get(name), self._placement
+        guide, (place, dtype) = parameters.get(name), self.placement
         if guide is None or guide.dtype != dtype or guide.device != place or device not in (None, place):
             return False
         return all(_first_parameter(gate).device == place for gate in gates)
@@ -214,6 +223,10 @@ class LayerState:
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.stray:
             return
+        if not torch.compiler.is_dynamo_compiling():
+            plan = present_plan()
+            if plan is not None and plan.model is self.model and plan.begin(self, module, args, kwargs):
+                return
         if kwargs.get("cache") is not None and "Paged" in type(kwargs["cache"]).__name__:
             raise NotImplementedError(
                 "continuous batching is not supported with gates attached; call seerattention.detach(model) first"
@@ -222,14 +235,14 @@ class LayerState:
         if hidden is None or unnoticed(hidden.shape[1], self.model.decodes):
             return
         table = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-        self._begin(module, table, kwargs, hidden, torch.compiler.is_compiling())
+        self._begin(module, table, (args, kwargs), hidden, torch.compiler.is_compiling())
 
     @untraced("Dynamo does not know contexts")
     def _begin(
         self,
         module: nn.Module,
         table: tuple[Tensor, Tensor] | None,
-        kwargs: dict[str, Any],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
         hidden: Tensor,
         compiled: bool,
     ) -> None:
@@ -253,8 +266,10 @@ class LayerState:
             )
         forward.called.add(self.index)
         if table is not None:
+            kwargs = given[1]
             cache = kwargs.get("past_key_values")
             call = Call(self, module, *table, position_ids=kwargs.get("position_ids"))
+            call.given = None if compiled else (given_to(*given), hidden.shape)
             if isinstance(cache, StaticCache) and capturing(hidden.device):
                 call.unreadable = True
             elif isinstance(cache, StaticCache):
@@ -270,17 +285,27 @@ class LayerState:
         index = getattr(call.module, "layer_idx", self.index)
         if gate is not None and self.decodes and index < len(layers):
             call.past = layers[index]
-            mine = self.gate_of(self._heads, gate)
+            mine = self.gate_of(self.heads, gate)
             assert mine is not None
             call.state = kept_keys(call.past, mine, in_place=call.valid_keys is not None)
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if not self.stray and self._captures(output):
-            self._keep(query=output)
+        if self.stray:
+            return
+        if torch.compiler.is_dynamo_compiling():
+            if self._captures(output):
+                self._keep(query=output)
+        elif (call := present_call()) is not None and call.layer is self:
+            call.query = output
 
     def _after_key(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if not self.stray and self._captures(output):
-            self._keep(key=output)
+        if self.stray:
+            return
+        if torch.compiler.is_dynamo_compiling():
+            if self._captures(output):
+                self._keep(key=output)
+        elif (call := present_call()) is not None and call.layer is self:
+            call.key = output
 
     def _captures(self, output: Tensor) -> bool:
         """Whether what a submodule gave is kept: prompts are, for observers too, and tokens for a decode gate."""

@@ -23,6 +23,11 @@ _callback: Callable[[], Any] = getattr(
 )
 
 
+def in_compiled_code() -> bool:
+    """Whether Dynamo looks at the frames of this thread."""
+    return _callback() is not None
+
+
 def untraced(reason: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator: as ``torch.compiler.disable(reason=...)``, whose wrapper takes 5 us of every call, eager ones too.
 

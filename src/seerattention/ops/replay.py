@@ -25,7 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dispatch
 
-__all__ = ["Replays", "capturing", "current_stream", "facts_of_capture", "may_keep", "of_capture", "recorder"]
+__all__ = [
+    "Replays",
+    "capturing",
+    "current_stream",
+    "facts_of_capture",
+    "is_current",
+    "may_keep",
+    "of_capture",
+    "recorder",
+]
 
 # Geometries that are kept at a time.
 MOST = 256
@@ -67,6 +76,11 @@ def current_stream(device: torch.device) -> int:
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch._C._cuda_getCurrentRawStream(index)
+
+
+def is_current(index: int, stream: int) -> bool:
+    """Whether a CUDA device, by its number, is the present one, and work for it queues on a stream now."""
+    return torch._C._cuda_getDevice() == index and torch._C._cuda_getCurrentRawStream(index) == stream
 
 
 class Recorder(TorchDispatchMode):
@@ -177,29 +191,43 @@ class Recording:
                 tensor = step.tensor_of(value)
                 found = None if tensor is None else place(tensor)
                 if found is not None:
-                    places.append((position, *found, step.mover(value)))
-                    args[position] = step.forgotten(value)
+                    args[position], mapped = step.forgotten(value)
+                    places.append((position, *found, mapped))
             self.steps.append(step.bind(args, places, stream))
 
-    def replay(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Launch everything again; the results."""
+    def replay(self, addresses: list[int]) -> tuple[Tensor, ...]:
+        """Launch everything again; the results.
+
+        Args:
+            addresses: of the input tensors; those of the results are put behind them.
+        """
         device = self.device
-        results = tuple(
-            [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.results]
-        )
-        bases = [*tensors, *results]
-        if self.workspace:
-            bases.append(torch.empty(self.workspace, dtype=torch.uint8, device=device))
-        addresses = [x.data_ptr() for x in bases]
-        for launch, template, places in self.steps:
-            args = template.copy()
-            for position, base, offset, move in places:
-                if move is None:
-                    args[position] = addresses[base] + offset
-                else:
-                    args[position] = move(args[position], bases[base], offset)
-            launch(*args)
-        return results
+        results = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.results
+        ]
+        addresses += [x.data_ptr() for x in results]
+        between = self.new_workspace()
+        if between is not None:
+            addresses.append(between.data_ptr())
+        self.launch(addresses)
+        return tuple(results)
+
+    def new_workspace(self) -> Tensor | None:
+        """Memory for everything in between; None: there is nothing."""
+        return torch.empty(self.workspace, dtype=torch.uint8, device=self.device) if self.workspace else None
+
+    def launch(self, addresses: Sequence[int]) -> None:
+        """Launch everything again, given the addresses of all bases."""
+        for launch, before, template, places, mapped in self.steps:
+            args = [*template]
+            for position, base, offset in places:
+                args[position] = addresses[base] + offset
+            for position, base, offset in mapped:
+                args[position] = args[position][addresses[base] + offset]
+            if before:
+                launch(*before, args)
+            else:
+                launch(*args)
 
 
 class Replays:
@@ -225,14 +253,14 @@ class Replays:
         if torch.compiler.is_compiling():
             return function()
         device = tensors[0].device
-        launcher = _launcher(device)
-        if launcher is None or recorder() is not None or not may_keep(device) or not launcher.ready(device):
-            return function()  # where another recording is under way, this is a part of it
+        if not _may_replay(device):
+            return function()
         stream = current_stream(device)
-        key = (settings, stream, device, *[_geometry(x) for x in tensors])
+        addresses = [x.data_ptr() for x in tensors]
+        key = _name(tensors, addresses, settings, stream)
         known = self._known.get(key, 1)
         if known.__class__ is Recording:
-            return known.replay(tensors)  # type: ignore[union-attr]
+            return known.replay(addresses)  # type: ignore[union-attr]
         if known is None:
             return function()
         if known == 1:
@@ -246,9 +274,26 @@ class Replays:
         self._known[key] = noting.finish(results, stream)
         return results
 
+    def recorded(self, tensors: Sequence[Tensor], *settings: Hashable) -> Recording | None:
+        """What :meth:`call` replays for such arguments; None: it does not."""
+        device = tensors[0].device
+        if torch.compiler.is_compiling() or not _may_replay(device):
+            return None
+        addresses = [x.data_ptr() for x in tensors]
+        known = self._known.get(_name(tensors, addresses, settings, current_stream(device)))
+        return known if isinstance(known, Recording) else None
 
-def _geometry(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.stride(), x.dtype, x.data_ptr() & 15
+
+def _may_replay(device: torch.device) -> bool:
+    """Whether launches on a device are replayed now. Where another recording is under way, they are a part of it."""
+    launcher = _launcher(device)
+    return launcher is not None and recorder() is None and may_keep(device) and bool(launcher.ready(device))
+
+
+def _name(tensors: Sequence[Tensor], addresses: Sequence[int], settings: Hashable, stream: int) -> tuple[Any, ...]:
+    """All that launches follow from."""
+    geometry = [(x.shape, x.stride(), x.dtype, address & 15) for x, address in zip(tensors, addresses, strict=True)]
+    return settings, stream, tensors[0].device, *geometry
 
 
 def _launcher(device: torch.device) -> Any:

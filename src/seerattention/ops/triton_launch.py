@@ -10,6 +10,7 @@ the ordinary way.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -200,30 +201,22 @@ class Below:
         maps = TensorMaps(descriptor, lambda moved: self.encode(moved, known)[0])
         return [maps, *descriptor.shape, *descriptor.strides]
 
-    def bind(self, grid: tuple[int, ...], stream: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """What is called with the second, followed by all arguments of the kernel."""
-        before = (*grid, stream, *self.fixed)
-        if self.in_one is None:
-            return self.launch, before
-        launch, before = self.launch, (*before, *self.in_one)
-        return lambda *args: launch(*before, args), ()
+    def bind(self, grid: tuple[int, ...], stream: int) -> tuple[tuple[Any, ...], bool]:
+        """What :attr:`launch` is called with before the arguments of the kernel, and whether it takes these in one."""
+        return (*grid, stream, *self.fixed, *(self.in_one or ())), self.in_one is not None
 
 
-class TensorMaps:
-    """The tensor maps of one descriptor at the addresses where it has been, which are slow to encode."""
+class TensorMaps(dict[int, Any]):
+    """The tensor maps of one descriptor by the address of its memory, which are slow to encode; those of addresses
+    where it has not been are encoded when they are asked for."""
 
     def __init__(self, descriptor: Any, encode: Callable[[Any], Any]) -> None:
         self.descriptor, self.encode = descriptor, encode
-        self.known: dict[int, Any] = {}
 
-    def at(self, base: Tensor, offset: int) -> Any:
-        """The tensor map of the descriptor of memory that begins ``offset`` bytes after ``base``."""
-        address = base.data_ptr() + offset
-        found = self.known.get(address)
-        if found is None:
-            if len(self.known) >= MOST_MAPS:
-                self.known.clear()
-            found = self.known[address] = self.encode(_moved(self.descriptor, _Address(address)))
+    def __missing__(self, address: int) -> Any:
+        if len(self) >= MOST_MAPS:
+            self.clear()
+        found = self[address] = self.encode(_moved(self.descriptor, _Address(address)))
         return found
 
 
@@ -245,69 +238,73 @@ def ready(device: torch.device) -> bool:
     return KNOWN and not _somebody_listens()
 
 
-# Position among the arguments, number of the base, bytes from there on, and what makes the argument of these.
-Place = tuple[int, int, int, Any]
-Call = tuple[Callable[..., Any], list[Any], list[Place]]
+# Position among the arguments, number of the base, bytes from there on, and whether what stands in the place gives the
+# argument by the address.
+Place = tuple[int, int, int, bool]
+# What is called; with what before a list of arguments (nothing: with the arguments one by one); the arguments; where
+# addresses belong in them; and where what stands in a place is asked for its entry of the address.
+Step = tuple[Callable[..., Any], tuple[Any, ...], list[Any], list[tuple[int, ...]], list[tuple[int, ...]]]
 
 
-class _Step:
-    """A launch that was noted down, see ``replay.Recorder``."""
-
-    def tensor_of(self, value: Any) -> Tensor | None:
-        """The tensor whose address an argument is."""
-        if isinstance(value, Tensor):
-            return value
-        return value.base if _is_descriptor(value) else None
+def _step(launch: Callable[..., Any], before: tuple[Any, ...], args: list[Any], places: list[Place]) -> Step:
+    plain, mapped = ([tuple(place) for *place, kind in places if kind is wanted] for wanted in (False, True))
+    return launch, before, args, plain, mapped
 
 
-class Launch(_Step):
-    """Of a compiled kernel, which takes addresses."""
+class Launch:
+    """A launch of a compiled kernel that was noted down, see ``replay.Recorder``: it takes addresses."""
 
     def __init__(self, bound: Bound, grid: tuple[int, ...]) -> None:
         self.bound, self.grid = bound, grid
 
-    def forgotten(self, value: Any) -> Any:
-        """An argument without its address, which is another one in each call."""
-        return None if isinstance(value, Tensor) else _moved(value, None)
+    def tensor_of(self, value: Any) -> Tensor | None:
+        """The tensor whose address an argument is."""
+        return _tensor_of(value)
 
-    def mover(self, value: Any) -> Any:
-        """What puts an argument to another address; None: it is the address."""
-        return None if isinstance(value, Tensor) else _move_descriptor
+    def forgotten(self, value: Any) -> tuple[Any, bool]:
+        """What stands in the place of an argument whose address is another one in each call, and whether that gives
+        the argument by the address."""
+        return (None, False) if isinstance(value, Tensor) else (_Moving(value), True)
 
-    def bind(self, args: list[Any], places: list[Place], stream: int) -> Call:
-        """What is called, the arguments it is called with, and where addresses belong in them."""
+    def bind(self, args: list[Any], places: list[Place], stream: int) -> Step:
         below = self.bound.below
-        if below is None or not below.takes(args):
+        descriptors = [value.descriptor if isinstance(value, _Moving) else value for value in args]
+        if below is None or not below.takes(descriptors):
             bound, grid = self.bound, self.grid
-            return lambda *args: bound.run(grid, args, stream), args, places
+            return _step(lambda *args: bound.run(grid, args, stream), (), args, places)
         flat: list[Any] = []
         starts, maps = [], iter(below.maps)
-        for value in args:
+        for value in descriptors:
             starts.append(len(flat))
             flat += below.decompose(value, next(maps)) if _is_descriptor(value) else [value]
-        moved = [
-            (starts[position], base, offset, move and TensorMaps.at) for position, base, offset, move in places
-        ]  # fmt: skip
-        launch, skipped = below.bind((*self.grid, 1, 1)[:3], stream)
-        launched = [*skipped, *flat, *self.bound.constants]
-        return launch, launched, [(len(skipped) + position, *rest) for position, *rest in moved]  # type: ignore
+        flat += self.bound.constants
+        before, in_one = below.bind((*self.grid, 1, 1)[:3], stream)
+        skipped = 0 if in_one else len(before)
+        moved = [(skipped + starts[position], *rest) for position, *rest in places]
+        return _step(below.launch, before if in_one else (), flat if in_one else [*before, *flat], moved)  # type: ignore
 
 
-class Ordinary(_Step):
-    """Of an interpreted kernel, which takes tensors."""
+class Ordinary:
+    """A launch of an interpreted kernel, which takes tensors."""
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any]) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, constants
 
-    def bind(self, args: list[Any], places: list[Place], stream: int) -> Call:
+    def tensor_of(self, value: Any) -> Tensor | None:
+        return _tensor_of(value)
+
+    def forgotten(self, value: Any) -> tuple[Any, bool]:
+        return _Memory(value), True
+
+    def bind(self, args: list[Any], places: list[Place], stream: int) -> Step:
         kernel, grid, constants = self.kernel, self.grid, self.constants
-        return lambda *args: kernel[grid](*args, **constants), args, places
+        return _step(lambda *args: kernel[grid](*args, **constants), (), args, places)
 
-    def forgotten(self, value: Any) -> Any:
-        return value.dtype
 
-    def mover(self, value: Any) -> Any:
-        return _tensor_at
+def _tensor_of(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    return value.base if _is_descriptor(value) else None
 
 
 class _Address:
@@ -320,6 +317,16 @@ class _Address:
         return self.address
 
 
+class _Moving:
+    """A descriptor at whatever address is asked for."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.descriptor = _moved(descriptor, None)
+
+    def __getitem__(self, address: int) -> Any:
+        return _moved(self.descriptor, _Address(address))
+
+
 def _moved(descriptor: Any, base: Any) -> Any:
     moved = object.__new__(descriptor.__class__)
     moved.__dict__.update(descriptor.__dict__)
@@ -327,12 +334,13 @@ def _moved(descriptor: Any, base: Any) -> Any:
     return moved
 
 
-def _move_descriptor(descriptor: Any, base: Tensor, offset: int) -> Any:
-    return _moved(descriptor, _Address(base.data_ptr() + offset) if offset else base)
+class _Memory:
+    """Tensors over as much memory of the host as a tensor spans, at whatever address is asked for."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.dtype = x.dtype
+        self.count = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
 
-def _tensor_at(dtype: torch.dtype, base: Tensor, offset: int) -> Tensor:
-    first = (base.storage_offset() * base.element_size() + offset) // dtype.itemsize
-    storage = base.untyped_storage()
-    size = storage.nbytes() // dtype.itemsize - first
-    return torch.empty(0, dtype=dtype, device=base.device).set_(storage, first, (size,), (1,))  # type: ignore
+    def __getitem__(self, address: int) -> Tensor:
+        buffer = (ctypes.c_char * (self.count * self.dtype.itemsize)).from_address(address)
+        return torch.frombuffer(buffer, dtype=self.dtype)
