@@ -116,7 +116,7 @@ def test_gates_of_a_phase(model, prepared, tmp_path, phase, form, config):
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "gates" / "history.json").read_text())
     assert history["run"] == {
-        **{name: getattr(RECIPES[phase], name) for name in ("rate", "rows", "lists", "phase", "templates", "seed")},
+        **{name: getattr(RECIPES[phase], name) for name in ("rate", "rows", "lists", "phase", "templates", "seed", "target")},
         "steps": 3, "length": LENGTH, "batch_size": 2, "device": "cpu", "form": form,
     }  # fmt: skip
     assert history["tokens"] == 3 * 2 * LENGTH
