@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import warnings
 
@@ -13,7 +14,6 @@ from transformers import DynamicCache, StaticCache
 import seerattention as seer
 from decode_models import BLOCK, SPARSE, attach, feed, generate, nothing_kept
 from seerattention.gates import select_by_token
-from seerattention.gates.query_state import Recent
 from seerattention.hf import gates_of
 from seerattention.hf.state import state_of
 from seerattention.measure import cache_memory
@@ -104,9 +104,9 @@ def test_each_step_is_its_definition(model_of, ids_of, name, form, policy, monke
         post = [x[:, :, :end] for x in (whole.q, whole.k, whole.v)]
         expected, _ = naive_attention(gate, policy, pre, post, whole.scale)
         torch.testing.assert_close(given[-1], expected, rtol=1e-4, atol=1e-5)
-        gate.query_window = 1
+        gate.set_query_window(1)
         alone += torch.allclose(expected, naive_attention(gate, policy, pre, post, whole.scale)[0], rtol=1e-3)
-        gate.query_window = WINDOW
+        gate.set_query_window(WINDOW)
     assert len(given) == 70
     assert alone < 35  # mostly, tokens that choose for themselves read something else
 
@@ -283,5 +283,35 @@ def test_saved_and_read_again(model_of, ids_of, tmp_path):
     same(generate(again, ids), expected)
 
 
-def test_a_recent_window_of_the_state_alone():
-    assert Recent(torch.zeros(1, 2, 3, 4)).held is None
+@pytest.mark.parametrize("gates", GATES)
+def test_a_window_is_chosen_for_gates_that_are_there(model_of, ids_of, tmp_path, gates):
+    """It is not trained: the same gates with another window are what they were made with."""
+    config, policies = GATES[gates]
+    config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, query_window=1))
+    model, ids = attach(model_of(), SPARSE, config, **policies), ids_of(100)
+    alone = generate(model, ids)
+    seer.set_policy(model, query_window=WINDOW)
+    found = generate(model, ids)
+    assert not torch.allclose(found[1], alone[1], atol=1e-3)
+    same(found, generate(gated(model_of(), gates), ids))
+    seer.save_gates(model, tmp_path)
+    same(generate(seer.attach(model_of(), tmp_path, min_context=0), ids), found)
+    # On a cache that is in use: what is kept of another window is not taken.
+    cache = DynamicCache(config=model.config)
+    feed(model, ids, cache)
+    for size in (2 * WINDOW, 2, 1, WINDOW):
+        seer.set_policy(model, query_window=size)
+        for seed in range(3):
+            assert feed(model, ids_of(1, seed=seed), cache).isfinite().all()
+    seer.set_policy(model, query_window=1)
+    same(generate(model, ids), alone)
+
+
+def test_errors(model_of):
+    model = gated(model_of(), "decode")
+    for value, error in ((0, ValueError), (65, ValueError), ("8", TypeError)):
+        with pytest.raises(error, match="query_window must be"):
+            seer.set_policy(model, query_window=value)
+    assert [gate.query_window for gate in gates_of(model, "decode")] == [WINDOW, WINDOW]
+    with pytest.raises(ValueError, match="gates for decoding"):
+        seer.set_policy(attach(model_of(), None, seer.GateConfig(block_size=32)), query_window=2)

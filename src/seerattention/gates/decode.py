@@ -70,6 +70,15 @@ class DecodeGate(BlockGate):
             self.register_parameter(name, nn.Parameter(torch.empty(self.width)) if config.qk_norm else None)
         self.reset_parameters()
 
+    def set_query_window(self, tokens: int) -> None:
+        """Let so many tokens choose together; nothing of the gate depends on it.
+
+        Raises:
+            ValueError, TypeError: as :class:`~seerattention.DecodeGateConfig`.
+        """
+        self.config = dataclasses.replace(self.config, query_window=tokens)
+        self.query_window = tokens
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw fresh parameters from torch's global generator."""

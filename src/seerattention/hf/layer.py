@@ -103,6 +103,12 @@ class LayerState:
         """Change entries of the layer's :class:`LayerPhase`."""
         self.phases[phase] = replace(self.phases.get(phase, LayerPhase()), **changes)
 
+    def set_query_window(self, tokens: int) -> None:
+        """Change how many tokens choose together in decoding, where the layer has a gate for it."""
+        if self.decode_gate is not None:
+            self.decode_gate.set_query_window(tokens)
+            self._parts.clear()  # gates of other heads were made with the old one
+
     def selector(self, phase: str) -> Selector | None:
         """What chooses the layer's blocks in a phase; None: it is dense."""
         mine, model = self.phases.get(phase), self.model.phases.get(phase)

@@ -37,7 +37,9 @@ def remember(arguments: Arguments, call: Call, decoded: int) -> None:
         return
     layer.place_gate(device)
     gate = cast(DecodeGate, layer.gate_of(arguments.query.shape[1], layer.decode_gate))
-    last = gate.new_query_state() if call.last is None else call.last
+    last = call.last
+    if last is None or last.window != gate.query_window:  # another one was set
+        last = gate.new_query_state()
     if decoded == tokens:
         size, (query, _) = tokens, layer.before_rope(call)
     else:
