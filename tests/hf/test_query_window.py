@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -211,6 +213,72 @@ def test_a_turn_that_is_taken_back(model_of, ids_of):
     for seed in range(20):
         token = ids_of(1, seed=50 + seed)
         torch.testing.assert_close(feed(model, token, cache), feed(model, token, twin), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("gates", GATES)
+def test_beams_and_samples_without_a_cache(model_of, ids_of, gates, options):
+    """Beams change their rows at every step; what is kept of the old rows goes along."""
+    model, ids, found = gated(model_of("llama"), gates), ids_of(140, batch=2), []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        found.append(generate(model, ids, 12, use_cache=use_cache, **options))
+    same(*found)
+
+
+def test_beams_of_left_padded_rows(model_of, ids_of):
+    model, ids, found = gated(model_of("llama"), "decode"), ids_of(110, batch=2), []
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    for use_cache in (True, False):
+        found.append(generate(model, ids, 12, use_cache=use_cache, attention_mask=mask, num_beams=3))
+    same(*found)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_rows_that_move(model_of, ids_of, kind):
+    """Repeated, chosen, put in another order, cropped, copied: each row goes on as it would alone."""
+    model, ids = gated(model_of("llama"), "decode", seer.TopK(0.5)), ids_of(90, batch=2)
+    alone, caches = [], [DynamicCache(config=model.config) for _ in range(2)]
+    for row, cache in enumerate(caches):
+        feed(model, ids[row : row + 1], cache)
+        for seed in range(3):
+            feed(model, ids_of(1, batch=2, seed=seed)[row : row + 1], cache)
+        alone.append([feed(model, ids_of(1, seed=20 + seed), cache) for seed in range(4)])
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=120)
+    feed(model, ids, cache)
+    for seed in range(3):
+        feed(model, ids_of(1, batch=2, seed=seed), cache)
+    rows = [1, 1]
+    if kind == "dynamic":
+        rows = [1, 0]
+        cache.batch_repeat_interleave(2)
+        cache = copy.deepcopy(cache)
+        cache.batch_select_indices(torch.tensor([True, False, True, True]))
+        feed(model, ids_of(1, batch=3), cache)
+        cache.crop(93 - cache.get_seq_length())
+        cache.batch_select_indices([0, 2])
+    cache.reorder_cache(torch.tensor([1, 0] if kind == "dynamic" else [1, 1]))
+    for seed in range(4):
+        found = feed(model, ids_of(1, seed=20 + seed).expand(len(rows), -1), cache)
+        expected = torch.cat([alone[row][seed] for row in rows])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_is_freed_at_once_and_read_again(model_of, ids_of):
+    model, cache = gated(model_of("llama"), "decode"), DynamicCache()
+    feed(model, ids_of(90), cache)
+    feed(model, ids_of(1), cache)
+    read = pickle.loads(pickle.dumps(cache))
+    read.reorder_cache(torch.tensor([0]))
+    assert feed(model, ids_of(1), read).isfinite().all()
+    gone = [weakref.ref(cache.layers[0]), weakref.ref(cache.layers[0].keys)]
+    gc.disable()
+    try:
+        del cache
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

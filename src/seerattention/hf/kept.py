@@ -5,15 +5,18 @@ cache in between (crop, reorder, repeat, select, reset, offloading, prompts in c
 every one of these puts another tensor in the place of the keys, or, in static caches, writes into the one that is
 there, which torch counts. So what is kept is good for exactly one tensor, the one that the step left behind as it was
 then, and whoever finds another one there makes the encoded keys anew from it; but for a crop, which leaves a view of
-it. Queries of gates with a window are in no cache and cannot be made anew: without them windows begin again.
+it. Queries of gates with a window are in no cache and cannot be made anew: without them windows begin again. So where
+rows of a cache are moved (beams, ``num_return_sequences`` of a kept cache), what is kept with such queries moves along.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..gates import KeyState, QueryState
@@ -79,6 +82,15 @@ class Kept:
         self.belong_to(keys, gate)
         return True
 
+    def select(self, index: Tensor, keys: Tensor) -> None:
+        """Keep the rows of an index ``[B']``, in its order, which are now in ``keys``."""
+        gate = None if self._gate is None else self._gate()
+        for part in (self.state, self.queries):
+            if part is not None:
+                part.select(index)
+        if gate is not None:
+            self.belong_to(keys, gate)
+
     def belong_to(self, keys: Tensor, gate: nn.Module) -> None:
         """Say what it was made of."""
         self._keys, self._keys_version = weakref.ref(keys), _version(keys)
@@ -116,11 +128,48 @@ def take_kept(cache_layer: Any) -> None:
     cache_layer.__dict__.pop(_ATTRIBUTE, None)
 
 
+class _Follower:
+    """Stands in the place of a method of a cache layer that moves its rows: what is kept with it is moved along."""
+
+    def __init__(self, cache_layer: Any, method: str):
+        self.layer = weakref.ref(cache_layer)  # which holds this: memory of caches must not wait for a collection
+        self.method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        layer: Any = self.layer()
+        kept: Kept | None = layer.__dict__.get(_ATTRIBUTE)
+        keys, gate = layer.keys, None if kept is None or kept._gate is None else kept._gate()
+        follows = kept is not None and gate is not None and kept.is_of(keys, gate)
+        getattr(type(layer), self.method)(layer, *args, **kwargs)
+        if kept is not None and follows and layer.keys is not keys:
+            (argument,) = (*args, *kwargs.values())
+            kept.select(_MOVES[self.method](torch.arange(len(keys), device=keys.device), argument), layer.keys)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Follower:
+        layer = self.layer()
+        return _Follower(memo.get(id(layer), layer), self.method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.layer(), self.method)  # nothing is kept in another process: the layer's own method
+
+
+_MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda rows, index: rows[index.to(rows.device)],
+    "batch_repeat_interleave": lambda rows, times: rows.repeat_interleave(times),
+    "batch_select_indices": lambda rows, indices: rows[indices],
+}
+"""Methods of cache layers that move rows, and where the rows then are from; as transformers moves the keys."""
+
+
 def keep(cache_layer: Any, gate: nn.Module, state: KeyState | None, queries: QueryState | None = None) -> None:
     """Leave the encoded keys of all present tokens, and queries of the last ones, with a cache layer."""
     kept = Kept(state, queries)
     kept.belong_to(cache_layer.keys, gate)
     cache_layer.__dict__[_ATTRIBUTE] = kept
+    if queries is not None:
+        for method in _MOVES:
+            if hasattr(type(cache_layer), method) and type(cache_layer.__dict__.get(method)) is not _Follower:
+                cache_layer.__dict__[method] = _Follower(cache_layer, method)
 
 
 def kept_bytes(cache_layer: Any) -> int:
