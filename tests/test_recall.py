@@ -10,10 +10,12 @@ import torch
 
 import seerattention as seer
 from seerattention.baselines import Oracle, Random
+from seerattention.gates.query_state import Recent
 from seerattention.hf import dense, observe
 from seerattention.hf.prompts import run_prompt
 from seerattention.measure import RECALLS, Recall, block_recall, compare_recall, measure_recall, recall, recall_sums
 from seerattention.measure.kept import LOOK_UP, PEAK, count_kept
+from seerattention.ops import Span
 
 from .distill.tiny import attached_llama, random_batches, tiny_llama
 
@@ -247,3 +249,25 @@ def test_decoding():
     assert all(0 < value < 1 for value in known(found).values())
     everything = measure_recall(model, batches, seer.TopK(1.0), phase="decode").numbers()
     assert everything["look_up"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_tokens_are_judged_by_what_decoding_reads_with_a_window(size):
+    config = seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(block_size=16, query_window=size))
+    model, seen = seer.attach(tiny_llama(), config, min_context=0), []
+    with seer.observe(model, lambda inputs, blocks: seen.append(inputs)), torch.no_grad():
+        model(**random_batches(1, length=90)[0])
+    gate, inputs = seer.hf.gates_of(model, "decode")[0], seen[0]
+    table, tokens = (inputs.cos, inputs.sin), torch.tensor([89, 3, 16, 40, 47])
+    keys, whole = gate.encode_keys(inputs.k_pre, *table), Span(len(inputs.q), 90, 90)
+    with torch.no_grad():
+        expected = gate.score_window(Recent(gate.encode_queries(inputs.q_pre, *table)), keys, span=whole)
+        found = recall._scores_of_tokens(inputs, gate, keys, tokens)
+        alone = gate.score(gate.encode_queries(inputs.q_pre, *table), keys, span=whole).log_softmax(-1)
+    torch.testing.assert_close(found, expected[:, :, tokens])
+    assert not torch.allclose(found[:, :, -1, :2], alone[:, :, 47, :2])
+    one = [measure_recall(model, random_batches(1, length=200), seer.TopK(0.3), phase="decode").numbers()["block"]]
+    for layer in seer.hf.gates_of(model, "decode"):
+        layer.set_query_window(1)
+    one.append(measure_recall(model, random_batches(1, length=200), seer.TopK(0.3), phase="decode").numbers()["block"])
+    assert one[0] != one[1]

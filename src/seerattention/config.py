@@ -22,6 +22,8 @@ PITCHES = (4, 8, 16, 32, 64, 128)
 REDUCTIONS = ("max", "logsumexp")
 # Wider gates than any model has heads: a number that was meant for something else.
 MAX_WIDTH = 1024
+MAX_QUERY_WINDOW = 64
+"""Tokens that may choose for each other in decoding: as many as the queries of a block of prompts."""
 
 OLD_WIDTH = "hidden_size"
 """What earlier versions call the width of a gate, in files too."""
@@ -266,12 +268,15 @@ class DecodeGateConfig(GateSpec):
         block_size: tokens a block: 16, 32, 64 or 128; None: that of :class:`GateConfig`.
         k_pitch: tokens a sub-block of keys: a power of two from 4 to the block size; None: blocks are not cut.
         merge_heads: one query vector for all query heads of a KV head; False: one for each.
+        query_window: a token reads the blocks that it or one of the ``query_window - 1`` tokens before it asks for, as
+            in a prompt the queries of a block choose for each other; 1 to 64. 1, the published form: each for itself.
+            It is of decoding alone: gates are trained the same way whatever it is.
     """
 
     form = "seerattention_r"
     phase = "decode"
     module = "seerattention.gates.decode:DecodeGate"
-    unsaid = (*GateSpec.unsaid, ("k_pitch", None), ("merge_heads", True))
+    unsaid = (*GateSpec.unsaid, ("k_pitch", None), ("merge_heads", True), ("query_window", 1))
 
     k_pooling: tuple[str, ...] = ("max", "min", "avg")
     width: int | None = None
@@ -280,6 +285,7 @@ class DecodeGateConfig(GateSpec):
     block_size: int | None = None
     k_pitch: int | None = None
     merge_heads: bool = True
+    query_window: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
@@ -292,6 +298,12 @@ class DecodeGateConfig(GateSpec):
         if self.k_pitch is not None:
             _check_pitch("k_pitch", self.k_pitch, self.block_size or BLOCK_SIZES[-1])
         _check_flag("merge_heads", self.merge_heads)
+        _check_integer("query_window", self.query_window)
+        if not 1 <= self.query_window <= MAX_QUERY_WINDOW:
+            raise ValueError(
+                f"query_window must be a number of tokens from 1 (each token for itself) to {MAX_QUERY_WINDOW}, got "
+                f"{self.query_window}"
+            )
 
     def resolve(self, head_dim: int) -> DecodeGateConfig:
         """The same with ``width`` filled in for a model with this head_dim."""

@@ -234,6 +234,15 @@ def test_decode_gates_are_distilled_and_go_on(run, tmp_path):
     assert f"--k-pitch 16 has no effect: --gates {output} decides, and its k_pitch is 8" in again.stderr
     assert "--own-heads" not in again.stderr
     assert "merge_heads False" in again.stderr
+    window = run(tmp_path / "window", *fine, "--query-window", 8)
+    assert window.exit_code == 0, window.stderr
+    config = json.loads((tmp_path / "window" / "gate_config.json").read_text())["gates"]
+    assert config["decode"]["query_window"] == 8
+    assert same(gates(tmp_path / "window"), gates(output))  # it is not trained
+    wrong = run(tmp_path / "wrong", "--phase", "decode", "--query-window", 65)
+    assert (
+        "--query-window: query_window must be a number of tokens from 1 (each token for itself) to 64" in wrong.stderr
+    )
     useless = run(tmp_path / "prefill", "--own-heads", "--form", "paper", "--k-pitch", 8)
     assert "--merge-heads has no effect: only gates of --phase decode have it" in useless.stderr
     assert "--k-pitch has no effect: only --form sub_block" in useless.stderr

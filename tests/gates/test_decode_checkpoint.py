@@ -182,6 +182,21 @@ def test_fine_decode_gates_are_joined(tmp_path):
     assert '"k_pitch": 8, "merge_heads": false' in (tmp_path / "both" / "README.md").read_text()
 
 
+def test_a_query_window_is_stored_where_there_is_one(tmp_path):
+    """A missing one is 1: folders of earlier versions, which did not know it, are what they were."""
+    write_own(tmp_path / "alone", seer.DecodeGateConfig(block_size=16))
+    assert "query_window" not in (tmp_path / "alone" / "gate_config.json").read_text()
+    assert read_checkpoint(tmp_path / "alone").gate_config.decode.query_window == 1
+    write_own(tmp_path / "together", seer.DecodeGateConfig(block_size=16, query_window=8))
+    write_own(tmp_path / "prompts")
+    joined = read_checkpoint(join(tmp_path / "prompts", tmp_path / "together", tmp_path / "both"))
+    assert joined.gate_config.decode.query_window == 8
+    assert all(gate.query_window == 8 for gate in loaded(joined, "decode").values())
+    assert '"query_window": 8' in (tmp_path / "both" / "README.md").read_text()
+    with pytest.raises(ValueError, match="query_window must be a number of tokens from 1"):
+        seer.GateConfig.from_dict({"block_size": 64, "prefill": None, "decode": {"query_window": 100}})
+
+
 def test_gates_that_cannot_be_joined(tmp_path):
     write_own(tmp_path / "prompts")
     write_published_decode(tmp_path / "decoding")

@@ -58,7 +58,12 @@ def step(gate, q, k, cos, sin, span):
     state, prompt, new = gate.new_state(), slice(0, PROMPT), slice(PROMPT, None)
     gate.encode_keys(k[:, :, prompt], cos[:, prompt], sin[:, prompt], state=state)
     keys = gate.encode_keys(k[:, :, new], cos[:, new], sin[:, new], state=state)
-    return gate.score(gate.encode_queries(q[:, :, new], cos[:, new], sin[:, new], span=span), keys, span=span)
+    queries = gate.encode_queries(q[:, :, new], cos[:, new], sin[:, new], span=span)
+    if gate.query_window == 1:
+        return gate.score(queries, keys, span=span)
+    recent, end = gate.new_query_state(), slice(PROMPT - 70, PROMPT)
+    recent.append(gate.encode_queries(q[:, :, end], cos[:, end], sin[:, end]))
+    return gate.score_window(recent.append(queries), keys, span=span)
 
 
 @pytest.mark.parametrize("form", [{}, {"k_pitch": 8}, FINE], ids=["published", "k_pitch", "fine"])
@@ -79,7 +84,26 @@ def test_scores(tokens, block_size, group, dtype, form):
         assert (found[finite] - wanted[finite]).abs().max() <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("form", [{}, FINE], ids=["published", "fine"])
+@pytest.mark.parametrize("form", [{"query_window": 8}, {**FINE, "query_window": 64}], ids=["published", "fine"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("block_size", "group"), [(16, 1), (64, 4), (128, 7)])
+@pytest.mark.parametrize("tokens", [1, 30])
+@torch.inference_mode()
+def test_scores_of_the_last_tokens_together(tokens, block_size, group, dtype, form):
+    """Each is a score less a sum of scores, so that the errors of two add."""
+    inputs = make(block_size, group, tokens, dtype, **form)
+    tensors = [x.cuda() for x in inputs[1:]]
+    exact = [inputs[0].float(), *(x.float() for x in inputs[1:])]
+    expected = [step(*exact, span) for span in spans(tokens)]
+    gate = inputs[0].to("cuda", dtype)
+    for span, wanted in zip(spans(tokens), expected, strict=True):
+        found = step(gate, *tensors, span.to("cuda")).cpu()
+        assert torch.equal(found == -math.inf, wanted == -math.inf)
+        finite = wanted > -math.inf
+        assert (found[finite] - wanted[finite]).abs().max() <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", [{}, FINE, {**FINE, "query_window": 8}], ids=["published", "fine", "window"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 30])
 @torch.inference_mode()
@@ -90,6 +114,8 @@ def test_lists_without_waiting(tokens, policy, form):
         there, new = span.to("cuda"), slice(PROMPT, None)
         state = gate.new_state()
         gate.encode_keys(k[:, :, :PROMPT], cos[:, :PROMPT], sin[:, :PROMPT], state=state)
+        recent, end = gate.new_query_state(), slice(PROMPT - 70, PROMPT)
+        recent.append(gate.encode_queries(q[:, :, end], cos[:, end], sin[:, end]))
         for turn in range(2):  # kernels are compiled and loaded in the first turn
             earlier = state.lengths[0]
             torch.cuda.synchronize()
@@ -97,12 +123,13 @@ def test_lists_without_waiting(tokens, policy, form):
             try:
                 keys = gate.encode_keys(k[:, :, new], cos[:, new], sin[:, new], state=state)
                 queries = gate.encode_queries(q[:, :, new], cos[:, new], sin[:, new], span=there)
-                scores = gate.score(queries, keys, span=there)
+                scores = gate.score_window(recent.append(queries), keys, span=there)
                 blocks = select_by_token(policy, scores, block_size=64, span=there)
                 out = block_sparse_decode(q[:, :, new].contiguous(), k, k, blocks)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             state.crop(earlier)
+            recent.crop(tokens)
         expected = select_by_token(policy, scores.cpu(), block_size=64, span=span)
         assert torch.equal(blocks.to_mask().cpu(), expected.to_mask())
         assert out.isfinite().all()

@@ -121,7 +121,11 @@ def test_the_oracle_does_not_wait(model_of, monkeypatch):
     assert found == {}
 
 
-@pytest.mark.parametrize("form", [{}, {"k_pitch": 8, "merge_heads": False}], ids=["published", "fine"])
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"k_pitch": 8, "merge_heads": False}, {"query_window": 8}, {"merge_heads": False, "query_window": 8}],
+    ids=["published", "fine", "window", "window, own heads"],
+)
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoding_waits_for_nothing_but_padding(model_of, monkeypatch, padded, form):
     """Once encoded keys are kept. Where rows are padded, masks and lengths are read once a forward; that of sdpa is

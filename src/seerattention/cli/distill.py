@@ -13,7 +13,7 @@ import typer
 from ..config import PHASES
 from .common import Terminal, errors, load_model, resolve_device, token_count
 from .distill_results import fit_budgets, write_results
-from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, ShareKeys, say_what_gates_decide
+from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, QueryWindow, ShareKeys, say_what_gates_decide
 from .options import (
     check_dtype,
     check_gates,
@@ -98,6 +98,7 @@ def command(
     share_keys: ShareKeys = True,
     qk_norm: Norms = True,
     merge_heads: MergeHeads = True,
+    query_window: QueryWindow = 1,
     gate_hidden_size: Annotated[int, typer.Option(help="Gate width; 0: the model's head_dim.")] = 0,
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
@@ -177,6 +178,7 @@ def command(
                 share_keys=share_keys,
                 qk_norm=qk_norm,
                 merge_heads=merge_heads,
+                query_window=query_window,
             )
             if phase != BOTH:  # where the other phase may have it
                 shape.say_unused(context, terminal)

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import SubBlockGateConfig
+from ..config import DecodeGateConfig, SubBlockGateConfig
 from .options import named, say_unused
 
 if TYPE_CHECKING:
     from ..config import GateConfig
     from .common import Terminal
 
-__all__ = ["OPTION_OF", "GateForm", "KeyPitch", "MergeHeads", "Norms", "ShareKeys", "say_what_gates_decide"]
+__all__ = [
+    "OPTION_OF",
+    "GateForm",
+    "KeyPitch",
+    "MergeHeads",
+    "Norms",
+    "QueryWindow",
+    "ShareKeys",
+    "say_what_gates_decide",
+]
 
 KeyPitch = Annotated[
     int | None,
@@ -38,11 +47,18 @@ MergeHeads = Annotated[
         help="Of --phase decode: one query vector for the heads of a KV head, or one for each.",
     ),
 ]
+QueryWindow = Annotated[
+    int,
+    typer.Option(
+        help="Of --phase decode: tokens that choose blocks together when they are decoded, a token and those before it "
+        "(1 to 64). Stored with the gates; training is the same whatever it is."
+    ),
+]
 
 FINE_OPTIONS = ("q_pitch", "k_pitch", "tile_score", "share_keys")
 """What only prefill gates that are finer than their mask have, by the parameter of the command."""
 
-DECODE_OPTIONS = ("qk_norm", "merge_heads")
+DECODE_OPTIONS = ("qk_norm", "merge_heads", "query_window")
 """What only decode gates have; ``k_pitch`` they may have, too."""
 
 _FIELDS = {"gate_hidden_size": "width", "tile_score": "reduce"}
@@ -73,12 +89,14 @@ class GateForm:
     share_keys: bool
     qk_norm: bool = True
     merge_heads: bool = True
+    query_window: int = 1
 
     def __post_init__(self) -> None:
         if self.form not in (*_QUERY_POOLINGS, _DECODE):
             raise ValueError(f"--form must be one of {', '.join(_QUERY_POOLINGS)}, got {self.form!r}")
         with named(OPTION_OF):  # also where another form does not read them: nobody means a wrong value
             SubBlockGateConfig(**self._fine())
+            DecodeGateConfig(query_window=self.query_window)
 
     def _fine(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in FINE_OPTIONS}
@@ -87,8 +105,8 @@ class GateForm:
 
     def _decode(self) -> dict[str, Any]:
         """What leads away from the published form; the rest is left to the defaults."""
-        given = {"k_pitch": self.k_pitch, "qk_norm": self.qk_norm, "merge_heads": self.merge_heads}
-        return {name: value for name, value in given.items() if value not in (None, True)}
+        given, published = {name: getattr(self, name) for name in ("k_pitch", *DECODE_OPTIONS)}, DecodeGateConfig()
+        return {name: value for name, value in given.items() if value != getattr(published, name)}
 
     @property
     def fine(self) -> bool:

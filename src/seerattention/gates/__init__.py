@@ -16,10 +16,20 @@ from .by_token import select_by_token
 from .decode import DecodeGate
 from .gate import BlockGate
 from .prefill import PrefillGate
+from .query_state import QueryState
 from .state import KeyState
 from .sub_block import SubBlockGate
 
-__all__ = ["BlockGate", "DecodeGate", "KeyState", "PrefillGate", "SubBlockGate", "build_gate", "select_by_token"]
+__all__ = [
+    "BlockGate",
+    "DecodeGate",
+    "KeyState",
+    "PrefillGate",
+    "QueryState",
+    "SubBlockGate",
+    "build_gate",
+    "select_by_token",
+]
 
 
 def build_gate(

@@ -10,6 +10,9 @@ same, the largest of its products: what one token holds, or one head asks for, i
 What the paper leaves open, and what is done here: a block counts as complete for a query token once all of its tokens
 are at or before that token, whatever else the keys hold. So candidates that are decoded together score what each would
 score alone. The open block has no score; whoever selects keeps it (:func:`~seerattention.gates.select_by_token`).
+
+A third field, ``query_window``, is of what is made of the scores: the last tokens choose for each other
+(:meth:`DecodeGate.score_window`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from ..ops.block_pooling import block_pooling
 from ..ops.gate_scores import encode_blocks, gate_scores
 from ..ops.span import LENGTH, START, Span
 from .gate import BlockGate, check_rotary_width, draw_projection
-from .state import KeyState, Lengths
+from .query_state import QueryState, Recent
+from .state import HISTORY, KeyState, Lengths, on_device
+from .window import choose_together, largest_share
 
 NORM_EPS = 1e-6
 """Of the RMS norms, as in the published code."""
@@ -58,11 +63,21 @@ class DecodeGate(BlockGate):
         self.group = num_heads // num_kv_heads
         self.q_vectors = num_kv_heads if config.merge_heads else num_heads
         self.single = self.k_pitch == block_size and config.merge_heads
+        self.query_window = config.query_window
         self.q_linear = nn.Parameter(torch.empty(num_kv_heads, self.group, head_dim, self.width))
         self.k_linear = nn.Parameter(torch.empty(num_kv_heads, len(config.k_pooling) * head_dim, self.width))
         for name in ("q_norm", "k_norm"):
             self.register_parameter(name, nn.Parameter(torch.empty(self.width)) if config.qk_norm else None)
         self.reset_parameters()
+
+    def set_query_window(self, tokens: int) -> None:
+        """Let so many tokens choose together; nothing of the gate depends on it.
+
+        Raises:
+            ValueError, TypeError: as :class:`~seerattention.DecodeGateConfig`.
+        """
+        self.config = dataclasses.replace(self.config, query_window=tokens)
+        self.query_window = tokens
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -79,7 +94,7 @@ class DecodeGate(BlockGate):
         return (
             f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, width={self.width}, "
             f"k_pooling={self.config.k_pooling}, qk_norm={self.config.qk_norm}, block_size={self.block_size}, "
-            f"k_pitch={self.k_pitch}, merge_heads={self.config.merge_heads}"
+            f"k_pitch={self.k_pitch}, merge_heads={self.config.merge_heads}, query_window={self.query_window}"
         )
 
     def encode_keys(
@@ -199,16 +214,69 @@ class DecodeGate(BlockGate):
                 f"{self.num_kv_heads}, up to {most}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
             )
         num = keys.shape[2] // parts
-        if self.single:
-            scores = (queries.float() @ keys.float().transpose(-1, -2)) * self.scale
-        else:
-            scores = self._largest(queries, keys[:, :, : num * parts], num)
+        scores = self._products(queries, keys[:, :, : num * parts], num)
         if span.plain and rows is None and span.queries == 1 and num == span.keys // self.block_size:
             # The common step: one token, and keys that are complete blocks, all of which it sees.
             return nn.functional.pad(scores, (0, columns - num), value=float("-inf")) if num < columns else scores
         scores = nn.functional.pad(scores, (0, columns - num))
         open_or_later = torch.arange(columns, device=scores.device) >= self._complete(span, rows, scores.device)
         return scores.masked_fill(open_or_later, float("-inf"))
+
+    def score_window(self, recent: Recent, keys: Tensor, *, span: Span) -> Tensor:
+        """Block logits of each query token, together with those of the tokens before it that chose with it.
+
+        A token t gets of each block the largest of the scores that the tokens i of its window, t - ``query_window`` < i
+        <= t, give it: ``s_ij - logsumexp_j s_ij``, over the blocks j that are complete at t, the same for all i. So
+        each token of a window has the same say, whatever its scores are large by.
+
+        Args:
+            recent: the queries of the span and those of the tokens before them, as :class:`QueryState` gives them.
+                Where it holds fewer than ``query_window - 1`` of these, windows are as much shorter.
+            keys: ``[B, Hkv, N, W]``, as in :meth:`score`.
+            span: the positions of the tokens, without those before them.
+
+        Returns:
+            float32 ``[B, Hkv, T, span.num_key_blocks(block_size)]``, as :meth:`score` gives it; log-probabilities, not
+            normalised again. Of a gate without a window, what :meth:`score` gives.
+
+        Raises:
+            ValueError: encoded queries and keys that do not fit the span.
+        """
+        tokens, (queries, held) = span.queries, recent
+        earlier = queries.shape[2] - tokens
+        if self.query_window == 1:
+            return self.score(queries[:, :, earlier:], keys, span=span)
+        columns, parts = span.num_key_blocks(self.block_size), self.block_size // self.k_pitch
+        num, batch = keys.shape[2] // parts, span.batch
+        if queries.shape[:2] != (batch, self.q_vectors) or earlier < 0 or len(keys) != batch or num > columns:
+            raise ValueError(
+                f"queries must be [{batch}, {self.q_vectors}, {tokens} and those before them, W] and keys [{batch}, "
+                f"{self.num_kv_heads}, up to {columns * parts}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
+            )
+        if earlier >= self.query_window:
+            queries, earlier = queries[:, :, 1 - self.query_window - tokens :], self.query_window - 1
+        scores = self._products(queries, keys[:, :, : num * parts], num)
+        if span.plain and held is None and tokens == 1 and num == span.keys // self.block_size:
+            scores = largest_share(scores)  # the common step, as in score
+        else:
+            complete, known = self._complete(span, None, scores.device), None
+            if held is not None or not span.plain:
+                # In front of a padded row's first token there are slots, but no tokens.
+                known = span.column(START, scores.device).clamp(max=earlier)
+                known = known if held is None else known.minimum(on_device(scores.device, held))
+            scores = choose_together(scores, self.query_window, complete=complete, known=known)
+        return nn.functional.pad(scores, (0, columns - num), value=float("-inf")) if num < columns else scores
+
+    def _products(self, queries: Tensor, keys: Tensor, num: int) -> Tensor:
+        """Scores of ``num`` whole blocks, ``[B, Hkv, R, num]``, as if all were complete."""
+        if self.single:
+            return (queries.float() @ keys.float().transpose(-1, -2)) * self.scale
+        return self._largest(queries, keys, num)
+
+    def new_query_state(self, history: int = HISTORY) -> QueryState:
+        """An empty state of the last tokens' encoded queries, for :meth:`score_window`; ``history`` is the number of
+        tokens that ``crop`` can take back without making a window shorter."""
+        return QueryState(self.query_window, history)
 
     def _largest(self, queries: Tensor, keys: Tensor, num: int) -> Tensor:
         """The largest product of each of ``num`` whole blocks, ``[B, Hkv, R, num]``, as if all were complete."""

@@ -124,7 +124,7 @@ class KeyState:
         before, first = self.lengths or [0] * batch, self._first or [0] * batch
         if batch != len(before):
             raise ValueError(f"the state holds {len(before)} rows, got keys of {batch}; reset, repeat or select first")
-        counts = [width] * batch if lengths is None else _listed(lengths)
+        counts = [width] * batch if lengths is None else listed(lengths)
         if len(counts) != batch or any(not 0 <= count <= width for count in counts):
             raise ValueError(f"lengths must be {batch} integers from 0 to {width}, got {counts}")
         after = [length + count for length, count in zip(before, counts, strict=True)]
@@ -206,7 +206,7 @@ class KeyState:
         return any(x % self.pitch and x // self.pitch * self.pitch < y for x, y in zip(left, self._first, strict=True))
 
     def _left(self, lengths: int | Lengths) -> list[int]:
-        left = [lengths] * len(self.lengths) if isinstance(lengths, int) else _listed(lengths)
+        left = [lengths] * len(self.lengths) if isinstance(lengths, int) else listed(lengths)
         if len(left) != len(self.lengths) or any(not 0 <= x <= y for x, y in zip(left, self.lengths, strict=True)):
             raise ValueError(f"rows of {self.lengths} tokens cannot be cropped to {left}")
         return left
@@ -228,12 +228,12 @@ class KeyState:
         if len(set(zip(self.lengths, self._first, strict=True))) == 1:  # all alike: an index on a device is not read
             chosen = [0] * len(index)
         else:
-            chosen = _listed(index)
+            chosen = listed(index)
         self.lengths, self._first = [self.lengths[row] for row in chosen], [self._first[row] for row in chosen]
         for name in ("_blocks", "_tokens", "_starts"):
             x = getattr(self, name)
             if x is not None and not (name == "_starts" and len(x) == 1):  # one table serves all rows
-                setattr(self, name, x.index_select(0, _on(x.device, index)))
+                setattr(self, name, x.index_select(0, on_device(x.device, index)))
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -267,14 +267,14 @@ class KeyState:
             return
         rows, places = (torch.arange(vectors.shape[2]) < torch.tensor(counts)[:, None]).nonzero(as_tuple=True)
         targets = places + torch.tensor(begins)[rows]
-        rows, places, targets = _on(vectors.device, torch.stack((rows, places, targets)))
+        rows, places, targets = on_device(vectors.device, torch.stack((rows, places, targets)))
         self._blocks.transpose(1, 2)[rows, targets] = vectors.transpose(1, 2)[rows, places].to(self._blocks.dtype)
 
 
 def _encoded(encode: Encode, keys: Tensor, starts: Tensor | None, sizes: list[int]) -> Tensor:
     """Vectors of the first ``sizes`` tokens of each row."""
     cos, sin = (None, None) if starts is None else starts[:, 0].chunk(2, -1)
-    lengths = None if set(sizes) == {keys.shape[2]} else _on(keys.device, sizes)
+    lengths = None if set(sizes) == {keys.shape[2]} else on_device(keys.device, sizes)
     return encode(keys, cos, sin, lengths)
 
 
@@ -320,15 +320,15 @@ def _gather(x: Tensor, places: Tensor, batch: int) -> Tensor:
     """``x [B or 1, H, T, D]`` at ``places [B, S]`` of each row -> ``[B, H, S, D]``."""
     places = places.clamp(max=x.shape[2] - 1)
     rows = torch.arange(batch)[:, None].expand_as(places) if len(x) > 1 else torch.zeros_like(places)
-    rows, places = _on(x.device, torch.stack((rows, places)))
+    rows, places = on_device(x.device, torch.stack((rows, places)))
     return x.transpose(1, 2)[rows, places].transpose(1, 2)
 
 
-def _listed(values: Lengths) -> list[int]:
+def listed(values: Lengths) -> list[int]:
     return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values or ()]
 
 
-def _on(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
+def on_device(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
     """Integers of the host on a device, without waiting for it."""
     x = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     if device.type == "cuda" and x.device.type == "cpu":

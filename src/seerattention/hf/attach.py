@@ -197,6 +197,7 @@ def set_policy(
     density: float | None = None,
     decode: Policy | None = None,
     layers: Mapping[int, Policy | Mapping[str, Policy | None] | None] | None = None,
+    query_window: int | None = None,
 ) -> None:
     """Change which blocks an attached model reads.
 
@@ -207,10 +208,13 @@ def set_policy(
         decode: the same for decoding, where there are gates for it.
         layers: prefill policies of single layers by index, or mappings from phase (``"prefill"``, ``"decode"``) to
             policy; a None takes a layer's own policy away.
+        query_window: tokens that choose together when they are decoded (:class:`~seerattention.DecodeGateConfig`), of
+            gates that are there: it is not trained. None leaves it.
 
     Raises:
-        ValueError: nothing is attached, no such layer or phase, a sparse ``decode`` policy without gates for it, or a
-            density beside ``prefill``, of gates without budgets, or outside of what these were fitted for.
+        ValueError: nothing is attached, no such layer or phase, a sparse ``decode`` policy or a window without gates
+            for decoding, a density beside ``prefill``, of gates without budgets, or outside of what these were fitted
+            for.
         TypeError: not a policy.
     """
     state = state_of(model)
@@ -226,6 +230,8 @@ def set_policy(
         for phase, policy in policies.items():
             _check_policy(phase, policy)
         _check_phases({DECODE: policies.get(DECODE)}, state.phases)
+    if query_window is not None:
+        state.set_query_window(query_window)
     for phase, policy in ((PREFILL, prefill), (DECODE, decode)):
         if policy is not None and phase in state.phases:
             state.set_policy(phase, policy)

@@ -45,6 +45,7 @@ from .masks import read_mask, seer_mask
 from .parts import join, split
 from .phases import PREFILL, unnoticed
 from .plan import make_plan
+from .recent import keep_queries, remember
 from .untraced import untraced
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
@@ -130,6 +131,8 @@ def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tupl
     """None: nothing is attended yet, and it is to be dense."""
     queries = arguments.query.shape[2]
     decoded = forward.decoded_of(queries)
+    if call.layer.remembers:
+        remember(arguments, call, decoded)
     if decoded == 0:
         return _attend_prompt(arguments, call, forward)
     if decoded == queries:
@@ -160,6 +163,7 @@ def _attend_tokens(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     blocks = select_for_tokens(arguments, call, forward, mask, _min_context(layer, device))
     _count(arguments, call, forward, blocks, None if mask[1] is None else mask[1].sum(-1), decoding=True)
     if blocks is None:
+        keep_queries(arguments, call)
         return None
     forward.sparse = True
     return attend_tokens(arguments, blocks), None

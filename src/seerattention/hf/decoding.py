@@ -139,14 +139,16 @@ def _not_decoding(arguments: Arguments, call: Call, plain: bool) -> str | None:
     keys, past = arguments.key.shape[2], call.past
     if window is not None and keys >= window:
         return _WINDOW.format(window)
-    if past is not None and not _holds(past, call, arguments.key):  # without a cache what is given is all that there is
+    if past is not None and not holds_keys(
+        past, call, arguments.key
+    ):  # without a cache what is given is all that there is
         return _CACHE.format(type(past).__name__)
     if not arguments.options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         return "attention is not causal"
     return None if plain else _MASK
 
 
-def _holds(past: Any, call: Call, key: Tensor) -> bool:
+def holds_keys(past: Any, call: Call, key: Tensor) -> bool:
     """Whether a cache layer holds these very keys, and behind them room at most."""
     held = getattr(past, "keys", None)
     if not isinstance(held, Tensor) or held.device != key.device:
@@ -195,9 +197,12 @@ def _select(
     with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
         encoded = gate.encode_keys(key.to(arguments.key.dtype), cos, sin, state=state)
     if call.past is not None:
-        keep(call.past, state, gate)
+        keep(call.past, gate, state, call.last)
     span = Span(batch, queries, keys) if rows is None else _span(rows, queries, keys, forward)
-    logits = gate.score(gate.encode_queries(query, cos, sin), encoded, span=span)
+    if call.recent is None:
+        logits = gate.score(gate.encode_queries(query, cos, sin), encoded, span=span)
+    else:
+        logits = gate.score_window(call.recent, encoded, span=span)
     blocks = select_by_token(policy, logits, block_size=gate.block_size, span=span)
     if (keys if rows is None else min(rows.lengths)) - queries + 1 < minimum:
         blocks = _complete_early_tokens(blocks, span, minimum)

@@ -24,7 +24,8 @@ from .untraced import untraced
 
 if TYPE_CHECKING:
     from ..blocks import BlockIndices
-    from ..gates import KeyState
+    from ..gates import KeyState, QueryState
+    from ..gates.query_state import Recent
     from .layer import LayerState
     from .plan import Plan
     from .state import ModelState
@@ -80,8 +81,12 @@ class Call:
     Attributes:
         valid_keys: of a static cache, the slots that hold tokens, those of this forward included; None: all do.
         unreadable: a static cache, of which a CUDA graph that is captured cannot say how many tokens it holds.
-        past: of decoded tokens, the cache layer; None: there is none, or decoding is dense.
+        before_rope: queries and keys before RoPE, as gates take them, once they were made of what the hooks saw.
+        cache: of decoded tokens, and of others whose queries are kept; None: there is none.
+        past: the layer of the cache; None: there is none, or decoding is dense.
         state: the encoded keys that were kept for what the cache layer held before these tokens.
+        last: the same of the queries of its last tokens, of a decode gate with a window; then these tokens' too.
+        recent: the encoded queries of the tokens that are decoded, and of those before them that choose with them.
         part: whether it is a part of the call only: the prompt, or what follows on it in the same forward.
         reason: why it is attended densely, once that is known.
         given: what the attention module was given beside its hidden states, by place and by name, and their shape;
@@ -97,8 +102,12 @@ class Call:
     unreadable: bool = False
     query: Tensor | None = None
     key: Tensor | None = None
+    before_rope: tuple[Tensor, Tensor] | None = None
+    cache: Any = None
     past: Any = None
     state: KeyState | None = None
+    last: QueryState | None = None
+    recent: Recent | None = None
     part: bool = False
     reason: str | None = None
     given: tuple[tuple[tuple[Any, ...], dict[str, Any]], tuple[int, ...]] | None = None

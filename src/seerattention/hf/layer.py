@@ -18,7 +18,7 @@ from ..selectors import Selector
 from .architectures import find_attention
 from .forward import Call, current_forward, present_call, present_plan
 from .implementation import NAME
-from .kept import kept_keys
+from .kept import kept_keys, kept_queries
 from .phases import DECODE, PREFILL, LayerPhase, unnoticed
 from .plan import given_to
 from .sharding import part_of_gate
@@ -94,9 +94,21 @@ class LayerState:
         selector = self.selector(DECODE)
         return selector is not None and not selector.dense
 
+    @property
+    def remembers(self) -> bool:
+        """Whether tokens choose together with those before them when it decodes, so that it keeps their queries."""
+        gate = self.decode_gate
+        return gate is not None and gate.query_window > 1 and self.decodes
+
     def set_phase(self, phase: str, **changes: Any) -> None:
         """Change entries of the layer's :class:`LayerPhase`."""
         self.phases[phase] = replace(self.phases.get(phase, LayerPhase()), **changes)
+
+    def set_query_window(self, tokens: int) -> None:
+        """Change how many tokens choose together in decoding, where the layer has a gate for it."""
+        if self.decode_gate is not None:
+            self.decode_gate.set_query_window(tokens)
+            self._parts.clear()  # gates of other heads were made with the old one
 
     def selector(self, phase: str) -> Selector | None:
         """What chooses the layer's blocks in a phase; None: it is dense."""
@@ -209,16 +221,23 @@ class LayerState:
             return False
         return all(_first_parameter(gate).device == place for gate in gates)
 
+    def before_rope(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The captured queries and keys before RoPE, ``[B, H, T, D]``."""
+        if call.before_rope is None:
+            if call.query is None or call.key is None:
+                raise RuntimeError(
+                    f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no "
+                    f"longer calls its {self.model.family.query} and {self.model.family.key}; detach before changing "
+                    "modules"
+                )
+            call.before_rope = self.model.family.before_rope(call.query, call.key, self.geometry)
+        return call.before_rope
+
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The captured queries and keys before RoPE, ``[B, H, T, D]``; the call lets go of them."""
-        if call.query is None or call.key is None:
-            raise RuntimeError(
-                f"layer {self.index}: the queries and keys before RoPE were not seen; the attention module no longer "
-                f"calls its {self.model.family.query} and {self.model.family.key}; detach before changing modules"
-            )
-        query, key = self.model.family.before_rope(call.query, call.key, self.geometry)
-        call.query = call.key = None
-        return query, key
+        """The same; the call lets go of them."""
+        taken = self.before_rope(call)
+        call.query = call.key = call.before_rope = None
+        return taken
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.stray:
@@ -275,19 +294,27 @@ class LayerState:
             elif isinstance(cache, StaticCache):
                 held = forward.tokens_in(cache, call.module.layer_idx, kwargs.get("cache_position"))  # type: ignore
                 call.valid_keys = held + hidden.shape[1]
-            if forward.decoded_of(hidden.shape[1]) > 0:
-                self._look_into(call, cache)
+            if (decodes := forward.decoded_of(hidden.shape[1]) > 0) or self.remembers:
+                self._look_into(call, cache, decodes)
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
-    def _look_into(self, call: Call, cache: Any) -> None:
-        """Find the cache layer of decoded tokens, before they are in it."""
-        gate, layers = self.decode_gate, getattr(cache, "layers", ())
-        index = getattr(call.module, "layer_idx", self.index)
-        if gate is not None and self.decodes and index < len(layers):
-            call.past = layers[index]
+    def _look_into(self, call: Call, cache: Any, decodes: bool) -> None:
+        """Find the cache layer of decoded tokens, and of others whose queries are kept, before they are in it."""
+        gate, call.cache = self.decode_gate, cache
+        call.past = self.cache_layer(call)
+        if gate is not None and call.past is not None:
             mine = self.gate_of(self.heads, gate)
             assert mine is not None
-            call.state = kept_keys(call.past, mine, in_place=call.valid_keys is not None)
+            in_place = call.valid_keys is not None
+            if decodes:
+                call.state = kept_keys(call.past, mine, in_place=in_place)
+            if gate.query_window > 1:
+                call.last = kept_queries(call.past, mine, in_place=in_place)
+
+    def cache_layer(self, call: Call) -> Any:
+        """The cache layer of a call, or None. Some caches have none before its first tokens are in it."""
+        layers, index = getattr(call.cache, "layers", ()), getattr(call.module, "layer_idx", self.index)
+        return layers[index] if self.decodes and index < len(layers) else None
 
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.stray:

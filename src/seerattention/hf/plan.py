@@ -22,7 +22,7 @@ from ..policies import Policy
 from ..selectors import GateSelector, LayerInputs
 from .dense import Arguments
 from .forward import Call, Forward
-from .phases import PREFILL
+from .phases import DECODE, PREFILL
 from .untraced import in_compiled_code
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Plan:
         """Begin the call of a layer's attention module, if it is given what that of the plan was."""
         (positional, named), shape = self.given
         hidden = None
+        if DECODE in layer.phases and layer.remembers:  # of its queries, which a plan lets go
+            return False
         if module.config is not self.config or self.standing["_attn_implementation_internal"] is not self.stand_in:
             return False
         if args:
@@ -207,7 +209,7 @@ def make_plan(
         captured: what the two submodules gave, of which ``inputs.q_pre`` and ``inputs.k_pre`` are to be views.
     """
     query, key = captured
-    if call.given is None or call.part or call.valid_keys is not None or in_compiled_code():
+    if call.given is None or call.part or call.valid_keys is not None or in_compiled_code() or call.layer.remembers:
         return
     if query is None or key is None or inputs.cos is not call.cos or inputs.sin is not call.sin:
         return

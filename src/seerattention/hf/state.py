@@ -108,6 +108,20 @@ class ModelState:
             self._minimums[device] = default_min_context(shape, device)
         return self._minimums[device]
 
+    def set_query_window(self, tokens: int) -> None:
+        """Change how many tokens choose together in decoding, of all layers and of what is saved.
+
+        Raises:
+            ValueError: no gates for decoding; ValueError, TypeError: no number of tokens that is supported.
+        """
+        decode = None if self.gate_config is None else self.gate_config.decode
+        if self.gate_config is None or decode is None:
+            raise ValueError(f"query_window={tokens!r} needs gates for decoding, and this model has none")
+        decode = replace(decode, query_window=tokens)  # type: ignore[call-arg,type-var]
+        self.gate_config = replace(self.gate_config, decode=decode)
+        for layer in self.layers:
+            layer.set_query_window(tokens)
+
     def set_policy(self, phase: str, policy: Policy) -> None:
         """Of the layers that have none of their own."""
         self.phases[phase] = replace(self.phases[phase], policy=policy)

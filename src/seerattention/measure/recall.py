@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import BlockIndices, num_blocks
 from ..gates import DecodeGate, select_by_token
+from ..gates.window import largest_share
 from ..hf.contexts import dense, observe
 from ..hf.phases import DECODE, PREFILL
 from ..hf.prompts import run_prompt
@@ -260,11 +261,26 @@ def _map_of_tokens(inputs: LayerInputs, block_size: int) -> _Map:
 def _of_tokens(inputs: LayerInputs, gate: DecodeGate, policy: Policy, true_map: _Map) -> Tensor:
     """The blocks that tokens would read if they were decoded, bool ``[B, Hkv, R, N]``."""
     batch, _, length, _ = inputs.q.shape
-    tokens, table = true_map.rows, (inputs.cos, inputs.sin)
-    queries = gate.encode_queries(inputs.q_pre, *table, rows=tokens)
-    logits = gate.score(queries, gate.encode_keys(inputs.k_pre, *table), rows=tokens, span=Span(batch, length, length))
+    tokens, keys = true_map.rows, gate.encode_keys(inputs.k_pre, inputs.cos, inputs.sin)
+    parts = tokens.split(max(1, _TOKENS // gate.query_window))
+    logits = torch.cat([_scores_of_tokens(inputs, gate, keys, part) for part in parts], 2)
     # Each token is the only query of a row of its own.
     rows = logits.transpose(1, 2).flatten(0, 1)[:, :, None]
     span = Span.of_rows(1, length, start=tokens.repeat(batch), length=true_map.valid.long().flatten())
     selected = select_by_token(policy, rows, block_size=gate.block_size, span=span).to_mask()
     return selected[:, :, 0].unflatten(0, (batch, len(tokens))).transpose(1, 2)
+
+
+def _scores_of_tokens(inputs: LayerInputs, gate: DecodeGate, keys: Tensor, tokens: Tensor) -> Tensor:
+    """``[B, Hkv, R, N]`` of single tokens, each with the tokens before it that choose with it."""
+    batch, _, length, _ = inputs.q.shape
+    size = gate.query_window
+    members = tokens[:, None] - torch.arange(size, device=tokens.device)
+    rows = members.clamp(min=0).flatten()
+    queries = gate.encode_queries(inputs.q_pre, inputs.cos, inputs.sin, rows=rows)
+    # Of all of them those blocks count that are complete at the token.
+    logits = gate.score(queries, keys, rows=tokens.repeat_interleave(size), span=Span(batch, length, length))
+    if size == 1:
+        return logits
+    together = logits.unflatten(2, (len(tokens), size)).masked_fill((members < 0)[..., None], float("-inf"))
+    return largest_share(together)[..., 0, :]
