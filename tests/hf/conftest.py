@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from plan_cases import on_a_gpu, ordinary, real_kernels, repeated  # noqa: F401  (fixtures)
 from seerattention.hf import decoding
 from tiny_models import CONFIGS, make_ids, make_model
 

@@ -107,7 +107,7 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         _note_dense(arguments, call, forward, CAPTURED)
         return attend_densely(arguments)
     device_type = arguments.query.device.type
-    given, arguments = arguments, _with_valid_keys(arguments, call)
+    given, arguments = arguments, arguments.of_first_keys(call.valid_keys)
     if not torch.is_autocast_enabled(device_type):
         result = _attend_sparsely(arguments, call, forward)
     else:
@@ -117,14 +117,6 @@ def _attend(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(device_type, enabled=False):
             result = _attend_sparsely(arguments._replace(**tensors), call, forward)
     return attend_densely(given) if result is None else result
-
-
-def _with_valid_keys(arguments: Arguments, call: Call) -> Arguments:
-    """Without the room that a static cache has behind its tokens. The mask stays: what it says is of tokens only."""
-    keys = call.valid_keys
-    if keys is None or keys >= arguments.key.shape[2]:
-        return arguments
-    return arguments._replace(key=arguments.key[:, :, :keys], value=arguments.value[:, :, :keys])
 
 
 def _attend_sparsely(arguments: Arguments, call: Call, forward: Forward) -> tuple[Tensor, Tensor | None] | None:

@@ -49,6 +49,13 @@ class Arguments(NamedTuple):
         asked = self.options.get("output_attentions")
         return bool(getattr(self.module.config, "output_attentions", False) if asked is None else asked)
 
+    def of_first_keys(self, keys: int | None) -> Arguments:
+        """Without the room that a static cache has behind its tokens (None: there is none). The mask stays: what it
+        says is of tokens only."""
+        if keys is None or keys >= self.key.shape[2]:
+            return self
+        return self._replace(key=self.key[:, :, :keys], value=self.value[:, :, :keys])
+
 
 def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """What the implementation that the model came with computes, given the mask that it would have got.

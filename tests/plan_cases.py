@@ -1,0 +1,129 @@
+"""Models whose layers repeat what one of them did (``hf/plan.py``), with kernels that take no time.
+
+Kernels run in Triton's interpreter, as if the CPU were a GPU; ``tests/gpu/test_replay.py`` does it on one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import seerattention as seer
+from seerattention import selectors
+from seerattention.hf import attention as seer_attention
+from seerattention.hf.plan import Plan
+from seerattention.hf.state import state_of
+from seerattention.ops import block_sparse_attention, dispatch, replay
+from seerattention.ops.indices import BlockIndices
+from tiny_models import attach, logits_of, make_ids, make_model
+
+LAYERS, LENGTH = 3, 70
+ODD = 2  # the layer in which something differs
+
+
+class Mixing:
+    """In the place of the kernels of a layer, which take seconds in the interpreter: one that mixes all that they read.
+
+    It gets memory, shapes and strides, as kernels do."""
+
+    def __getitem__(self, grid):
+        return self.run
+
+    @staticmethod
+    def run(*args):
+        *inputs, out, number, views = args
+        *inputs, out = (x.as_strided(*view) for x, view in zip((*inputs, out), views, strict=True))
+        q, k, v, q_pre, k_pre, cos, sin, *parameters = (x.float() for x in inputs)
+        group = q.shape[1] // k.shape[1]
+        k, v, k_pre = (x.repeat_interleave(group, 1).cumsum(2) / x.shape[2] for x in (k, v, k_pre))
+        turn = (cos - 2 * sin)[:, None].mean(-1, keepdim=True)
+        weight = sum(x[0].mean(0).sum() for x in parameters)
+        out.copy_(q + 2 * k + 3 * v + (q_pre + 2 * k_pre) * turn + weight + number)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, request):
+    """The CPU passes for a GPU, on which kernels are interpreted."""
+    pytest.importorskip("triton")
+    launch = pytest.importorskip("seerattention.ops.triton_launch")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU")
+    monkeypatch.setattr(dispatch, "device_type", lambda device: "cuda")
+    monkeypatch.setattr(launch, "ready", lambda device: True)
+    monkeypatch.setattr(selectors, "_LAYERS", replay.Replays())
+    if "real_kernels" in request.fixturenames:
+        return
+
+    def mix(q, k, v, chosen, scale):
+        inputs, policy = chosen
+        tensors = [q, k, v, inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *inputs.gate.replayed()[0]]
+        tensors.append(torch.empty_like(q))
+        number = scale * sum(map(ord, repr(policy))) / 1000
+        views = [(x.shape, x.stride()) for x in tensors]
+        launch.launch(Mixing(), (1,), *tensors, number, views)
+        return tensors[-1]
+
+    def select(selector, inputs):
+        rows = -(-inputs.q.shape[2] // 32)
+        return BlockIndices.from_mask(torch.ones(1, inputs.q.shape[1], rows, rows, dtype=torch.bool), 32)
+
+    def attend(*tensors, scale):
+        return block_sparse_attention(*tensors, scale=scale, implementation="reference")
+
+    monkeypatch.setattr(selectors.GateSelector, "_select", lambda selector, inputs: (inputs, selector.policy))
+    monkeypatch.setattr(selectors, "block_sparse_attention", mix)
+    monkeypatch.setattr(selectors.GateSelector, "select", select)
+    monkeypatch.setattr(seer_attention, "block_sparse_attention", attend)
+
+
+@pytest.fixture
+def real_kernels():
+    """Asks for the package's own."""
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Indices of the layers that repeated a plan."""
+    found, attend = [], Plan.attend
+
+    def noting(plan, arguments):
+        call = plan.forward.call
+        out = attend(plan, arguments)
+        if out is not None:
+            found.append(call.layer.index)
+        return out
+
+    monkeypatch.setattr(Plan, "attend", noting)
+    return found
+
+
+@pytest.fixture
+def ordinary(monkeypatch):
+    """A function that calls another one without plans."""
+
+    def run(function):
+        with monkeypatch.context() as changed:
+            changed.setattr(seer_attention, "make_plan", lambda *given: None)
+            return function()
+
+    return run
+
+
+def make(family="llama", policy=None, **options):
+    """An attached model whose kernels are compiled and recorded: from the next forward on all are replays."""
+    if family != "gemma3_text":
+        options = {"num_hidden_layers": LAYERS, **options}
+    model = attach(make_model(family, dtype=torch.float16, **options), policy or seer.TopK(0.4))
+    for seed in range(2):
+        logits_of(model, make_ids(LENGTH, seed=seed))
+    return model
+
+
+def attention_of(model, index=ODD) -> nn.Module:
+    return state_of(model).layers[index].attention
+
+
+def same(found, expected):
+    assert not expected.isnan().any()
+    assert torch.equal(found, expected)
