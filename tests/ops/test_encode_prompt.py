@@ -1,4 +1,4 @@
-"""Queries and keys that are encoded together are what they are apart, bit for bit."""
+"""Queries and keys that are encoded together are what they are apart."""
 
 from __future__ import annotations
 

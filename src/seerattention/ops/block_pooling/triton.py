@@ -166,10 +166,10 @@ def pool_both_kernel(
         )  # fmt: skip
 
 
-def _heads_at_once(x: Tensor) -> tuple[int, int]:
-    """As many heads as give every thread one vector, and the number of warps."""
+def _heads_at_once(x: Tensor, heads: int) -> tuple[int, int]:
+    """As many of ``heads`` heads as give every thread one vector, and the number of warps."""
     columns, padded_dim = 32 * MAX_WARPS * VECTOR_BYTES // x.itemsize, power_of_2(x.shape[3])
-    heads = max(1, min(columns // padded_dim, power_of_2(x.shape[1])))
+    heads = max(1, min(columns // padded_dim, power_of_2(heads)))
     return heads, max(1, heads * padded_dim * MAX_WARPS // columns)
 
 
@@ -188,7 +188,7 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
         return out
     slots = {kind: index for index, kind in enumerate(kinds)}
     padded_dim = power_of_2(head_dim)
-    heads_at_once, num_warps = _heads_at_once(x)
+    heads_at_once, num_warps = _heads_at_once(x, heads)
     blocks, step = _blocks_at_once(block_size)
     launch(
         block_pooling_fwd_kernel,
@@ -223,11 +223,13 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
 def pool_both(
     q: Tensor, k: Tensor, kinds: tuple[Sequence[str], Sequence[str]], sizes: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """:func:`block_pooling` of the queries and the keys of whole prompts in one launch, bit for bit.
+    """:func:`block_pooling` of the queries and the keys of whole prompts in one launch.
 
-    Programs of both take as many heads as suit the keys, of which there are fewer.
+    Programs of both take as many heads as suit the keys, of which there are fewer, but no fewer than give one warp
+    something to do.
     """
-    heads_at_once, num_warps = _heads_at_once(k)
+    one_warp = 32 * VECTOR_BYTES // k.itemsize // power_of_2(k.shape[3])
+    heads_at_once, num_warps = _heads_at_once(k, min(max(k.shape[1], one_warp), q.shape[1]))
     head_dim, outs, programs, constants = k.shape[3], [], [], {}
     for name, x, mine, size in zip("QK", (q, k), kinds, sizes, strict=True):
         num, (blocks, step) = num_blocks(x.shape[2], size), _blocks_at_once(size)

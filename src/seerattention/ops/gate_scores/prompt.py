@@ -39,7 +39,7 @@ def encode_prompt(
     *,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``encode_blocks(block_pooling(x))`` of the queries and of the keys of whole prompts, bit for bit.
+    """``encode_blocks(block_pooling(x))`` of the queries and of the keys of whole prompts.
 
     In two launches instead of four, for prompts of up to ``MOST_TOKENS`` tokens, where Triton kernels run and nothing
     is traced.
