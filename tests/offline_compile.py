@@ -236,6 +236,8 @@ def block_pooling(module, target):
         for name, align in (("padded", 0), ("chunk", block_size)):
             grid = Grid(128 // block_size, 0, align, table)
             yield f"{name} {block_size}", functools.partial(module.block_pooling, x, kinds, block_size, grid)
+        both = functools.partial(module.pool_both, x, x[:, :1], (("avg",), kinds), (block_size, block_size))
+        yield f"both {block_size}", both
 
 
 def inverse_rope(module, target):
@@ -257,6 +259,8 @@ def gate_scores(module, target):
         shape = f"{width} {dtype}"
         yield f"project {shape}", functools.partial(module.encode_blocks, k, linear, table, table, 64)
         yield f"rotate {shape}", functools.partial(module.encode_blocks, x, None, table, table, 64)
+        both = functools.partial(module.encode_both, (x, k), (None, linear), (table, table), (64, 64))
+        yield f"both {shape}", both
         scores, masked = torch.zeros(1, 4, num, num), width == 128
         tiles = Tiles(64, 64, 64, 0.1, "max", masked, None, 0, 0, 64 * num, None)
         yield f"multiply {shape}", functools.partial(module.gate_scores, x, x[:, :2], scores, tiles)

@@ -10,6 +10,7 @@ import torch
 
 from seerattention import GateConfig, PrefillGateConfig
 from seerattention.gates import PrefillGate, build_gate, prefill
+from seerattention.ops.gate_scores import prompt
 from seerattention.ops.span import Span
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 8, 16
@@ -208,14 +209,14 @@ def test_gradients_reach_the_parameters_through_sub_blocks():
             assert (parameter.grad != 0).any()
 
 
-def test_a_state_takes_no_gradients_and_a_whole_prompt_is_five_launches(monkeypatch):
+def test_a_state_takes_no_gradients_and_a_whole_prompt_is_encoded_once(monkeypatch):
     gate, inputs = make_gate(q_linear=True), make_inputs(40)
     assert not gate.encode_keys(*inputs[1:], state=gate.new_state()).requires_grad
     calls = []
-    for name in ("block_pooling", "encode_blocks", "gate_scores"):
-        op = getattr(prefill, name)
+    for module, name in ((prompt, "block_pooling"), (prompt, "encode_blocks"), (prefill, "gate_scores")):
+        op = getattr(module, name)
         monkeypatch.setattr(
-            prefill, name, lambda *args, op=op, name=name, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
+            module, name, lambda *args, op=op, name=name, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
         )
     gate(*inputs)
     assert sorted(calls) == ["block_pooling"] * 2 + ["encode_blocks"] * 2 + ["gate_scores"]

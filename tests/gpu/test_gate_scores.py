@@ -7,7 +7,8 @@ import torch
 
 import seerattention as seer
 from seerattention.evaluate.kernels import AttentionShape, make_gate, make_inputs
-from seerattention.ops.gate_scores import encode_blocks, gate_scores
+from seerattention.gates import build_gate
+from seerattention.ops.gate_scores import encode_blocks, gate_scores, prompt
 from seerattention.ops.gate_scores.interface import MAX_TRITON_WIDTH
 from seerattention.ops.span import Span, num_blocks
 
@@ -167,3 +168,35 @@ def test_training_of_sub_block_gates_keeps_no_products(form):
     torch.cuda.synchronize()
     assert all(parameter.grad.isfinite().all() for parameter in gate.gate.parameters())
     assert torch.cuda.max_memory_allocated() - before < 6 * 2**30
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 63, 65, 1000, 8192])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (14, 2, 64), (4, 4, 96)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        seer.PrefillGateConfig(),
+        seer.PrefillGateConfig(q_pooling=("max", "min", "avg"), width=64),
+        seer.SubBlockGateConfig(),
+        seer.SubBlockGateConfig(q_pitch=16, k_pitch=4, share_keys=False),
+    ],
+    ids=["paper", "projected", "sub_block", "pitches"],
+)
+def test_a_prompt_is_encoded_together_as_apart(config, heads, kv_heads, head_dim, length, dtype, monkeypatch):
+    """In two launches. Sums may be taken in another order, as other threads share a block."""
+    if head_dim % (config.width or head_dim) and config.rope:
+        pytest.skip("no rotary table fits")
+    torch.manual_seed(0)
+    gate = build_gate(config, block_size=64, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    gate = gate.to("cuda", dtype)
+    q, k = (torch.randn(1, length, n, head_dim, device="cuda").to(dtype).transpose(1, 2) for n in (heads, kv_heads))
+    angles = 6 * torch.rand(1, length, head_dim, device="cuda")
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    found = gate.encode_prompt(q, k, cos, sin)
+    expected = gate.encode_queries(q, cos, sin), gate.encode_keys(k, cos, sin)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    monkeypatch.setattr(prompt, "encode_blocks", lambda *given, **options: pytest.fail("they were encoded apart"))
+    gate.encode_prompt(q, k, cos, sin)

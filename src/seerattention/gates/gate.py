@@ -84,6 +84,10 @@ class BlockGate(nn.Module, ABC):
             ``[B, Hq, R * (block_size // q_pitch), W]``, of whole prompts without the sub-blocks behind the last token.
         """
 
+    def encode_prompt(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded queries and keys of whole prompts without padding: what the two methods before give."""
+        return self.encode_queries(q, cos, sin), self.encode_keys(k, cos, sin)
+
     @abstractmethod
     def score(
         self, queries: Tensor, keys: Tensor, *,
@@ -179,14 +183,17 @@ class BlockGate(nn.Module, ABC):
                 f"the gate takes q and k of a whole prompt, got {tuple(q.shape)} and {tuple(k.shape)}; score chunks by "
                 "encode_keys, encode_queries and score, or pass their span"
             )
-        keys = self.encode_keys(k, cos, sin, lengths=lengths)
         if span is not None:
+            keys = self.encode_keys(k, cos, sin, lengths=lengths)
             positions = span.column(START, q.device)[:, None] + torch.arange(length, device=q.device)
             positions = positions[:1] if span.plain else positions.clamp(max=k.shape[2] - 1)
             queries = self.encode_queries(q, cos[0, positions], sin[0, positions], rows=rows, span=span)
             return self.score(queries, keys, rows=rows, span=span, masked=masked)
-        queries = self.encode_queries(q, cos, sin, rows=rows, lengths=lengths)
-        span = None
+        if rows is None and lengths is None:
+            queries, keys = self.encode_prompt(q, k, cos, sin)
+        else:
+            keys = self.encode_keys(k, cos, sin, lengths=lengths)
+            queries = self.encode_queries(q, cos, sin, rows=rows, lengths=lengths)
         if self.q_pitch != self.block_size or self.k_pitch != self.block_size:  # only sub-blocks can be without tokens
             span = Span.of_padded(batch, length, length, lengths)
         return self.score(queries, keys, rows=rows, span=span, masked=masked)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import PrefillGateConfig, SubBlockGateConfig
 from ..ops.block_pooling import block_pooling
 from ..ops.gate_scores import encode_blocks, gate_scores
+from ..ops.gate_scores.prompt import Encoding, encode_prompt
 from ..ops.span import LENGTH, QUERY_SLOT, START, Span
 from .gate import BlockGate, check_rotary_width, draw_projection
 from .state import KeyState, Lengths
@@ -125,6 +126,17 @@ class PrefillGate(BlockGate):
             pooled = pooled.index_select(2, blocks)
             cos, sin, pitch = cos[:, ::pitch].index_select(1, blocks), sin[:, ::pitch].index_select(1, blocks), 1
         return self._encode(pooled, self.q_linear, cos, sin, pitch)
+
+    def encode_prompt(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`BlockGate.encode_prompt`; both in the same launches."""
+        if "launches_by_geometry" not in type(self).__dict__:  # a subclass may encode in its own way
+            return super().encode_prompt(q, k, cos, sin)
+        table = cos if self.config.rope else None
+        self.check_tokens("k", k, self.num_kv_heads, table)
+        self.check_tokens("q", q, self.num_heads, table)
+        of_q = Encoding(self.q_linear, tuple(self.config.q_pooling), self.q_pitch)
+        of_k = Encoding(self.k_linear, tuple(self.config.k_pooling), self.k_pitch)
+        return encode_prompt(q.detach(), k.detach(), table, None if table is None else sin, (of_q, of_k))
 
     def score(
         self, queries: Tensor, keys: Tensor, *,

@@ -50,9 +50,9 @@ def _pool_step(p_x, o_t, m_x, b_max, b_min, b_sum, s_x_t, BLOCKS: tl.constexpr, 
     return b_max, b_min, b_sum
 
 
-@triton.jit(do_not_specialize=["heads", "length", "num", "offset"])  # another length must not compile it again
-def block_pooling_fwd_kernel(
-    p_x, p_table, p_out, heads, length, num, offset, s_x_b, s_x_h, s_x_t,
+@triton.jit
+def _pool(
+    i_program, p_x, p_table, p_out, heads, length, num, offset, s_x_b, s_x_h, s_x_t,
     HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
     MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr,
@@ -62,8 +62,8 @@ def block_pooling_fwd_kernel(
     asked for; block 0 begins ``offset`` tokens before the first one of x, with a table at a multiple of ALIGN."""
     parts = (heads + HEADS - 1) // HEADS
     tiles = (num + BLOCKS - 1) // BLOCKS
-    i_n = tl.program_id(0) // parts % tiles * BLOCKS
-    i_b = (tl.program_id(0) // parts // tiles).to(tl.int64)
+    i_n = i_program // parts % tiles * BLOCKS
+    i_b = (i_program // parts // tiles).to(tl.int64)
     end = length
     if HAS_TABLE:
         p_x += tl.load(p_table + i_b * 4).to(tl.int64) * s_x_t
@@ -78,7 +78,7 @@ def block_pooling_fwd_kernel(
 
     # The columns are the channels of one head after the other.
     o_column = tl.arange(0, HEADS * PADDED_DIM)
-    o_h = tl.program_id(0) % parts * HEADS + o_column // PADDED_DIM
+    o_h = i_program % parts * HEADS + o_column // PADDED_DIM
     o_d = o_column % PADDED_DIM
     m_column = (o_h < heads) & (o_d < HEAD_DIM)
     p_own_x = p_x + i_b * s_x_b + o_h.to(tl.int64) * s_x_h + o_d
@@ -91,7 +91,7 @@ def block_pooling_fwd_kernel(
     whole = count == BLOCKS * BLOCK
     if CHUNK:
         whole = whole & (begin >= 0)
-    if whole & (tl.program_id(0) % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
+    if whole & (i_program % parts * HEADS + HEADS <= heads) & (HEAD_DIM == PADDED_DIM):
         for start in range(0, BLOCK, STEP):
             o_t = begin + start + o_step
             b_max, b_min, b_sum = _pool_step(p_own_x, o_t, None, b_max, b_min, b_sum, s_x_t, BLOCKS, STEP)
@@ -127,6 +127,58 @@ def block_pooling_fwd_kernel(
         tl.store(p_own_out + AVG_SLOT * HEAD_DIM, b_avg.to(p_out.dtype.element_ty), mask=m_out)
 
 
+@triton.jit(do_not_specialize=["heads", "length", "num", "offset"])  # another length must not compile it again
+def block_pooling_fwd_kernel(
+    p_x, p_table, p_out, heads, length, num, offset, s_x_b, s_x_h, s_x_t,
+    HAS_TABLE: tl.constexpr, CHUNK: tl.constexpr,
+    MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """See ``_pool``."""
+    _pool(
+        tl.program_id(0), p_x, p_table, p_out, heads, length, num, offset, s_x_b, s_x_h, s_x_t, HAS_TABLE, CHUNK,
+        MAX_SLOT, MIN_SLOT, AVG_SLOT, NUM_KINDS, BLOCK, ALIGN, BLOCKS, STEP, HEADS, HEAD_DIM, PADDED_DIM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs", "length", "q_heads", "q_num", "k_heads", "k_num"])
+def pool_both_kernel(
+    p_q, p_k, p_q_out, p_k_out, programs, length, q_heads, q_num, k_heads, k_num,
+    s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
+    Q_MAX: tl.constexpr, Q_MIN: tl.constexpr, Q_AVG: tl.constexpr, Q_KINDS: tl.constexpr,
+    Q_BLOCK: tl.constexpr, Q_BLOCKS: tl.constexpr, Q_STEP: tl.constexpr,
+    K_MAX: tl.constexpr, K_MIN: tl.constexpr, K_AVG: tl.constexpr, K_KINDS: tl.constexpr,
+    K_BLOCK: tl.constexpr, K_BLOCKS: tl.constexpr, K_STEP: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """Whole prompts: the first programs pool the queries, the others the keys."""
+    i_program = tl.program_id(0)
+    if i_program < programs:
+        _pool(
+            i_program, p_q, None, p_q_out, q_heads, length, q_num, 0, s_q_b, s_q_h, s_q_t, False, False,
+            Q_MAX, Q_MIN, Q_AVG, Q_KINDS, Q_BLOCK, 0, Q_BLOCKS, Q_STEP, HEADS, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+    else:
+        _pool(
+            i_program - programs, p_k, None, p_k_out, k_heads, length, k_num, 0, s_k_b, s_k_h, s_k_t, False, False,
+            K_MAX, K_MIN, K_AVG, K_KINDS, K_BLOCK, 0, K_BLOCKS, K_STEP, HEADS, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+
+
+def _heads_at_once(x: Tensor, heads: int) -> tuple[int, int]:
+    """As many of ``heads`` heads as give every thread one vector, and the number of warps."""
+    columns, padded_dim = 32 * MAX_WARPS * VECTOR_BYTES // x.itemsize, power_of_2(x.shape[3])
+    heads = max(1, min(columns // padded_dim, power_of_2(heads)))
+    return heads, max(1, heads * padded_dim * MAX_WARPS // columns)
+
+
+def _blocks_at_once(block_size: int) -> tuple[int, int]:
+    """As many blocks as give a thread TOKENS of them at a time, and how many tokens of each these are."""
+    step = min(TOKENS, block_size & -block_size)  # the largest power of two that divides a block
+    return (TOKENS // block_size if step == block_size else 1), step
+
+
 def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:
     batch, heads, length, head_dim = x.shape
     if grid.table is not None:
@@ -136,11 +188,8 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
         return out
     slots = {kind: index for index, kind in enumerate(kinds)}
     padded_dim = power_of_2(head_dim)
-    # As many heads as give every thread one vector, and as many blocks as give it TOKENS of them at a time.
-    columns = 32 * MAX_WARPS * VECTOR_BYTES // x.itemsize
-    heads_at_once = max(1, min(columns // padded_dim, power_of_2(heads)))
-    step = min(TOKENS, block_size & -block_size)  # the largest power of two that divides a block
-    blocks = TOKENS // block_size if step == block_size else 1
+    heads_at_once, num_warps = _heads_at_once(x, heads)
+    blocks, step = _blocks_at_once(block_size)
     launch(
         block_pooling_fwd_kernel,
         (batch * num_blocks(grid.num, blocks) * num_blocks(heads, heads_at_once),),
@@ -166,6 +215,48 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
         HEADS=heads_at_once,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
-        num_warps=max(1, heads_at_once * padded_dim * MAX_WARPS // columns),
+        num_warps=num_warps,
     )
     return out
+
+
+def pool_both(
+    q: Tensor, k: Tensor, kinds: tuple[Sequence[str], Sequence[str]], sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """:func:`block_pooling` of the queries and the keys of whole prompts in one launch.
+
+    Programs of both take as many heads as suit the keys, of which there are fewer, but no fewer than give one warp
+    something to do.
+    """
+    one_warp = 32 * VECTOR_BYTES // k.itemsize // power_of_2(k.shape[3])
+    heads_at_once, num_warps = _heads_at_once(k, min(max(k.shape[1], one_warp), q.shape[1]))
+    head_dim, outs, programs, constants = k.shape[3], [], [], {}
+    for name, x, mine, size in zip("QK", (q, k), kinds, sizes, strict=True):
+        num, (blocks, step) = num_blocks(x.shape[2], size), _blocks_at_once(size)
+        outs.append(torch.empty(*x.shape[:2], num, len(mine) * head_dim, dtype=x.dtype, device=x.device))
+        programs.append(x.shape[0] * num_blocks(num, blocks) * num_blocks(x.shape[1], heads_at_once))
+        slots = {kind: index for index, kind in enumerate(mine)}
+        constants |= {f"{name}_{kind.upper()}": slots.get(kind, -1) for kind in ("max", "min", "avg")}
+        constants |= {f"{name}_KINDS": len(mine), f"{name}_BLOCK": size}
+        constants |= {f"{name}_BLOCKS": blocks, f"{name}_STEP": step}
+    launch(
+        pool_both_kernel,
+        (sum(programs),),
+        q,
+        k,
+        *outs,
+        programs[0],
+        q.shape[2],
+        q.shape[1],
+        outs[0].shape[2],
+        k.shape[1],
+        outs[1].shape[2],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        **constants,
+        HEADS=heads_at_once,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=power_of_2(head_dim),
+        num_warps=num_warps,
+    )
+    return outs[0], outs[1]

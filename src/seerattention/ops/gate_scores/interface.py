@@ -61,7 +61,7 @@ def encode_blocks(
     """
     op = "encode_blocks"
     _check_encoding(op, pooled, linear, cos, sin, pitch)
-    if not _opaque(op, implementation, pooled, linear, cos, sin):
+    if not may_launch(op, implementation, pooled, linear, cos, sin):
         return reference.encode_blocks(pooled, linear, cos, sin, pitch)
     if linear is None and cos is None:
         return pooled
@@ -110,7 +110,7 @@ def gate_scores(
     """
     asked = Tiles(block_size, q_pitch or block_size, k_pitch or block_size, scale, reduce, masked)
     tiles = _check_scores(q, k, rows, span, asked)
-    if not _opaque("gate_scores", implementation, q, k):
+    if not may_launch("gate_scores", implementation, q, k):
         return reference.gate_scores(q, k, tiles)
     return _gate_scores(q, k, tiles, implementation)
 
@@ -165,7 +165,7 @@ def empty_scores(q: Tensor, rows: int, columns: int) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], rows, padded, dtype=torch.float32)[..., :columns]
 
 
-def _opaque(op: str, implementation: str | None, x: Tensor, *others: Tensor | None) -> bool:
+def may_launch(op: str, implementation: str | None, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels are to run, so far as arguments tell; this is traced, so triton must not be looked for."""
     linear = others[0]
     width = x.shape[-1] if linear is None else linear.shape[-1]

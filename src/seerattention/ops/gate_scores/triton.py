@@ -8,6 +8,8 @@ one thread holds, and no product leaves its registers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -40,10 +42,10 @@ def _rotary(p_table, o_row, o_channel, m_rows, m_channels, s_t, s_d, other):
     return tl.load(p_own_table, mask=m_rows[:, None] & m_channels[None, :], other=other).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def project_rotate_kernel(
-    p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch, s_x_b, s_x_h, s_x_n,
-    s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+@triton.jit
+def _project_rotate(
+    i_n, i_bh, p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch,
+    s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +53,6 @@ def project_rotate_kernel(
 
     ``half`` pairs of channels are rotated, ``middle`` is the number of all pairs; PLAIN: all are rotated, or none.
     """
-    i_n, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     m_n = o_n < num
@@ -96,6 +97,45 @@ def project_rotate_kernel(
     m_first, m_second = (o_pair < middle) & (o_first < end_first), (o_pair < middle) & (o_second < width)
     tl.store(p_own_out + o_first[None, :], b_first.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_first[None, :])
     tl.store(p_own_out + o_second[None, :], b_second.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_second[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def project_rotate_kernel(
+    p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch, s_x_b, s_x_h, s_x_n,
+    s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+    PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """See ``_project_rotate``."""
+    _project_rotate(
+        tl.program_id(0), tl.program_id(1), p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width,
+        half, middle, pitch, s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+        PROJECT, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs", "q_heads", "q_num", "k_heads", "k_group", "k_num"])
+def encode_both_kernel(
+    p_q, p_k, p_q_linear, p_k_linear, p_cos, p_sin, p_q_out, p_k_out, programs, q_heads, q_num, q_channels, q_pitch,
+    k_heads, k_group, k_num, k_channels, k_pitch, width, half, middle,
+    s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+    PROJECT_Q: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The first ``programs`` of the second dimension encode queries, the others keys."""
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    if i_bh < programs:
+        _project_rotate(
+            i_n, i_bh, p_q, p_q_linear, p_cos, p_sin, p_q_out, q_heads, 1, q_num, q_channels, width, half, middle,
+            q_pitch, s_q_b, s_q_h, s_q_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+            PROJECT_Q, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
+        )  # fmt: skip
+    else:
+        _project_rotate(
+            i_n, i_bh - programs, p_k, p_k_linear, p_cos, p_sin, p_k_out, k_heads, k_group, k_num, k_channels, width,
+            half, middle, k_pitch, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+            True, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -296,14 +336,10 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
     out = torch.empty(batch, heads, num, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rotary = 0 if cos is None else min(cos.shape[-1], width)
-    half, middle = rotary // 2, (width + 1) // 2
-    single = x.dtype == torch.float32
-    block_w = max(16, power_of_2(middle))
-    block_n = 32 if single else 64
+    half, middle, constants = _encoding(x, cos, width)
     launch(
         project_rotate_kernel,
-        (num_blocks(num, block_n), batch * heads),
+        (num_blocks(num, constants["BLOCK_N"]), batch * heads),
         x,
         None if linear is None else linear.contiguous(),
         cos,
@@ -321,16 +357,77 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
         *_table_strides(cos, width),
         *_table_strides(sin, width),
         PROJECT=linear is not None,
-        ROTATE=cos is not None,
-        PLAIN=half in (0, middle),
-        PRECISION="ieee" if single else "tf32",
-        BLOCK_N=block_n,
-        BLOCK_C=16 if single else 64,
-        BLOCK_W=block_w,
-        num_warps=8 if block_w > 64 else 4,
-        num_stages=2,
+        **constants,
     )
     return out
+
+
+def _encoding(x: Tensor, cos: Tensor | None, width: int) -> tuple[int, int, dict[str, Any]]:
+    """Pairs of channels that are rotated, all pairs, and the shape of a program."""
+    half, middle = 0 if cos is None else min(cos.shape[-1], width) // 2, (width + 1) // 2
+    single, block_w = x.dtype == torch.float32, max(16, power_of_2(middle))
+    return (
+        half,
+        middle,
+        {
+            "ROTATE": cos is not None,
+            "PLAIN": half in (0, middle),
+            "PRECISION": "ieee" if single else "tf32",
+            "BLOCK_N": 32 if single else 64,
+            "BLOCK_C": 16 if single else 64,
+            "BLOCK_W": block_w,
+            "num_warps": 8 if block_w > 64 else 4,
+            "num_stages": 2,
+        },
+    )
+
+
+def encode_both(
+    pooled: tuple[Tensor, Tensor],
+    linears: tuple[Tensor | None, Tensor],
+    tables: tuple[Tensor | None, Tensor | None],
+    pitches: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """:func:`encode_blocks` of queries and keys, with as many query projections as query heads, in one launch, bit for
+    bit."""
+    (q, k), (q_linear, k_linear), (cos, sin) = pooled, linears, tables
+    batch, heads, width = q.shape[0], k_linear.shape[0], k_linear.shape[2]
+    outs = [
+        torch.empty(batch, mine, x.shape[2], width, dtype=x.dtype, device=x.device)
+        for x, mine in ((q, q.shape[1]), (k, heads))
+    ]
+    half, middle, constants = _encoding(k, cos, width)
+    launch(
+        encode_both_kernel,
+        (num_blocks(max(q.shape[2], k.shape[2]), constants["BLOCK_N"]), batch * (q.shape[1] + heads)),
+        q,
+        k,
+        None if q_linear is None else q_linear.contiguous(),
+        k_linear.contiguous(),
+        cos,
+        sin,
+        *outs,
+        batch * q.shape[1],
+        q.shape[1],
+        q.shape[2],
+        q.shape[3],
+        pitches[0],
+        heads,
+        heads // k.shape[1],
+        k.shape[2],
+        k.shape[3],
+        pitches[1],
+        width,
+        half,
+        middle,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *_table_strides(cos, width),
+        *_table_strides(sin, width),
+        PROJECT_Q=q_linear is not None,
+        **constants,
+    )
+    return outs[0], outs[1]
 
 
 def _table_strides(table: Tensor | None, width: int) -> tuple[int, int, int]:

@@ -1,0 +1,115 @@
+"""Queries and keys that are encoded together are what they are apart."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from helpers import fill_empty_with_nan
+from seerattention.ops.block_pooling import block_pooling
+from seerattention.ops.gate_scores import encode_blocks, prompt
+from seerattention.ops.gate_scores.prompt import Encoding, encode_prompt
+
+pytest.importorskip("triton")
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU")
+
+AVG, ALL = ("avg",), ("max", "min", "avg")
+# Heads of queries, of keys, of the projection of keys; head_dim, width; poolings; pitches; what is rotated.
+CASES = {
+    "published": (9, 3, 9, 16, 16, AVG, ALL, 64, 64, 16),
+    "projected": (4, 2, 4, 16, 16, ALL, ALL, 32, 32, 16),
+    "sub_block": (4, 2, 2, 16, 16, ("max", "avg"), AVG, 8, 8, 16),
+    "pitches": (4, 4, 4, 16, 24, AVG, AVG, 16, 4, 8),
+    "narrow": (2, 1, 2, 40, 20, ("min",), ALL, 64, 32, 40),
+    "no_rope": (4, 2, 4, 16, 16, AVG, ("max", "min"), 32, 64, 0),
+}
+
+
+def make(case, length, dtype, batch=1):
+    heads, kv_heads, k_heads, dim, width, q_kinds, k_kinds, q_pitch, k_pitch, rotary = CASES[case]
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    q, k = (draw(batch, length, number, dim).transpose(1, 2) for number in (heads, kv_heads))
+    straight = case in ("published", "no_rope")
+    of_q = Encoding(None if straight else draw(heads, len(q_kinds) * dim, width), q_kinds, q_pitch)
+    of_k = Encoding(draw(k_heads, len(k_kinds) * dim, width), k_kinds, k_pitch)
+    angles = torch.rand(1, length, rotary // 2, generator=generator)
+    table = torch.cat((angles, angles), -1)
+    cos, sin = (table.cos().to(dtype), table.sin().to(dtype)) if rotary else (None, None)
+    return q, k, cos, sin, (of_q, of_k)
+
+
+def apart(q, k, cos, sin, encodings, implementation):
+    for x, (linear, kinds, pitch) in zip((q, k), encodings, strict=True):
+        pooled = block_pooling(x, kinds, block_size=pitch, implementation=implementation)
+        yield encode_blocks(pooled, linear, cos, sin, pitch=pitch, implementation=implementation)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("case", "length"),
+    [*itertools.product(CASES, [1, 65]), ("published", 63), ("published", 64), ("published", 200), ("sub_block", 127)],
+)
+def test_together_is_apart(case, length, monkeypatch):
+    inputs = make(case, length, torch.float16)
+    expected = list(apart(*inputs, "triton"))
+    launches = []
+    launch = prompt._together
+    monkeypatch.setattr(prompt, "_together", lambda *given: launches.append(launch(*given)) or launches[-1])
+    fill_empty_with_nan(monkeypatch)
+    found = encode_prompt(*inputs, implementation="triton")
+    assert launches == [True]
+    for x, y in zip(found, expected, strict=True):
+        assert not x.isnan().any()
+        assert torch.equal(x, y)
+        assert x.dtype == torch.float16
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("batch", "dtype"), [(2, torch.float16), (1, torch.float32)])
+def test_batches_and_float32(batch, dtype):
+    inputs = make("published", 100, dtype, batch)
+    for x, y in zip(encode_prompt(*inputs, implementation="triton"), apart(*inputs, "triton"), strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_interpreter
+def test_kernels_equal_the_reference():
+    inputs = make("published", 200, torch.float16)
+    exact = [x.float() if isinstance(x, torch.Tensor) else x for x in inputs[:4]]
+    encodings = [how._replace(linear=None if how.linear is None else how.linear.float()) for how in inputs[4]]
+    expected = encode_prompt(*exact, encodings, implementation="reference")
+    for x, y in zip(encode_prompt(*inputs, implementation="triton"), expected, strict=True):
+        torch.testing.assert_close(x.float(), y, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_where_no_kernel_runs_both_are_apart(case):
+    inputs = make(case, 100, torch.float32)
+    for implementation in (None, "reference"):
+        found = encode_prompt(*inputs, implementation=implementation)
+        for x, y in zip(found, apart(*inputs, implementation), strict=True):
+            assert torch.equal(x, y)
+
+
+@needs_interpreter
+def test_what_does_not_fit_together_is_apart(monkeypatch):
+    """Long prompts, strided channels, dtypes that differ."""
+    q, k, cos, _, encodings = make("published", 65, torch.float16)
+
+    def together(q=q, k=k, encodings=encodings):
+        return prompt._together(q, k, cos, encodings, "triton")
+
+    assert together()
+    assert not together(q=q.float())
+    assert not together(q=q[:, :, :, :8])
+    assert not together(k=k.transpose(2, 3).contiguous().transpose(2, 3))
+    assert not together(encodings=(encodings[0], encodings[1]._replace(linear=None)))
+    assert not together(q=q[:, :, :64])
+    monkeypatch.setattr(prompt, "MOST_TOKENS", 64)
+    assert not together()
