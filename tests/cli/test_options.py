@@ -66,6 +66,7 @@ WRONG = {
         "--form": ["fine", ""],
         "--q-pitch": ["0", "3", "24", "256", "8.5"],
         "--k-pitch": ["0", "3", "24", "256", "8.5"],
+        "--query-window": ["0", "-1", "65", "8.5"],
         "--tile-score": ["mean", ""],
         "--gate-hidden-size": ["-2", "7", "1000000000"],
         "--document-tokens": NOT_OPTIONAL_COUNTS,

@@ -257,7 +257,7 @@ class DecodeGate(BlockGate):
             queries, earlier = queries[:, :, 1 - self.query_window - tokens :], self.query_window - 1
         scores = self._products(queries, keys[:, :, : num * parts], num)
         if span.plain and held is None and tokens == 1 and num == span.keys // self.block_size:
-            scores = largest_share(scores)  # the common step, as in score
+            scores = largest_share(scores)[:, :, None]  # the common step, as in score
         else:
             complete, known = self._complete(span, None, scores.device), None
             if held is not None or not span.plain:

@@ -14,18 +14,21 @@ from torch import Tensor
 _AT_ONCE = 1 << 24
 
 
-def largest_share(scores: Tensor) -> Tensor:
+def largest_share(scores: Tensor, counts: Tensor | None = None) -> Tensor:
     """The largest log-probability that any query of a window gives each block.
 
     Args:
-        scores: float32 ``[..., w, N]`` of the queries of a window; -inf where a query, or a block, does not count.
+        scores: float32 ``[..., w, N]`` of the queries of a window.
+        counts: bool, of a shape that fits it: which scores count, for a query all, some or none; None: all do.
 
     Returns:
-        ``[..., 1, N]``; -inf where nothing counts.
+        ``[..., N]``; -inf where nothing counts.
     """
-    # Of queries without any block the sum is -inf too, and the difference would be no number.
-    total = torch.logsumexp(scores, -1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    return (scores - total).amax(-2, keepdim=True)
+    if counts is None:
+        return scores.log_softmax(-1).amax(-2)
+    hidden = ~counts
+    shares = scores.masked_fill(hidden, float("-inf")).log_softmax(-1)
+    return shares.masked_fill(hidden, float("-inf")).amax(-2)  # no number where nothing counts for a query
 
 
 def choose_together(scores: Tensor, window: int, *, complete: Tensor, known: Tensor | None = None) -> Tensor:
@@ -58,8 +61,6 @@ def choose_together(scores: Tensor, window: int, *, complete: Tensor, known: Ten
         back = (window - 1 - torch.arange(window, device=device)) - torch.arange(tokens, device=device)[:, None]
         counts = counts & (back <= known[:, None, None])[:, None, ..., None]
     step = max(1, _AT_ONCE // max(1, windows[:, :, :1].numel()))
-    parts = [
-        largest_share(some.masked_fill(~mine, float("-inf")))[..., 0, :]
-        for some, mine in zip(windows.split(step, 2), counts.split(step, 2), strict=True)
-    ]
+    pairs = zip(windows.split(step, 2), counts.split(step, 2), strict=True)
+    parts = [largest_share(some, mine) for some, mine in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

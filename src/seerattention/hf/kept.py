@@ -18,10 +18,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.cache_utils import DynamicLayer
 
 from ..gates import KeyState, QueryState
 
 _ATTRIBUTE = "_seer_encoded_keys"
+
+
+class _Memory:
+    """Where a tensor ``[B, H, T, D]`` lies, so that what a crop leaves of it is known: first tokens at the same place.
+
+    Tensors of inference mode do not know of which other one they are a view: of them it is the storage.
+    """
+
+    def __init__(self, keys: Tensor):
+        self.version = _version(keys)
+        self.whole = StorageWeakRef(keys.untyped_storage()) if keys.is_inference() else weakref.ref(_whole(keys))
+        self.shape, self.stride, self.offset = keys.shape, keys.stride(), keys.storage_offset()
+
+    def removed(self, keys: Tensor) -> int | None:
+        """How many of the last tokens are not in ``keys``; None: it is another tensor."""
+        if isinstance(self.whole, StorageWeakRef):
+            same = keys.is_inference() and StorageWeakRef(keys.untyped_storage()) == self.whole
+        else:
+            same = not keys.is_inference() and self.whole() is _whole(keys)
+        same = same and (self.stride, self.offset) == (keys.stride(), keys.storage_offset())
+        if not same or keys.dim() != 4 or keys.shape[:2] != self.shape[:2] or keys.shape[2] > self.shape[2]:
+            return None
+        return self.shape[2] - keys.shape[2]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor that ``x`` is a view of, or itself."""
+    return x if x._base is None else x._base
 
 
 class Kept:
@@ -35,21 +65,30 @@ class Kept:
     def __init__(self, state: KeyState | None = None, queries: QueryState | None = None):
         self.state = state
         self.queries = queries
+        self._layer: weakref.ref[Any] | None = None
         self._keys: weakref.ref[Tensor] | None = None
-        self._keys_version: int | None = None
+        self._memory: _Memory | None = None
         self._gate: weakref.ref[nn.Module] | None = None
         self._gate_version: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         """The copy is good for the copy of the keys, which the cache layer holds, and copies, before this."""
-        keys = None if self._keys is None else self._keys()
+        layer = None if self._layer is None else self._layer()
+        twin_layer, keys = memo.get(id(layer)), getattr(layer, "keys", None)
         copied = memo.get(id(keys))
-        if keys is None or copied is None or self._keys_version != _version(keys):
+        if twin_layer is None or not isinstance(copied, Tensor) or not self.is_current:
             return Kept()
         twin = Kept(copy.deepcopy(self.state, memo), copy.deepcopy(self.queries, memo))
-        twin._keys, twin._keys_version = weakref.ref(copied), _version(copied)
-        twin._gate, twin._gate_version = self._gate, self._gate_version
+        twin._layer, twin._gate, twin._gate_version = weakref.ref(twin_layer), self._gate, self._gate_version
+        twin._made_of(copied)
         return twin
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is of what its cache layer holds now, by its gate as it is now."""
+        layer = None if self._layer is None else self._layer()
+        gate = None if self._gate is None else self._gate()
+        return layer is not None and gate is not None and self.is_of(layer.keys, gate)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Kept, ()  # another process makes them anew
@@ -57,19 +96,21 @@ class Kept:
     def is_of(self, keys: Any, gate: nn.Module) -> bool:
         """Whether it was made of this very tensor, by this gate as it is; or of one of which this is what a crop left
         (rejected candidates), after which it is made to fit."""
-        old = None if self._keys is None else self._keys()
-        if old is None or self._keys_version != _version(old):
+        if self._keys is None or self._memory is None or not isinstance(keys, Tensor):
+            return False
+        if self._memory.version != _version(keys):
             return False
         if self._gate is None or self._gate() is not gate or self._gate_version != _parameters(gate):
             return False
-        return old is keys or self._crop(old, keys, gate)
+        return self._keys() is keys or self._crop(keys)
 
-    def _crop(self, old: Tensor, keys: Any, gate: nn.Module) -> bool:
-        if not isinstance(keys, Tensor) or keys._base is not (old if old._base is None else old._base):
-            return False
-        removed = old.shape[2] - keys.shape[2]
-        same = keys.storage_offset() == old.storage_offset() and keys.stride() == old.stride()
-        if not same or keys.shape[:2] != old.shape[:2] or removed < 0:
+    def _crop(self, keys: Tensor) -> bool:
+        assert self._memory is not None
+        layer = None if self._layer is None else self._layer()
+        if keys.is_inference() and getattr(type(layer), "update", None) is not DynamicLayer.update:
+            return False  # who knows what was written into it
+        removed = self._memory.removed(keys)
+        if removed is None:
             return False
         if self.state is not None:
             lengths = [length - removed for length in self.state.lengths]
@@ -79,22 +120,24 @@ class Kept:
                 self.state.crop(lengths)
         if self.queries is not None:
             self.queries.crop(removed)
-        self.belong_to(keys, gate)
+        self._made_of(keys)
         return True
 
     def select(self, index: Tensor, keys: Tensor) -> None:
         """Keep the rows of an index ``[B']``, in its order, which are now in ``keys``."""
-        gate = None if self._gate is None else self._gate()
         for part in (self.state, self.queries):
             if part is not None:
                 part.select(index)
-        if gate is not None:
-            self.belong_to(keys, gate)
+        self._made_of(keys)
 
-    def belong_to(self, keys: Tensor, gate: nn.Module) -> None:
+    def belong_to(self, cache_layer: Any, gate: nn.Module) -> None:
         """Say what it was made of."""
-        self._keys, self._keys_version = weakref.ref(keys), _version(keys)
+        self._layer = weakref.ref(cache_layer)
         self._gate, self._gate_version = weakref.ref(gate), _parameters(gate)
+        self._made_of(cache_layer.keys)
+
+    def _made_of(self, keys: Tensor) -> None:
+        self._keys, self._memory = weakref.ref(keys), _Memory(keys)
 
 
 def kept_keys(cache_layer: Any, gate: nn.Module, in_place: bool = False) -> KeyState | None:
@@ -138,8 +181,7 @@ class _Follower:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         layer: Any = self.layer()
         kept: Kept | None = layer.__dict__.get(_ATTRIBUTE)
-        keys, gate = layer.keys, None if kept is None or kept._gate is None else kept._gate()
-        follows = kept is not None and gate is not None and kept.is_of(keys, gate)
+        keys, follows = layer.keys, kept is not None and kept.is_current
         getattr(type(layer), self.method)(layer, *args, **kwargs)
         if kept is not None and follows and layer.keys is not keys:
             (argument,) = (*args, *kwargs.values())
@@ -164,7 +206,7 @@ _MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def keep(cache_layer: Any, gate: nn.Module, state: KeyState | None, queries: QueryState | None = None) -> None:
     """Leave the encoded keys of all present tokens, and queries of the last ones, with a cache layer."""
     kept = Kept(state, queries)
-    kept.belong_to(cache_layer.keys, gate)
+    kept.belong_to(cache_layer, gate)
     cache_layer.__dict__[_ATTRIBUTE] = kept
     if queries is not None:
         for method in _MOVES:

@@ -282,5 +282,5 @@ def _scores_of_tokens(inputs: LayerInputs, gate: DecodeGate, keys: Tensor, token
     logits = gate.score(queries, keys, rows=tokens.repeat_interleave(size), span=Span(batch, length, length))
     if size == 1:
         return logits
-    together = logits.unflatten(2, (len(tokens), size)).masked_fill((members < 0)[..., None], float("-inf"))
-    return largest_share(together)[..., 0, :]
+    together = logits.unflatten(2, (len(tokens), size))
+    return largest_share(together, (together > float("-inf")) & (members >= 0)[..., None])
