@@ -161,8 +161,8 @@ def test_the_models_gates_have_their_form():
         assert checkpoint.gate_config.prefill == seer.testbed.GATE_CONFIG.prefill
         assert checkpoint.policy == seer.RelativeThreshold(factor)
         assert checkpoint.budgets.densities[0] <= 0.1
-    # Those gates are there to be asked for: as they are, decoding by them loses answers.
-    assert testbed.gate_config.decode == seer.DecodeGateConfig(block_size=64)
+    # Those gates are there to be asked for: decoding is dense unless a policy is given.
+    assert testbed.gate_config.decode == seer.DecodeGateConfig(k_pitch=8, merge_heads=False, query_window=8)
     assert testbed.decode_policy == seer.Dense()
     assert testbed.base_model["name"] == seer.testbed.NAME
     assert smollm2.base_model["name"] == seer.testbed.smollm2.HUB_ID
