@@ -17,7 +17,7 @@ class CacheMemory(NamedTuple):
     Attributes:
         keys_and_values: what the model keeps, room of static caches included.
         gates: what decode gates keep beside it: encoded keys with their room to grow, and the last tokens as they came,
-            from which an open sub-block is pooled; of gates with a query window, the encoded queries of the last tokens.
+            from which an open sub-block is pooled; with a query window, the encoded queries of the last tokens.
     """
 
     keys_and_values: int
