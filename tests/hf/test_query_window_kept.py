@@ -203,6 +203,17 @@ def test_a_window_is_chosen_for_gates_that_are_there(model_of, ids_of, tmp_path,
     same(generate(model, ids), alone)
 
 
+def test_gates_of_a_part_of_the_heads_have_the_window_of_all(model_of):
+    """Where heads are spread over processes."""
+    model = gated(model_of("llama"), "decode")
+    state, (gate, _) = state_of(model), gates_of(model, "decode")
+    state.head_rank, layer = 1, state.layers[0]
+    assert layer.gate_of(gate.num_heads // 2, gate).query_window == WINDOW
+    seer.set_policy(model, query_window=3)
+    assert layer.gate_of(gate.num_heads // 2, gate).query_window == 3
+    assert gate.new_query_state().capacity == 2 + 64
+
+
 def test_errors(model_of):
     model = gated(model_of(), "decode")
     for value, error in ((0, ValueError), (65, ValueError), ("8", TypeError)):

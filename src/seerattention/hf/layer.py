@@ -234,7 +234,7 @@ class LayerState:
         return call.before_rope
 
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The same; the call lets go of them."""
+        """What :meth:`before_rope` gives; the call lets go of them."""
         taken = self.before_rope(call)
         call.query = call.key = call.before_rope = None
         return taken

@@ -17,7 +17,7 @@ class CacheMemory(NamedTuple):
     Attributes:
         keys_and_values: what the model keeps, room of static caches included.
         gates: what decode gates keep beside it: encoded keys with their room to grow, and the last tokens as they came,
-            from which an open sub-block is pooled.
+            from which an open sub-block is pooled; with a query window, the encoded queries of the last tokens.
     """
 
     keys_and_values: int
@@ -33,7 +33,7 @@ def cache_memory(cache: Any) -> CacheMemory:
     """What a cache of transformers takes, and what decode gates keep with it.
 
     Gates of prompts keep nothing: they encode the cached keys anew for each chunk. Decode gates do from the first token
-    that was decoded sparsely on.
+    that was decoded sparsely on, and with a query window from the end of the first prompt on.
 
     Args:
         cache: with ``layers`` that hold ``keys`` and ``values``, as ``generate(return_dict_in_generate=True)`` returns
