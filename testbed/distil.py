@@ -96,7 +96,9 @@ FORMS = {
         "paper": seer.GateConfig(prefill=seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))),
     },
     "decode": {
-        "sub_block": seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(k_pitch=8, merge_heads=False)),
+        "sub_block": seer.GateConfig(
+            prefill=None, decode=seer.DecodeGateConfig(k_pitch=8, merge_heads=False, query_window=8)
+        ),
         "paper": seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()),
     },
 }

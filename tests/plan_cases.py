@@ -82,9 +82,8 @@ def real_kernels():
     """Asks for the package's own."""
 
 
-@pytest.fixture
-def repeated(monkeypatch):
-    """Indices of the layers that repeated a plan."""
+def note_repeats(monkeypatch):
+    """Indices of the layers that repeat a plan from now on."""
     found, attend = [], Plan.attend
 
     def noting(plan, arguments):
@@ -96,6 +95,12 @@ def repeated(monkeypatch):
 
     monkeypatch.setattr(Plan, "attend", noting)
     return found
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Indices of the layers that repeated a plan."""
+    return note_repeats(monkeypatch)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ LEVELS = (
     {"selectors"},
     {"gates", "policies"},
     {"blocks", "config", "files"},
+    {"config_checks"},
     {"ops"},
 )
 # The only import inside one level: a policy is stored with gates.

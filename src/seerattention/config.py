@@ -12,18 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .config_checks import (
+    BLOCK_SIZES,
+    DECODE_BLOCK_SIZES,
+    POOLING_KINDS,
+    REDUCTIONS,
+    check_block_size,
+    check_flag,
+    check_pitch,
+    check_query_window,
+    check_width,
+    kinds_of,
+)
+
 PHASES = ("prefill", "decode")
 """The phases of inference that may have gates of their own: reading a prompt, and single tokens on a cache."""
-
-BLOCK_SIZES = (32, 64, 128)
-DECODE_BLOCK_SIZES = (16, *BLOCK_SIZES)
-POOLING_KINDS = ("max", "min", "avg")
-PITCHES = (4, 8, 16, 32, 64, 128)
-REDUCTIONS = ("max", "logsumexp")
-# Wider gates than any model has heads: a number that was meant for something else.
-MAX_WIDTH = 1024
-MAX_QUERY_WINDOW = 64
-"""Tokens that may choose for each other in decoding: as many as the queries of a block of prompts."""
 
 OLD_WIDTH = "hidden_size"
 """What earlier versions call the width of a gate, in files too."""
@@ -33,46 +36,6 @@ FORM = "form"
 
 FORMS: dict[str, type[GateSpec]] = {}
 """Gate specs by the name that their form has in files. Every subclass of :class:`GateSpec` is in here."""
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _check_block_size(value: Any, known: tuple[int, ...] = BLOCK_SIZES) -> None:
-    _check_integer("block_size", value)
-    if value not in known:
-        raise ValueError(f"block_size must be one of {known}, got {value}")
-
-
-def _check_pitch(name: str, pitch: Any, most: int) -> None:
-    _check_integer(name, pitch)
-    if pitch not in PITCHES or pitch > most:
-        raise ValueError(f"{name} must be one of {PITCHES} and at most the block size ({most}), got {pitch}")
-
-
-def _check_width(name: str, value: Any) -> None:
-    _check_integer(name, value)
-    if not 0 < value <= MAX_WIDTH or value % 2:
-        raise ValueError(
-            f"{name} must be a positive even number of at most {MAX_WIDTH}, or None (the model's head_dim), got {value}"
-        )
-
-
-def _kinds(name: str, kinds: Any) -> tuple[str, ...]:
-    if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
-        raise TypeError(f"{name} must be a tuple of {POOLING_KINDS}, got {kinds!r}")
-    kinds = tuple(kinds)
-    unknown = [kind for kind in kinds if kind not in POOLING_KINDS]
-    if not kinds or unknown or len(set(kinds)) != len(kinds):
-        raise ValueError(f"{name} must be a non-empty set of {POOLING_KINDS} without repeats, got {kinds}")
-    return kinds
 
 
 class GateSpec:
@@ -154,16 +117,16 @@ class PrefillGateConfig(GateSpec):
     ) -> None:
         name, given = ("width", width) if hidden_size is None else (OLD_WIDTH, hidden_size)
         if given is not None:
-            _check_width(name, given)
+            check_width(name, given)
         if width not in (None, given):
             raise ValueError(f"width ({width}) and {OLD_WIDTH} ({hidden_size}) are one thing; pass width only")
         if q_linear is not None:
-            _check_flag("q_linear", q_linear)
-        _check_flag("rope", rope)
+            check_flag("q_linear", q_linear)
+        check_flag("rope", rope)
         if block_size is not None:
-            _check_block_size(block_size)
-        object.__setattr__(self, "k_pooling", _kinds("k_pooling", k_pooling))
-        object.__setattr__(self, "q_pooling", _kinds("q_pooling", q_pooling))
+            check_block_size(block_size)
+        object.__setattr__(self, "k_pooling", kinds_of("k_pooling", k_pooling))
+        object.__setattr__(self, "q_pooling", kinds_of("q_pooling", q_pooling))
         object.__setattr__(self, "width", given)
         object.__setattr__(self, "q_linear", q_linear)
         object.__setattr__(self, "rope", rope)
@@ -235,17 +198,17 @@ class SubBlockGateConfig(GateSpec):
 
     def __post_init__(self) -> None:
         if self.block_size is not None:
-            _check_block_size(self.block_size)
+            check_block_size(self.block_size)
         for name in ("q_pitch", "k_pitch"):
-            _check_pitch(name, getattr(self, name), self.block_size or BLOCK_SIZES[-1])
-        object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
-        object.__setattr__(self, "q_pooling", _kinds("q_pooling", self.q_pooling))
+            check_pitch(name, getattr(self, name), self.block_size or BLOCK_SIZES[-1])
+        object.__setattr__(self, "k_pooling", kinds_of("k_pooling", self.k_pooling))
+        object.__setattr__(self, "q_pooling", kinds_of("q_pooling", self.q_pooling))
         if self.width is not None:
-            _check_width("width", self.width)
+            check_width("width", self.width)
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
-        _check_flag("share_keys", self.share_keys)
-        _check_flag("rope", self.rope)
+        check_flag("share_keys", self.share_keys)
+        check_flag("rope", self.rope)
 
     def resolve(self, head_dim: int) -> SubBlockGateConfig:
         """The same with ``width`` filled in for a model with this head_dim."""
@@ -288,22 +251,17 @@ class DecodeGateConfig(GateSpec):
     query_window: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k_pooling", _kinds("k_pooling", self.k_pooling))
+        object.__setattr__(self, "k_pooling", kinds_of("k_pooling", self.k_pooling))
         if self.width is not None:
-            _check_width("width", self.width)
-        _check_flag("qk_norm", self.qk_norm)
-        _check_flag("rope", self.rope)
+            check_width("width", self.width)
+        check_flag("qk_norm", self.qk_norm)
+        check_flag("rope", self.rope)
         if self.block_size is not None:
-            _check_block_size(self.block_size, DECODE_BLOCK_SIZES)
+            check_block_size(self.block_size, DECODE_BLOCK_SIZES)
         if self.k_pitch is not None:
-            _check_pitch("k_pitch", self.k_pitch, self.block_size or BLOCK_SIZES[-1])
-        _check_flag("merge_heads", self.merge_heads)
-        _check_integer("query_window", self.query_window)
-        if not 1 <= self.query_window <= MAX_QUERY_WINDOW:
-            raise ValueError(
-                f"query_window must be a number of tokens from 1 (each token for itself) to {MAX_QUERY_WINDOW}, got "
-                f"{self.query_window}"
-            )
+            check_pitch("k_pitch", self.k_pitch, self.block_size or BLOCK_SIZES[-1])
+        check_flag("merge_heads", self.merge_heads)
+        check_query_window(self.query_window)
 
     def resolve(self, head_dim: int) -> DecodeGateConfig:
         """The same with ``width`` filled in for a model with this head_dim."""
@@ -325,7 +283,7 @@ class GateConfig:
     decode: GateSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
+        check_block_size(self.block_size)
         for phase in PHASES:
             spec = getattr(self, phase)
             if spec is not None and not (isinstance(spec, GateSpec) and spec.phase == phase):

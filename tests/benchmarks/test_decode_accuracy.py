@@ -47,18 +47,18 @@ def test_policies_by_their_names():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("argument", "sentence"),
     [
-        (["--policies", "Guess(3)"], "kind must be one of"),
-        (["--policies", "TopK(2)"], "must lie in (0, 1]"),
-        (["--policies", ";"], "at least one policy"),
-        (["--count", "0"], "--count must be at least 1"),
-        (["--length", "30"], "no room for a list of 18 tokens"),
+        ("--policies=Guess(3)", "kind must be one of"),
+        ("--policies=TopK(2)", "must lie in (0, 1]"),
+        ("--policies=;", "at least one policy"),
+        ("--count=0", "--count must be at least 1"),
+        ("--length=30", "no room for a list of 18 tokens"),
     ],
 )
-def test_wrong_options(arguments, sentence, capsys):
+def test_wrong_options(argument, sentence, capsys):
     with pytest.raises(SystemExit):
-        main([*SMALL, *arguments])
+        main([*SMALL, argument])
     assert sentence in capsys.readouterr().err
 
 
@@ -90,7 +90,8 @@ def test_a_whole_run(tmp_path, capsys):
     assert own_block["metrics"]["density"] < 0.2
     assert own_block["metrics"]["loss_points"] >= 50
     for result in (everything, own_block):
-        assert 0 < result["metrics"]["gate_memory_share"] < 0.2
+        # Of 518 tokens the last 71, which are kept as they came, are a seventh.
+        assert 0.1 < result["metrics"]["gate_memory_share"] < 0.5
         assert result["metrics"]["cache_bytes"] == dense["metrics"]["cache_bytes"] > 0
         assert len(result["exact"]) == 4
     assert own_block["policy"] == seer.TokenBudget(64).to_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from row_operations import move_rows
 from seerattention import DecodeGateConfig
 from seerattention.gates import DecodeGate, QueryState, build_gate, window
 from seerattention.gates.query_state import Recent
@@ -18,19 +18,14 @@ from seerattention.gates.window import choose_together
 from seerattention.ops.span import Span
 
 BLOCK, KV_HEADS, HEAD_DIM = 16, 2, 16
+SHAPE = {"block_size": BLOCK, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 FORMS = {"published": {}, "fine": {"k_pitch": 4, "merge_heads": False}, "no_rope": {"rope": False}}
 
 
 def make_gate(group=2, **options) -> DecodeGate:
     torch.manual_seed(0)
-    gate = build_gate(
-        DecodeGateConfig(**options),
-        block_size=BLOCK,
-        num_heads=group * KV_HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-    )
+    gate = build_gate(DecodeGateConfig(**options), num_heads=group * KV_HEADS, **SHAPE)
     assert isinstance(gate, DecodeGate)
     return gate
 
@@ -251,19 +246,8 @@ def test_any_sequence_of_operations_gives_the_last_tokens(batch, size, history, 
             model.state.crop(min(number, shortest))
             model.rows = [row[: len(row) - min(number, shortest)] for row in model.rows]
             model.least = [max(0, x - min(number, shortest)) for x in model.least]
-        elif kind == "reorder":
-            index = [x % batch for x in numbers[:batch]]
-            model.state.reorder(torch.tensor(index))
-            model.take(index)
-        elif kind == "repeat" and batch * 2 <= 6:
-            model.state.repeat(2)
-            model.take([row for row in range(batch) for _ in range(2)])
-        elif kind == "select":
-            index = [x % batch for x in numbers[: 1 + number % 3]]
-            model.state.select(index)
-            model.take(index)
-        elif kind == "copy":
-            model.state = copy.deepcopy(model.state)
+        elif move_rows(model, kind, number, numbers):
+            pass
         elif kind == "reset":
             model.state.reset()
             assert (model.state.held, model.state.nbytes) == ([], 0)

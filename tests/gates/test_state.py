@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from row_operations import move_rows
 from seerattention.gates import KeyState
 
 HEADS, DIM, ROTARY = 2, 3, 4
@@ -130,19 +130,8 @@ def test_any_sequence_of_operations_equals_a_recomputation(batch, pitch, history
             model.crop([x % (length + 1) for x, length in zip(numbers, lengths, strict=False)])
         elif kind == "crop_all":
             model.crop([max(0, min(lengths) - number)] * batch)
-        elif kind == "reorder":
-            index = [x % batch for x in numbers[:batch]]
-            model.state.reorder(torch.tensor(index))
-            model.take(index)
-        elif kind == "repeat" and batch * 2 <= 6:
-            model.state.repeat(2)
-            model.take([row for row in range(batch) for _ in range(2)])
-        elif kind == "select":
-            index = [x % batch for x in numbers[: 1 + number % 3]]
-            model.state.select(index)
-            model.take(index)
-        elif kind == "copy":
-            model.state = copy.deepcopy(model.state)
+        elif move_rows(model, kind, number, numbers):
+            pass
         elif kind == "reset":
             model.state.reset()
             assert model.state.lengths == []

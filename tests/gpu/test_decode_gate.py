@@ -66,13 +66,9 @@ def step(gate, q, k, cos, sin, span):
     return gate.score_window(recent.append(queries), keys, span=span)
 
 
-@pytest.mark.parametrize("form", [{}, {"k_pitch": 8}, FINE], ids=["published", "k_pitch", "fine"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("block_size", "group"), [(16, 1), (64, 4), (32, 8), (128, 7)])
-@pytest.mark.parametrize("tokens", [1, 30])
-@torch.inference_mode()
-def test_scores(tokens, block_size, group, dtype, form):
-    inputs = make(block_size, group, tokens, dtype, **form)
+def compare(inputs, tokens, tolerance):
+    """Scores on the GPU with those of float32 on the CPU."""
+    dtype = inputs[1].dtype
     tensors = [x.cuda() for x in inputs[1:]]
     exact = [inputs[0].float(), *(x.float() for x in inputs[1:])]
     expected = [step(*exact, span) for span in spans(tokens)]
@@ -81,7 +77,17 @@ def test_scores(tokens, block_size, group, dtype, form):
         found = step(gate, *tensors, span.to("cuda")).cpu()
         assert torch.equal(found == -math.inf, wanted == -math.inf)
         finite = wanted > -math.inf
-        assert (found[finite] - wanted[finite]).abs().max() <= TOLERANCE[dtype]
+        assert (found[finite] - wanted[finite]).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("form", [{}, {"k_pitch": 8}, FINE], ids=["published", "k_pitch", "fine"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("block_size", "group"), [(16, 1), (64, 4), (32, 8), (128, 7)])
+@pytest.mark.parametrize("tokens", [1, 30])
+@torch.inference_mode()
+def test_scores(tokens, block_size, group, dtype, form):
+    inputs = make(block_size, group, tokens, dtype, **form)
+    compare(inputs, tokens, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", [{"query_window": 8}, {**FINE, "query_window": 64}], ids=["published", "fine"])
@@ -92,15 +98,7 @@ def test_scores(tokens, block_size, group, dtype, form):
 def test_scores_of_the_last_tokens_together(tokens, block_size, group, dtype, form):
     """Each is a score less a sum of scores, so that the errors of two add."""
     inputs = make(block_size, group, tokens, dtype, **form)
-    tensors = [x.cuda() for x in inputs[1:]]
-    exact = [inputs[0].float(), *(x.float() for x in inputs[1:])]
-    expected = [step(*exact, span) for span in spans(tokens)]
-    gate = inputs[0].to("cuda", dtype)
-    for span, wanted in zip(spans(tokens), expected, strict=True):
-        found = step(gate, *tensors, span.to("cuda")).cpu()
-        assert torch.equal(found == -math.inf, wanted == -math.inf)
-        finite = wanted > -math.inf
-        assert (found[finite] - wanted[finite]).abs().max() <= 2 * TOLERANCE[dtype]
+    compare(inputs, tokens, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", [{}, FINE, {**FINE, "query_window": 8}], ids=["published", "fine", "window"])

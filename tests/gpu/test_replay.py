@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import seerattention as seer
-from seerattention.hf import attention, gates_of, plan
+from plan_cases import note_repeats
+from seerattention.hf import attention, gates_of
 from seerattention.ops import block_pooling, replay, triton_launch
 from tiny_models import make_ids, make_model
 
@@ -81,17 +82,7 @@ def test_a_layer_is_replayed(policy, config, monkeypatch):
 @pytest.fixture
 def repeated(monkeypatch):
     """Indices of the layers that repeated what another one did."""
-    found, attend = [], plan.Plan.attend
-
-    def noting(self, arguments):
-        call = self.forward.call
-        out = attend(self, arguments)
-        if out is not None:
-            found.append(call.layer.index)
-        return out
-
-    monkeypatch.setattr(plan.Plan, "attend", noting)
-    return found
+    return note_repeats(monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text", "glm4"])

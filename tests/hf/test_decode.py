@@ -22,15 +22,14 @@ from decode_models import (
     ONLY_FINE_DECODE,
     SPARSE,
     attach,
+    attend_naively,
     feed,
     generate,
     nothing_kept,
+    watched_steps,
 )
-from seerattention.gates import select_by_token
 from seerattention.hf import gates_of, kept
-from seerattention.hf.state import state_of
 from seerattention.ops.span import Span
-from tiny_models import logits_of
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "glm4", "phi3"])
@@ -69,51 +68,21 @@ def test_dense_and_detach_are_the_untouched_model(model_of, ids_of, mode):
 @torch.inference_mode()
 def naive_attention(gate, policy, pre, post, scale):
     """Output ``[B, Hq, D]`` of the last token: gate, policy and masked softmax over everything, in float32."""
-    (q_pre, k_pre, cos, sin), (q, k, v) = pre, post
-    batch, heads, length, _ = q.shape
-    span = Span(batch, 1, length)
+    q_pre, k_pre, cos, sin = pre
+    span = Span(len(q_pre), 1, q_pre.shape[2])
     queries = gate.encode_queries(q_pre[:, :, -1:], cos[:, -1:], sin[:, -1:])
     logits = gate.score(queries, gate.encode_keys(k_pre, cos, sin), span=span)
-    mask = select_by_token(policy, logits, block_size=gate.block_size, span=span).to_mask()
-    group = heads // k.shape[1]
-    mask = mask.repeat_interleave(gate.block_size, -1)[..., :length].repeat_interleave(group, 1)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = (q[:, :, -1:] @ k.mT * scale).masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v)[:, :, 0], mask
+    return attend_naively(logits, policy, gate.block_size, post, scale)
 
 
 @pytest.mark.parametrize("policy", [SPARSE, seer.TopK(0.3), seer.TopP(0.7), seer.Threshold(0.2)], ids=str)
 @pytest.mark.parametrize(("name", "form"), [("llama", DECODE), ("qwen3", DECODE), ("llama", FINE_DECODE)])
-def test_each_step_is_its_definition(model_of, ids_of, name, form, policy, monkeypatch):
-    """Of the first layer, whose inputs do not depend on what was read before."""
-    model, ids = model_of(name), ids_of(120)
-    attach(model, None, seer.GateConfig(block_size=32, decode=form), prefill=seer.Dense())
-    seen = []
-    with seer.observe(model, lambda inputs, blocks: seen.append(inputs)):
-        logits_of(model, ids)
-    whole = seen[0]
-    gate, layer = gates_of(model, "decode")[0], state_of(model).layers[0]
-    seer.set_policy(model, decode=policy)
-    given, read = [], 0
-    attend = seer.hf.attention.attend_tokens
-
-    def watched(arguments, blocks):
-        out = attend(arguments, blocks)
-        if arguments.module is layer.attention:
-            given.append(out[:, 0])
-        return out
-
-    monkeypatch.setattr(seer.hf.attention, "attend_tokens", watched)
-    cache = DynamicCache(config=model.config)
-    feed(model, ids[:, :50], cache)
-    for end in range(51, 121):
-        feed(model, ids[:, end - 1 : end], cache)
-        pre = [whole.q_pre[:, :, :end], whole.k_pre[:, :, :end], whole.cos[:, :end], whole.sin[:, :end]]
-        post = [x[:, :, :end] for x in (whole.q, whole.k, whole.v)]
-        expected, mask = naive_attention(gate, policy, pre, post, whole.scale)
-        torch.testing.assert_close(given[-1], expected, rtol=1e-4, atol=1e-5)
+def test_each_step_is_its_definition(model_of, ids_of, name, form, policy):
+    read = 0
+    for gate, pre, post, scale, given in watched_steps(model_of(name), ids_of(120), form, policy):
+        expected, mask = naive_attention(gate, policy, pre, post, scale)
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
         read += mask.float().mean().item()
-    assert len(given) == 70
     assert read / 70 < 0.9
 
 

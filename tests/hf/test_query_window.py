@@ -9,12 +9,8 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from decode_models import SPARSE, attach, feed, generate
-from seerattention.gates import select_by_token
-from seerattention.hf import gates_of
-from seerattention.hf.state import state_of
+from decode_models import SPARSE, attend_naively, feed, generate, watched_steps
 from seerattention.ops.span import Span
-from tiny_models import logits_of
 from window_models import FORMS, GATES, WINDOW, gated, prompt, same
 
 FAMILIES = ["llama", "phi3", "glm4"]
@@ -26,9 +22,9 @@ FAMILIES = ["llama", "phi3", "glm4"]
 @torch.inference_mode()
 def naive_attention(gate, policy, pre, post, scale):
     """Output ``[B, Hq, D]`` of the last token, everything from scratch: the queries of the window are encoded here."""
-    (q_pre, k_pre, cos, sin), (q, k, v) = pre, post
-    batch, heads, length, _ = q.shape
-    span = Span(batch, 1, length)
+    q_pre, k_pre, cos, sin = pre
+    length = q_pre.shape[2]
+    span = Span(len(q_pre), 1, length)
     keys = gate.encode_keys(k_pre, cos, sin)
     single = []
     for back in range(min(gate.query_window, length)):
@@ -36,48 +32,19 @@ def naive_attention(gate, policy, pre, post, scale):
         scores = gate.score(gate.encode_queries(q_pre[:, :, place], cos[:, place], sin[:, place]), keys, span=span)
         single.append(scores.log_softmax(-1))
     logits = torch.stack(single).amax(0)
-    mask = select_by_token(policy, logits, block_size=gate.block_size, span=span).to_mask()
-    group = heads // k.shape[1]
-    mask = mask.repeat_interleave(gate.block_size, -1)[..., :length].repeat_interleave(group, 1)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = (q[:, :, -1:] @ k.mT * scale).masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v)[:, :, 0], mask
+    return attend_naively(logits, policy, gate.block_size, post, scale)
 
 
 @pytest.mark.parametrize("policy", [SPARSE, seer.TopK(0.3), seer.TopP(0.7)], ids=str)
 @pytest.mark.parametrize(("name", "form"), [("llama", "published"), ("phi3", "published"), ("glm4", "fine")])
-def test_each_step_is_its_definition(model_of, ids_of, name, form, policy, monkeypatch):
-    """Of the first layer, whose inputs do not depend on what was read before."""
-    model, ids = model_of(name), ids_of(120)
-    attach(model, None, seer.GateConfig(block_size=32, decode=FORMS[form]), prefill=seer.Dense())
-    seen = []
-    with seer.observe(model, lambda inputs, blocks: seen.append(inputs)):
-        logits_of(model, ids)
-    whole = seen[0]
-    gate, layer = gates_of(model, "decode")[0], state_of(model).layers[0]
-    seer.set_policy(model, decode=policy)
-    given, alone = [], 0
-    attend = seer.hf.attention.attend_tokens
-
-    def watched(arguments, blocks):
-        out = attend(arguments, blocks)
-        if arguments.module is layer.attention:
-            given.append(out[:, 0])
-        return out
-
-    monkeypatch.setattr(seer.hf.attention, "attend_tokens", watched)
-    cache = DynamicCache(config=model.config)
-    feed(model, ids[:, :50], cache)
-    for end in range(51, 121):
-        feed(model, ids[:, end - 1 : end], cache)
-        pre = [whole.q_pre[:, :, :end], whole.k_pre[:, :, :end], whole.cos[:, :end], whole.sin[:, :end]]
-        post = [x[:, :, :end] for x in (whole.q, whole.k, whole.v)]
-        expected, _ = naive_attention(gate, policy, pre, post, whole.scale)
-        torch.testing.assert_close(given[-1], expected, rtol=1e-4, atol=1e-5)
+def test_each_step_is_its_definition(model_of, ids_of, name, form, policy):
+    alone = 0
+    for gate, pre, post, scale, given in watched_steps(model_of(name), ids_of(120), FORMS[form], policy):
+        expected, _ = naive_attention(gate, policy, pre, post, scale)
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
         gate.set_query_window(1)
-        alone += torch.allclose(expected, naive_attention(gate, policy, pre, post, whole.scale)[0], rtol=1e-3)
+        alone += torch.allclose(expected, naive_attention(gate, policy, pre, post, scale)[0], rtol=1e-3)
         gate.set_query_window(WINDOW)
-    assert len(given) == 70
     assert alone < 35  # mostly, tokens that choose for themselves read something else
 
 

@@ -101,7 +101,7 @@ def run_gates(*arguments):
         (
             "decode",
             "sub_block",
-            seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(k_pitch=8, merge_heads=False)),
+            seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(k_pitch=8, merge_heads=False, query_window=8)),
         ),
         ("decode", "paper", seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig())),
         ("prefill", "sub_block", seer.testbed.GATE_CONFIG),

@@ -209,16 +209,13 @@ def _count(layer: int, true_map: _Map, selected: Mapping[K, Tensor | None], reca
             recalls[name].add(layer, *found)
 
 
-def _map_of_blocks(inputs: LayerInputs, block_size: int) -> _Map:
-    batch, heads, length, _ = inputs.q.shape
-    # Made on the device: a copy from the host would wait for it in every layer.
-    rows = torch.arange(num_blocks(length, block_size), device=inputs.q.device)
-    valid = rows.expand(batch, -1) >= 0
-    if inputs.lengths is not None:
-        valid = rows * block_size < inputs.lengths[:, None]
+def _pooled(
+    op: Callable[..., Tensor], inputs: LayerInputs, block_size: int, rows: Tensor
+) -> Callable[[str, slice], Tensor]:
+    """A reduction of the true map, for a part of some rows."""
 
     def pooled(reduce: str, part: slice) -> Tensor:
-        return pooled_attention(
+        return op(
             inputs.q,
             inputs.k,
             block_size=block_size,
@@ -230,6 +227,18 @@ def _map_of_blocks(inputs: LayerInputs, block_size: int) -> _Map:
             normalize=reduce == "sum",
         )
 
+    return pooled
+
+
+def _map_of_blocks(inputs: LayerInputs, block_size: int) -> _Map:
+    batch, heads, length, _ = inputs.q.shape
+    # Made on the device: a copy from the host would wait for it in every layer.
+    rows = torch.arange(num_blocks(length, block_size), device=inputs.q.device)
+    valid = rows.expand(batch, -1) >= 0
+    if inputs.lengths is not None:
+        valid = rows * block_size < inputs.lengths[:, None]
+
+    pooled = _pooled(pooled_attention, inputs, block_size, rows)
     return _Map(pooled, rows, valid, heads, len(rows), rows, block_size)
 
 
@@ -241,19 +250,7 @@ def _map_of_tokens(inputs: LayerInputs, block_size: int) -> _Map:
     tokens = torch.linspace(block_size, length - 1, count, dtype=torch.float64, device=device).round().long()
     ends = torch.full((batch,), length, device=device) if inputs.lengths is None else inputs.lengths
 
-    def pooled(reduce: str, part: slice) -> Tensor:
-        return pooled_attention_decode(
-            inputs.q,
-            inputs.k,
-            block_size=block_size,
-            scale=inputs.scale,
-            rows=tokens[part],
-            lengths=inputs.lengths,
-            lse=inputs.lse,
-            reduce=reduce,
-            normalize=reduce == "sum",
-        )
-
+    pooled = _pooled(pooled_attention_decode, inputs, block_size, tokens)
     columns = num_blocks(length, block_size)
     return _Map(pooled, tokens // block_size, tokens < ends[:, None], inputs.k.shape[1], columns, tokens, 1)
 
