@@ -23,7 +23,7 @@ LEVELS = (
     {"selectors"},
     {"gates", "policies"},
     {"blocks", "config", "files"},
-    {"config_checks"},
+    {"_config_checks"},
     {"ops"},
 )
 # The only import inside one level: a policy is stored with gates.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .config_checks import (
+from ._config_checks import (
     BLOCK_SIZES,
     DECODE_BLOCK_SIZES,
     POOLING_KINDS,
