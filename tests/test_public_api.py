@@ -16,8 +16,8 @@ PACKAGE = Path(seerattention.__file__).parent
 
 
 def is_room(path: Path) -> bool:
-    """A module or a package of the package; not what is left of one that was renamed."""
-    return (path / "__init__.py").exists() or (path.suffix == ".py" and not path.stem.startswith("__"))
+    """A public module or package of the package; not what is left of one that was renamed."""
+    return not path.stem.startswith("_") and ((path / "__init__.py").exists() or path.suffix == ".py")
 
 
 ROOMS = sorted(path.stem for path in PACKAGE.iterdir() if is_room(path))
