@@ -7,6 +7,7 @@ Each is a :class:`~seerattention.selectors.Selector` in a file of its own and kn
 from __future__ import annotations
 
 from ..selectors import Selector
+from .cosa import CoSA
 from .flashprefill import FlashPrefill
 from .flashprefill_v2 import FlashPrefillV2
 from .flexprefill import FlexPrefill
@@ -23,6 +24,7 @@ from .sub_block import SubBlock
 from .xattention import XAttention
 
 __all__ = [
+    "CoSA",
     "FlashPrefill",
     "FlashPrefillV2",
     "FlexPrefill",
