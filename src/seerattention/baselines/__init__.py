@@ -17,6 +17,7 @@ from .minference_exact import MInferenceExact
 from .oracle import Oracle
 from .oracle_cover import OracleCover
 from .random import Random
+from .rbs import RBS
 from .registry import parse_selectors, selector_from_dict
 from .sparge import Sparge
 from .streaming import Streaming
@@ -24,6 +25,7 @@ from .sub_block import SubBlock
 from .xattention import XAttention
 
 __all__ = [
+    "RBS",
     "CoSA",
     "FlashPrefill",
     "FlashPrefillV2",
