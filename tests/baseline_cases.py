@@ -151,10 +151,10 @@ def assert_goes_round(text, selector):
     assert selector_from_dict(json.loads(json.dumps(selector.to_dict()))) == selector
 
 
-def assert_rowwise(selector):
+def assert_rowwise(selector, **options):
     """``rowwise`` is true exactly where the end of the prompt makes no difference to the rows before it."""
     block, blocks = selector.block_size, 12
-    whole = make_inputs([blocks * block])
+    whole = make_inputs([blocks * block], **options)
     mask = selector.select(whole).to_mask()
     same = []
     for rows in range(1, blocks):

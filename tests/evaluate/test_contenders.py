@@ -19,7 +19,7 @@ from seerattention.selectors import SELECTORS, GateSelector
 
 ALL = (
     "xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,flashprefill_v2:mean_correction=true,minference,"
-    "minference_exact,mean_pool,sparge,sub_block,cosa,rbs,streaming,random,oracle,oracle_cover"
+    "minference_exact,mean_pool,sparge,sub_block,cosa,rbs,prism,streaming,random,oracle,oracle_cover"
 )
 
 
@@ -30,7 +30,7 @@ def test_every_score_is_compared_under_both_rules():
         rules.setdefault(contender.label, []).append(contender.rule)
         assert contender.protocol == PROTOCOLS[0]
     flash = ["flashprefill", "flashprefill_v2", "flashprefill_v2 (+ mean correction)"]
-    scored = ["gates", "xattention:stride=16", *flash, "mean_pool", "sub_block", "cosa", "rbs", "oracle"]
+    scored = ["gates", "xattention:stride=16", *flash, "mean_pool", "sub_block", "cosa", "rbs", "prism", "oracle"]
     unscored = [
         "sparge",
         "flexprefill",

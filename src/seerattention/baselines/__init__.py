@@ -16,6 +16,7 @@ from .minference import MInference
 from .minference_exact import MInferenceExact
 from .oracle import Oracle
 from .oracle_cover import OracleCover
+from .prism import Prism
 from .random import Random
 from .rbs import RBS
 from .registry import parse_selectors, selector_from_dict
@@ -35,6 +36,7 @@ __all__ = [
     "MeanPool",
     "Oracle",
     "OracleCover",
+    "Prism",
     "Random",
     "Selector",
     "Sparge",

@@ -90,6 +90,7 @@ KNOBS: dict[str, Knob] = {
     "flashprefill_v2": Knob("alpha", 1.0, 1e-9, log=True),
     "cosa": Knob("tau", 0.0, 1.0),
     "rbs": Knob("alpha", 1.0, 1e-9, log=True),
+    "prism": Knob("p", 0.0, 1.0),
     "oracle_cover": Knob("p", 0.0, 1.0),
     "top_k": Knob("density", 1e-3, 1.0, log=True),
     "top_p": Knob("p", 1e-4, 1.0),
