@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 
-from seerattention.baselines import FlashPrefill, FlashPrefillV2, FlexPrefill, MeanPool, Oracle, Streaming, XAttention
+from seerattention.baselines import (
+    RBS,
+    FlashPrefill,
+    FlashPrefillV2,
+    FlexPrefill,
+    MeanPool,
+    Oracle,
+    Streaming,
+    XAttention,
+)
 from seerattention.evaluate.contenders import (
     KNOBS,
     PROJECT_RULE,
@@ -128,6 +137,7 @@ def test_floors_are_conceded_one_after_the_other():
     project = Contender("x", XAttention(policy=RelativeThreshold(1.0)), "project")
     floors = [(c.policy.min_blocks, c.policy.dense_rows) for c in project.conceding()]
     assert floors == [(4, 16), (2, 4), (1, 0)]
+    assert [c.selector for c in Contender("r", RBS(0.5)).conceding()] == [RBS(0.5), RBS(0.5, 1, 1)]
     assert len(Contender("s", Streaming()).conceding()) == 1
 
 
