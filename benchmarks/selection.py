@@ -47,7 +47,7 @@ FORMS: dict[str, Any] = {
 }
 BASELINES = (
     "streaming,random,mean_pool,sub_block,sub_block:query_parts=8:key_parts=8,xattention,xattention:stride=16,"
-    "flashprefill,flashprefill_v2,sparge,flexprefill,minference,oracle:policy=top_k(0.1)"
+    "cosa,flashprefill,flashprefill_v2,rbs,prism,sparge,flexprefill,minference,oracle:policy=top_k(0.1)"
 )
 _SECONDS = 0.15  # device time on each method
 

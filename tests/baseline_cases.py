@@ -130,16 +130,31 @@ def assert_padded_chunks(selector):
         assert not mask[b, :, rows:].any()
 
 
+def assert_definition(selector, brute, **options):
+    """A rule of its own: :func:`assert_every_case`, chunks in padded batches, and what ``rowwise`` says."""
+    assert_every_case(selector, brute, **options)
+    assert_padded_chunks(selector)
+    assert_rowwise(selector)
+
+
+def assert_few_at_a_time(monkeypatch, selector):
+    """However little is looked at at once, the choice is the same."""
+    inputs = make_inputs([300, 170])
+    expected = selector.select(inputs).to_mask()
+    monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
+    assert torch.equal(selector.select(inputs).to_mask(), expected)
+
+
 def assert_goes_round(text, selector):
     """A description of the command line gives the selector, and so does its dict after JSON."""
     assert parse_selectors(text)[text] == selector
     assert selector_from_dict(json.loads(json.dumps(selector.to_dict()))) == selector
 
 
-def assert_rowwise(selector):
+def assert_rowwise(selector, **options):
     """``rowwise`` is true exactly where the end of the prompt makes no difference to the rows before it."""
     block, blocks = selector.block_size, 12
-    whole = make_inputs([blocks * block])
+    whole = make_inputs([blocks * block], **options)
     mask = selector.select(whole).to_mask()
     same = []
     for rows in range(1, blocks):

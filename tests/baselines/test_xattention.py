@@ -57,10 +57,7 @@ def brute_rule(stride, tau, block):
 
 @pytest.mark.parametrize(("stride", "tau", "block"), [(8, 0.9, 64), (16, 0.7, 32), (4, 0.5, 32)])
 def test_definition(stride, tau, block):
-    selector = XAttention(stride, tau, block_size=block)
-    cases.assert_every_case(selector, brute_rule(stride, tau, block), sharp=2.0)
-    cases.assert_padded_chunks(selector)
-    cases.assert_rowwise(selector)
+    cases.assert_definition(XAttention(stride, tau, block_size=block), brute_rule(stride, tau, block), sharp=2.0)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16])
@@ -88,10 +85,7 @@ def test_a_row_sums_to_its_tiles():
 
 
 def test_few_scores_at_a_time(monkeypatch):
-    inputs = cases.make_inputs([300, 170])
-    expected = XAttention(tau=0.6).select(inputs).to_mask()
-    monkeypatch.setattr("seerattention.baselines.prompt.MOST_SCORES", 1)
-    assert torch.equal(XAttention(tau=0.6).select(inputs).to_mask(), expected)
+    cases.assert_few_at_a_time(monkeypatch, XAttention(tau=0.6))
 
 
 def test_names():

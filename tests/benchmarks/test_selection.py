@@ -14,7 +14,7 @@ from seerattention.ops.indices import BlockIndices
 
 
 def test_costs_are_measured_at_the_density(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--tiny", "--lengths", "1024", "--density", "0.3", "--output", str(tmp_path)]
+    arguments = ["--device", "cpu", "--tiny", "--lengths", "2048", "--density", "0.3", "--output", str(tmp_path)]
     assert main(arguments) == 0
     (run,) = json.loads((tmp_path / "selection.json").read_text())["runs"]
     costs = {result["costs"]["selector"]: result["costs"] for result in run["results"]}

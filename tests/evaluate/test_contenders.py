@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 
-from seerattention.baselines import FlashPrefill, FlashPrefillV2, FlexPrefill, MeanPool, Oracle, Streaming, XAttention
+from seerattention.baselines import (
+    RBS,
+    FlashPrefill,
+    FlashPrefillV2,
+    FlexPrefill,
+    MeanPool,
+    Oracle,
+    Streaming,
+    XAttention,
+)
 from seerattention.evaluate.contenders import (
     KNOBS,
     PROJECT_RULE,
@@ -19,7 +28,7 @@ from seerattention.selectors import SELECTORS, GateSelector
 
 ALL = (
     "xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,flashprefill_v2:mean_correction=true,minference,"
-    "minference_exact,mean_pool,sparge,sub_block,streaming,random,oracle,oracle_cover"
+    "minference_exact,mean_pool,sparge,sub_block,cosa,rbs,prism,streaming,random,oracle,oracle_cover"
 )
 
 
@@ -30,7 +39,7 @@ def test_every_score_is_compared_under_both_rules():
         rules.setdefault(contender.label, []).append(contender.rule)
         assert contender.protocol == PROTOCOLS[0]
     flash = ["flashprefill", "flashprefill_v2", "flashprefill_v2 (+ mean correction)"]
-    scored = ["gates", "xattention:stride=16", *flash, "mean_pool", "sub_block", "oracle"]
+    scored = ["gates", "xattention:stride=16", *flash, "mean_pool", "sub_block", "cosa", "rbs", "prism", "oracle"]
     unscored = [
         "sparge",
         "flexprefill",
@@ -128,6 +137,7 @@ def test_floors_are_conceded_one_after_the_other():
     project = Contender("x", XAttention(policy=RelativeThreshold(1.0)), "project")
     floors = [(c.policy.min_blocks, c.policy.dense_rows) for c in project.conceding()]
     assert floors == [(4, 16), (2, 4), (1, 0)]
+    assert [c.selector for c in Contender("r", RBS(0.5)).conceding()] == [RBS(0.5), RBS(0.5, 1, 1)]
     assert len(Contender("s", Streaming()).conceding()) == 1
 
 

@@ -7,6 +7,7 @@ Each is a :class:`~seerattention.selectors.Selector` in a file of its own and kn
 from __future__ import annotations
 
 from ..selectors import Selector
+from .cosa import CoSA
 from .flashprefill import FlashPrefill
 from .flashprefill_v2 import FlashPrefillV2
 from .flexprefill import FlexPrefill
@@ -15,7 +16,9 @@ from .minference import MInference
 from .minference_exact import MInferenceExact
 from .oracle import Oracle
 from .oracle_cover import OracleCover
+from .prism import Prism
 from .random import Random
+from .rbs import RBS
 from .registry import parse_selectors, selector_from_dict
 from .sparge import Sparge
 from .streaming import Streaming
@@ -23,6 +26,8 @@ from .sub_block import SubBlock
 from .xattention import XAttention
 
 __all__ = [
+    "RBS",
+    "CoSA",
     "FlashPrefill",
     "FlashPrefillV2",
     "FlexPrefill",
@@ -31,6 +36,7 @@ __all__ = [
     "MeanPool",
     "Oracle",
     "OracleCover",
+    "Prism",
     "Random",
     "Selector",
     "Sparge",

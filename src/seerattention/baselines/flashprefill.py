@@ -51,18 +51,7 @@ class FlashPrefill(
 
     def score(self, prompt: Prompt) -> Tensor:
         """Logarithm of the energy of each block, float32 ``[Hq, R, N]``; -inf where no query sees all of a block."""
-        keys = means(prompt.k, self.block_size)
-        # The last block may be partial: its last key is the last of all.
-        last_key = ((prompt.columns() + 1) * self.block_size).clamp(max=prompt.length) - 1
-        energy = torch.empty(prompt.heads, prompt.num_rows, prompt.num_keys, device=keys.device)
-        for blocks, slots in prompt.chunks(prompt.heads * self.block_size * prompt.num_keys):
-            queries, present = prompt.queries(blocks)
-            first = blocks.start * self.block_size
-            positions = torch.arange(first, first + len(present), device=keys.device)[:, None]
-            counts = present[:, None] & (positions >= last_key)
-            logits = dot(queries, keys).masked_fill_(~counts, -math.inf)
-            energy[:, slots] = logits.unflatten(1, (-1, self.block_size)).logsumexp(2)
-        return energy
+        return log_energies(prompt, means(prompt.k, self.block_size))
 
     def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
@@ -72,3 +61,30 @@ class FlashPrefill(
         energy = self.score(prompt)
         least = energy.amax(-1, keepdim=True) + (math.log(self.alpha) if self.alpha else -math.inf)
         return always | (energy >= least)
+
+
+def log_energies(prompt: Prompt, keys: Tensor, bonus: Tensor | None = None) -> Tensor:
+    """Logarithm of the sum of ``exp(logit)`` over the queries of a query block that see all of a key block.
+
+    Args:
+        prompt: one sequence.
+        keys: one key for each block, float32 ``[Hkv, N, D]``.
+        bonus: ``[Hkv, N]``, times the length of a query and the softmax scale added to its logit.
+
+    Returns:
+        float32 ``[Hq, R, N]``; -inf where no query sees all of a block.
+    """
+    size = prompt.block_size
+    # The last block may be partial: its last key is the last of all.
+    last_key = ((prompt.columns() + 1) * size).clamp(max=prompt.length) - 1
+    energy = torch.empty(prompt.heads, prompt.num_rows, prompt.num_keys, device=keys.device)
+    for blocks, slots in prompt.chunks(prompt.heads * size * prompt.num_keys):
+        queries, present = prompt.queries(blocks)
+        first = blocks.start * size
+        positions = torch.arange(first, first + len(present), device=keys.device)[:, None]
+        counts = present[:, None] & (positions >= last_key)
+        logits = dot(queries, keys)
+        if bonus is not None:
+            logits += dot(queries.norm(dim=-1, keepdim=True), bonus[..., None])
+        energy[:, slots] = logits.masked_fill_(~counts, -math.inf).unflatten(1, (-1, size)).logsumexp(2)
+    return energy

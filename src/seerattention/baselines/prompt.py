@@ -7,6 +7,7 @@ for it; these selectors are yardsticks, not kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -150,6 +151,51 @@ def diagonal_sums(attention: Tensor) -> Tensor:
         seen = attention.shape[2] - back
         total[:, :seen] += attention[:, -1 - back, :seen].flip(-1)
     return total
+
+
+def antidiagonals(prompt: Prompt, stride: int) -> Iterator[tuple[range, slice, Tensor, Tensor]]:
+    """Logits of small tiles of queries and keys by their antidiagonals, some query blocks at a time.
+
+    With S the stride, tile (a, b) has ``scale / S`` times the sum over u < S of ``q[aS + S - 1 - u] . k[bS + u]``.
+    Tiles are cut from position 0 on; tokens that a tile lacks count as zeros.
+
+    Args:
+        prompt: one sequence.
+        stride: S, tokens a side of a tile, which divides the block size.
+
+    Yields:
+        Query blocks and their rows, as :meth:`Prompt.chunks`; logits float32 ``[Hq, a, b]`` of all tiles a of these
+        blocks and all b up to the last of them, -inf where b > a; bool ``[a]``, which tiles hold a query.
+    """
+    tiles = prompt.block_size // stride  # of a block, on each side
+    keys = torch.nn.functional.pad(prompt.k.float(), (0, 0, 0, -prompt.length % prompt.block_size))
+    keys = keys.unflatten(1, (-1, stride)).flatten(2)  # [Hkv, N * tiles, stride * D]
+    column = torch.arange(keys.shape[1], device=keys.device)
+    for blocks, slots in prompt.chunks(prompt.heads * tiles * keys.shape[1]):
+        queries, present = prompt.queries(blocks)
+        queries = queries.unflatten(1, (-1, stride)).flip(2).flatten(2)
+        end = blocks.stop * tiles
+        logits = dot(queries, keys[:, :end]) / stride
+        row = column[blocks.start * tiles : end, None]
+        yield blocks, slots, logits.masked_fill_(column[:end] > row, -math.inf), present.view(-1, stride).any(-1)
+
+
+def reach_share(mass: Tensor, rank: Tensor, share: float) -> Tensor:
+    """Blocks in the order of their rank, until they have a share of the mass of the row; the one that gets there is in.
+
+    Args:
+        mass: ``[R, N]``, not negative, of one head: orders and sums in 64 bits take much memory.
+        rank: ``[R, N]``, largest first; of equals, the first block.
+        share: from 0 (nothing) to just below 1. For everything do not ask: sums are rounded.
+
+    Returns:
+        bool ``[R, N]``.
+    """
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    ordered = mass.gather(-1, order).double()
+    before = ordered.cumsum(-1) - ordered
+    wanted = before < share * ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(wanted).scatter_(-1, order, wanted)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..policies import Policy
 from .base import TrainingFree
-from .prompt import Prompt, dot
+from .prompt import Prompt, antidiagonals, reach_share
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class XAttention(TrainingFree, kind="xattention", limits={"stride": 1, "tau": (0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self).__name__
         if self.block_size % self.stride:
-            raise ValueError(f"XAttention: a stride of {self.stride} does not divide blocks of {self.block_size}")
+            raise ValueError(f"{name}: a stride of {self.stride} does not divide blocks of {self.block_size}")
 
     def score(self, prompt: Prompt) -> Tensor:
         """Logarithm of the mass of each block, float32 ``[Hq, R, N]``."""
@@ -51,19 +52,11 @@ class XAttention(TrainingFree, kind="xattention", limits={"stride": 1, "tau": (0
 
     def mass(self, prompt: Prompt) -> Tensor:
         """Mass of each block, float32 ``[Hq, R, N]``; a row sums to its number of tiles with a query."""
-        tiles = self.block_size // self.stride  # of a block, on each side
-        keys = torch.nn.functional.pad(prompt.k.float(), (0, 0, 0, -prompt.length % self.block_size))
-        keys = keys.unflatten(1, (-1, self.stride)).flatten(2)  # [Hkv, N * tiles, stride * D]
-        column = torch.arange(keys.shape[1], device=keys.device)
-        mass = torch.zeros(prompt.heads, prompt.num_rows, prompt.num_keys, device=keys.device)
-        for blocks, slots in prompt.chunks(prompt.heads * tiles * keys.shape[1]):
-            queries, present = prompt.queries(blocks)
-            queries = queries.unflatten(1, (-1, self.stride)).flip(2).flatten(2)
-            end = blocks.stop * tiles
-            logits = dot(queries, keys[:, :end]) / self.stride
-            row = column[blocks.start * tiles : end, None]
-            shares = logits.masked_fill_(column[:end] > row, float("-inf")).softmax(-1)
-            shares *= present.view(-1, self.stride).any(-1)[:, None]
+        tiles = self.block_size // self.stride
+        mass = torch.zeros(prompt.heads, prompt.num_rows, prompt.num_keys, device=prompt.q.device)
+        for blocks, slots, logits, present in antidiagonals(prompt, self.stride):
+            shares = logits.softmax(-1)
+            shares *= present[:, None]
             mass[:, slots, : blocks.stop] = shares.unflatten(2, (-1, tiles)).sum(-1).unflatten(1, (-1, tiles)).sum(2)
         return mass
 
@@ -75,10 +68,7 @@ class XAttention(TrainingFree, kind="xattention", limits={"stride": 1, "tau": (0
             return keep
         columns = prompt.columns()
         forced = (columns == 0) | (columns == prompt.rows())
-        for head in range(prompt.heads):  # one at a time: orders and sums in 64 bits take much memory
-            order = mass[head].masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
-            ordered = mass[head].gather(-1, order).double()
-            before = ordered.cumsum(-1) - ordered
-            wanted = before < self.tau * ordered.sum(-1, keepdim=True)
-            keep[head] = torch.zeros_like(forced).scatter_(-1, order, wanted) | forced
+        for head in range(prompt.heads):
+            rank = mass[head].masked_fill(forced, float("inf"))
+            keep[head] = reach_share(mass[head], rank, self.tau) | forced
         return keep

@@ -88,6 +88,9 @@ KNOBS: dict[str, Knob] = {
     "sparge": Knob("tau", 0.0, 1.0),
     "flashprefill": Knob("alpha", 1.0, 1e-9, log=True),
     "flashprefill_v2": Knob("alpha", 1.0, 1e-9, log=True),
+    "cosa": Knob("tau", 0.0, 1.0),
+    "rbs": Knob("alpha", 1.0, 1e-9, log=True),
+    "prism": Knob("p", 0.0, 1.0),
     "oracle_cover": Knob("p", 0.0, 1.0),
     "top_k": Knob("density", 1e-3, 1.0, log=True),
     "top_p": Knob("p", 1e-4, 1.0),
@@ -101,6 +104,7 @@ _CONCESSIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "relative_threshold": ({"min_blocks": 2, "dense_rows": 4}, {"min_blocks": 1, "dense_rows": 0}),
     "flashprefill": ({"sink_blocks": 1, "window_blocks": 1},),
     "flashprefill_v2": ({"sink_blocks": 1, "window_blocks": 1},),
+    "rbs": ({"sink_blocks": 1, "window_blocks": 1},),
     "flexprefill": ({"min_budget": 1},),
     "sparge": ({"theta": 0.3}, {"theta": -1.0}),
 }
