@@ -21,7 +21,6 @@ KNOWN_SPILLS = {
     ("block_sparse_attention", "sm_80", "128 64 torch.bfloat16 lse=True"): 12,  # with triton 3.7; none with 3.6
     ("block_sparse_attention", "sm_90", "64 64 torch.float32 lse=True"): 256,
     # One register, before the loops and after them.
-    ("pooled_attention_decode", "sm_90", "sum 128 1 128 torch.bfloat16 lse=True"): 8,
     ("pooled_attention_decode", "sm_90", "row_sum 128 1 128 torch.bfloat16 lse=True"): 8,
     ("hopper_span", "sm_90", "64 pages in parts"): 8,  # before the loop and after it
     # Eight warps with all registers of a thread; pages look up each tile. A100 runs them from memory of its own.
@@ -67,7 +66,7 @@ def test_hopper_kernel_fits_as_planned(report):
 
 def test_hopper_kernel_of_the_target_fits_as_planned(report):
     kernels = [kernel for kernel in report if kernel["op"] == "pooled_attention_hopper"]
-    assert len(kernels) == 6
+    assert len(kernels) == 5
     for kernel in kernels:
         assert not kernel["spills"], kernel
         assert not kernel["serialized"], kernel
