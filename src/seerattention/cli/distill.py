@@ -213,12 +213,11 @@ def command(
                 "eval_density": eval_density,
             }
             asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
-            _check(job, settings)  # of both phases before one is trained
-            runs[one] = job, settings, asked
+            runs[one] = job, _check(job, settings), asked  # of both phases before one is trained
         results = {}
-        for one, (job, settings, asked) in runs.items():
+        for one, (job, configs, asked) in runs.items():
             folder = output / one if phase == BOTH else output
-            results[one] = _distill(job, settings, folder, save_every or None, save_seconds, terminal, asked, budgets)
+            results[one] = _distill(job, configs, folder, save_every or None, save_seconds, terminal, asked, budgets)
         if phase == BOTH:
             from ..gates.sources import join
 
@@ -262,7 +261,7 @@ class _Job:
 
 
 def _check(job: _Job, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:
-    """What can be wrong with the options is found before a model is loaded."""
+    """Of the run and of fresh gates: what can be wrong with the options is found before a model is loaded."""
     from ..config import GateConfig
     from ..distillation import DistillConfig, Repeats
 
@@ -285,7 +284,7 @@ def _check(job: _Job, settings: dict[str, Any]) -> tuple[DistillConfig, GateConf
 
 def _distill(
     job: _Job,
-    settings: dict[str, Any],
+    configs: tuple[DistillConfig, GateConfig],
     output: Path,
     save_every: int | None,
     save_seconds: float,
@@ -306,7 +305,7 @@ def _distill(
     from ..distillation.saved import STATE_FILE
     from ..hf.state import state_of
 
-    config, gate_config = _check(job, settings)
+    config, gate_config = configs
     documents = open_documents(job.data, text_field=job.text_field)
     device = resolve_device(job.device)
     processes = Processes.join(cpu=device == "cpu")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .state import HISTORY, Lengths, listed, on_device
+from .state import HISTORY, Lengths, Rows, listed, on_device
 
 
 class Recent(NamedTuple):
@@ -30,7 +30,7 @@ class Recent(NamedTuple):
     held: list[int] | None = None
 
 
-class QueryState:
+class QueryState(Rows):
     """Encoded queries of the last tokens of the rows of a batch, which grow, shrink and change places.
 
     Attributes:
@@ -115,15 +115,10 @@ class QueryState:
         if self._queries is not None:
             self._queries = self._ending(self._queries, gone)
 
-    def reorder(self, index: Sequence[int] | Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was; as many rows as before (beam search)."""
-        if len(index) != len(self.held):
-            raise ValueError(f"an order of {len(self.held)} rows has as many entries, got {len(index)}; see select")
-        self.select(index)
-
-    def repeat(self, times: int) -> None:
-        """Every row becomes ``times`` rows that follow each other."""
-        self.select([row for row in range(len(self.held)) for _ in range(times)])
+    @property
+    def num_rows(self) -> int:
+        """How many rows it holds."""
+        return len(self.held)
 
     def select(self, index: Sequence[int] | Tensor) -> None:
         """Keep the rows of an index ``[B']``, in its order; a row may be taken several times."""

@@ -13,6 +13,7 @@ How many tokens each row holds is known to the host, so nothing here waits for a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,7 +30,30 @@ Lengths = Sequence[int] | Tensor | None
 Encode = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
-class KeyState:
+class Rows(ABC):
+    """The rows of a batch, of which a state keeps something: how they change places."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """How many rows it holds."""
+
+    @abstractmethod
+    def select(self, index: Sequence[int] | Tensor) -> None:
+        """Keep the rows of an index ``[B']``, in its order; a row may be taken several times."""
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Row i becomes what row ``index[i]`` was; as many rows as before (beam search)."""
+        if len(index) != self.num_rows:
+            raise ValueError(f"an order of {self.num_rows} rows has as many entries, got {len(index)}; see select")
+        self.select(index)
+
+    def repeat(self, times: int) -> None:
+        """Every row becomes ``times`` rows that follow each other."""
+        self.select([row for row in range(self.num_rows) for _ in range(times)])
+
+
+class KeyState(Rows):
     """Encoded keys of the rows of a batch, which grow, shrink and change places.
 
     Attributes:
@@ -213,15 +237,10 @@ class KeyState:
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
-    def reorder(self, index: Sequence[int] | Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was; as many rows as before (beam search)."""
-        if len(index) != len(self.lengths):
-            raise ValueError(f"an order of {len(self.lengths)} rows has as many entries, got {len(index)}; see select")
-        self.select(index)
-
-    def repeat(self, times: int) -> None:
-        """Every row becomes ``times`` rows that follow each other."""
-        self.select([row for row in range(len(self.lengths)) for _ in range(times)])
+    @property
+    def num_rows(self) -> int:
+        """How many rows it holds."""
+        return len(self.lengths)
 
     def select(self, index: Sequence[int] | Tensor) -> None:
         """Keep the rows of an index ``[B']``, in its order; a row may be taken several times."""

@@ -139,9 +139,8 @@ def _not_decoding(arguments: Arguments, call: Call, plain: bool) -> str | None:
     keys, past = arguments.key.shape[2], call.past
     if window is not None and keys >= window:
         return _WINDOW.format(window)
-    if past is not None and not holds_keys(
-        past, call, arguments.key
-    ):  # without a cache what is given is all that there is
+    # Without a cache what is given is all that there is.
+    if past is not None and not holds_keys(past, call, arguments.key):
         return _CACHE.format(type(past).__name__)
     if not arguments.options.get("is_causal", True) or not getattr(arguments.module, "is_causal", True):
         return "attention is not causal"

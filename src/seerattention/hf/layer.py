@@ -316,6 +316,7 @@ class LayerState:
         layers, index = getattr(call.cache, "layers", ()), getattr(call.module, "layer_idx", self.index)
         return layers[index] if self.decodes and index < len(layers) else None
 
+    # Two hooks that share no code: in one function for both, Dynamo breaks its graph at more places.
     def _after_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.stray:
             return
