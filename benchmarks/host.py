@@ -9,9 +9,11 @@ cache, dense and sparse captured in a CUDA graph each and replayed, dense withou
 graph is captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many.
 ``wall``: until the device is done. ``host``: until the call returns, the device being idle before; where kernels are
 short the host is what a forward waits for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a
-layer" is sparse minus dense, over the layers. With fewer layers than the model has (``--layers``) the speed-up is that
-of the whole model: what a layer takes, times as many, and what the model takes without layers. Before anything is timed
-every block through the sparse kernel has to give what dense attention gives; a case that fails is reported and left.
+layer" is sparse minus dense, over the layers. Both are timed in turns, and profiled after that: a process gets slower
+as it goes on (a profiler that was on once still looks at every launch), and what is timed second would pay for it. With
+fewer layers than the model has (``--layers``) the speed-up is that of the whole model: what a layer takes, times as
+many, and what the model takes without layers. Before anything is timed every block through the sparse kernel has to
+give what dense attention gives; a case that fails is reported and left.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ from .results import own_arguments
 Step = Callable[[], object]
 
 WAYS = ("eager", "graphs", "decode")
+# Steps before a measurement: they compile, and find out what can be launched again.
+_WARM = 4
 # Relative difference of last logits, of a graph's replay from the call that it was captured of.
 _SAME = 1e-3
 
@@ -78,24 +82,28 @@ def _measure(
     case = {"model": name, "length": length, "density": density, "layers": layers}
     case |= {"dtype": str(model.dtype).removeprefix("torch."), **({} if way == "eager" else {"way": way})}
     ids = random_tokens(name, length).to(model.device)
+    device, repeats = model.device, options.repeats
+
+    def one_side(kind: str) -> AbstractContextManager[object]:
+        if kind == "sparse":
+            return _sparse(model, ids, way, density)
+        return _without_mask(model) if way == "graphs" else nullcontext()
+
     try:
         with without_layers(model):
-            fixed = _times(_STEPS["eager"](model, ids), model.device, options.repeats, profiled=False)["wall_s"]
-        with _without_mask(model) if way == "graphs" else nullcontext():
-            dense = _times(_STEPS[way](model, ids), model.device, options.repeats)
-        gates = seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()) if way == "decode" else seer.GateConfig()
-        chosen: dict[str, Any] = {"prefill": seer.TopK(density)}
-        if way == "decode":
-            chosen = {"decode": seer.TokenBudget(max(1, round(density * length)))}
-        seer.attach(model, gates, min_context=0, **chosen)
-        try:
-            with seer.record(model) as stats, torch.inference_mode():
-                _STEPS["eager" if way == "graphs" else way](model, ids)()
-            if not stats.sparse_calls:
-                raise WrongResultError(f"no layer was attended sparsely ({way})")
-            sparse = _times(_STEPS[way](model, ids), model.device, options.repeats)
-        finally:
-            seer.detach(model)
+            fixed = statistics.median(wall for wall, _ in _timed(_STEPS["eager"](model, ids), device, repeats))
+        timed: dict[str, list[tuple[float, float]]] = {"dense": [], "sparse": []}
+        for _ in range(options.turns):
+            for kind, times in timed.items():
+                with one_side(kind):
+                    times += _timed(_STEPS[way](model, ids), device, repeats)
+        sides: dict[str, dict[str, float]] = {}
+        for kind, times in timed.items():
+            wall, host = (statistics.median(column) for column in zip(*times, strict=True))
+            with one_side(kind):
+                gpu, launches = _kernels(_STEPS[way](model, ids), device)
+            sides[kind] = {"wall_s": wall, "host_s": host, "gpu_s": gpu, "launches": launches}
+        dense, sparse = sides["dense"], sides["sparse"]
     except (RuntimeError, WrongResultError) as error:  # out of memory, a capture that failed
         Terminal().say(f"{case} failed: {error}")
         return
@@ -112,6 +120,28 @@ def _measure(
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
     metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
     yield {"case": case, "metrics": metrics, "whole_layers": whole, "without_layers_s": fixed}
+
+
+@contextmanager
+def _sparse(model: Any, ids: Tensor, way: str, density: float) -> Iterator[None]:
+    """With fresh gates attached.
+
+    Raises:
+        WrongResultError: no layer is attended sparsely.
+    """
+    gates = seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()) if way == "decode" else seer.GateConfig()
+    chosen: dict[str, Any] = {"prefill": seer.TopK(density)}
+    if way == "decode":
+        chosen = {"decode": seer.TokenBudget(max(1, round(density * ids.shape[1])))}
+    seer.attach(model, gates, min_context=0, **chosen)
+    try:
+        with seer.record(model) as stats, torch.inference_mode():
+            _STEPS["eager" if way == "graphs" else way](model, ids)()
+        if not stats.sparse_calls:
+            raise WrongResultError(f"no layer was attended sparsely ({way})")
+        yield
+    finally:
+        seer.detach(model)
 
 
 @contextmanager
@@ -170,20 +200,22 @@ _STEPS: dict[str, Callable[[Any, Tensor], Step]] = {"eager": _prompt, "graphs": 
 
 
 @torch.inference_mode()
-def _times(step: Step, device: torch.device, repeats: int, profiled: bool = True) -> dict[str, float]:
-    """Medians in seconds of one step, and kernels launched; what only a GPU has is 0 elsewhere."""
-    for _ in range(4):  # compiles, and finds out what can be launched again
+def _timed(step: Step, device: torch.device, repeats: int) -> list[tuple[float, float]]:
+    """Seconds until the device is done and until the call returns, of so many steps."""
+    for _ in range(_WARM):
         step()
-    timed = [warm_seconds(step, device) for _ in range(repeats)]
-    wall, host = (statistics.median(column) for column in zip(*timed, strict=True))
-    gpu, launches = _kernels(step) if device.type == "cuda" and profiled else (0.0, 0)
-    return {"wall_s": wall, "host_s": host, "gpu_s": gpu, "launches": launches}
+    return [warm_seconds(step, device) for _ in range(repeats)]
 
 
-def _kernels(forward: Step) -> tuple[float, int]:
-    """Seconds of all kernels of a forward, and how many there are."""
+@torch.inference_mode()
+def _kernels(step: Step, device: torch.device) -> tuple[float, int]:
+    """Seconds of all kernels of a step, and how many there are; what only a GPU has is 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0, 0
+    for _ in range(_WARM):
+        step()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        forward()
+        step()
         torch.cuda.synchronize()
     events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return sum(event.device_time for event in events) / 1e6, len(events)
@@ -192,6 +224,7 @@ def _kernels(forward: Step) -> tuple[float, int]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.host", __doc__, check_length=2048)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--turns", type=int, default=3, help="of dense and sparse, each of so many repeats")
     parser.add_argument("--ways", nargs="+", default=["eager"], choices=WAYS, help="graphs: on a GPU only")
     return parser.parse_args(arguments)
 
