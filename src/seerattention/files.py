@@ -149,8 +149,7 @@ def write_folder(folder: Path, is_there: Callable[[], bool], write: Callable[[Pa
         write: fills the empty folder that it is given, with files only.
 
     Raises:
-        OSError: the disk is full, read-only, .... What the functions raise passes through, too. The folder
-            is not half written then.
+        OSError: the disk is full or read-only, for example. That, and what the functions raise, leaves nothing behind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.parent / f".{folder.name}.lock", wait=True) as alone:
