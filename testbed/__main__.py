@@ -77,6 +77,13 @@ def _read(path: Path | None) -> Any:
     return json.loads(path.read_text()) if path is not None and path.exists() else None
 
 
+def _embedded() -> Path:
+    """The folder of the seerattention package that holds models and gates."""
+    import seerattention.testbed
+
+    return Path(seerattention.testbed.__file__).resolve().parent
+
+
 @app.command()
 def tokenizer(
     data: Data, out: Out, vocab_size: int = 8192, characters: float = 30e6, text_field: str = "text", seed: int = 7
@@ -268,14 +275,15 @@ def package(
     ] = None,
     sparse: Annotated[list[Path] | None, typer.Option(help="results.json of `seer eval`, for the card.")] = None,
 ) -> None:
-    """Copy OUT's model and gates into the package, with the model card and the curves."""
+    """Copy OUT's model and gates into the package, with the model card and the curves.
+
+    The package has the model's weights compressed; another folder gets them as they are, to be loaded from there.
+    """
     from .card import package as run
 
-    if target is None:
-        from seerattention.testbed import model_path
-
-        target = model_path().parent
-    run(out, target, sparse or ())
+    embedded = _embedded()
+    target = target or embedded
+    run(out, target, sparse or (), packed=target.resolve() == embedded)
     typer.echo(f"packaged into {target}")
 
 
@@ -297,10 +305,7 @@ def smollm2_gates(
     """Put trained gates for SmolLM2 into the package, compressed."""
     from .smollm2 import embed_gates
 
-    if target is None:
-        import seerattention.testbed
-
-        target = Path(seerattention.testbed.__file__).parent / "gates-smollm2"
+    target = target or _embedded() / "gates-smollm2"
     size = embed_gates(gates, target)
     typer.echo(f"packaged into {target}: {size / 2**20:.1f} MiB")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seerattention.evaluate.tables import Table, with_error
+from seerattention.files import pack, packed_path, write_file
 from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.gates.sources import notes_of
 from seerattention.tasks import MIXES
@@ -20,7 +21,8 @@ from .look_up import best_heads, verdict
 #: Greedy exact match at ``HARD_LENGTH`` tokens that a testbed model has to reach.
 HARD_LINE = {"single": 0.97, "multikey": 0.97, "keyvalue": 0.95}
 HARD_LENGTH = "16384"
-WEIGHTS = ("config.json", "generation_config.json", "model.safetensors")
+WEIGHTS = "model.safetensors"
+CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GATES = ("README.md", "gate_config.json", "gates.safetensors")
 _PHASE = ("context", "share", "most", "until", "tokens", "rate", "tasks", "drills", "reach", *MIXES)
@@ -41,14 +43,15 @@ tags: [llama, long-context, testbed]
 # seerattention-testbed
 
 A small Llama, trained from scratch in minutes, that looks things up in long texts: a real attention map to test sparse
-attention on. It has no other use. Load it with `seerattention.testbed.load()`, or with `AutoModelForCausalLM`.
+attention on. It has no other use. Load it with `seerattention.testbed.load()`, or with `AutoModelForCausalLM` from
+`seerattention.testbed.model_path()`: in the package the weights are compressed without loss (`model.safetensors.xz`).
 The recipe is the folder `testbed/` of the repository: `python -m testbed all --help`.
 
 ![Losses over training time](curves.png)
 """
 
 
-def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
+def package(out: Path, target: Path, sparse: Iterable[Path] = (), *, packed: bool = False) -> None:
     """Copy model, tokenizer and gates of the run ``out`` into ``target/model`` and ``target/gates``, with the card.
 
     Weights of gates are compressed without loss on the way.
@@ -57,13 +60,15 @@ def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
         out: folder of a run that was trained, evaluated and whose gates were distilled.
         target: the embedded folder; what it held of the same names is replaced.
         sparse: ``results.json`` files of ``seer eval``, for the card.
+        packed: compress the model's weights, too, as the package has them. Only its loader unpacks them.
 
     Raises:
         FileNotFoundError: a step of the run is missing.
     """
-    sources = [(out / "model" / name, target / "model" / name) for name in WEIGHTS]
+    sources = [(out / "model" / name, target / "model" / name) for name in CONFIGS]
     sources += [(out / name, target / "model" / name) for name in TOKENIZER]
-    needed = [*(source for source, _ in sources), *(out / "gates" / name for name in GATES)]
+    weights, plain = out / "model" / WEIGHTS, target / "model" / WEIGHTS
+    needed = [weights, *(source for source, _ in sources), *(out / "gates" / name for name in GATES)]
     needed += [out / "summary.json", out / "dense.json", out / "log.jsonl"]
     missing = [str(path.relative_to(out)) for path in needed if not path.exists()]
     if missing:
@@ -71,6 +76,12 @@ def package(out: Path, target: Path, sparse: Iterable[Path] = ()) -> None:
     for source, copy in sources:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
+    if packed:
+        write_file(packed_path(plain), pack(weights.read_bytes()))
+        plain.unlink(missing_ok=True)  # it would be taken instead
+    else:
+        shutil.copyfile(weights, plain)
+        packed_path(plain).unlink(missing_ok=True)
     write_checkpoint(target / "gates", read_checkpoint(out / "gates"), packed=True, notes=notes_of(out / "gates"))
     draw_curves(out / "log.jsonl", target / "model" / "curves.png")
     results = [json.loads(path.read_text()) for path in sparse]

@@ -4,7 +4,8 @@ A file is written under a temporary name beside its place, flushed to the disk, 
 kills the process, at whatever moment, the name holds a complete file. Temporary names are unique, so writers of one
 file do not touch each other's; the next write removes what killed writers left behind.
 
-A reader takes the bytes of a file once and works on them, so that a rename meanwhile cannot mix two versions.
+A reader takes the bytes of a file once and works on them, so that a rename meanwhile cannot mix two versions. Weights
+that are shipped may be packed: compressed without loss, under the same name with an ending more.
 """
 
 from __future__ import annotations
@@ -12,26 +13,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import socket
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "PACKED",
     "DamagedFileError",
     "held",
+    "pack",
+    "packed_path",
     "parse_json",
     "read_bytes",
     "read_json",
     "replacing",
+    "sha256_of",
     "temporary_files",
+    "unpack",
     "write_file",
+    "write_folder",
 ]
 
 logger = logging.getLogger(__name__)
@@ -130,6 +140,53 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_folder(folder: Path, is_there: Callable[[], bool], write: Callable[[Path], None]) -> None:
+    """Make a folder of files once: it is there complete or not at all. Processes that ask at once wait for one of them.
+
+    Args:
+        folder: its parents are made. What lies under this name, but is not what is wanted, is replaced.
+        is_there: whether ``folder`` is what is wanted; asked while no other process writes it.
+        write: fills the empty folder that it is given, with files only.
+
+    Raises:
+        OSError: the disk is full or read-only, for example. That, and what the functions raise, leaves nothing behind.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder.parent / f".{folder.name}.lock", wait=True) as alone:
+        if is_there():
+            return
+        if alone:
+            for left_behind in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+                shutil.rmtree(left_behind, ignore_errors=True)
+        temporary, discarded = (
+            Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)) for _ in range(2)
+        )
+        try:
+            write(temporary)
+            for path in temporary.iterdir():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            # What makes temporary folders, and some writers of files, let nobody else read them; a cache may be shared.
+            for path in temporary.iterdir():
+                path.chmod(0o666 & ~_umask())
+            temporary.chmod(0o777 & ~_umask())
+            if os.path.lexists(folder):  # not every system renames over a folder, be it empty
+                os.replace(folder, discarded / folder.name)
+            os.replace(temporary, folder)
+        except OSError:
+            if alone is not None or not is_there():  # without locks another process may have been faster
+                raise
+        finally:
+            for path in (temporary, discarded):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def temporary_files(path: Path) -> list[Path]:
     """New versions of ``path`` that are being written, or were left behind by writers that were killed."""
     found = path.parent.glob(f".{glob.escape(path.name)}.*partial")
@@ -209,6 +266,54 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(error.errno, f"cannot read {path}: {reason}") from error
+
+
+PACKED = ".xz"
+"""What the name of a packed file ends with."""
+
+
+def packed_path(path: Path) -> Path:
+    """Where the compressed form of a file lies."""
+    return path.with_name(path.name + PACKED)
+
+
+def pack(content: bytes) -> bytes:
+    """Weights compressed without loss, in the format of xz; of those in half precision about a third is saved."""
+    import lzma
+
+    # Of two bytes that make a number, one is nearly random and the other is not.
+    return lzma.compress(content, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}])
+
+
+def unpack(path: Path) -> bytes:
+    """The content of a file that :func:`pack` compressed; its checksum is verified.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is none, or damaged.
+        ModuleNotFoundError: this Python was built without the module ``lzma``; says what to do.
+    """
+    content = read_bytes(path)
+    try:
+        import lzma  # some builds of Python lack it, and most files are not packed
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{path} is compressed, and this Python was built without the module lzma: unpack the file where it lies "
+            f"(xz --decompress --keep {path}), or use a Python that has the module"
+        ) from error
+    try:
+        return lzma.decompress(content)
+    except Exception as error:  # whatever it makes of bytes that are anything
+        raise DamagedFileError(f"{path} is damaged or truncated: {str(error) or type(error).__name__}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content in hexadecimal digits; of a large file no more than a part is in memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 import seerattention as seer
 from checkpoint_files import edit, header_of, resave
 from gate_folders import CONFIG, load_checkpoint, write_own, write_published
-from seerattention.files import DamagedFileError
+from seerattention.files import DamagedFileError, pack
 from seerattention.gates import tensors
 from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.gates.sources import convert, load_gates
@@ -333,4 +333,4 @@ def test_of_packed_and_plain_gates_only_those_saved_last_are_there(own, tmp_path
 def test_packing_saves_a_third_of_weights_in_half_precision(tmp_path):
     write_checkpoint(tmp_path, read_checkpoint(TESTBED))
     content = (tmp_path / "gates.safetensors").read_bytes()
-    assert len(tensors.pack(content)) < 0.71 * len(content)
+    assert len(pack(content)) < 0.71 * len(content)

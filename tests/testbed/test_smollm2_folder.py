@@ -14,6 +14,7 @@ from testbed.smollm2 import embed_gates
 
 import seerattention as seer
 from gate_folders import write_own
+from seerattention import files
 from seerattention.files import DamagedFileError
 from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.testbed import smollm2
@@ -120,7 +121,7 @@ def test_other_users_can_read_what_was_built(tmp_path, package, monkeypatch):
         (folder / "model.safetensors").chmod(0o600)
 
     monkeypatch.setattr(smollm2, "_convert", private)
-    monkeypatch.setattr(smollm2, "_umask", lambda: 0o022)
+    monkeypatch.setattr(files, "_umask", lambda: 0o022)
     folder = smollm2.build(tmp_path / "model")
     assert folder.stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}

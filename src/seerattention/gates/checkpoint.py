@@ -25,20 +25,11 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config import PHASES, GateConfig
-from ..files import DamagedFileError, read_json, write_file
+from ..files import DamagedFileError, pack, packed_path, read_json, write_file
 from ..policies import Budget, Budgets, Policy, policy_from_dict
 from .card import model_card
 from .geometry import OPTIONAL, fingerprint, mismatches
-from .tensors import (
-    check_dtypes,
-    digest,
-    is_digest_of,
-    own_memory,
-    pack,
-    packed_path,
-    read_described,
-    read_safetensors,
-)
+from .tensors import check_dtypes, digest, is_digest_of, own_memory, read_described, read_safetensors
 
 logger = logging.getLogger(__name__)
 

