@@ -42,9 +42,8 @@ def folder_path() -> Path:
         DamagedFileError: the package's file is not the one with the known checksum.
         OSError: the cache cannot be written to.
     """
-    folder = (
-        models_cache() / f"q4_1-{_RECIPE}" / HUB_ID.split("/")[1]
-    )  # gates know a model by the last part of its name
+    # Gates know a model by the last part of its name.
+    folder = models_cache() / f"q4_1-{_RECIPE}" / HUB_ID.split("/")[1]
     if folder.is_dir():  # it got its name when it was complete
         return folder
     return build(folder) if find_gguf() is not None else _fetch()
