@@ -30,7 +30,8 @@ from transformers import DynamicCache
 import seerattention as seer
 from seerattention import hf
 from seerattention.baselines import parse_selectors
-from seerattention.cli.common import Terminal, book_tokens, default_gates, load_model, open_data, resolve_device
+from seerattention.cli.common import Terminal, book_tokens, default_gates, open_data, resolve_device
+from seerattention.cli.opening import load_model
 from seerattention.evaluate.forward import prompt_device
 from seerattention.evaluate.generation import decode_greedily
 from seerattention.measure import CacheMemory, cache_memory

@@ -35,7 +35,8 @@ from torch import Tensor
 import seerattention as seer
 from seerattention import hf
 from seerattention.baselines import MeanPool, Oracle, Random, Streaming, SubBlock
-from seerattention.cli.common import Terminal, book_tokens, default_gates, load_model, open_data, resolve_device
+from seerattention.cli.common import Terminal, book_tokens, default_gates, open_data, resolve_device
+from seerattention.cli.opening import load_model
 from seerattention.distillation.repeats import say_again
 from seerattention.evaluate import Setting
 from seerattention.evaluate.forward import decoder_states, prompt_device, token_logits

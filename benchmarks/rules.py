@@ -28,7 +28,8 @@ from torch import Tensor
 import seerattention as seer
 from seerattention import hf
 from seerattention.blocks import BlockIndices
-from seerattention.cli.common import Terminal, book_tokens, default_gates, load_model, open_data, resolve_device
+from seerattention.cli.common import Terminal, book_tokens, default_gates, open_data, resolve_device
+from seerattention.cli.opening import load_model
 from seerattention.evaluate import Setting
 from seerattention.evaluate.perplexity import cut_documents, evaluate_perplexity
 from seerattention.evaluate.retrieval import evaluate_retrieval, make_samples

@@ -131,7 +131,7 @@ def test_lists_and_lengths():
 def test_float32_models_are_not_left_in_it_on_a_gpu():
     import torch
 
-    from seerattention.cli.common import in_fast_precision
+    from seerattention.cli.opening import in_fast_precision
 
     for dtype, device, expected in [
         (torch.float32, "cuda:0", torch.bfloat16),

@@ -102,6 +102,7 @@ WRONG = {
         "--num-fewshot": NOT_OPTIONAL_COUNTS,
         "--compare-gates": ["./nothing", "fine=./nothing", "={folder}", "fine=", ",", ""],
         "--seconds": ["-1", "nan", "inf", "soon"],
+        "--rope-scaling": ["yarn", "yarn:1", "yarn:nan", "llama3:2", "2", ""],
     },
     "compare": {
         **COMMON,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Terminal, errors, load_config, parse_list, resolve_device, token_count
+from .common import Terminal, errors, parse_list, resolve_device, token_count
+from .opening import load_config
 from .options import check_dtype, check_model, named, parse_density, real, say_unused, whole
 from .parameters import BlockSize, Device, Json
 

@@ -1,6 +1,4 @@
-"""What the commands share: short errors, consoles and progress that also read well in a log, loading models and
-text.
-"""
+"""What the commands share: short errors, consoles and progress that also read well in a log, devices and text."""
 
 from __future__ import annotations
 
@@ -31,8 +29,6 @@ __all__ = [
     "Terminal",
     "book_tokens",
     "errors",
-    "load_config",
-    "load_model",
     "log_level",
     "parse_list",
     "resolve_device",
@@ -125,20 +121,20 @@ def errors() -> Iterator[None]:
 
 def _sentence(error: Exception) -> str | None:
     """What to tell the user about an error; None for a bug."""
-    if _is_out_of_memory(error):
-        return f"out of memory ({_one_line(error)}); use shorter prompts, a smaller batch or model, or another device"
+    if is_out_of_memory(error):
+        return f"out of memory ({one_line(error)}); use shorter prompts, a smaller batch or model, or another device"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, OSError | ModuleNotFoundError):
-        return _one_line(error)
+        return one_line(error)
     if isinstance(error, ValueError | TypeError | NotImplementedError) and _was_raised(error):
-        return _one_line(error)
+        return one_line(error)
     return None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message without line breaks; of a long one, as transformers writes about a missing model, the first line."""
     text = str(error)
     return " ".join((text.split("\n")[0] if len(text) > 500 else text).split()) or type(error).__name__
@@ -150,7 +146,7 @@ def _was_raised(error: Exception) -> bool:
     return not frames or not frames[-1].line or re.search(r"\braise\b", frames[-1].line) is not None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     # torch is not imported for this: where it is not loaded it has raised nothing. Its CPU allocator has no type.
     kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
     return isinstance(error, MemoryError | kind) or (
@@ -232,65 +228,6 @@ def resolve_device(device: str) -> str:
         except Exception as error:  # whatever a backend says that is not there, or holds no numbers (meta)
             raise ValueError(f"--device {device} cannot be used here; try auto, cpu or cuda") from error
     return device
-
-
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """A model of the testbed (``"testbed"``, ``"smollm2"``), or any Hugging Face causal language model, and its
-    tokenizer.
-    """
-    from .options import check_dtype, check_model
-
-    check_model(name)
-    chosen = resolve_device(device)
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    given = None if check_dtype(dtype) == "auto" else getattr(torch, dtype)
-    if name in MODELS or not sys.stderr.isatty():  # loading is quick, or its bar would fill a log
-        transformers_logging.disable_progress_bar()
-    if name in MODELS:
-        return testbed.load(device=chosen, dtype=given, name=name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = str(Path(name).expanduser()) if name.startswith("~") else name
-    with _reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if given is None else given)
-    model = model if given is not None else in_fast_precision(model, chosen)
-    return model.to(chosen).eval(), tokenizer  # type: ignore[arg-type]
-
-
-def in_fast_precision(model: Any, device: str) -> Any:
-    """A float32 model as bfloat16 on a GPU, where attention in float32 has no fast kernel: twenty times as slow, and
-    seldom what was meant."""
-    import torch
-
-    return model.bfloat16() if device.startswith("cuda") and model.dtype == torch.float32 else model
-
-
-def load_config(name: str) -> Any:
-    """The config of a model, of the decoder where it has several."""
-    from transformers import AutoConfig
-
-    from .options import check_model
-
-    if check_model(name) in MODELS:
-        name = str(testbed.model_path(name))
-    with _reading(name):
-        return AutoConfig.from_pretrained(str(Path(name).expanduser())).get_text_config()
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Files of a model that are damaged make their readers stumble in any way: say which model it is."""
-    try:
-        yield
-    except OSError:
-        raise  # missing files and models, in sentences
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise
-        raise ValueError(f"cannot read the model {name}: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def default_gates(model: str) -> Path | None:

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ..testbed import MODELS
-from .common import Terminal, book_tokens, default_gates, errors, load_model, log_level, resolve_device
+from .common import Terminal, book_tokens, default_gates, errors, log_level, resolve_device
+from .opening import load_model
 from .options import check_output, check_seed, real, say_unused
 from .parameters import Json
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..config import PHASES
-from .common import Terminal, errors, load_model, resolve_device, token_count
+from .common import Terminal, errors, resolve_device, token_count
 from .distill_results import fit_budgets, write_results
 from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, QueryWindow, ShareKeys, say_what_gates_decide
+from .opening import load_model
 from .options import (
     check_dtype,
     check_gates,

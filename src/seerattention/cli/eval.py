@@ -34,6 +34,7 @@ from .options import (
     check_task_files,
     is_given,
     parse_density,
+    parse_rope_scaling,
     parse_threshold,
     real,
     say_unused,
@@ -118,6 +119,13 @@ def command(
             "--apply-chat-template", help="Ask lm-eval tasks, and --measure tasks, in the tokenizer's chat template."
         ),
     ] = False,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="Stretch the model's rotary embedding, for prompts longer than it was made for, as in 'yarn:2': "
+            "yarn, linear or dynamic, and how many times its length."
+        ),
+    ] = None,
     data: UnseenText = None,
     text_field: TextField = "text",
     batch_size: BatchSize = 1,
@@ -156,6 +164,7 @@ def command(
         from ..tasks import TASKS, TEXT_TASKS
 
         terminal = Terminal(as_json)
+        scaling = None if rope_scaling is None else parse_rope_scaling(rope_scaling)
         names = check_choice(parse_list(measure, str, "measure"), list(MEASURES), "measure")
         harness_tasks = [] if lm_eval_tasks is None else parse_list(lm_eval_tasks, str, "lm-eval-tasks")
         names = _with_harness(names, harness_tasks, is_given(context, "measure"))
@@ -211,7 +220,7 @@ def command(
             terminal,
         )
         chosen = resolve_device(device)
-        loaded, tokenizer = open_model(terminal, model, chosen, dtype)
+        loaded, tokenizer = open_model(terminal, model, chosen, dtype, scaling)
         longest = asked_lengths[-1]
         books = []
         if needs_texts:
@@ -223,6 +232,7 @@ def command(
             "gates": gates,
             "compared gates": compared,
             "dtype": str(loaded.dtype),
+            **({} if scaling is None else {"rope scaling": scaling}),
             "device": chosen,
             "seed": seed,
         }

@@ -97,6 +97,24 @@ def parse_threshold(text: str) -> float:
     return value
 
 
+ROPE_SCALINGS = ("yarn", "linear", "dynamic")
+"""Kinds of ``--rope-scaling``: those of transformers that need no more than a factor."""
+
+
+def parse_rope_scaling(text: str) -> tuple[str, float]:
+    """``--rope-scaling``: kind and factor, as in "yarn:2"."""
+    kind, _, factor = text.partition(":")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = math.nan
+    if kind not in ROPE_SCALINGS or not (math.isfinite(value) and value > 1):
+        raise ValueError(
+            f"--rope-scaling is one of {', '.join(ROPE_SCALINGS)} with a factor above 1, as in 'yarn:2', got {text!r}"
+        )
+    return kind, value
+
+
 def parse_index(text: str) -> int:
     """An item of ``--layers`` or ``--heads``: layers and heads are counted from 0."""
     if not (text.isascii() and text.isdecimal()):

@@ -67,7 +67,11 @@ def gates_path(name: str = "testbed") -> Path:
 
 
 def load(
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, name: str = "testbed"
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    name: str = "testbed",
+    config: Any = None,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer.
 
@@ -75,6 +79,7 @@ def load(
         device: None is the GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on the CPU.
         name: one of :data:`MODELS`.
+        config: the model's, changed: with another rotary embedding, say. None: as it was trained.
 
     Returns:
         An ordinary ``LlamaForCausalLM`` in evaluation mode, and its tokenizer.
@@ -88,7 +93,7 @@ def load(
     folder = model_path(name)
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, config=config)
     model.to(device).eval()
     # Gates remember the model that they were trained for by name; where its folder lies must not matter.
     model.config._name_or_path = NAME if name == "testbed" else smollm2.HUB_ID
