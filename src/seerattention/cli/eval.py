@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    Terminal,
-    book_tokens,
-    errors,
-    open_data,
-    parse_list,
-    resolve_device,
-    run_identity,
-    token_count,
-)
+from .common import Terminal, book_tokens, errors, open_data, parse_list, resolve_device, run_identity, token_count
 from .eval_settings import all_gates, make_settings, named_gates
 from .opening import open_model
 from .options import (
