@@ -77,7 +77,10 @@ def encode_tokens_kernel(
         m_rotated = o_pair < half
         p_cos += i_b * s_cos_b + i_t * s_cos_t
         p_sin += i_b * s_sin_b + i_t * s_sin_t
-        b_cos, b_sin = _rotary(p_cos, o_first, m_rotated, s_cos_d, 1.0), _rotary(p_sin, o_first, m_rotated, s_sin_d, 0.0)
+        b_cos, b_sin = (
+            _rotary(p_cos, o_first, m_rotated, s_cos_d, 1.0),
+            _rotary(p_sin, o_first, m_rotated, s_sin_d, 0.0),
+        )
         b_turned = b_first * b_cos - b_second * b_sin
         b_cos = _rotary(p_cos, o_second, m_rotated, s_cos_d, 1.0)
         b_sin = _rotary(p_sin, o_second, m_rotated, s_sin_d, 0.0)
