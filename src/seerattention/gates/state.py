@@ -140,10 +140,8 @@ class KeyState(Rows):
             ValueError: another batch size than before, or lengths that do not fit.
         """
         batch, _, width, _ = keys.shape
-        if width == 1 and lengths is None and only_complete and self._takes_inside_a_block(batch):
-            assert self._tokens is not None
-            self._tokens = torch.cat((self._tokens, keys), 2)
-            self.lengths, self._open_encoded = [length + 1 for length in self.lengths], False
+        if width == 1 and lengths is None and only_complete and self.takes_inside_a_block(batch):
+            self.append_inside_a_block(keys)
             return
         before, first = self.lengths or [0] * batch, self._first or [0] * batch
         if batch != len(before):
@@ -175,7 +173,13 @@ class KeyState(Rows):
         self._open_encoded = not only_complete or all(length % self.pitch == 0 for length in after)
         self.lengths, self._first = after, kept
 
-    def _takes_inside_a_block(self, batch: int) -> bool:
+    def append_inside_a_block(self, keys: Tensor) -> None:
+        """:meth:`append` of one token of every row with ``only_complete``, where :meth:`takes_inside_a_block`."""
+        assert self._tokens is not None
+        self._tokens = torch.cat((self._tokens, keys), 2)
+        self.lengths, self._open_encoded = [length + 1 for length in self.lengths], False
+
+    def takes_inside_a_block(self, batch: int) -> bool:
         """Whether the next token of every row neither begins nor completes a block, and nothing is forgotten for it:
         most steps of decoding."""
         if len(self.lengths) != batch or self._tokens is None or len(self._tokens) != batch:

@@ -154,6 +154,7 @@ def _attend_tokens(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     if not layer.decodes and not forward.statistics:
         return None
     mask = _read_mask(arguments, forward)
+    captured = call.query, call.key  # of which the call lets go
     decoded = attend_tokens(arguments, call, forward, mask, _min_context(layer, device))
     if forward.statistics:
         blocks, lengths = decoded and decoded.blocks, None if mask[1] is None else mask[1].sum(-1)
@@ -162,8 +163,7 @@ def _attend_tokens(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         keep_queries(arguments, call)
         return None
     forward.sparse = True
-    if decoded.gate is not None:
-        make_token_plan(forward, call, arguments, decoded)
+    make_token_plan(forward, call, arguments, captured, decoded)
     return decoded.out, None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import BlockIndices, completed, shift_left
-from ..gates import DecodeGate, KeyState, attend_token, attends_at_once, select_by_token
+from ..gates import DecodeGate, KeyState, TokenStep, select_by_token
 from ..ops.block_sparse_decode import block_sparse_decode
 from ..ops.indices import read_lists
 from ..ops.span import START, Span
@@ -65,13 +65,14 @@ class Decoded(NamedTuple):
     Attributes:
         out: ``[B, Tq, Hq, D]``.
         blocks: the lists that were read; None: nobody wanted to see them.
-        gate, policy: what chose, where lists and attention were one (:func:`attend_one_token`); else None.
+        step: what :func:`attend_one_token` did, where that was it.
+        key: then the token's keys before RoPE, ``[B, Hkv, 1, D]``.
     """
 
     out: Tensor
-    blocks: BlockIndices | None
-    gate: DecodeGate | None = None
-    policy: Policy | None = None
+    blocks: BlockIndices | None = None
+    step: TokenStep | None = None
+    key: Tensor | None = None
 
 
 def attend_tokens(
@@ -127,16 +128,16 @@ def attend_tokens(
             take_kept(call.past)
         state = _encode_cache(arguments.key, queries, call, forward, (gate, rows))
     at_once = queries == 1 and rows is None and not forward.statistics and keys >= minimum
-    if at_once and call.past is not None and attends_at_once(policy, arguments.query.device):
-        return Decoded(attend_one_token(arguments, call, gate, policy, state), None, gate, policy)
+    if at_once and call.past is not None and TokenStep.takes(policy, arguments.query.device):
+        return attend_one_token(arguments, call, gate, policy, state)
     blocks = _select(arguments, call, forward, (gate, policy, state), rows, minimum)
     out = block_sparse_decode(arguments.query, arguments.key, arguments.value, blocks, scale=arguments.scale)
     return Decoded(cast(Tensor, out).transpose(1, 2).contiguous(), blocks)
 
 
 @torch.no_grad()
-def attend_one_token(arguments: Arguments, call: Call, gate: DecodeGate, policy: Policy, state: KeyState) -> Tensor:
-    """The common step, ``[B, 1, Hq, D]``: one token on a cache without padding, whose lists nobody wants to see.
+def attend_one_token(arguments: Arguments, call: Call, gate: DecodeGate, policy: Policy, state: KeyState) -> Decoded:
+    """The common step: one token on a cache without padding, whose lists nobody wants to see.
 
     Args:
         arguments: of the token.
@@ -144,14 +145,11 @@ def attend_one_token(arguments: Arguments, call: Call, gate: DecodeGate, policy:
         gate, policy: what chooses.
         state: the encoded keys of what the cache held before the token.
     """
-    query, encoded = _encode_new(arguments, call, gate, state)
-    if call.recent is None:
-        queries = gate.encode_queries(query, *_tables(call, query))
-    else:
-        queries = call.recent.queries
+    query, key, keys = _encode_new(arguments, call, gate, state)
     attended = arguments.query, arguments.key, arguments.value
-    out = attend_token(gate, policy, queries, encoded, attended, arguments.scale)
-    return out.transpose(1, 2).contiguous()
+    asked = query if call.recent is None else call.recent
+    step = TokenStep(gate, policy, asked, _tables(call, query), keys, attended, arguments.scale)
+    return Decoded(step.run().transpose(1, 2).contiguous(), step=step, key=key)
 
 
 def _tables(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,8 +157,9 @@ def _tables(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     return (cos, sin) if cos.device == x.device else (cos.to(x.device), sin.to(x.device))
 
 
-def _encode_new(arguments: Arguments, call: Call, gate: DecodeGate, state: KeyState) -> tuple[Tensor, Tensor]:
-    """The queries before RoPE, and the encoded keys of all complete sub-blocks, which are kept with the cache layer."""
+def _encode_new(arguments: Arguments, call: Call, gate: DecodeGate, state: KeyState) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys before RoPE, and the encoded keys of all complete sub-blocks, which are kept with the cache
+    layer."""
     if call.past is not None:
         take_kept(call.past)
     query, key = call.layer.take(call)
@@ -168,7 +167,7 @@ def _encode_new(arguments: Arguments, call: Call, gate: DecodeGate, state: KeySt
         encoded = gate.encode_keys(key.to(arguments.key.dtype), *_tables(call, key), state=state)
     if call.past is not None:
         keep(call.past, gate, state, call.last)
-    return query, encoded
+    return query, key, encoded
 
 
 def _not_worth_a_warning(call: Call, forward: Forward, keys: int, minimum: int) -> str | None:
@@ -243,7 +242,7 @@ def _select(
     gate, policy, state = chooses
     batch, _, queries, _ = arguments.query.shape
     keys = arguments.key.shape[2]
-    query, encoded = _encode_new(arguments, call, gate, state)
+    query, _, encoded = _encode_new(arguments, call, gate, state)
     span = Span(batch, queries, keys) if rows is None else _span(rows, queries, keys, forward)
     if call.recent is None:
         logits = gate.score(gate.encode_queries(query, *_tables(call, query)), encoded, span=span)

@@ -219,6 +219,12 @@ def keep(cache_layer: Any, gate: nn.Module, state: KeyState | None, queries: Que
                 cache_layer.__dict__[method] = _Follower(cache_layer, method)
 
 
+def keep_again(cache_layer: Any, kept: Kept) -> None:
+    """Leave what was taken from a cache layer, and has grown with it, there again."""
+    kept._made_of(cache_layer.keys)
+    cache_layer.__dict__[_ATTRIBUTE] = kept
+
+
 def kept_bytes(cache_layer: Any) -> int:
     """Memory of what lies encoded with a cache layer, good or stale."""
     kept = cache_layer.__dict__.get(_ATTRIBUTE)
