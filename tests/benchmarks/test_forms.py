@@ -22,19 +22,13 @@ from seerattention.distillation.trainer import Trainer
 from seerattention.hf.state import gates_of
 
 
-def tiny_model(layers: int = 2, length: int = 4096, vocabulary: int = 97) -> LlamaForCausalLM:
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def tiny_model(length: int = 4096, vocabulary: int = 97) -> LlamaForCausalLM:
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=length,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": length}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes, **HEADS)).eval()
 
 
 def documents(count: int, length: int) -> torch.Tensor:

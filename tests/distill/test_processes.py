@@ -143,7 +143,9 @@ def test_the_commands_of_the_recipes_run_in_two_processes(tmp_path):
     text.write_text("The cat sat on the mat and looked at the moon. " * 2000)
     options = {"--model": "testbed", "--data": text, "--output": tmp_path / "gates", "--length": 512, "--steps": 2}
     options |= {"--accumulation": 2, "--eval-sequences": 2, "--device": "cpu"}
-    said = launch("-m", "seerattention.cli.distill", "--no-budgets", *(str(x) for pair in options.items() for x in pair))
+    said = launch(
+        "-m", "seerattention.cli.distill", "--no-budgets", *(str(x) for pair in options.items() for x in pair)
+    )
     assert f"2 steps, {2 * 2 * 2 * 512:,} tokens" in said  # steps, processes, batches a step
     assert (tmp_path / "gates" / "gates.safetensors").is_file()
 
