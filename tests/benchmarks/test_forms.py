@@ -21,7 +21,6 @@ from seerattention.distillation.losses import kl_sum
 from seerattention.distillation.trainer import Trainer
 from seerattention.hf.state import gates_of
 
-
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
