@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -46,6 +46,13 @@ Start = Annotated[
     Path | None, typer.Option(help="Folder of a model to train on, instead of a new one; its shape counts.")
 ]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
+Least = Annotated[
+    float,
+    typer.Option(
+        help="Stop before the gates if the dense model answers less than this share of single, multikey or keyvalue at "
+        "the shortest length of the evaluation; 0: go on anyway."
+    ),
+]
 Form = Annotated[str, typer.Option(help="Of the gates: sub_block, which looks more finely than its mask, or paper.")]
 GateBooks = Annotated[
     list[Path] | None,
@@ -53,6 +60,11 @@ GateBooks = Annotated[
         help="Training books, or held-out ones: token files (.u16) or texts. Repeatable. Default: those of the package."
     ),
 ]
+
+SUPPORTED = (
+    "Known to form its look-ups: width 384, 8 layers, vocabulary 8192, seed 11, which are the defaults. Other choices "
+    "may need more --minutes, another --seed or more --retries: testbed/README.md, 'Which choices work'"
+)
 
 
 def _texts(sources: list[str], text_field: str) -> Iterator[str]:
@@ -75,6 +87,12 @@ def _in_turn(sources: list[str], text_field: str) -> Iterator[str]:
 
 def _read(path: Path | None) -> Any:
     return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+
+def _stop(why: str) -> NoReturn:
+    """End the program with a sentence."""
+    typer.echo(f"error: {why}\n{SUPPORTED}", err=True)
+    raise typer.Exit(1)
 
 
 def _embedded() -> Path:
@@ -140,7 +158,7 @@ def train(
 
     from .card import STAGES
     from .model import ModelConfig, read
-    from .schedule import PHASES, Phase, TrainConfig
+    from .schedule import PHASES, NotFormed, Phase, TrainConfig
     from .training import train as run
 
     config = TrainConfig(
@@ -170,7 +188,10 @@ def train(
         model = ModelConfig(
             vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width or width * 5 // 2, max_context=longest
         )
-    summary = run(out, model, config, device, earlier)
+    try:
+        summary = run(out, model, config, device, earlier)
+    except NotFormed as error:
+        _stop(str(error))
     typer.echo(json.dumps({k: v for k, v in summary.items() if k != "settings"}))
 
 
@@ -328,12 +349,15 @@ def everything(
     text_field: str = "text",
     device: str = "cuda",
     embed: Annotated[bool, typer.Option(help="Replace the model that the package embeds.")] = False,
+    least: Least = 0.9,
 ) -> None:
     """Tokenizer, tokens, training, evaluation, gates and packaging (into OUT/package) in one go.
 
     Takes the options of `train`, too, and passes them on. What an earlier call finished is kept, so a stopped run goes
     on where it was.
     """
+    from .evaluate import weak_tasks
+
     shared = {"--out": out, "--seed": seed, "--templates": templates, "--start": start, "--device": device}
     given = [str(part) for option, value in shared.items() if value is not None for part in (option, value)]
     # Parsed at once: a wrong option is told before an hour of work.
@@ -352,6 +376,8 @@ def everything(
     model, test = out / "model", [out / "test.u16"]
     curves(out, out / "curves.png")
     evaluate(model, test, out / "dense.json", lengths=lengths, samples=samples, templates=templates, device=device)
+    if weak := weak_tasks(_read(out / "dense.json"), least):
+        _stop(f"{weak}: no gates are trained for it. --least 0 goes on all the same")
     gates(
         out / "gates",
         model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,26 @@ def evaluate(
     Terminal().table(Table(["task", *(f"{length:,}" for length in lengths)], rows, caption))
     results["look_up"] = where_it_looks_up(model, tokenizer, texts, min(4096, *lengths), 16, templates)
     return results
+
+
+LOOK_UPS = ("single", "multikey", "keyvalue")
+"""The tasks without which a model is no test of sparse attention."""
+
+
+def weak_tasks(results: Mapping[str, Any], least: float) -> str:
+    """What a model with these results (:func:`evaluate`) does not do: a sentence, empty if it does everything.
+
+    ``least`` is the share of right answers that counts as doing a task, at the shortest length.
+    """
+    shares = {}
+    for task in LOOK_UPS:
+        cells = results["retrieval"][task]
+        length = min(cells, key=int)
+        if cells[length]["exact"] < least:
+            shares[task] = f"{task} {cells[length]['exact']:.1%}"
+    if not shares:
+        return ""
+    return f"the dense model answers {', '.join(shares.values())} at {int(length):,} tokens, below {least:.0%}"
 
 
 def _retrieval(

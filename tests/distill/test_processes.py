@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +135,26 @@ def test_two_processes_equal_one(tmp_path):
     for rank in (0, 1):
         assert torch.equal(load_file(tmp_path / f"continued{rank}.safetensors")["loss"], losses[0])
     assert "were accepted" not in output
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_recipes_run_in_two_processes(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat and looked at the moon. " * 2000)
+    options = {"--model": "testbed", "--data": text, "--output": tmp_path / "gates", "--length": 512, "--steps": 2}
+    options |= {"--accumulation": 2, "--eval-sequences": 2, "--device": "cpu"}
+    said = launch(
+        "-m", "seerattention.cli.distill", "--no-budgets", *(str(x) for pair in options.items() for x in pair)
+    )
+    assert f"2 steps, {2 * 2 * 2 * 512:,} tokens" in said  # steps, processes, batches a step
+    assert (tmp_path / "gates" / "gates.safetensors").is_file()
+
+    root = [str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    options = {"--device": "cpu", "--form": "sub_block_shared", "--output": tmp_path / "results", "--lengths": 256}
+    given = [str(x) for pair in options.items() for x in pair]
+    launch("-m", "benchmarks.distill", "--tiny", *given, env={"PYTHONPATH": os.pathsep.join(filter(None, root))})
+    (run,) = json.loads((tmp_path / "results" / "distill.json").read_text())["runs"]
+    assert [result["case"]["gpus"] for result in run["results"]] == [2, 2]
 
 
 def test_gradients_are_averaged_over_all_rows(tmp_path):

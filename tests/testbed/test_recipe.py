@@ -11,6 +11,7 @@ import pytest
 import torch
 from testbed.__main__ import app
 from testbed.card import _phases, stages
+from testbed.evaluate import weak_tasks
 from testbed.model import FastLlama, ModelConfig, read
 from testbed.schedule import PHASES as DEFAULT_PHASES
 from testbed.schedule import NotFormed, Phase, TrainConfig
@@ -125,6 +126,24 @@ def test_the_default_stages_with_a_stop_in_the_second(run_folder, monkeypatch):
     assert "keys listed 0.85, loose 0.15." in card
 
 
+def test_where_look_up_does_not_form_the_command_ends_with_a_sentence(run_folder, monkeypatch):
+    def fails(*_):
+        raise NotFormed("look-up did not form in the drills of 128 tokens by 78 s")
+
+    monkeypatch.setattr("testbed.training.train", fails)
+    result = CliRunner().invoke(app, ["train", "--out", str(run_folder), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: look-up did not form in the drills of 128 tokens by 78 s\nKnown to form")
+
+
+def test_what_a_model_does_not_do_is_said():
+    cells = {"single": 1.0, "multikey": 0.004, "keyvalue": 0.85, "variable": 0.0}
+    results = {"retrieval": {task: {"16384": {"exact": x}, "32768": {"exact": 0.0}} for task, x in cells.items()}}
+    said = "the dense model answers multikey 0.4%, keyvalue 85.0% at 16,384 tokens, below 90%"
+    assert weak_tasks(results, 0.9) == said
+    assert weak_tasks(results, 0.0) == ""
+
+
 @pytest.mark.slow
 def test_everything_in_one_command(tmp_path):
     books, held_out = write_books(tmp_path)
@@ -151,6 +170,7 @@ def test_everything_in_one_command(tmp_path):
         "--gate-length": 1024,
         "--workers": 0,
         "--device": "cpu",
+        "--least": 0,
     }
     arguments = ["all", *(str(part) for pair in options.items() for part in pair)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -170,6 +190,11 @@ def test_everything_in_one_command(tmp_path):
     assert stats.density < 0.5
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)  # what is finished is kept
     assert again.exit_code == 0, again.output
+    weak = CliRunner().invoke(app, [*arguments, "--least", "0.9"], catch_exceptions=False)
+    assert weak.exit_code == 1
+    assert "error: the dense model answers single " in weak.output
+    assert "--least 0 goes on" in weak.output
+    assert "Known to form its look-ups" in weak.output
     options |= {"--start": package / "model", "--out": tmp_path / "run on", "--minutes": 0.05, "--samples": 1}
     options["--phases"] = json.dumps([{"context": 1024, "share": 1, "tokens": 1024, "rate": 3e-3}])
     arguments = ["all", *(str(part) for pair in options.items() for part in pair)]
