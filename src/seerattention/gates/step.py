@@ -1,14 +1,15 @@
-"""A decoding step of one layer: what a token's scores choose, read at once.
+"""A decoding step of one layer: a token's scores, the lists that they choose, and attention to these.
 
-Encoding, scores, lists and attention of one token are a handful of launches, which follow from the geometry of their
-tensors. In each step that is another one, and the same in all layers: one of them records it, and the others replay it.
+All of that is a handful of launches, which follow from the geometry of their tensors. That of the lists changes where a
+block is completed, that of attention in each step, as the cache grows; in all layers of a step both are the same. One
+layer records them, and the others replay them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..ops import dispatch
 from ..ops.block_sparse_decode import block_sparse_decode
 from ..ops.custom_op import tracing
+from ..ops.indices import ordered_lists, read_lists
 from ..ops.replay import Recording, Replays
 from ..ops.span import Span
 from ..policies import REPLAYED, Policy
@@ -23,7 +25,15 @@ from .by_token import select_by_token
 from .decode import DecodeGate
 from .query_state import Recent
 
-_STEPS = Replays(passing=True)
+_LISTS = Replays(passing=True)
+_ATTENTION = Replays(passing=True)
+
+
+class Recorded(NamedTuple):
+    """What a step replays: of :attr:`TokenStep.asked`, and of :attr:`TokenStep.attended` and the lists."""
+
+    lists: Recording
+    attention: Recording
 
 
 @dataclass(eq=False)
@@ -51,38 +61,56 @@ class TokenStep:
 
     @staticmethod
     def takes(policy: Policy, device: torch.device) -> bool:
-        """Whether a step may be one; where nobody replays launches, lists are made first."""
+        """Whether a step may be one; where nobody replays launches, lists are made by other ways."""
         return type(policy) in REPLAYED and dispatch.device_type(device) == "cuda" and not tracing()
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that changes from call to call: of the queries, then the keys, then what is attended."""
+    def asked(self) -> tuple[Tensor, ...]:
+        """What lists are made of: the query and what it is encoded with, and the keys."""
         if isinstance(self.query, Recent):
-            return self.query.queries, self.keys, *self.attended
-        return self.query, *token_tensors(self.gate, self.tables), self.keys, *self.attended
-
-    @property
-    def settings(self) -> tuple[Hashable, ...]:
-        """All else."""
-        return self.gate.config, self.gate.block_size, self.gate.scale, self.policy, self.scale
+            return self.query.queries, self.keys
+        return self.query, *token_tensors(self.gate, self.tables), self.keys
 
     def run(self) -> Tensor:
         """``[B, Hq, 1, D]``."""
-        return _STEPS.call(lambda: (self._run(),), self.tensors, *self.settings)[0]
+        lists = _LISTS.call(self._lists, self.asked, *self._settings)
+        return _ATTENTION.call(lambda: self._attend(*lists), (*self.attended, *lists), *self._attention_settings)[0]
 
-    def recording(self) -> Recording | None:
-        """What :meth:`run` replays, of :attr:`tensors`; None: it calls."""
-        return _STEPS.recorded(self.tensors, *self.settings)
+    def recorded(self) -> Recorded | None:
+        """What :meth:`run` replays; None: it calls."""
+        lists = _LISTS.recorded(self.asked, *self._settings)
+        if lists is None:
+            return None
+        attention = _ATTENTION.recorded((*self.attended, *lists.new_results()), *self._attention_settings)
+        return None if attention is None else Recorded(lists, attention)
 
-    def _run(self) -> Tensor:
-        gate, (q, k, v) = self.gate, self.attended
-        recent = self.query
+    @property
+    def _span(self) -> Span:
+        q, k, _ = self.attended
+        return Span(q.shape[0], 1, k.shape[2])
+
+    @property
+    def _settings(self) -> tuple[Hashable, ...]:
+        gate, tokens = self.gate, self.attended[1].shape[2]
+        whole = tokens % gate.block_size == 0  # whether the token's own block is complete
+        return gate.config, gate.block_size, gate.scale, self.policy, tokens // gate.block_size, whole
+
+    @property
+    def _attention_settings(self) -> tuple[Hashable, ...]:
+        return self.gate.block_size, self.scale
+
+    def _lists(self) -> tuple[Tensor, Tensor]:
+        """Indices ``[B, Hkv, 1, capacity]`` and counts ``[B, Hkv, 1]``."""
+        gate, recent = self.gate, self.query
         if not isinstance(recent, Recent):
             recent = Recent(gate.encode_queries(recent, *self.tables))
-        span = Span(q.shape[0], 1, k.shape[2])
-        scores = gate.score_window(recent, self.keys, span=span)
-        blocks = select_by_token(self.policy, scores, block_size=gate.block_size, span=span)
-        return cast(Tensor, block_sparse_decode(q, k, v, blocks, scale=self.scale))
+        scores = gate.score_window(recent, self.keys, span=self._span)
+        return read_lists(select_by_token(self.policy, scores, block_size=gate.block_size, span=self._span))
+
+    def _attend(self, indices: Tensor, counts: Tensor) -> tuple[Tensor]:
+        span, size = self._span, self.gate.block_size
+        blocks = ordered_lists(indices, counts, span.num_key_blocks(size), size, True, span)
+        return (cast(Tensor, block_sparse_decode(*self.attended, blocks, scale=self.scale)),)
 
 
 def token_tensors(gate: DecodeGate, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

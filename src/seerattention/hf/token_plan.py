@@ -48,25 +48,29 @@ class TokenPlan(Plan):
         self.batch, self.held = arguments.query.shape[0], arguments.key.shape[2] - 1
         self.attended = [(x.shape, x.dtype) for x in step.attended]
         # What is launched, and of which tensors; None: each layer finds that out.
-        self.recording = step.recording()
+        self.recorded = step.recorded()
         if isinstance(step.query, Tensor) and not _is_view(step.query, captured[0]):
-            self.recording = None
-        if not _is_view(key, captured[1]):
-            self.recording = None
-        if self.recording is None:
+            self.recorded = None
+        if self.recorded is None or not _is_view(key, captured[1]):
+            self.recorded = None
             return
-        tensors = list(step.tensors)
+        lists, attention = self.recorded
+        asked = list(step.asked)
         self.shift = 0
         if isinstance(step.query, Tensor):
-            tensors[0] = captured[0]
+            asked[0] = captured[0]
             self.shift = step.query.data_ptr() - captured[0].data_ptr()
+        tensors = (*asked, *step.attended)
+        self.num_asked = len(asked)
         self.geometry = [(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors]
         self.captured = [(x.shape, x.stride(), x.dtype) for x in captured]
         self.key = key.shape, key.stride(), key.storage_offset() - captured[1].storage_offset()
         self.keys_dtype = arguments.key.dtype
-        self.workspace = self.recording.new_workspace()
-        self.between = [] if self.workspace is None else [self.workspace.data_ptr()]
-        ((self.shape, self.stride, _),) = self.recording.results
+        # Memory that is one layer's after the other, as their launches are.
+        self.lists, spaces = lists.new_results(), (lists.new_workspace(), attention.new_workspace())
+        self.listed = [x.data_ptr() for x in self.lists]
+        self.spaces, self.between = spaces, [[] if x is None else [x.data_ptr()] for x in spaces]
+        ((self.shape, self.stride, _),) = attention.results
 
     def prepare(self, call: Call) -> bool:
         """Find the layer's cache, and what is kept with it, which has to be of all tokens before this one."""
@@ -118,7 +122,7 @@ class TokenPlan(Plan):
     def _replay(self, call: Call, gate: DecodeGate, attended: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
         """Launch what the layer of the plan did, ``[B, 1, Hq, D]``; None: it is another step, and nothing is done."""
         query, key, state = call.query, call.key, call.state
-        if self.recording is None or query is None or key is None or state is None or call.kept is None:
+        if self.recorded is None or query is None or key is None or state is None or call.kept is None:
             return None
         if [(x.shape, x.stride(), x.dtype) for x in (query, key)] != self.captured:
             return None
@@ -143,8 +147,9 @@ class TokenPlan(Plan):
         keep_again(call.past, call.kept)
         out = attended[0].new_empty_strided(self.shape, self.stride)
         addresses[0] += self.shift
-        addresses.append(out.data_ptr())
-        self.recording.launch([*addresses, *self.between])
+        (lists, attention), (space, other), end = self.recorded, self.between, self.num_asked
+        lists.launch([*addresses[:end], *self.listed, *space])
+        attention.launch([*addresses[end:], *self.listed, out.data_ptr(), *other])
         call.query = call.key = None
         return out.transpose(1, 2).contiguous()
 

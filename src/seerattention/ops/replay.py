@@ -201,16 +201,18 @@ class Recording:
         Args:
             addresses: of the input tensors; those of the results are put behind them.
         """
-        device = self.device
-        results = [
-            torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.results
-        ]
+        results = self.new_results()
         addresses += [x.data_ptr() for x in results]
         between = self.new_workspace()
         if between is not None:
             addresses.append(between.data_ptr())
         self.launch(addresses)
         return tuple(results)
+
+    def new_results(self) -> list[Tensor]:
+        """Memory for the results."""
+        device = self.device
+        return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.results]
 
     def new_workspace(self) -> Tensor | None:
         """Memory for everything in between; None: there is nothing."""
