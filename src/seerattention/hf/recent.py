@@ -48,12 +48,14 @@ def remember(arguments: Arguments, call: Call, decoded: int) -> None:
         ends = [x.narrow(axis, tokens - size, size) for x in (call.query, call.key)]
         query, _ = layer.model.family.before_rope(ends[0], ends[1], layer.geometry)
     with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
-        cos, sin = (table[:, tokens - size :].to(device) for table in (call.cos, call.sin))
+        cos, sin = call.cos, call.sin
+        if size < tokens or cos.device != device:
+            cos, sin = (table[:, tokens - size :].to(device) for table in (cos, sin))
         encoded = gate.encode_queries(query, cos, sin)
         if decoded < size:
             last.append(encoded[:, :, : size - decoded])
         if decoded > 0:
-            call.recent = last.append(encoded[:, :, size - decoded :])
+            call.recent = last.append(encoded[:, :, size - decoded :] if decoded < size else encoded)
     call.last = last
     if decoded < tokens:
         keep_queries(arguments, call)
