@@ -71,11 +71,11 @@ def watched_steps(model, ids, form, policy):
     seer.set_policy(model, decode=policy)
     attend = seer.hf.attention.attend_tokens
 
-    def watched(arguments, blocks):
-        out = attend(arguments, blocks)
+    def watched(arguments, *others):
+        decoded = attend(arguments, *others)
         if arguments.module is layer.attention:
-            given.append(out[:, 0])
-        return out
+            given.append(decoded.out[:, 0])
+        return decoded
 
     cache = DynamicCache(config=model.config)
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ from torch import nn
 import seerattention as seer
 from seerattention import selectors
 from seerattention.hf import attention as seer_attention
-from seerattention.hf.plan import Plan
+from seerattention.hf.plan import PromptPlan
 from seerattention.hf.state import state_of
 from seerattention.ops import block_sparse_attention, dispatch, replay
 from seerattention.ops.indices import BlockIndices
@@ -84,7 +84,7 @@ def real_kernels():
 
 def note_repeats(monkeypatch):
     """Indices of the layers that repeat a plan from now on."""
-    found, attend = [], Plan.attend
+    found, attend = [], PromptPlan.attend
 
     def noting(plan, arguments):
         call = plan.forward.call
@@ -93,7 +93,7 @@ def note_repeats(monkeypatch):
             found.append(call.layer.index)
         return out
 
-    monkeypatch.setattr(Plan, "attend", noting)
+    monkeypatch.setattr(PromptPlan, "attend", noting)
     return found
 
 

@@ -123,9 +123,13 @@ def test_positions_of_long_caches(model_of, ids_of, length):
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     with pytest.MonkeyPatch.context() as patch:
         attend = seer.hf.attention.attend_tokens
-        patch.setattr(
-            seer.hf.attention, "attend_tokens", lambda a, blocks: tokens.append((a, blocks)) or attend(a, blocks)
-        )
+
+        def watched(arguments, *others):
+            if (decoded := attend(arguments, *others)) is not None:
+                tokens.append((arguments, decoded.blocks))
+            return decoded
+
+        patch.setattr(seer.hf.attention, "attend_tokens", watched)
         with seer.record(model) as stats:
             for ids in (ids_of(LAST), ids_of(1), ids_of(1, seed=1)):
                 feed(model, ids, cache)

@@ -18,6 +18,7 @@ from .gate import BlockGate
 from .prefill import PrefillGate
 from .query_state import QueryState
 from .state import KeyState
+from .step import attend_token, attends_at_once
 from .sub_block import SubBlockGate
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "PrefillGate",
     "QueryState",
     "SubBlockGate",
+    "attend_token",
+    "attends_at_once",
     "build_gate",
     "select_by_token",
 ]

@@ -26,10 +26,11 @@ from ..config import DecodeGateConfig
 from ..ops.block_pooling import block_pooling
 from ..ops.gate_scores import encode_blocks, gate_scores
 from ..ops.span import LENGTH, START, Span
+from ..ops.token_scores import MOST_TOKENS, encode_tokens, token_scores
 from .gate import BlockGate, check_rotary_width, draw_projection
 from .query_state import QueryState, Recent
 from .state import HISTORY, KeyState, Lengths, on_device
-from .window import choose_together, largest_share
+from .window import choose_together
 
 NORM_EPS = 1e-6
 """Of the RMS norms, as in the published code."""
@@ -166,6 +167,10 @@ class DecodeGate(BlockGate):
             if self.config.rope:
                 cos, sin = cos.index_select(1, tokens), sin.index_select(1, tokens)
         q = q.detach()
+        if q.shape[2] <= MOST_TOKENS:
+            linear = self.q_linear.flatten(1, 2) if self.config.merge_heads else self.q_linear.flatten(0, 1)
+            tables = (cos, sin) if self.config.rope else (None, None)
+            return encode_tokens(q, linear, self.q_norm, *tables, eps=NORM_EPS)
         if not self.config.merge_heads:
             return self._encode(q, self.q_linear.flatten(0, 1), self.q_norm, cos, sin)
         merged = q.unflatten(1, (self.num_kv_heads, self.group)).transpose(2, 3).flatten(3)
@@ -214,10 +219,10 @@ class DecodeGate(BlockGate):
                 f"{self.num_kv_heads}, up to {most}, W], got {tuple(queries.shape)} and {tuple(keys.shape)}"
             )
         num = keys.shape[2] // parts
-        scores = self._products(queries, keys[:, :, : num * parts], num)
         if span.plain and rows is None and span.queries == 1 and num == span.keys // self.block_size:
             # The common step: one token, and keys that are complete blocks, all of which it sees.
-            return nn.functional.pad(scores, (0, columns - num), value=float("-inf")) if num < columns else scores
+            return token_scores(queries, keys, columns=columns, parts=parts, scale=self.scale)
+        scores = self._products(queries, keys[:, :, : num * parts], num)
         scores = nn.functional.pad(scores, (0, columns - num))
         open_or_later = torch.arange(columns, device=scores.device) >= self._complete(span, rows, scores.device)
         return scores.masked_fill(open_or_later, float("-inf"))
@@ -255,16 +260,16 @@ class DecodeGate(BlockGate):
             )
         if earlier >= self.query_window:
             queries, earlier = queries[:, :, 1 - self.query_window - tokens :], self.query_window - 1
-        scores = self._products(queries, keys[:, :, : num * parts], num)
         if span.plain and held is None and tokens == 1 and num == span.keys // self.block_size:
-            scores = largest_share(scores)[:, :, None]  # the common step, as in score
-        else:
-            complete, known = self._complete(span, None, scores.device), None
-            if held is not None or not span.plain:
-                # In front of a padded row's first token there are slots, but no tokens.
-                known = span.column(START, scores.device).clamp(max=earlier)
-                known = known if held is None else known.minimum(on_device(scores.device, held))
-            scores = choose_together(scores, self.query_window, complete=complete, known=known)
+            # the common step, as in score
+            return token_scores(queries, keys, columns=columns, parts=parts, scale=self.scale, together=True)
+        scores = self._products(queries, keys[:, :, : num * parts], num)
+        complete, known = self._complete(span, None, scores.device), None
+        if held is not None or not span.plain:
+            # In front of a padded row's first token there are slots, but no tokens.
+            known = span.column(START, scores.device).clamp(max=earlier)
+            known = known if held is None else known.minimum(on_device(scores.device, held))
+        scores = choose_together(scores, self.query_window, complete=complete, known=known)
         return nn.functional.pad(scores, (0, columns - num), value=float("-inf")) if num < columns else scores
 
     def _products(self, queries: Tensor, keys: Tensor, num: int) -> Tensor:

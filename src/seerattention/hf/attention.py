@@ -34,7 +34,7 @@ from .conditions import (
     records_gradients,
     warn_dense,
 )
-from .decoding import attend_tokens, select_for_tokens
+from .decoding import attend_tokens
 from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .forward import Attended, Call, Forward, current_forward, present_plan
 from .generation import UNKNOWN
@@ -46,6 +46,7 @@ from .parts import join, split
 from .phases import PREFILL, unnoticed
 from .plan import make_plan
 from .recent import keep_queries, remember
+from .token_plan import make_token_plan
 from .untraced import untraced
 
 # Why a layer is dense where nobody expects otherwise: no warning, and observers are not called.
@@ -84,9 +85,10 @@ def seer_attention(
         ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where dense attention gives them.
     """
     arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    several = query.shape[2] > 1 and not torch.compiler.is_dynamo_compiling()
-    if several and (plan := present_plan()) is not None and (out := plan.attend(arguments)) is not None:
-        return out, None
+    if not torch.compiler.is_dynamo_compiling() and (plan := present_plan()) is not None:
+        out = plan.attend(arguments) if plan.single == (query.shape[2] == 1) else None
+        if out is not None:
+            return out, None
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
     if unnoticed(query.shape[2], decodes_sparsely(module.config)):
@@ -152,13 +154,17 @@ def _attend_tokens(arguments: Arguments, call: Call, forward: Forward) -> tuple[
     if not layer.decodes and not forward.statistics:
         return None
     mask = _read_mask(arguments, forward)
-    blocks = select_for_tokens(arguments, call, forward, mask, _min_context(layer, device))
-    _count(arguments, call, forward, blocks, None if mask[1] is None else mask[1].sum(-1), decoding=True)
-    if blocks is None:
+    decoded = attend_tokens(arguments, call, forward, mask, _min_context(layer, device))
+    if forward.statistics:
+        blocks, lengths = decoded and decoded.blocks, None if mask[1] is None else mask[1].sum(-1)
+        _count(arguments, call, forward, blocks, lengths, decoding=True)
+    if decoded is None:
         keep_queries(arguments, call)
         return None
     forward.sparse = True
-    return attend_tokens(arguments, blocks), None
+    if decoded.gate is not None:
+        make_token_plan(forward, call, arguments, decoded)
+    return decoded.out, None
 
 
 def _read_mask(arguments: Arguments, forward: Forward) -> tuple[bool, Tensor | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import BlockIndices, completed, shift_left
-from ..gates import DecodeGate, KeyState, select_by_token
+from ..gates import DecodeGate, KeyState, attend_token, attends_at_once, select_by_token
 from ..ops.block_sparse_decode import block_sparse_decode
 from ..ops.indices import read_lists
 from ..ops.span import START, Span
@@ -59,10 +59,26 @@ class _Rows(NamedTuple):
     padding: Tensor
 
 
-def select_for_tokens(
+class Decoded(NamedTuple):
+    """What became of decoded tokens.
+
+    Attributes:
+        out: ``[B, Tq, Hq, D]``.
+        blocks: the lists that were read; None: nobody wanted to see them.
+        gate, policy: what chose, where lists and attention were one (:func:`attend_one_token`); else None.
+    """
+
+    out: Tensor
+    blocks: BlockIndices | None
+    gate: DecodeGate | None = None
+    policy: Policy | None = None
+
+
+def attend_tokens(
     arguments: Arguments, call: Call, forward: Forward, mask: tuple[bool, Tensor | None], minimum: int
-) -> BlockIndices | None:
-    """The key blocks that each decoded token reads, or None: the layer is dense, for ``call.reason``.
+) -> Decoded | None:
+    """Attention of decoded tokens to the key blocks that are chosen for each, or None: the layer is dense, for
+    ``call.reason``.
 
     Args:
         arguments: of decoded tokens, the last ones of the keys.
@@ -105,13 +121,54 @@ def select_for_tokens(
         warn_dense(layer, reason)
         return None
     layer.place_gate(arguments.query.device)
-    return _select(arguments, call, forward, (gate, policy, state), rows, minimum)
-
-
-def attend_tokens(arguments: Arguments, blocks: BlockIndices) -> Tensor:
-    """``[B, Tq, Hq, D]``."""
+    gate = cast("DecodeGate", layer.gate_of(arguments.query.shape[1], gate))
+    if state is None:
+        if call.past is not None:
+            take_kept(call.past)
+        state = _encode_cache(arguments.key, queries, call, forward, (gate, rows))
+    at_once = queries == 1 and rows is None and not forward.statistics and keys >= minimum
+    if at_once and call.past is not None and attends_at_once(policy, arguments.query.device):
+        return Decoded(attend_one_token(arguments, call, gate, policy, state), None, gate, policy)
+    blocks = _select(arguments, call, forward, (gate, policy, state), rows, minimum)
     out = block_sparse_decode(arguments.query, arguments.key, arguments.value, blocks, scale=arguments.scale)
-    return cast(Tensor, out).transpose(1, 2).contiguous()
+    return Decoded(cast(Tensor, out).transpose(1, 2).contiguous(), blocks)
+
+
+@torch.no_grad()
+def attend_one_token(arguments: Arguments, call: Call, gate: DecodeGate, policy: Policy, state: KeyState) -> Tensor:
+    """The common step, ``[B, 1, Hq, D]``: one token on a cache without padding, whose lists nobody wants to see.
+
+    Args:
+        arguments: of the token.
+        call: its queries and keys before RoPE are taken, and what is kept with its cache layer.
+        gate, policy: what chooses.
+        state: the encoded keys of what the cache held before the token.
+    """
+    query, encoded = _encode_new(arguments, call, gate, state)
+    if call.recent is None:
+        queries = gate.encode_queries(query, *_tables(call, query))
+    else:
+        queries = call.recent.queries
+    attended = arguments.query, arguments.key, arguments.value
+    out = attend_token(gate, policy, queries, encoded, attended, arguments.scale)
+    return out.transpose(1, 2).contiguous()
+
+
+def _tables(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = call.cos, call.sin
+    return (cos, sin) if cos.device == x.device else (cos.to(x.device), sin.to(x.device))
+
+
+def _encode_new(arguments: Arguments, call: Call, gate: DecodeGate, state: KeyState) -> tuple[Tensor, Tensor]:
+    """The queries before RoPE, and the encoded keys of all complete sub-blocks, which are kept with the cache layer."""
+    if call.past is not None:
+        take_kept(call.past)
+    query, key = call.layer.take(call)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
+        encoded = gate.encode_keys(key.to(arguments.key.dtype), *_tables(call, key), state=state)
+    if call.past is not None:
+        keep(call.past, gate, state, call.last)
+    return query, encoded
 
 
 def _not_worth_a_warning(call: Call, forward: Forward, keys: int, minimum: int) -> str | None:
@@ -179,27 +236,17 @@ def _select(
     arguments: Arguments,
     call: Call,
     forward: Forward,
-    chooses: tuple[DecodeGate, Policy, KeyState | None],
+    chooses: tuple[DecodeGate, Policy, KeyState],
     rows: _Rows | None,
     minimum: int,
 ) -> BlockIndices:
     gate, policy, state = chooses
-    gate = cast("DecodeGate", call.layer.gate_of(arguments.query.shape[1], gate))
     batch, _, queries, _ = arguments.query.shape
-    keys, device = arguments.key.shape[2], arguments.query.device
-    cos, sin = call.cos.to(device), call.sin.to(device)
-    if call.past is not None:
-        take_kept(call.past)
-    if state is None:
-        state = _encode_cache(arguments.key, queries, call, forward, (gate, rows))
-    query, key = call.layer.take(call)
-    with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
-        encoded = gate.encode_keys(key.to(arguments.key.dtype), cos, sin, state=state)
-    if call.past is not None:
-        keep(call.past, gate, state, call.last)
+    keys = arguments.key.shape[2]
+    query, encoded = _encode_new(arguments, call, gate, state)
     span = Span(batch, queries, keys) if rows is None else _span(rows, queries, keys, forward)
     if call.recent is None:
-        logits = gate.score(gate.encode_queries(query, cos, sin), encoded, span=span)
+        logits = gate.score(gate.encode_queries(query, *_tables(call, query)), encoded, span=span)
     else:
         logits = gate.score_window(call.recent, encoded, span=span)
     blocks = select_by_token(policy, logits, block_size=gate.block_size, span=span)

@@ -166,6 +166,11 @@ def _kept(cache_layer: Any, gate: nn.Module, in_place: bool) -> Kept | None:
     return kept if kept.is_of(keys, gate) else None
 
 
+def kept_with(cache_layer: Any, gate: nn.Module) -> Kept | None:
+    """All that is kept with a cache layer that is not static, if it is of what this holds now, by its gate as it is."""
+    return _kept(cache_layer, gate, in_place=False)
+
+
 def take_kept(cache_layer: Any) -> None:
     """Take what is kept away, before it is changed: whatever ends a step, nothing is left that is half new."""
     cache_layer.__dict__.pop(_ATTRIBUTE, None)

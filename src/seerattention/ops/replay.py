@@ -231,11 +231,17 @@ class Recording:
 
 
 class Replays:
-    """Calls functions that launch kernels, and replays them where their geometry has been seen before."""
+    """Calls functions that launch kernels, and replays them where their geometry has been seen before.
 
-    def __init__(self) -> None:
+    A geometry is recorded in its second call: the first one compiles kernels and fills caches. With ``passing``, of
+    functions whose geometry is another one in every step of decoding and the same in its layers, that is so for the
+    first call with some settings only.
+    """
+
+    def __init__(self, passing: bool = False) -> None:
         # 0: called once, which compiles its kernels; None: it cannot be replayed.
         self._known: dict[Hashable, Recording | int | None] = {}
+        self._warm: set[Hashable] | None = set() if passing else None  # settings that have been called
 
     def call(
         self,
@@ -266,8 +272,11 @@ class Replays:
         if known == 1:
             if len(self._known) >= MOST:
                 self._known.clear()
-            self._known[key] = 0
-            return function()
+            if self._warm is None or settings not in self._warm:
+                if self._warm is not None:
+                    self._warm.add(settings)
+                self._known[key] = 0
+                return function()
         # Views, and the memory that the function allocates, are to be seen one by one: inference mode hides steps.
         with torch.inference_mode(False), torch.no_grad(), Recorder(tensors) as noting:
             results = function()
