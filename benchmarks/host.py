@@ -6,15 +6,16 @@
     python -m benchmarks.host --device cpu --tiny                                    # a rehearsal, in seconds
 
 Ways: ``eager``, a prompt in one forward, logits of the last token only, no cache kept; ``shipped``, the same with the
-``min_context`` that gates have where nobody says one, below which prompts are dense; ``graphs``, with a cache, dense and
-sparse captured in a CUDA graph each and replayed, dense without a mask (transformers makes one while a graph is
+``min_context`` that gates have where nobody says one, below which prompts are dense; ``graphs``, with a cache, dense
+and sparse captured in a CUDA graph each and replayed, dense without a mask (transformers makes one while a graph is
 captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many.
 ``wall``: until the device is done. ``host``: until the call returns, the device being idle before; where kernels are
 short the host is what a forward waits for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a
 layer" is sparse minus dense, over the layers. Both are timed in turns, and all cases of a model are profiled after all
 of them were timed: a process gets slower as it goes on (a profiler that was on once still looks at every launch), and
-what is timed after it would pay. So where host times count, give each model a process of its own. With fewer layers than the model has (``--layers``) the speed-up is that of the whole model: what a layer takes, times as
-many, and what the model takes without layers. Before anything is timed every block through the sparse kernel has to
+what is timed after it would pay. So where host times count, give each model a process of its own, or ``--no-profile``.
+With fewer layers than the model has (``--layers``) the speed-up is that of the whole model: what a layer takes, times
+as many, and what the model takes without layers. Before anything is timed every block through the sparse kernel has to
 give what dense attention gives; a case that fails is reported and left.
 """
 
@@ -90,7 +91,7 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
             Terminal().say(f"{case} failed: {error}")
     for case, sides, (fixed, times) in timed:
         try:
-            for kind, found in times.items():
+            for kind, found in times.items() if options.profile else ():
                 found["gpu_s"], found["launches"] = sides.kernels(kind)
         except (RuntimeError, WrongResultError) as error:
             Terminal().say(f"{case} failed: {error}")
@@ -114,7 +115,8 @@ def _metrics(case: dict[str, Any], times: dict[str, dict[str, float]], fixed: fl
     metrics["speedup"] = dense["wall_s"] / sparse["wall_s"]
     metrics["model_speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
-    metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
+    if "launches" in dense:
+        metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
     return metrics
 
 
@@ -270,12 +272,16 @@ def _kernels(step: Step, device: torch.device) -> tuple[float, int]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.host", __doc__, check_length=2048)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="no times of kernels, nor launches")
     parser.add_argument("--turns", type=int, default=3, help="of dense and sparse, each of so many repeats")
     parser.add_argument("--ways", nargs="+", default=["eager"], choices=WAYS, help="graphs: on a GPU only")
     return parser.parse_args(arguments)
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
+    def profiled(name: str, form: str, times: float = 1) -> Callable[[dict[str, Any]], str]:
+        return lambda result: metric(name, form, times)(result) if name in result["metrics"] else ""
+
     columns = [
         *PROMPT,
         ("density", case_of("density", "g")),
@@ -283,10 +289,10 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
         ("dense ms", metric("dense_wall_s", ".4g", 1e3)),
         ("sparse ms", metric("sparse_wall_s", ".4g", 1e3)),
         ("speed-up", metric("model_speedup", ".2f")),
-        ("dense GPU ms", metric("dense_gpu_s", ".4g", 1e3)),
-        ("sparse GPU ms", metric("sparse_gpu_s", ".4g", 1e3)),
+        ("dense GPU ms", profiled("dense_gpu_s", ".4g", 1e3)),
+        ("sparse GPU ms", profiled("sparse_gpu_s", ".4g", 1e3)),
         ("more host ms a layer", metric("extra_host_s_a_layer", ".3f", 1e3)),
-        ("more launches a layer", metric("extra_launches_a_layer", ".1f")),
+        ("more launches a layer", profiled("extra_launches_a_layer", ".1f")),
     ]
     return make_table(
         results,
