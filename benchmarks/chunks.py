@@ -39,7 +39,7 @@ from seerattention.evaluate.retrieval import make_samples
 from seerattention.policies import Policy
 from seerattention.tasks import TaskGenerator
 
-from .command import Budget, Result, case_of, make_parser, make_table, metric, tokens
+from .command import Budget, Result, case_of, gated_case, gated_parser, make_table, metric, tokens
 from .decode_accuracy import paired_loss
 from .results import own_arguments, start_run
 
@@ -211,16 +211,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = read(model, prompts, documents, options.batch_size, chunk)
         reference = one_shot.setdefault((length, way), found)
         case = {
-            "model": options.model,
-            "gates": "its own" if options.gates is None else options.gates,
+            **gated_case(options, model),
             "length": length,
             "attention": way,
             "chunk": chunk,
             "asked_density": options.density if way == "sparse" else None,
             "answers": {task: len(right) for task, right in found.right.items()},
             "documents": len(documents),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "seed": options.seed,
         }
         metrics = metrics_of(found, reference)
         exact = {task: "".join(map(str, right.astype(int))) for task, right in found.right.items()}
@@ -277,18 +274,12 @@ def _table(results: Sequence[Result]) -> Any:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("benchmarks.chunks", __doc__)
-    parser.add_argument("--model", default="testbed", help="testbed, smollm2, a folder or a hub id")
-    parser.add_argument("--gates", help="default: those that come with the model")
-    parser.add_argument("--data", help="texts; default for testbed and smollm2: the testbed's books")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--density", type=float, default=0.1)
+    parser = gated_parser("benchmarks.chunks", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384], help="tokens a prompt")
     parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 8192, 1000], help="tokens a forward")
     parser.add_argument("--count", type=int, default=256, help="answers of each task")
     parser.add_argument("--documents", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.lengths, options.chunks, options.count, options.documents = [1024], [256, 100], 4, 2

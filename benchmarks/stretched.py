@@ -34,7 +34,7 @@ from seerattention.measure import measure_recall
 from seerattention.policies import Policy
 from seerattention.tasks import TaskGenerator
 
-from .command import Budget, Result, case_of, make_parser, make_table, tokens
+from .command import Budget, Result, case_of, gated_case, gated_parser, make_table, tokens
 from .results import own_arguments, start_run
 
 TASKS = ("single", "multikey", "keyvalue")
@@ -124,16 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(model, tokenizer, books, gates, policy, length, options)
         for attention, metrics in found.items():
             case = {
-                "model": options.model,
-                "gates": "its own" if options.gates is None else options.gates,
+                **gated_case(options, model),
                 "scaling": scaling,
                 "length": length,
                 "attention": attention,
                 "asked_density": None if attention == "dense" else options.density,
                 "answers": options.count,
                 "documents": options.documents,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "seed": options.seed,
             }
             run.add({"case": case, "metrics": metrics, "wall_s": time.monotonic() - started})
         terminal.say(f"{scaling} at {length}: {time.monotonic() - started:.0f} s")
@@ -167,19 +164,13 @@ def _table(results: Sequence[Result]) -> Any:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Case]]:
-    parser = make_parser("benchmarks.stretched", __doc__)
-    parser.add_argument("--model", default="testbed", help="testbed, smollm2, a folder or a hub id")
-    parser.add_argument("--gates", help="default: those that come with the model")
-    parser.add_argument("--data", help="texts; default for testbed and smollm2: the testbed's books")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--density", type=float, default=0.1)
+    parser = gated_parser("benchmarks.stretched", __doc__)
     default = ["none@32768", "yarn:2@32768", *(f"{kind}@65536" for kind in ("yarn:2", "none", "linear:2", "dynamic:2"))]
     parser.add_argument("--cases", nargs="+", metavar="SCALING@TOKENS", default=default)
     parser.add_argument("--count", type=int, default=64, help="answers of each task")
     parser.add_argument("--questions", type=int, default=4, help="of a sample, where a task has several")
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     options = parser.parse_args(list(arguments))
     if options.tiny:
         options.count, options.documents, options.cases = 4, 1, ["none@1024", "yarn:2@2048"]
