@@ -88,6 +88,18 @@ $(LM_EVAL)/.installed: $(DEV_ENV)
 	$(PIP) install -q $(PIP_ARGS) -c $(VENV)/constraints-lm-eval.txt --target $(LM_EVAL) "$(LM_EVAL_WANTED)"
 	touch $@
 
+# bitsandbytes, whose CPU kernels the tests of 8-bit and 4-bit models use, beside everything that $(DEV_ENV) holds.
+BITSANDBYTES := $(VENV)-bitsandbytes
+BITSANDBYTES_WANTED := $(shell sed -n 's/^quantized = \["\(.*\)"\]/\1/p' pyproject.toml)
+
+test-bitsandbytes: $(BITSANDBYTES)/.installed  ## the tests of 8-bit and 4-bit models, which need an extra
+	PYTHONPATH=$(BITSANDBYTES) $(PYTEST) tests/hf/test_placement.py -k bitsandbytes $(ARGS)
+
+$(BITSANDBYTES)/.installed: $(DEV_ENV)
+	rm -rf $(BITSANDBYTES)
+	$(PIP) install -q $(PIP_ARGS) --no-deps --target $(BITSANDBYTES) "$(BITSANDBYTES_WANTED)"
+	touch $@
+
 # The environment. A target is a stamp: once it exists, and until pyproject.toml or constraints.txt change, it costs nothing.
 # torch that lies outside the environment stays as it is, and so does the triton that belongs to it: neither is pinned then.
 $(VENV)/constraints.txt: constraints.txt pyproject.toml

@@ -52,6 +52,25 @@ def model_parser(module: str, text: str | None, check_length: int) -> argparse.A
     return parser
 
 
+def gated_parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """The options that benchmarks of trained models with trained gates share."""
+    parser = make_parser(module, text)
+    parser.add_argument("--model", default="testbed", help="testbed, smollm2, a folder or a hub id")
+    parser.add_argument("--gates", help="default: those that come with the model")
+    parser.add_argument("--data", help="texts; default for testbed and smollm2: the testbed's books")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    return parser
+
+
+def gated_case(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What a case says of the options of :func:`gated_parser`."""
+    gates = "its own" if options.gates is None else options.gates
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": options.model, "gates": gates, "dtype": dtype, "seed": options.seed}
+
+
 class Budget:
     """Seconds from now on, after which no case is started; None: no end."""
 

@@ -2,27 +2,32 @@
 
     python -m benchmarks.host --model smollm2-135m qwen2.5-0.5b llama-3.1-8b --lengths 2048 8192 32768
     python -m benchmarks.host --model smollm2-135m --lengths 8192 --ways eager graphs decode
+    python -m benchmarks.host --model smollm2-135m --ways shipped     # with the default min_context
     python -m benchmarks.host --device cpu --tiny                                    # a rehearsal, in seconds
 
-Ways: ``eager``, a prompt in one forward, logits of the last token only, no cache kept; ``graphs``, the same with a
-cache, dense and sparse captured in a CUDA graph each and replayed, dense without a mask (transformers makes one while a
-graph is captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many.
+Ways: ``eager``, a prompt in one forward, logits of the last token only, no cache kept; ``shipped``, the same with the
+``min_context`` that gates have where nobody says one, below which prompts are dense; ``graphs``, with a cache, dense
+and sparse captured in a CUDA graph each and replayed, dense without a mask (transformers makes one while a graph is
+captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many.
 ``wall``: until the device is done. ``host``: until the call returns, the device being idle before; where kernels are
 short the host is what a forward waits for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a
-layer" is sparse minus dense, over the layers. Both are timed in turns, and profiled after that: a process gets slower
-as it goes on (a profiler that was on once still looks at every launch), and what is timed second would pay for it. With
-fewer layers than the model has (``--layers``) the speed-up is that of the whole model: what a layer takes, times as
-many, and what the model takes without layers. Before anything is timed every block through the sparse kernel has to
+layer" is sparse minus dense, over the layers. Both are timed in turns, and all cases of a model are profiled after all
+of them were timed: a process gets slower as it goes on (a profiler that was on once still looks at every launch), and
+what is timed after it would pay. So where host times count, give each model a process of its own, or ``--no-profile``.
+With fewer layers than the model has (``--layers``) the speed-up is that of the whole model: what a layer takes, times
+as many, and what the model takes without layers. Before anything is timed every block through the sparse kernel has to
 give what dense attention gives; a case that fails is reported and left.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +48,7 @@ from .results import own_arguments
 
 Step = Callable[[], object]
 
-WAYS = ("eager", "graphs", "decode")
+WAYS = ("eager", "shipped", "graphs", "decode")
 # Steps before a measurement: they compile, and find out what can be launched again.
 _WARM = 4
 # Relative difference of last logits, of a graph's replay from the call that it was captured of.
@@ -66,82 +71,123 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lengths=[2048, 4096, 8192, 16384, 32768],
         prepare=lambda model: model,
         check=check,
-        cases=lambda options, lengths: [
-            (length, density, way) for length in lengths for density in options.densities for way in options.ways
-        ],
+        cases=lambda options, lengths: [(lengths,)],
         measure=lambda name, model, case, options: _measure(name, model, *case, options),
         table=_table,
     )
     return benchmark.run(given, options, dtype)
 
 
-def _measure(
-    name: str, model: Any, length: int, density: float, way: str, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    layers, whole = model.config.num_hidden_layers, num_layers(name)
-    case = {"model": name, "length": length, "density": density, "layers": layers}
-    case |= {"dtype": str(model.dtype).removeprefix("torch."), **({} if way == "eager" else {"way": way})}
-    ids = random_tokens(name, length).to(model.device)
-    device, repeats = model.device, options.repeats
+def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time every case, then profile every case."""
+    timed = []
+    for length, density, way in itertools.product(lengths, options.densities, options.ways):
+        case = {"model": name, "length": length, "density": density, "layers": model.config.num_hidden_layers}
+        case |= {"dtype": str(model.dtype).removeprefix("torch."), **({} if way == "eager" else {"way": way})}
+        sides = _Sides(model, random_tokens(name, length).to(model.device), way, density)
+        try:
+            timed.append((case, sides, _times(sides, options)))
+        except (RuntimeError, WrongResultError) as error:  # out of memory, a capture that failed
+            Terminal().say(f"{case} failed: {error}")
+    for case, sides, (fixed, times) in timed:
+        try:
+            for kind, found in times.items() if options.profile else ():
+                found["gpu_s"], found["launches"] = sides.kernels(kind)
+        except (RuntimeError, WrongResultError) as error:
+            Terminal().say(f"{case} failed: {error}")
+            continue
+        facts = {"whole_layers": num_layers(name), "without_layers_s": fixed}
+        if sides.way == "shipped":
+            facts |= {"min_context": sides.min_context, "is_sparse": sides.is_sparse}
+        yield {"case": case, "metrics": _metrics(case, times, fixed, num_layers(name)), **facts}
 
-    def one_side(kind: str) -> AbstractContextManager[object]:
-        if kind == "sparse":
-            return _sparse(model, ids, way, density)
-        return _without_mask(model) if way == "graphs" else nullcontext()
 
-    try:
-        with without_layers(model):
-            fixed = statistics.median(wall for wall, _ in _timed(_STEPS["eager"](model, ids), device, repeats))
-        timed: dict[str, list[tuple[float, float]]] = {"dense": [], "sparse": []}
-        for _ in range(options.turns):
-            for kind, times in timed.items():
-                with one_side(kind):
-                    times += _timed(_STEPS[way](model, ids), device, repeats)
-        sides: dict[str, dict[str, float]] = {}
-        for kind, times in timed.items():
-            wall, host = (statistics.median(column) for column in zip(*times, strict=True))
-            with one_side(kind):
-                gpu, launches = _kernels(_STEPS[way](model, ids), device)
-            sides[kind] = {"wall_s": wall, "host_s": host, "gpu_s": gpu, "launches": launches}
-        dense, sparse = sides["dense"], sides["sparse"]
-    except (RuntimeError, WrongResultError) as error:  # out of memory, a capture that failed
-        Terminal().say(f"{case} failed: {error}")
-        return
+def _metrics(case: dict[str, Any], times: dict[str, dict[str, float]], fixed: float, whole: int) -> dict[str, float]:
+    """The numbers of a case, from what was measured of each side."""
+    dense, sparse, layers = times["dense"], times["sparse"], case["layers"]
 
     def scaled(seconds: float) -> float:
-        if layers == whole or way == "decode":  # of which the rest is little
+        if layers == whole or case.get("way") == "decode":  # of which the rest is little
             return seconds
         return fixed + max(0.0, seconds - fixed) * whole / layers
 
-    metrics = {f"dense_{what}": value for what, value in dense.items()}
-    metrics |= {f"sparse_{what}": value for what, value in sparse.items()}
+    metrics = {f"{kind}_{what}": value for kind, found in times.items() for what, value in found.items()}
     metrics["speedup"] = dense["wall_s"] / sparse["wall_s"]
     metrics["model_speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
-    metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
-    yield {"case": case, "metrics": metrics, "whole_layers": whole, "without_layers_s": fixed}
+    if "launches" in dense:
+        metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
+    return metrics
 
 
-@contextmanager
-def _sparse(model: Any, ids: Tensor, way: str, density: float) -> Iterator[None]:
-    """With fresh gates attached.
+@dataclass
+class _Sides:
+    """Dense and sparse runs of one case.
 
-    Raises:
-        WrongResultError: no layer is attended sparsely.
+    Attributes:
+        min_context, is_sparse: of what is shipped: its default, and whether these prompts are sparse.
     """
-    gates = seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()) if way == "decode" else seer.GateConfig()
-    chosen: dict[str, Any] = {"prefill": seer.TopK(density)}
-    if way == "decode":
-        chosen = {"decode": seer.TokenBudget(max(1, round(density * ids.shape[1])))}
-    seer.attach(model, gates, min_context=0, **chosen)
-    try:
-        with seer.record(model) as stats, torch.inference_mode():
-            _STEPS["eager" if way == "graphs" else way](model, ids)()
-        if not stats.sparse_calls:
-            raise WrongResultError(f"no layer was attended sparsely ({way})")
-        yield
-    finally:
-        seer.detach(model)
+
+    model: Any
+    ids: Tensor
+    way: str
+    density: float
+    min_context: int | None = None
+    is_sparse: bool = True
+
+    @contextmanager
+    def step(self, kind: str) -> Iterator[Step]:
+        """A step of one of them."""
+        if kind == "sparse":
+            side: AbstractContextManager[object] = self._sparse()
+        else:
+            side = _without_mask(self.model) if self.way == "graphs" else nullcontext()
+        with side:
+            yield _STEPS[self.way](self.model, self.ids)
+
+    def kernels(self, kind: str) -> tuple[float, int]:
+        """See :func:`_kernels`."""
+        with self.step(kind) as step:
+            return _kernels(step, self.ids.device)
+
+    @contextmanager
+    def _sparse(self) -> Iterator[None]:
+        """With fresh gates attached.
+
+        Raises:
+            WrongResultError: no layer is attended sparsely, where it has to be.
+        """
+        decoding, shipped = self.way == "decode", self.way == "shipped"
+        gates = seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()) if decoding else seer.GateConfig()
+        chosen: dict[str, Any] = {"prefill": seer.TopK(self.density)}
+        if decoding:
+            chosen = {"decode": seer.TokenBudget(max(1, round(self.density * self.ids.shape[1])))}
+        seer.attach(self.model, gates, min_context=None if shipped else 0, **chosen)
+        try:
+            with seer.record(self.model) as stats, torch.inference_mode():
+                _STEPS["eager" if self.way == "graphs" else self.way](self.model, self.ids)()
+            self.min_context, self.is_sparse = stats.min_context, bool(stats.sparse_calls)
+            if not (self.is_sparse or shipped):
+                raise WrongResultError(f"no layer was attended sparsely ({self.way})")
+            yield
+        finally:
+            seer.detach(self.model)
+
+
+def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]]]:
+    """Seconds without layers, and medians of both sides, taken in turns."""
+    device, repeats = sides.ids.device, options.repeats
+    with without_layers(sides.model):
+        fixed = statistics.median(wall for wall, _ in _timed(_prompt(sides.model, sides.ids), device, repeats))
+    timed: dict[str, list[tuple[float, float]]] = {"dense": [], "sparse": []}
+    for _ in range(options.turns):
+        for kind, times in timed.items():
+            with sides.step(kind) as step:
+                times += _timed(step, device, repeats)
+    medians = {
+        kind: [statistics.median(column) for column in zip(*times, strict=True)] for kind, times in timed.items()
+    }
+    return fixed, {kind: {"wall_s": wall, "host_s": host} for kind, (wall, host) in medians.items()}
 
 
 @contextmanager
@@ -196,7 +242,9 @@ def _decoding(model: Any, ids: Tensor) -> Step:
     return lambda: model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
 
-_STEPS: dict[str, Callable[[Any, Tensor], Step]] = {"eager": _prompt, "graphs": _captured, "decode": _decoding}
+_STEPS: dict[str, Callable[[Any, Tensor], Step]] = {
+    "eager": _prompt, "shipped": _prompt, "graphs": _captured, "decode": _decoding,
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -224,12 +272,16 @@ def _kernels(step: Step, device: torch.device) -> tuple[float, int]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.host", __doc__, check_length=2048)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="no times of kernels, nor launches")
     parser.add_argument("--turns", type=int, default=3, help="of dense and sparse, each of so many repeats")
     parser.add_argument("--ways", nargs="+", default=["eager"], choices=WAYS, help="graphs: on a GPU only")
     return parser.parse_args(arguments)
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
+    def profiled(name: str, form: str, times: float = 1) -> Callable[[dict[str, Any]], str]:
+        return lambda result: metric(name, form, times)(result) if name in result["metrics"] else ""
+
     columns = [
         *PROMPT,
         ("density", case_of("density", "g")),
@@ -237,10 +289,10 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
         ("dense ms", metric("dense_wall_s", ".4g", 1e3)),
         ("sparse ms", metric("sparse_wall_s", ".4g", 1e3)),
         ("speed-up", metric("model_speedup", ".2f")),
-        ("dense GPU ms", metric("dense_gpu_s", ".4g", 1e3)),
-        ("sparse GPU ms", metric("sparse_gpu_s", ".4g", 1e3)),
+        ("dense GPU ms", profiled("dense_gpu_s", ".4g", 1e3)),
+        ("sparse GPU ms", profiled("sparse_gpu_s", ".4g", 1e3)),
         ("more host ms a layer", metric("extra_host_s_a_layer", ".3f", 1e3)),
-        ("more launches a layer", metric("extra_launches_a_layer", ".1f")),
+        ("more launches a layer", profiled("extra_launches_a_layer", ".1f")),
     ]
     return make_table(
         results,

@@ -25,6 +25,7 @@ from .ops.indices import (
 __all__ = [
     "BlockIndices",
     "causal_block_mask",
+    "complete_short_rows",
     "completed",
     "content_bounds",
     "dense_indices",
@@ -79,6 +80,16 @@ def completed(blocks: BlockIndices, rows: Tensor, causal: Tensor, minimum: int) 
     counts = torch.where(rows, causal.to(counts.dtype)[:, None], counts)
     make = ordered_lists if is_ordered(blocks) else BlockIndices
     return make(indices, counts, blocks.num_key_blocks, blocks.block_size, blocks.by_token, blocks.span)
+
+
+def complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:
+    """The same lists of query blocks, but rows of a padded batch that would be dense alone, for having fewer than
+    ``minimum`` tokens, read everything."""
+    if minimum <= 1:
+        return blocks
+    own = blocks.last_blocks(lengths.device)
+    causal = torch.where(own * blocks.block_size < lengths[:, None], own + 1, 0)  # of padding there is nothing to read
+    return completed(blocks, (lengths < minimum)[:, None], causal, minimum)
 
 
 def shift_left(x: Tensor, starts: Tensor, dim: int = -2) -> Tensor:

@@ -63,6 +63,17 @@ def test_host(tmp_path, capsys):
     assert metrics["model_speedup"] == pytest.approx(dense / sparse)  # of four layers
 
 
+def test_host_of_what_is_shipped(tmp_path, capsys):
+    """Prompts below the default of ``min_context`` are dense; what is not profiled is left out."""
+    options = ["--layers", "2", "--densities", "0.5", "--ways", "shipped", "--no-profile", "--output", str(tmp_path)]
+    assert benchmarks.host.main([*TINY, *options]) == 0
+    (result,) = results_of(tmp_path, "host")
+    assert result["case"]["way"] == "shipped"
+    assert (result["min_context"], result["is_sparse"]) == (2048, False)
+    assert not {"dense_gpu_s", "extra_launches_a_layer"} & set(result["metrics"])
+    assert "shipped" in capsys.readouterr().out
+
+
 def test_host_of_a_step(tmp_path):
     options = ["--layers", "2", "--densities", "0.5", "--ways", "eager", "decode", "--output", str(tmp_path)]
     assert benchmarks.host.main([*TINY, *options]) == 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 
 import seerattention as seer
+from call_counts import count_calls
 from plan_cases import LENGTH, ODD, attention_of, make, same
 from seerattention.gates import build_gate
 from seerattention.hf import gates_of
@@ -159,21 +159,6 @@ class Unlaunched(launch.Ordinary):
 
     def bind(self, args, places, stream):
         return launch._step(lambda *args: None, (), args, places)
-
-
-def count_calls(function) -> int:
-    number = 0
-
-    def note(frame, event, argument):
-        nonlocal number
-        number += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return number
 
 
 def test_calls_that_a_layer_adds_are_few(monkeypatch, real_kernels):

@@ -25,6 +25,7 @@ def decode_greedily(
     mask: Tensor | None = None,
     stop: Sequence[int] = (),
     cache: Any = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """The ``count`` tokens that greedy decoding adds to ``prompt [B, T]``, int64 ``[B, count]``.
 
@@ -32,6 +33,7 @@ def decode_greedily(
         mask: int64 ``[B, T]``, 0 where a row is padded; None: no padding.
         stop: tokens at which a row ends; what follows them means nothing. If all rows end early the result is shorter.
         cache: an empty cache to decode on, which holds everything but the last token afterwards; None: a fresh one.
+        chunk: tokens of the prompt that are read in one forward; None: all of them.
     """
     # What is None in a config, or left out, is filled from the model's own, which may hold penalties and tokens to stop
     # at or to suppress; arguments are not, not even those that are None. The length of an answer is known.
@@ -42,6 +44,8 @@ def decode_greedily(
     mask = torch.ones_like(prompt) if mask is None else mask
     if cache is not None:
         options["past_key_values"] = cache
+    if chunk is not None:
+        options["prefill_chunk_size"] = chunk
     with evaluating(model):
         out = model.generate(prompt, attention_mask=mask, **options)  # type: ignore[operator]
     return out[:, prompt.shape[1] : prompt.shape[1] + count]

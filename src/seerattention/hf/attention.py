@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..blocks import BlockIndices, completed, shift_left, shift_right
+from ..blocks import BlockIndices, complete_short_rows, shift_left, shift_right
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.replay import capturing
 from ..ops.span import Span
@@ -36,6 +36,7 @@ from .conditions import (
 )
 from .decoding import attend_tokens
 from .dense import Arguments, attend_densely, attend_densely_with_lse
+from .dense_plan import make_dense_plan
 from .forward import Attended, Call, Forward, current_forward, present_plan
 from .generation import UNKNOWN
 from .history import chunk_of, chunk_span, history_problem, history_table, keys_before_rope
@@ -230,6 +231,8 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
                 return out.transpose(1, 2).contiguous(), None
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
+        else:
+            make_dense_plan(forward, call, arguments)
         if selector is None:
             call.reason = NO_GATE
     elif forward.observers and problem not in _SKIPPED_BY_OBSERVERS:
@@ -391,13 +394,4 @@ def _select(selector: Selector, inputs: LayerInputs, min_context: int) -> BlockI
     if not isinstance(blocks, BlockIndices):
         raise TypeError(f"a selector must return BlockIndices, got {type(blocks).__name__}")
     blocks = blocks.checked()  # for statistics, observers and the op alike; the package's own lists as they are
-    return blocks if inputs.lengths is None else _complete_short_rows(blocks, inputs.lengths, min_context)
-
-
-def _complete_short_rows(blocks: BlockIndices, lengths: Tensor, minimum: int) -> BlockIndices:
-    """Rows of a padded batch that would be dense alone, for having fewer than ``minimum`` tokens, read everything."""
-    if minimum <= 1:
-        return blocks
-    own = blocks.last_blocks(lengths.device)
-    causal = torch.where(own * blocks.block_size < lengths[:, None], own + 1, 0)  # of padding there is nothing to read
-    return completed(blocks, (lengths < minimum)[:, None], causal, minimum)
+    return blocks if inputs.lengths is None else complete_short_rows(blocks, inputs.lengths, min_context)

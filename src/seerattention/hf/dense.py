@@ -65,7 +65,7 @@ def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """
     module, mask = arguments.module, arguments.mask
     original = original_of(module.config)
-    attend = _function(module, original)
+    attend = dense_function(module, original)
     if original not in ("sdpa", "eager"):
         module = _under_its_own_name(module, original)  # FlashAttention chooses its kernel by the name in the config
     return attend(
@@ -80,7 +80,7 @@ def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def _function(module: nn.Module, original: str | None) -> Callable[..., Any]:
+def dense_function(module: nn.Module, original: str | None) -> Callable[..., Any]:
     """The function that the module's own forward would have called; "eager" is one of its modelling file."""
     if original == "sdpa":
         return AttentionInterface()[original]

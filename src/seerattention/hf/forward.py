@@ -319,7 +319,7 @@ def present_plan() -> Plan | None:
 def present_call() -> Call | None:
     """The attention layer that is under way in this context. Not for compiled code."""
     forward = _forward.get()
-    return None if forward is None else forward._call()
+    return None if forward is None or forward._call is _nothing else forward._call()
 
 
 @untraced("Dynamo does not know contexts")
