@@ -33,6 +33,7 @@ from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.pooled_attention.arguments import REDUCTIONS, Wanted
 from seerattention.ops.span import Pages, Span
+from seerattention.ops.token_scores.reference import Row
 
 OPS = "seerattention.ops"
 TARGETS = {
@@ -286,6 +287,26 @@ def gate_scores(module, target):
             )
 
 
+def token_scores(module, target):
+    cases = [(4, 128, 1, torch.bfloat16), (4, 64, 8, torch.bfloat16)]
+    if target == "sm_90":
+        cases += [(7, 96, 1, torch.float16), (8, 256, 16, torch.bfloat16), (1, 128, 1, torch.float32)]
+    for group, width, parts, dtype in cases:
+        shape = f"{group} {width} {parts} {dtype}"
+        q, linear = torch.zeros(1, 2 * group, 1, 128, dtype=dtype), torch.zeros(2, group * 128, width, dtype=dtype)
+        table = torch.zeros(1, 1, width, dtype=dtype)
+        encode = functools.partial(module.encode_tokens, q, linear, linear[0, 0], table, table, 1e-6)
+        yield f"encode {shape}", encode
+        keys = torch.zeros(1, 2, 64 * parts, width, dtype=dtype)
+        for tokens in (1, 8, 64):
+            queries, out = q.new_zeros(1, 2 * group, tokens, width), torch.zeros(1, 2, tokens, 64)
+            row = Row(64, parts, 0.1, tokens > 1)
+            yield f"multiply {tokens} {shape}", functools.partial(module.multiply, queries, keys, row, out)
+    for tokens in (1, 8, 64):
+        products = torch.zeros(1, 2, tokens, 64)
+        yield f"share {tokens}", functools.partial(module.largest_share, products, 60, torch.zeros(1, 2, 1, 64))
+
+
 def block_selection(module, target):
     module._limit = (lambda registers: {}) if target == "gfx942" else (lambda registers: {"maxnreg": registers})
     for num in (512, 2048) if target == "sm_90" else (512,):
@@ -325,6 +346,7 @@ JOBS = {
     "inverse_rope": (inverse_rope, "inverse_rope.triton", EVERYWHERE),
     "gate_scores": (gate_scores, "gate_scores.triton", EVERYWHERE),
     "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),
+    "token_scores": (token_scores, "token_scores.triton", EVERYWHERE),
 }
 
 

@@ -28,6 +28,7 @@ KNOWN_SPILLS = {
     ("block_sparse_attention", "sm_80", "128 64 packed"): 64,
     ("block_sparse_attention", "sm_80", "128 64 pages"): 928,
     ("block_pooling", "sm_90", "chunk 64"): 32,
+    ("token_scores", "sm_90", "multiply 8 7 96 1 torch.float16"): 8,  # two registers, before the loop
     # 16 warps hold a row, with 128 registers a thread.
     ("block_selection", "sm_90", "topp 32768 True"): 880,
 }
@@ -89,6 +90,7 @@ def test_all_kernels_compile(report):
         "block_sparse_decode",
         "gate_scores",
         "inverse_rope",
+        "token_scores",
     }
     assert targets == {(op, target) for op in ops for target in ("sm_80", "sm_90", "gfx942")} | {
         ("hopper", "sm_90"),

@@ -210,27 +210,35 @@ def encode_tokens(
 
 def token_scores(queries: Tensor, keys: Tensor, row: Row) -> Tensor:
     """``[B, Hkv, 1, columns]``, whose rows are padded in memory."""
-    queries, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys))
-    batch, kv_heads, count, width = keys.shape
-    tokens, num, group = queries.shape[2], count // row.parts, queries.shape[1] // kv_heads
     out = empty_scores(keys, 1, row.columns)
     if out.numel() == 0:
         return out
-    products = empty_scores(keys, tokens, row.columns) if row.together else out
-    block_m = max(16, power_of_2(tokens if row.together else group))
-    # float32 products are unrolled multiply-adds: smaller parts, and they are exact.
-    single = keys.dtype == torch.float32
+    if not row.together:
+        multiply(queries, keys, row, out)
+        return out
+    products = empty_scores(keys, queries.shape[2], row.columns)
+    multiply(queries, keys, row, products)
+    largest_share(products, keys.shape[2] // row.parts, out)
+    return out
+
+
+def multiply(queries: Tensor, keys: Tensor, row: Row, out: Tensor) -> None:
+    """Writes the scores of each query, ``out [B, Hkv, R, columns]``, whose rows are padded in memory."""
+    queries, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys))
+    batch, kv_heads, count, width = keys.shape
+    tokens, group = queries.shape[2], queries.shape[1] // kv_heads
+    single = keys.dtype == torch.float32  # whose products are unrolled multiply-adds: in smaller parts
     launch(
         token_scores_kernel,
         (num_blocks(row.columns, BLOCK_N), batch * kv_heads),
         queries,
         keys,
-        products,
+        out,
         row.scale,
         kv_heads,
-        num,
+        count // row.parts,
         row.columns,
-        products.stride(2),
+        out.stride(2),
         width,
         tokens,
         *queries.stride()[:3],
@@ -239,24 +247,27 @@ def token_scores(queries: Tensor, keys: Tensor, row: Row) -> Tensor:
         PARTS=row.parts,
         TOGETHER=row.together,
         PRECISION="ieee" if single else "tf32",  # means nothing to 16-bit products
-        BLOCK_M=block_m,
+        BLOCK_M=max(16, power_of_2(tokens if row.together else group)),
         BLOCK=BLOCK_N,
         BLOCK_W=min(max(16, power_of_2(width)), 32 if single else 128),
         num_warps=4,
     )
-    if row.together:
-        launch(
-            largest_share_kernel,
-            (batch * kv_heads,),
-            products,
-            out,
-            tokens,
-            num,
-            row.columns,
-            products.stride(2),
-            out.stride(1),
-            BLOCK_M=power_of_2(tokens),
-            BLOCK=BLOCK_ROW if tokens <= 16 else BLOCK_N,
-            num_warps=4,
-        )
-    return out
+
+
+def largest_share(products: Tensor, num: int, out: Tensor) -> None:
+    """Writes the largest log-probability of each of ``num`` blocks, ``out [B, Hkv, 1, columns]``."""
+    batch, kv_heads, tokens, columns = products.shape
+    launch(
+        largest_share_kernel,
+        (batch * kv_heads,),
+        products,
+        out,
+        tokens,
+        num,
+        columns,
+        products.stride(2),
+        out.stride(1),
+        BLOCK_M=power_of_2(tokens),
+        BLOCK=BLOCK_ROW if tokens <= 16 else BLOCK_N,
+        num_warps=4,
+    )
