@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seerattention.cli.common import Terminal
-from seerattention.evaluate.comparison import Comparison, summary_table, task_table
+from seerattention.evaluate.comparison import Comparison
+from seerattention.evaluate.comparison_tables import summary_table, task_table
 from seerattention.evaluate.tables import format_length
 from seerattention.files import write_file
 

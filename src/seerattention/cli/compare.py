@@ -290,7 +290,7 @@ def _begin(journal: Journal, identity: Mapping[str, Any], loaded: Any, **facts: 
 
 
 def _show(terminal: Terminal, comparison: Any) -> None:
-    from ..evaluate.comparison import summary_table, task_table
+    from ..evaluate.comparison_tables import summary_table, task_table
 
     for length in comparison.lengths:
         terminal.table(task_table(comparison, length))

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ..files import replacing
-from .comparison import Comparison, Entry, costs_table, summary_table, task_table
+from .comparison import Comparison, Entry
+from .comparison_tables import costs_table, summary_table, task_table
 from .figures import learning_curves, line_figure
 from .map_viewer import chosen_maps, map_viewer
 from .maps import draw_recall
@@ -125,7 +126,7 @@ def curves(comparison: Comparison, length: int) -> list[tuple[str, Any, str]]:
     entries = comparison.at(length)
     dense = comparison.dense(length)
     score = _Axis("score, %", lambda e: _finite(100 * comparison.score(e)))
-    perplexity = _Axis("perplexity", lambda e: None if e.perplexity is None else e.perplexity.perplexity()[0])
+    perplexity = _Axis("perplexity", lambda e: None if e.perplexity is None else e.perplexity.perplexity)
     task_density = _Axis("density", lambda e: None if e.tasks is None else e.tasks.density)
     text_density = _Axis("density", lambda e: None if e.perplexity is None else e.perplexity.density)
     prefill = _Axis("prefill, s", lambda e: e.prefill)
