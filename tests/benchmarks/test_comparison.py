@@ -12,7 +12,9 @@ def test_results_go_between_the_marks(tmp_path):
     folder = write_folder(tmp_path / "results")
     document = tmp_path / "page.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main([str(folder), "--document", str(document), "--save", str(tmp_path / "saved")]) == 0
+    page = tmp_path / "page.html"
+    arguments = ["--document", str(document), "--save", str(tmp_path / "saved"), "--page", "results", str(page)]
+    assert main([f"results={folder}", *arguments]) == 0
     saved = json.loads((tmp_path / "saved" / "results.json").read_text())
     assert saved["benchmark"] == "comparison"
     assert {item["setting"] for item in saved["settings"]} >= {

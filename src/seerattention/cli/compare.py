@@ -75,7 +75,8 @@ def command(
         typer.Option(help="What gates are compared with, by kind and arguments, e.g. 'xattention:stride=16,oracle'"),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(
+        str | None,
+        typer.Option(
             help="Long-context tasks: 'all', 'ruler' (thirteen), any by name, or 'none': then densities are reached on "
             "texts alone, so that perplexities compare at equal density."
         ),

@@ -239,7 +239,7 @@ class Comparison:
         return best
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: the facts of the run, and each setting with its scores and intervals. Maps are not."""
+        """Plain numbers for JSON: the facts of the run, each setting with scores and intervals; without maps."""
         return {**self.facts, "left_out": self.left_out, "settings": [self._numbers(e) for e in self.entries.values()]}
 
     @classmethod

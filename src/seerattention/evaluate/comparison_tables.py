@@ -26,6 +26,7 @@ NOTES: Mapping[str, str] = {
     ),
 }
 
+
 def summary_table(comparison: Comparison, length: int) -> Table:
     """One row a setting: scores, densities, times, memory."""
     rows = []

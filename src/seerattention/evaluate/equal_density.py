@@ -32,7 +32,9 @@ def losses_at(entries: Sequence[Entry], density: float) -> np.ndarray | None:
 
     None where its settings do not reach it: fewer than two, or all more than :data:`BEYOND` away on one side.
     """
-    measured = [(entry.perplexity.density, entry.perplexity.losses) for entry in entries if entry.perplexity is not None]
+    measured = [
+        (entry.perplexity.density, entry.perplexity.losses) for entry in entries if entry.perplexity is not None
+    ]
     measured.sort(key=lambda each: each[0])
     densities = [each[0] for each in measured]
     if len(densities) < 2 or not densities[0] / (1 + BEYOND) <= density <= densities[-1] * (1 + BEYOND):
@@ -68,7 +70,9 @@ def equal_density_table(comparison: Comparison, length: int, densities: Sequence
         for density in asked:
             mine, theirs = losses_at(entries, density), losses_at(methods.get(REFERENCE, []), density)
             cells.append("-" if mine is None else relative(paired_bootstrap([mine], [dense.perplexity.losses])))
-            against = None if mine is None or theirs is None or family == REFERENCE else paired_bootstrap([mine], [theirs])
+            against = (
+                None if mine is None or theirs is None or family == REFERENCE else paired_bootstrap([mine], [theirs])
+            )
             cells.append("" if family == REFERENCE else relative(against))
         if any(cell not in ("-", "") for cell in cells):
             rows.append([family, *cells])
