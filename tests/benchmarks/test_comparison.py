@@ -6,7 +6,6 @@ import re
 import pytest
 from benchmarks.comparison import BEGIN, DOCUMENT, END, OVERVIEW, main
 
-from seerattention.evaluate.comparison import Comparison
 from seerattention.evaluate.comparison_file import load_comparison
 from seerattention.evaluate.comparison_report import build_comparison_report
 
@@ -55,3 +54,35 @@ def test_results_go_between_the_marks(tmp_path):
 def test_the_document_has_the_marks():
     text = DOCUMENT.read_text()
     assert 0 < text.index(OVERVIEW[0]) < text.index(OVERVIEW[1]) < text.index(BEGIN) < text.index(END)
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """What is committed, as far as it holds single questions."""
+    files = [path for path in sorted(COMMITTED.glob("*.json")) if '"document_losses":' in path.read_text()]
+    if not files:
+        pytest.skip("the committed comparisons are of a version that kept no single questions")
+    return files
+
+
+def test_the_document_is_what_the_committed_results_make(committed, tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text(DOCUMENT.read_text())
+    order = re.findall(r"^### (\S+), ", DOCUMENT.read_text().partition(BEGIN)[2], re.MULTILINE)
+    assert sorted(order) == sorted(path.stem for path in committed)
+    assert main([*(str(COMMITTED / f"{name}.json") for name in order), "--document", str(document)]) == 0
+    assert document.read_text() == DOCUMENT.read_text()
+
+
+def test_the_committed_page_holds_the_committed_results(committed):
+    """Words and tables are what the code makes of them; pictures differ by the version of what draws them."""
+    page = PAGE.read_text()
+    assert len(page) < 3 << 20
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
+    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+    made = build_comparison_report(load_comparison(COMMITTED / "testbed.json"), small=True).html()
+
+    def words(text):
+        return re.sub(r'(src="|\\?")data:image/png;base64,[^"\\]*', "", text)
+
+    assert words(page) == words(made)
