@@ -302,10 +302,14 @@ def _begin(journal: Journal, identity: Mapping[str, Any], loaded: Any, **facts: 
 
 def _show(terminal: Terminal, comparison: Any) -> None:
     from ..evaluate.comparison_tables import summary_table, task_table
+    from ..evaluate.equal_density import equal_density_table
 
     for length in comparison.lengths:
-        terminal.table(task_table(comparison, length))
+        if (by_task := task_table(comparison, length)).rows:
+            terminal.table(by_task)
         terminal.table(summary_table(comparison, length))
+        if (equal := equal_density_table(comparison, length)) is not None:
+            terminal.table(equal)
     if comparison.left_out:
         terminal.say(f"{comparison.left_out} results of other prompts, models or versions in the folder are left out")
     terminal.say("seer report makes a page of them")

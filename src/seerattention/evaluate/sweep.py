@@ -32,7 +32,7 @@ from .timing import TimingMeasure
 __all__ = ["Plan", "Unit", "run_sweep", "units_of"]
 
 DENSE = Setting.dense()
-#: Held-out documents on which densities are reached where there are no tasks.
+#: At most so many held-out documents, on which densities are reached where there are no tasks.
 DOCUMENTS_ALONE = 4
 
 
@@ -144,7 +144,7 @@ class Sweep:
     def calibrated(self, unit: Unit, contender: Contender) -> CalibrationResult:
         """What reaches the density of the unit on held-out prompts."""
         skip = self.plan.perplexity.documents if self.plan.perplexity is not None else 0
-        documents = DOCUMENTS_ALONE if self.plan.tasks is None else int(self.plan.perplexity is not None)
+        documents = min(DOCUMENTS_ALONE if self.plan.tasks is None else 1, skip)
         measure = CalibrationMeasure(contender, unit.density, self.plan.tasks, documents=documents, skip=skip)
         key = measure.name, unit.length
         if key not in self._prepared:
