@@ -129,7 +129,8 @@ class Comparison:
     """All settings of one model, on the same prompts.
 
     Attributes:
-        facts: of the last run: model, machine, versions, command; ``commands`` are those of all.
+        facts: of the last run: model, machine, versions, command; ``commands`` are those of all
+            that said theirs.
         entries: by length and name, dense first at each length.
         left_out: results of other prompts, models or versions in the same folders.
     """
@@ -297,7 +298,8 @@ class _Part:
         told = [line for line in lines if line["case"].get("measure") != RUN]
         lines = [line for line in told if line["case"].get("run") == last["case"]["run"]]
         facts = dict(last["results"][0])
-        facts["commands"] = _unlike([line["results"][0].get("command", []) for line in mine])
+        commands = _unlike([line["results"][0]["command"] for line in mine if "command" in line["results"][0]])
+        facts |= {"commands": commands} if commands else {}
         return cls(journal, facts, lines, len(told) - len(lines))
 
 
@@ -311,7 +313,8 @@ def _joined(facts: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[
     for name in ("weights", "dtype", "seed"):
         if len({str(each.get(name)) for each in facts}) > 1:
             raise ValueError(f"{', '.join(folders)} are not one comparison: {name} differs between them")
-    return {**last, "commands": _unlike([command for each in facts for command in each["commands"]])}
+    commands = _unlike([command for each in facts for command in each.get("commands", [])])
+    return {**last, "commands": commands} if commands else dict(last)
 
 
 def _unlike(commands: Sequence[list[str]]) -> list[list[str]]:
