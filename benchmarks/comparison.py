@@ -1,28 +1,40 @@
-"""The measured part of docs/comparison.md, from folders of ``seer compare``. Nothing is measured here.
+"""The measured part of docs/comparison.md, and its page, from folders of ``seer compare``. Nothing is measured here.
 
-    python -m benchmarks.comparison RESULTS [RESULTS ...] --save benchmarks/results/h200/comparison
+    python -m benchmarks.comparison testbed=RESULTS,MORE smollm2=RESULTS --save benchmarks/results/h200/comparison
+    python -m benchmarks.comparison benchmarks/results/h200/comparison/*.json --page testbed docs/comparison/report.html
 
-writes docs/comparison.md between its two marks, and all numbers of the tables with their intervals and origin as JSON,
-a file for each model. The losses of all tokens, which a folder holds as well, take too much room to be committed.
+The first joins the folders of each model and writes a file of JSON with all that tables, curves and intervals are made
+of, down to the score of each question and the loss of each document, and a few maps beside it; losses of single tokens
+take too much room to be committed. Both write docs/comparison.md between its two pairs of marks: the overview, and all
+tables. The second does so from what is committed, and makes the page.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from seerattention.cli.common import Terminal
-from seerattention.evaluate.comparison import Comparison, summary_table, task_table
-from seerattention.evaluate.tables import format_length
+from seerattention.evaluate.comparison import Comparison, Entry
+from seerattention.evaluate.comparison_file import load_comparison, open_comparison, save_comparison
+from seerattention.evaluate.comparison_report import build_comparison_report
+from seerattention.evaluate.comparison_tables import relative, summary_table, task_table
+from seerattention.evaluate.equal_density import equal_density_table
+from seerattention.evaluate.tables import Table, format_length, format_percent
 from seerattention.files import write_file
 
 from .results import own_arguments
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "comparison.md"
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
+OVERVIEW = "<!-- overview begin -->", "<!-- overview end -->"
+#: Whose maps are kept, as far as they were measured; at the density nearest to this.
+MAPS, MAP_DENSITY = (
+    ("gates, project", "oracle, project", "xattention, project", "flashprefill, own", "streaming, own"),
+    0.1,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,51 +44,107 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", type=Path, nargs="+", help="folders that seer compare wrote to")
+    parser.add_argument("results", nargs="+", help="NAME=FOLDER,FOLDER: what tables call a model; or files of --save")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument("--names", nargs="+", help="what tables call the models; default: as the runs were given them")
     parser.add_argument("--save", type=Path, help="folder for the numbers as JSON")
+    parser.add_argument("--page", nargs=2, metavar=("NAME", "FILE"), help="the page of one of them, as one HTML file")
     options = parser.parse_args(own_arguments() if arguments is None else arguments)
-    names = options.names or [path.name for path in options.results]
-    if len(names) != len(options.results):
-        parser.error(f"--names has {len(names)} names for {len(options.results)} folders")
-    found = [(name, Comparison.read(path)) for name, path in zip(names, options.results, strict=True)]
-    write_file(options.document, with_results(options.document.read_text(), found))
+    found: list[tuple[str, Comparison]] = []
+    for given in options.results:
+        name, equals, places = given.partition("=")
+        paths = [Path(place) for place in (places if equals else given).split(",")]
+        name, comparison = name if equals else paths[0].stem, open_comparison(paths)
+        if options.save:
+            target = options.save / f"{name}.json"
+            save_comparison(target, comparison, _shown(comparison), benchmark="comparison")
+            Terminal().say(f"written to {target}")
+            comparison = load_comparison(target)  # what is shown is what is committed
+        found.append((name, comparison))
+    text = between(options.document.read_text(), (BEGIN, END), [p for each in found for p in _parts(*each)])
+    if OVERVIEW[0] in text:
+        text = between(text, OVERVIEW, [overview(found).markdown().strip()])
+    write_file(options.document, text)
     Terminal().say(f"written to {options.document}")
-    for name, comparison in found if options.save else ():
-        target = options.save / f"{name}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, json.dumps({"benchmark": "comparison", **comparison.to_dict()}, separators=(",", ":")))
+    if options.page:
+        name, target = options.page
+        if name not in dict(found):
+            parser.error(f"--page: no results are called {name}; there are {', '.join(dict(found))}")
+        build_comparison_report(dict(found)[name], small=True).save(target)
         Terminal().say(f"written to {target}")
     return 0
 
 
-def with_results(text: str, found: Sequence[tuple[str, Comparison]]) -> str:
-    """The document with these results between its marks.
+def _shown(comparison: Comparison) -> list[str]:
+    """Settings whose maps are kept."""
+    kept = [entry for entry in comparison.entries.values() if entry.maps is not None]
+    if not kept:
+        return []
+    target = min((entry.target for entry in kept), key=lambda value: abs(value - MAP_DENSITY))
+    return [f"{name} rule {target:g}" for name in MAPS]
+
+
+def overview(found: Sequence[tuple[str, Comparison]]) -> Table:
+    """One row a method, a column for each model, length and density that was asked for: score, rise of perplexity."""
+    columns = [
+        (name, comparison, length, target)
+        for name, comparison in found
+        for length in comparison.lengths
+        for target in sorted({entry.target for entry in comparison.at(length) if not entry.is_dense})
+        if any(entry.tasks is not None for entry in comparison.at(length))
+    ]
+    families: dict[str, None] = {}
+    for _, comparison, length, _ in columns:
+        families.update(dict.fromkeys(e.family for e in comparison.at(length) if not e.is_dense))
+    rows = [["dense", *(_cell(c, c.dense(length)) for _, c, length, _ in columns)]]
+    for family in sorted(families, key=lambda name: (not name.startswith("gates"), name)):
+        entries = [
+            next((e for e in c.at(length) if e.family == family and e.target == target), None)
+            for _, c, length, target in columns
+        ]
+        cells = [_cell(c, entry) for (_, c, _, _), entry in zip(columns, entries, strict=True)]
+        rows.append([f"**{family}**" if family.startswith("gates") else family, *cells])
+    return Table(["", *(f"{name}, {format_length(length)}, {target:g}" for name, _, length, target in columns)], rows)
+
+
+def _cell(comparison: Comparison, entry: Entry | None) -> str:
+    """Score and rise of perplexity."""
+    if entry is None:
+        return ""
+    change = None if entry.is_dense else comparison.loss_change(entry)
+    parts = ["" if entry.tasks is None else format_percent(comparison.score(entry))]
+    parts.append("" if change is None else relative(change).partition(" [")[0])
+    return ", ".join(part for part in parts if part)
+
+
+def between(text: str, marks: tuple[str, str], parts: Sequence[str]) -> str:
+    """The document with these parts between two marks.
 
     Raises:
         ValueError: a document without the marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"the document must hold {BEGIN} and behind it {END}")
-    parts = [part for name, comparison in found for part in _parts(name, comparison)]
-    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
+        raise ValueError(f"the document must hold {marks[0]} and behind it {marks[1]}")
+    return f"{before}{begin}\n\n" + "\n\n".join(parts) + f"\n\n{end}{after}"
 
 
 def _parts(name: str, comparison: Comparison) -> list[str]:
     facts = comparison.facts
     environment = facts.get("environment", {})
     machine = ", ".join(item["name"] for item in environment.get("devices", [])) or environment.get("processor", "")
+    commands = facts.get("commands", [facts.get("command", [])])
     parts = [
         f"### {name}, {machine}",
-        f"Commit {str(environment.get('git_commit'))[:10]}: `{' '.join(facts['command'])}`",
+        f"Commit {str(environment.get('git_commit'))[:10]}:",
+        "\n".join(f"    {' '.join(command)}" for command in commands),
     ]
     for length in comparison.lengths:
         parts.append(f"#### {format_length(length)} tokens")
         for table in (summary_table(comparison, length), task_table(comparison, length)):
-            parts += [table.markdown().strip(), table.caption]
+            parts += [table.markdown().strip(), table.caption] if table.rows else []
+        equal = equal_density_table(comparison, length)
+        parts += [] if equal is None else [equal.markdown().strip(), equal.caption]
     return parts
 
 

@@ -27,7 +27,7 @@ from seerattention.baselines import Oracle, OracleCover
 from seerattention.cli.common import Terminal, resolve_device
 from seerattention.config import PrefillGateConfig, SubBlockGateConfig
 from seerattention.evaluate.calibration import search
-from seerattention.evaluate.comparison import costs_table
+from seerattention.evaluate.comparison_tables import costs_table
 from seerattention.evaluate.contenders import Contender, make_contenders
 from seerattention.evaluate.kernels import AttentionShape, WrongResultError, dense_kernels, make_gate, make_inputs
 from seerattention.evaluate.timing import peak_memory, time_functions

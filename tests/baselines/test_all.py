@@ -147,7 +147,7 @@ def test_scores_are_made_where_the_tensors_are(text, start):
     if isinstance(selector, baselines.FlexPrefill):  # which looks at values for the rest
         found = selector._places(prompt, selector.probe(prompt), 1)
     elif isinstance(selector, baselines.OracleCover):
-        assert block_masses(prompt, 9).is_meta
+        assert block_masses(prompt, range(7, 10)).is_meta
         return
     elif isinstance(selector, baselines.Oracle):
         return  # an op with tests of its own

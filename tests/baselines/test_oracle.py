@@ -112,12 +112,27 @@ def test_cover_of_everything():
 def test_masses():
     inputs = cases.make_inputs([300], start=77)
     prompt = Prompt(0, inputs.q[0], inputs.k[0], cases.SCALE, BLOCK)
+    together = block_masses(prompt, range(2, 10))
     for row in range(2, 10):
-        masses = block_masses(prompt, row)
+        masses = block_masses(prompt, range(row, row + 1))[:, 0]
+        torch.testing.assert_close(together[:, row - 2], masses, rtol=0, atol=0)
+        there = slice(max(0, 77 - row * BLOCK), min(BLOCK, 300 - row * BLOCK))
+        assert masses[:, : there.start].isposinf().all()
+        assert masses[:, there.stop :].isposinf().all()
+        assert (masses[:, there, row + 1 :] == 0).all()
         for _, h, shares in cases.expected_of(inputs, BLOCK, attention):
             here = shares[max(0, row * BLOCK - 77) : (row + 1) * BLOCK - 77]
             wanted = torch.stack([tile.sum(-1) for tile in here.split(BLOCK, 1)], -1)[:, : row + 1]
-            torch.testing.assert_close(masses[h].double(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(masses[h, there, : row + 1].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 40_000])
+def test_rows_are_covered_in_groups(most, monkeypatch):
+    """Whatever is held at once, the same is kept."""
+    inputs = cases.make_inputs([300], start=77, sharp=0.5, alike=2.5)
+    whole = OracleCover(0.6, block_size=BLOCK).select(inputs).to_mask()
+    monkeypatch.setattr("seerattention.baselines.oracle_cover._MOST_MASSES", most)
+    assert torch.equal(OracleCover(0.6, block_size=BLOCK).select(inputs).to_mask(), whole)
 
 
 def test_names():

@@ -50,6 +50,23 @@ def test_compare_then_report(seer_command, common, tmp_path):
     assert any((tmp_path / "out" / "figures").glob("perplexity-density-*.png"))
 
 
+def test_texts_alone(seer_command, common, tmp_path):
+    """Without tasks, densities are reached on documents behind those that are measured."""
+    options = ["--tasks", "none", "--documents", 2, "--densities", "0.3,0.45", "--rules", "project", "--gates", "none"]
+    options += ["--selectors", "xattention", "--repeats", 0, "--output", tmp_path / "out", "--json"]
+    result = seer_command("compare", *common, *options)
+    assert result.exit_code == 0, result.stderr
+    dense, *others = json.loads(result.stdout)["settings"]
+    assert [item["setting"] for item in others] == ["xattention, project rule 0.3", "xattention, project rule 0.45"]
+    for item, density in zip(others, (0.3, 0.45), strict=True):
+        assert item["tasks"] is None
+        assert item["contender"]["calibrated_density"] == pytest.approx(density, rel=0.1)
+        assert len(item["perplexity"]["document_losses"]) == len(dense["perplexity"]["document_losses"]) == 2
+    assert "/ gates, project rule" in result.stderr  # the table at equal density
+    refused = seer_command("compare", *common, *options, "--documents", 0)
+    assert "--tasks none leaves only documents" in refused.stderr
+
+
 def test_presets_can_be_run():
     for name, preset in PRESETS.items():
         rules, protocols = preset["rules"].split(","), preset["protocols"].split(",")

@@ -14,8 +14,9 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from seerattention.evaluate.comparison import Comparison, costs_table, summary_table
+from seerattention.evaluate.comparison import Comparison
 from seerattention.evaluate.comparison_report import build_comparison_report, curves
+from seerattention.evaluate.comparison_tables import costs_table, summary_table
 from seerattention.evaluate.map_viewer import map_viewer
 
 from .comparison_folder import BLOCKS, DENSITIES, LENGTHS, METHODS, MODEL, write_folder

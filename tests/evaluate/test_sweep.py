@@ -11,7 +11,8 @@ import torch
 import seerattention as seer
 from seerattention.evaluate import Journal, Setting, Subject
 from seerattention.evaluate.calibration import TOLERANCE, CalibrationMeasure, search
-from seerattention.evaluate.comparison import NOTES, RUN, Comparison, Entry, RunResult, summary_table, task_table
+from seerattention.evaluate.comparison import RUN, Comparison, Entry, RunResult
+from seerattention.evaluate.comparison_tables import NOTES, summary_table, task_table
 from seerattention.evaluate.contenders import KNOBS, Knob, make_contenders
 from seerattention.evaluate.perplexity import PerplexityMeasure
 from seerattention.evaluate.statistics import bootstrap, paired_bootstrap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from .base import TrainingFree
 from .prompt import Prompt, dot
+
+# Numbers that are held at once of what queries give to blocks: 2^27 of float32 are 512 MiB.
+_MOST_MASSES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class OracleCover(TrainingFree, kind="oracle_cover", limits={"p": (0, 1)}):
     the query that keeps least has less than ``p``, the block that holds most for this query follows (of equal queries
     and blocks the first). The fewest blocks that would do are a set cover problem; this greedy answer is near it.
 
-    It computes the whole attention map, one query block and KV head at a time, and saves nothing.
+    It computes the whole attention map and saves nothing.
 
     Attributes:
         p: share of the attention of each query, in [0, 1]; 1 keeps everything.
@@ -32,47 +36,69 @@ class OracleCover(TrainingFree, kind="oracle_cover", limits={"p": (0, 1)}):
 
     def keep(self, prompt: Prompt) -> Tensor:
         """bool ``[Hq, R, N]``."""
-        shape = prompt.heads, prompt.num_rows, prompt.num_keys
-        keep = torch.ones(shape, dtype=torch.bool, device=prompt.q.device)
         if self.p == 1:
-            return keep
-        for slot, row in enumerate(range(prompt.first_row, prompt.num_keys)):
-            keep[:, slot, : row + 1] = cover(block_masses(prompt, row), self.p)
-        return keep
+            shape = prompt.heads, prompt.num_rows, prompt.num_keys
+            return torch.ones(shape, dtype=torch.bool, device=prompt.q.device)
+        together = max(1, _MOST_MASSES // (prompt.heads * prompt.block_size * prompt.num_keys))
+        found = []
+        for first in range(prompt.first_row, prompt.num_keys, together):
+            rows = range(first, min(first + together, prompt.num_keys))
+            found.append(cover(block_masses(prompt, rows), self.p, first))
+        return torch.cat(found, 1)
 
 
-def block_masses(prompt: Prompt, row: int) -> Tensor:
-    """Attention of each query of a query block by key block, float32 ``[Hq, m, row + 1]``, of the queries there are."""
-    size = prompt.block_size
-    first, end = max(row * size, prompt.start), min((row + 1) * size, prompt.length)
-    positions = torch.arange(end, device=prompt.q.device)
-    hidden = positions > positions[first:, None]
-    group = prompt.heads // prompt.k.shape[0]
-    masses = []
-    for head in range(prompt.k.shape[0]):
-        queries = prompt.q[head * group : (head + 1) * group, first - prompt.start : end - prompt.start].float()
-        logits = dot(queries * prompt.scale, prompt.k[head : head + 1, :end].float())
-        shares = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
-        masses.append(torch.nn.functional.pad(shares, (0, -end % size)).unflatten(-1, (-1, size)).sum(-1))
-    return torch.cat(masses)
+def block_masses(prompt: Prompt, rows: range) -> Tensor:
+    """Attention of each query of these query blocks by key block, float32 ``[Hq, rows, m, N]``.
+
+    Queries that are not there, before the first one and behind the last, give infinity to every block.
+    """
+    size, group = prompt.block_size, prompt.heads // prompt.k.shape[0]
+    keys = torch.arange(prompt.length, device=prompt.q.device)
+    masses = prompt.q.new_zeros((prompt.heads, len(rows), size, prompt.num_keys), dtype=torch.float32)
+    for blocks, _ in prompt.chunks(group * size * prompt.length):
+        blocks = range(max(blocks.start, rows.start), min(blocks.stop, rows.stop))
+        if not blocks:
+            continue
+        queries, present = prompt.queries(blocks)
+        positions = blocks.start * size + torch.arange(len(present), device=keys.device)
+        hidden = keys > positions[:, None]
+        for head in range(prompt.k.shape[0]):
+            mine = slice(head * group, (head + 1) * group)
+            logits = dot(queries[mine], prompt.k[head : head + 1].float())
+            shares = logits.masked_fill_(hidden, -math.inf).softmax(-1)
+            shares = torch.nn.functional.pad(shares, (0, -prompt.length % size)).unflatten(-1, (-1, size)).sum(-1)
+            shares.masked_fill_(~present[:, None], math.inf)
+            slots = slice(blocks.start - rows.start, blocks.stop - rows.start)
+            masses[mine, slots] = shares.unflatten(1, (len(blocks), size))
+    return masses
 
 
-def cover(masses: Tensor, p: float) -> Tensor:
-    """The blocks that :class:`OracleCover` keeps of ``masses [H, m, n]``, of which the last is the diagonal.
+def cover(masses: Tensor, p: float, first: int) -> Tensor:
+    """The blocks that :class:`OracleCover` keeps of ``masses [H, R, m, N]``, whose rows are those from ``first`` on.
 
     Returns:
-        bool ``[H, n]``.
+        bool ``[H, R, N]``.
     """
-    heads = torch.arange(masses.shape[0], device=masses.device)
-    keep = torch.zeros(masses.shape[0], masses.shape[2], dtype=torch.bool, device=masses.device)
-    keep[:, -1] = True
-    kept = masses[:, :, -1].double()
-    for _ in range(masses.shape[2] - 1):
+    heads, rows, _, columns = masses.shape
+    diagonal = first + torch.arange(rows, device=masses.device)
+    blocks = torch.arange(columns, device=masses.device)
+    keep = (blocks == diagonal[:, None]).expand(heads, -1, -1).contiguous()
+    out = (blocks > diagonal[:, None]) | keep  # what cannot be chosen: the future, and what is kept already
+
+    def of_block(block: Tensor) -> Tensor:
+        """What the queries give to one block of each row: ``[H, R]`` to ``[H, R, m]``."""
+        return masses.gather(3, block[..., None, None].expand(-1, -1, masses.shape[2], 1))[..., 0]
+
+    kept = of_block(diagonal.expand(heads, -1)).double()
+    for _ in range(first + rows - 1):
         least, query = kept.min(-1)
-        short = least < p
+        short = (least < p) & ~out.all(-1)
         if not bool(short.any()):
             break
-        block = masses[heads, query].masked_fill(keep, -1.0).argmax(-1)
-        keep[heads, block] |= short
-        kept += masses[heads, :, block] * short[:, None]
+        wanted = masses.gather(2, query[..., None, None].expand(-1, -1, 1, columns))[:, :, 0]
+        block = wanted.masked_fill(out, -1.0).argmax(-1)
+        chosen = (blocks == block[..., None]) & short[..., None]
+        keep |= chosen
+        out |= chosen
+        kept += of_block(block).where(short[..., None], 0.0)  # of what is not there: infinity
     return keep

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..evaluate.journal import Journal
     from ..evaluate.sweep import Plan
 
+# Prompts of all lengths up to this are made from the same texts.
+_SAME_TEXTS = 1 << 15
 #: What --preset stands for; options that are given win.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -42,16 +44,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "densities": "0.1,0.2",
         "rules": "own,project,budget",
         "protocols": "every_row_sparse",
-        "samples": 16,
+        "samples": 24,
         "documents": 4,
         "repeats": 3,
     },
     "full": {
         "tasks": "all",
         "selectors": "xattention,xattention:stride=16,flexprefill,flashprefill,flashprefill_v2,"
-        "flashprefill_v2:mean_correction=true,sparge,minference,minference_exact,mean_pool,"
+        "flashprefill_v2:mean_correction=true,cosa,rbs,prism,sparge,minference,minference_exact,mean_pool,"
         "sub_block:query_parts=8:key_parts=8,sub_block:query_parts=8:key_parts=8:reduce=max,streaming,random,"
-        "oracle:policy=top_k(0.1),oracle:reduce=mass:policy=top_k(0.1)",
+        "oracle:policy=top_k(0.1),oracle:reduce=mass:policy=top_k(0.1),oracle_cover",
         "densities": "0.05,0.1,0.2",
         "rules": "own,project,budget",
         "protocols": "every_row_sparse,as_published",
@@ -73,7 +75,11 @@ def command(
         typer.Option(help="What gates are compared with, by kind and arguments, e.g. 'xattention:stride=16,oracle'"),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Long-context tasks: 'all', 'ruler' (thirteen), or any by name.")
+        str | None,
+        typer.Option(
+            help="Long-context tasks: 'all', 'ruler' (thirteen), any by name, or 'none': then densities are reached on "
+            "texts alone, so that perplexities compare at equal density."
+        ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts (8192 or 8K).")] = "8K",
     densities: Annotated[
@@ -155,8 +161,9 @@ def command(
         if place == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             place = f"cuda:{local_rank}"
         loaded, tokenizer = open_model(terminal, model, place, dtype)
-        longest = asked_lengths[-1]
-        books = book_tokens(texts, model, tokenizer, limit=max(chosen["documents"] + 2, 16) * longest)
+        # Runs of other lengths in the same folder have the same prompts: up to here the texts do not depend on them.
+        longest = max(asked_lengths[-1], _SAME_TEXTS)
+        books = book_tokens(texts, model, tokenizer, limit=max(chosen["documents"] + 5, 16) * longest)
         subject = Subject(loaded, tokenizer, books, batch_size, seed)
         with locked(output / (f"results-{rank}.jsonl" if rank else "results.jsonl")):
             journal = Journal(output, rank)
@@ -255,9 +262,13 @@ def _plan(
 
     check_choice([options["answers"]], ANSWERS, "answers")
     groups = {"all": TEXT_TASKS, "ruler": RULER_TASKS}
-    tasks = groups.get(chosen["tasks"]) or parse_list(chosen["tasks"], str, "tasks")
-    with named("--tasks"):
-        measure = TextMeasure(tuple(tasks), chosen["samples"], **options)
+    measure = None
+    if chosen["tasks"] != "none":
+        tasks = groups.get(chosen["tasks"]) or parse_list(chosen["tasks"], str, "tasks")
+        with named("--tasks"):
+            measure = TextMeasure(tuple(tasks), chosen["samples"], **options)
+    elif not chosen["documents"]:
+        raise ValueError("--tasks none leaves only documents to measure; give --documents")
     return Plan(
         contenders,
         lengths,
@@ -290,11 +301,15 @@ def _begin(journal: Journal, identity: Mapping[str, Any], loaded: Any, **facts: 
 
 
 def _show(terminal: Terminal, comparison: Any) -> None:
-    from ..evaluate.comparison import summary_table, task_table
+    from ..evaluate.comparison_tables import summary_table, task_table
+    from ..evaluate.equal_density import equal_density_table
 
     for length in comparison.lengths:
-        terminal.table(task_table(comparison, length))
+        if (by_task := task_table(comparison, length)).rows:
+            terminal.table(by_task)
         terminal.table(summary_table(comparison, length))
+        if (equal := equal_density_table(comparison, length)) is not None:
+            terminal.table(equal)
     if comparison.left_out:
         terminal.say(f"{comparison.left_out} results of other prompts, models or versions in the folder are left out")
     terminal.say("seer report makes a page of them")

@@ -13,7 +13,12 @@ from .options import check_output, named
 
 
 def command(
-    results: Annotated[Path, typer.Argument(help="Folder that seer compare wrote to.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folder that seer compare wrote to, several that belong together, or a file of benchmarks.comparison."
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for index.html and the PNGs in figures/. Default: the results folder.")
     ] = None,
@@ -34,15 +39,16 @@ def command(
     Example: seer report results/
     """
     with errors():
-        from ..evaluate.comparison import Comparison
+        from ..evaluate.comparison_file import open_comparison
         from ..evaluate.comparison_report import build_comparison_report
 
         terminal = Terminal()
-        place = results if output is None else output
+        first = results[0] if results[0].suffix != ".json" else results[0].parent
+        place = first if output is None else output
         check_output(place)
-        costs = _costs(results, selection)
+        costs = _costs(first, selection)
         histories = None if gates is None else _histories(parse_list(gates, str, "gates"))
-        comparison = Comparison.read(results)
+        comparison = open_comparison(results)
         if histories is None:
             compared = [folder for folder in comparison.facts.get("gates", {}).values() if _history(folder).is_file()]
             histories = _histories(compared)

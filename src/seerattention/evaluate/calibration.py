@@ -109,8 +109,8 @@ class CalibrationMeasure(Measure):
     Attributes:
         contender: whose knob.
         wanted: density.
-        tasks, documents: of what the prompts are: one of each task, and so many documents behind those of the
-            perplexity (``skip``).
+        tasks, documents: of what the prompts are: one of each task (None: of none), and so many documents behind those
+            of the perplexity (``skip``).
     """
 
     name: ClassVar[str] = "calibration"
@@ -118,15 +118,17 @@ class CalibrationMeasure(Measure):
 
     contender: Contender
     wanted: float
-    tasks: TextMeasure
+    tasks: TextMeasure | None
     documents: int = 1
     skip: int = 0
 
     def prepare(self, subject: Subject, length: int) -> Prompts:
         """Prompts that are not measured otherwise: of another seed, and of documents that follow."""
-        other = dataclasses.replace(subject, seed=subject.seed + 500_009)
-        one = dataclasses.replace(self.tasks, samples=1).prepare(other, length)
-        prompts = [sample.prompt for samples in one.content.values() for sample in samples]
+        prompts: list[np.ndarray] = []
+        if self.tasks is not None:
+            other = dataclasses.replace(subject, seed=subject.seed + 500_009)
+            one = dataclasses.replace(self.tasks, samples=1).prepare(other, length)
+            prompts += [sample.prompt for samples in one.content.values() for sample in samples]
         bos = subject.tokenizer.bos_token_id
         if self.documents:
             cut = cut_documents(subject.books, length, self.skip + self.documents, bos=bos)

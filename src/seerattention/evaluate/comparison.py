@@ -1,4 +1,9 @@
-"""A comparison as it is on disk: every setting with its scores, densities, times and intervals, and tables of them."""
+"""A comparison as it is on disk: every setting with its scores, densities, times and intervals.
+
+What ``seer compare`` wrote is read by :meth:`Comparison.read`; :meth:`Comparison.to_dict` holds as plain numbers all
+that tables and curves are made of, each question's score and each document's loss included, and
+:meth:`Comparison.from_dict` takes it back.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from .contenders import BUDGET
 from .journal import Journal
 from .map_measure import MapMeasure, MapResult
 from .perplexity import PerplexityMeasure, PerplexityResult
 from .statistics import Interval, paired_bootstrap
-from .tables import Table, finite, format_density, format_length, format_percent, format_seconds
-from .text_tasks import SOLVED, TextMeasure, TextResult, solved_tasks
+from .tables import finite
+from .text_tasks import TextMeasure, TextResult, solved_tasks
 from .timing import TimingMeasure, TimingResult
 
-__all__ = ["RUN", "Comparison", "Entry", "RunResult", "summary_table", "task_table"]
+__all__ = ["RUN", "Comparison", "DocumentLosses", "Entry", "RunResult"]
 
-#: What to say of selectors whose choice is read by an attention of their own, by what it is called.
-NOTES: Mapping[str, str] = {
-    "+ mean correction": (
-        "(+ mean correction): blocks that are left out are not forgotten but stand in as the mean of their keys and "
-        "values, by another attention than that of the others; its density is of the blocks that are read."
-    ),
-    "token by token": (
-        "(token by token): what is read are single keys and parts of blocks, and the density counts pairs of tokens; "
-        "attention is masked dense attention, so that its time says nothing."
-    ),
-}
 #: Name of the line that says what a run was: model, machine, versions, command.
 RUN = "run"
 _MEASURES: Mapping[str, Any] = {
@@ -57,6 +50,34 @@ class RunResult:
         return {}
 
 
+@dataclass(frozen=True)
+class DocumentLosses:
+    """What a comparison keeps of a :class:`~seerattention.evaluate.perplexity.PerplexityResult`.
+
+    Attributes:
+        losses: float64 ``[documents]``, mean nats a token.
+        told: what the result says of itself as plain numbers.
+    """
+
+    losses: np.ndarray
+    told: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, result: PerplexityResult) -> DocumentLosses:
+        """Without the losses of single tokens."""
+        return cls(result.losses.mean(-1, dtype=np.float64), result.to_dict())
+
+    @property
+    def density(self) -> float:
+        """Over all documents."""
+        return float(self.told["density"])
+
+    @property
+    def perplexity(self) -> float:
+        """Over all positions of all documents."""
+        return math.exp(float(self.losses.mean()))
+
+
 @dataclass
 class Entry:
     """One setting at one length.
@@ -76,7 +97,7 @@ class Entry:
     target: float
     contender: Mapping[str, Any] = field(default_factory=dict)
     tasks: TextResult | None = None
-    perplexity: PerplexityResult | None = None
+    perplexity: DocumentLosses | None = None
     maps: MapResult | None = None
     timing: tuple[TimingResult, TimingResult] | None = None
     seconds: float = 0.0
@@ -105,12 +126,13 @@ class Entry:
 
 @dataclass
 class Comparison:
-    """All settings of one run, on the same prompts.
+    """All settings of one model, on the same prompts.
 
     Attributes:
-        facts: of the run: model, machine, versions, command.
+        facts: of the last run: model, machine, versions, command; ``commands`` are those of all
+            that said theirs.
         entries: by length and name, dense first at each length.
-        left_out: results of other prompts, models or versions in the same folder.
+        left_out: results of other prompts, models or versions in the same folders.
     """
 
     facts: Mapping[str, Any]
@@ -118,36 +140,32 @@ class Comparison:
     left_out: int = 0
 
     @classmethod
-    def read(cls, folder: Path) -> Comparison:
-        """From a folder of ``seer compare``; of several runs in it the last one.
+    def read(cls, *folders: Path) -> Comparison:
+        """From folders of ``seer compare``, which share the work on one model; of several runs in one the last one.
 
         Raises:
-            FileNotFoundError: no results in it.
-            ValueError: results, but none of a comparison.
+            FileNotFoundError: no results in one.
+            ValueError: results, but none of a comparison; or folders of different models.
         """
-        if not any(folder.glob("results*.jsonl")):
-            raise FileNotFoundError(f"{folder} holds no results (results.jsonl); seer compare writes them")
-        journal = Journal(folder)
-        lines = journal.lines()
-        runs = [line for line in lines if line["case"].get("measure") == RUN]
-        if not runs:
-            raise ValueError(f"the results in {folder} are not those of seer compare")
-        run = max(runs, key=lambda line: line["case"].get("time", 0.0))
-        told = [line for line in lines if line["case"].get("measure") != RUN]
-        mine = [line for line in told if line["case"].get("run") == run["case"]["run"]]
-        found = cls(run["results"][0], {})
+        parts = [_Part.of(folder) for folder in folders]
+        found = cls(_joined([part.facts for part in parts], [str(folder) for folder in folders]), {})
         # Dense decides which prompts count: the ones that it was measured on last.
         dense = {
             (line["case"]["measure"], line["case"]["length"]): line["case"]["prompts"]
-            for line in mine
+            for part in parts
+            for line in part.lines
             if "contender" not in line["case"]
         }
-        for line in mine:
-            found._add(line, journal, dense)
-        found.left_out += len(told) - len(mine)
-        order = sorted(found.entries.values(), key=lambda e: (e.length, not e.is_dense, e.family, e.target))
-        found.entries = {(entry.length, entry.name): entry for entry in order}
+        for part in parts:
+            for line in part.lines:
+                found._add(line, part.journal, dense)
+            found.left_out += part.left_out
+        found._sort()
         return found
+
+    def _sort(self) -> None:
+        order = sorted(self.entries.values(), key=lambda e: (e.length, not e.is_dense, e.family, e.target))
+        self.entries = {(entry.length, entry.name): entry for entry in order}
 
     def _add(self, line: Mapping[str, Any], journal: Journal, dense: Mapping[tuple[str, int], str]) -> None:
         case = line["case"]
@@ -165,7 +183,10 @@ class Comparison:
         contender = case.get("contender", {})
         name = case["settings"][-1]
         entry = self.entries.setdefault((length, name), Entry(name, length, case["target"], contender))
-        setattr(entry, kind, (results[0], results[-1]) if kind == "timing" else results[-1])
+        if kind == "timing":
+            entry.timing = results[0], results[-1]
+        else:
+            setattr(entry, kind, DocumentLosses.of(results[-1]) if kind == "perplexity" else results[-1])
         entry.seconds += case["seconds"]
         if case["peak_bytes"] is not None:
             entry.peak_bytes = max(entry.peak_bytes or 0, case["peak_bytes"])
@@ -204,8 +225,7 @@ class Comparison:
         dense = self.dense(entry.length)
         if dense is None or dense.perplexity is None or entry.perplexity is None:
             return None
-        mine, theirs = (each.losses.mean(-1, dtype=np.float64) for each in (entry.perplexity, dense.perplexity))
-        return paired_bootstrap([mine], [theirs])
+        return paired_bootstrap([entry.perplexity.losses], [dense.perplexity.losses])
 
     def winners(self, length: int) -> dict[float, Entry]:
         """By density: the best mean score of what is no oracle, under every row sparse."""
@@ -220,11 +240,23 @@ class Comparison:
         return best
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: the facts of the run, and each setting with its scores and intervals."""
+        """Plain numbers for JSON: the facts of the run, each setting with scores and intervals; without maps."""
         return {**self.facts, "left_out": self.left_out, "settings": [self._numbers(e) for e in self.entries.values()]}
+
+    @classmethod
+    def from_dict(cls, numbers: Mapping[str, Any]) -> Comparison:
+        """What :meth:`to_dict` gave, without maps."""
+        facts = {name: value for name, value in numbers.items() if name not in ("left_out", "settings")}
+        found = [_entry(each) for each in numbers["settings"]]
+        made = cls(facts, {(entry.length, entry.name): entry for entry in found}, numbers["left_out"])
+        made._sort()
+        return made
 
     def _numbers(self, entry: Entry) -> dict[str, Any]:
         score, loss = self.score_change(entry), self.loss_change(entry)
+        tasks, perplexity = entry.tasks, entry.perplexity
+        questions = {} if tasks is None else {"scores": _lists(tasks.scores), "losses": _lists(tasks.losses)}
+        documents = {} if perplexity is None else {"document_losses": perplexity.losses.tolist()}
         return {
             "setting": entry.name,
             "length": entry.length,
@@ -233,8 +265,9 @@ class Comparison:
             "score": finite(self.score(entry)),
             "score_change": None if score is None else score._asdict(),
             "loss_change": None if loss is None else loss._asdict(),
-            "tasks": None if entry.tasks is None else entry.tasks.to_dict(),
-            "perplexity": None if entry.perplexity is None else entry.perplexity.to_dict(),
+            "tasks": None if tasks is None else {**tasks.to_dict(), **questions},
+            "perplexity": None if perplexity is None else {**perplexity.told, **documents},
+            "timing": None if entry.timing is None else [each.to_dict() for each in entry.timing],
             "prefill_seconds": entry.prefill,
             "speed": entry.speed,
             "seconds": entry.seconds,
@@ -242,118 +275,79 @@ class Comparison:
         }
 
 
-def summary_table(comparison: Comparison, length: int) -> Table:
-    """One row a setting: scores, densities, times, memory."""
-    rows = []
-    for entry in comparison.at(length):
-        perplexity = entry.perplexity
-        rows.append(
-            [
-                entry.name,
-                "-" if entry.tasks is None else format_density(entry.tasks.density),
-                _percent(comparison.score(entry)),
-                "" if entry.is_dense else _points(comparison.score_change(entry)),
-                "-" if perplexity is None else format_density(perplexity.density),
-                "-" if perplexity is None else f"{perplexity.perplexity()[0]:.2f}",
-                "" if entry.is_dense else _relative(comparison.loss_change(entry)),
-                "-" if entry.prefill is None else format_seconds(entry.prefill),
-                "-" if entry.speed is None else f"{entry.speed:.2f}x",
-                "-" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**30:.2f} GiB",
-                "" if entry.is_dense else "whole prompt" if entry.contender["whole_prompt"] else "row by row",
-            ]
+@dataclass
+class _Part:
+    """The last run in a folder: its facts, its lines, and how many of others there are."""
+
+    journal: Journal
+    facts: Mapping[str, Any]
+    lines: list[dict[str, Any]]
+    left_out: int
+
+    @classmethod
+    def of(cls, folder: Path) -> _Part:
+        if not any(folder.glob("results*.jsonl")):
+            raise FileNotFoundError(f"{folder} holds no results (results.jsonl); seer compare writes them")
+        journal = Journal(folder)
+        lines = journal.lines()
+        runs = [line for line in lines if line["case"].get("measure") == RUN]
+        if not runs:
+            raise ValueError(f"the results in {folder} are not those of seer compare")
+        last = max(runs, key=lambda line: line["case"].get("time", 0.0))
+        mine = [line for line in runs if line["case"]["run"] == last["case"]["run"]]
+        told = [line for line in lines if line["case"].get("measure") != RUN]
+        lines = [line for line in told if line["case"].get("run") == last["case"]["run"]]
+        facts = dict(last["results"][0])
+        commands = _unlike([line["results"][0]["command"] for line in mine if "command" in line["results"][0]])
+        facts |= {"commands": commands} if commands else {}
+        return cls(journal, facts, lines, len(told) - len(lines))
+
+
+def _joined(facts: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, Any]:
+    """Facts of runs that share the work on one model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    last = facts[-1]
+    for name in ("weights", "dtype", "seed"):
+        if len({str(each.get(name)) for each in facts}) > 1:
+            raise ValueError(f"{', '.join(folders)} are not one comparison: {name} differs between them")
+    commands = _unlike([command for each in facts for command in each.get("commands", [])])
+    return {**last, "commands": commands} if commands else dict(last)
+
+
+def _unlike(commands: Sequence[list[str]]) -> list[list[str]]:
+    """Each once, in order."""
+    return [command for i, command in enumerate(commands) if command not in commands[:i]]
+
+
+def _lists(arrays: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """float32 in as few digits as give it back."""
+    return {
+        name: [int(value) if value == int(value) else float(str(value)) for value in values]
+        for name, values in arrays.items()
+    }
+
+
+def _entry(numbers: Mapping[str, Any]) -> Entry:
+    """What :meth:`Comparison.to_dict` holds of one."""
+    told, perplexity, timing = numbers["tasks"], numbers["perplexity"], numbers.get("timing")
+    tasks = None
+    if told is not None:
+        scores, losses = (
+            {name: np.asarray(values, dtype=np.float32) for name, values in told[kind].items()}
+            for kind in ("scores", "losses")
         )
-    headers = [
-        "setting", "density", "score", "score - dense", "density (text)", "perplexity", "perplexity / dense", "prefill",
-        "speed", "peak memory", "decides",
-    ]  # fmt: skip
-    solved = comparison.solved(length)
-    caption = (
-        f"{format_length(length)} tokens. Score: mean of the tasks that dense attention solves to at least "
-        f"{100 * SOLVED:.0f} % ({', '.join(solved) or 'none'}), answers generated greedily. Density: everything that "
-        "is kept over everything visible, all layers and rows; the number in a name is the density that was asked for, "
-        "reached on held-out prompts by the knob of the rule. Brackets: 95 % of paired bootstrap resamples of the same "
-        "questions, or documents. Prefill: one prompt through the whole model, median; speed: dense attention over it, "
-        "in turns with it. Training-free methods choose in plain torch, not with the kernels of their authors."
-    )
-    missed = [entry.name for entry in comparison.at(length) if entry.contender.get("reached") is False]
-    if missed:
-        caption += f" The density was out of reach for: {'; '.join(missed)}."
-    if any(entry.contender.get("rule") == BUDGET for entry in comparison.at(length)):
-        caption += (
-            " Budget rule: as the gates are shipped, by the factors stored with them; nothing was searched for it, so "
-            "that its density is what it came to."
-        )
-    caption += "".join(f" {NOTES[mark]}" for mark in _attentions(comparison.at(length)))
-    conceded = [entry.name for entry in comparison.at(length) if entry.contender.get("conceded")]
-    if conceded:
-        caption += f" With smaller floors than the rule's defaults, to reach the density: {'; '.join(conceded)}."
-    return Table(headers, rows, caption)
-
-
-def _attentions(entries: Sequence[Entry]) -> list[str]:
-    """Attentions other than that of all others that are among these, as :attr:`Selector.attention` calls them."""
-    return sorted(NOTES.keys() & {entry.contender.get("attention") for entry in entries})
-
-
-def task_table(comparison: Comparison, length: int) -> Table:
-    """One row a setting, a column a task."""
-    entries = [entry for entry in comparison.at(length) if entry.tasks is not None]
-    first = entries[0].tasks if entries else None
-    if first is None:
-        return Table(["setting"], [])
-    rows = []
-    for entry in entries:
-        tasks = entry.tasks
-        assert tasks is not None
-        rows.append(
-            [
-                entry.name,
-                format_density(tasks.density),
-                *(format_percent(tasks.score([t])) if t in tasks.scores else "-" for t in first.scores),
-                *(f"{tasks.answer_perplexity(t):.2f}" if t in tasks.losses else "-" for t in first.losses),
-            ]
-        )
-    count = len(next(iter((first.scores | first.losses).values())))
-    caption = f"{format_length(length)} tokens, {count} prompts of each task."
-    if first.losses:
-        caption += (
-            " (ppl): the model is too small to answer questions on paragraphs freely; perplexity of the right answer, "
-            "lower is better."
-        )
-    headers = ["setting", "density", *first.scores, *(f"{task} (ppl)" for task in first.losses)]
-    return Table(headers, rows, caption)
-
-
-def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Times of selection alone, as ``benchmarks.selection`` writes them."""
-    cells = [
-        [
-            str(row["selector"]),
-            format_length(int(row["length"])),
-            format_seconds(float(row["median_s"])),
-            format_density(float(row["density"])),
-            str(row["implementation"]),
-            str(row["decides"]),
-        ]
-        for row in rows
-    ]
-    headers = ["selection", "length", "time a layer", "density", "how", "decides"]
-    return Table(headers, cells, "Choosing the blocks of one layer, without the attention.")
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else format_percent(share)
-
-
-def _points(change: Interval | None) -> str:
-    if change is None:
-        return "-"
-    return f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-
-
-def _relative(change: Interval | None) -> str:
-    """A change of the loss as one of the perplexity."""
-    if change is None:
-        return "-"
-    mean, low, high = (100 * math.expm1(value) for value in change)
-    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+        tasks = TextResult(told["setting"], told["length"], told["density"], scores, losses)
+    if perplexity is not None:
+        rest = {name: value for name, value in perplexity.items() if name != "document_losses"}
+        perplexity = DocumentLosses(np.asarray(perplexity["document_losses"]), rest)
+    times = None
+    if timing is not None:
+        dense, mine = (TimingMeasure().restore(each, {}) for each in timing)
+        times = dense, mine
+    return Entry(
+        numbers["setting"], numbers["length"], numbers["target"], numbers["contender"], tasks, perplexity,
+        timing=times, seconds=numbers["seconds"], peak_bytes=numbers["peak_bytes"],
+    )  # fmt: skip

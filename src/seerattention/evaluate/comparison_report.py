@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ..files import replacing
-from .comparison import Comparison, Entry, costs_table, summary_table, task_table
+from .comparison import Comparison, Entry
+from .comparison_tables import costs_table, summary_table, task_table
+from .equal_density import equal_density_table
 from .figures import learning_curves, line_figure
 from .map_viewer import chosen_maps, map_viewer
 from .maps import draw_recall
@@ -49,6 +51,7 @@ def build_comparison_report(
     histories: Mapping[str, Mapping[str, Any]] | None = None,
     costs: Sequence[Mapping[str, Any]] = (),
     figures: Path | None = None,
+    small: bool = False,
 ) -> Report:
     """The page.
 
@@ -56,6 +59,7 @@ def build_comparison_report(
         histories: of distillations, by what they are called: what ``history.json`` holds under "history".
         costs: rows that ``benchmarks.selection`` has written.
         figures: a folder for every picture as PNG; None: only on the page.
+        small: pictures of fewer points, for pages that are kept under version control.
     """
     facts = comparison.facts
     model = facts.get("model", "a model")
@@ -64,6 +68,7 @@ def build_comparison_report(
     report = Report(
         f"Sparse attention compared on {model}",
         f"Learned gates, training-free methods and oracles at equal density, prompts of {lengths} tokens.",
+        dpi=90 if small else 150,
     )
     _headline(report, comparison)
     report.section("How it was compared")
@@ -77,7 +82,10 @@ def build_comparison_report(
             ]
         )
         report.table(summary_table(comparison, length), strong=[0], long_names=True)
-        report.table(task_table(comparison, length), strong=[0], long_names=True)
+        if (by_task := task_table(comparison, length)).rows:
+            report.table(by_task, strong=[0], long_names=True)
+        if (equal := equal_density_table(comparison, length)) is not None:
+            report.table(equal, long_names=True)
     _maps(report, comparison, keep)
     if histories:
         report.section("Learning curves")
@@ -125,7 +133,7 @@ def curves(comparison: Comparison, length: int) -> list[tuple[str, Any, str]]:
     entries = comparison.at(length)
     dense = comparison.dense(length)
     score = _Axis("score, %", lambda e: _finite(100 * comparison.score(e)))
-    perplexity = _Axis("perplexity", lambda e: None if e.perplexity is None else e.perplexity.perplexity()[0])
+    perplexity = _Axis("perplexity", lambda e: None if e.perplexity is None else e.perplexity.perplexity)
     task_density = _Axis("density", lambda e: None if e.tasks is None else e.tasks.density)
     text_density = _Axis("density", lambda e: None if e.perplexity is None else e.perplexity.density)
     prefill = _Axis("prefill, s", lambda e: e.prefill)
@@ -205,7 +213,8 @@ def _provenance(comparison: Comparison) -> list[tuple[str, Any]]:
     found += [("gates", ", ".join(facts.get("gates", {}).values()) or "none"), ("machine", machine)]
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
     found.append(("git commit", environment.get("git_commit") or "not a source checkout"))
-    found.append(("command", " ".join(facts.get("command", []))))
+    commands = facts.get("commands", [facts.get("command", [])])
+    found.append(("command", "; ".join(" ".join(command) for command in commands)))
     found.append(("time of all measurements", format_seconds(took)))
     if comparison.left_out:
         found.append(("left out", f"{comparison.left_out} results of other prompts, models or versions in the folder"))

@@ -1,4 +1,7 @@
-"""Plots for reports: one restrained style, colours that colour-blind readers can tell apart (Okabe and Ito)."""
+"""Plots for reports: one restrained style, colours that colour-blind readers can tell apart (Okabe and Ito).
+
+No two lines of a figure differ by their colour alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ __all__ = ["COLORS", "bar_figure", "learning_curves", "line_figure", "new_figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Behind seven lines colours come again: these lines are dashed, have other markers, and are open.
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
 _INK = "#1d2329"
 _SOFT = "#5b6670"
 
@@ -51,15 +56,15 @@ def line_figure(
     """
     figure, (axis,) = new_figure()
     for i, (name, (x, y, errors)) in enumerate(series.items()):
-        color = COLORS[i % len(COLORS)]
-        # Where colours come again, markers are others.
-        marker = _MARKERS[(i + i // len(COLORS)) % len(_MARKERS)] if len(x) <= 24 else None
+        turn, place = divmod(i, len(COLORS))
         axis.errorbar(
             x,
             y,
             yerr=errors,
-            color=color,
-            marker=marker,
+            color=COLORS[place],
+            linestyle=_DASHES[turn % len(_DASHES)],
+            marker=_MARKERS[(place + turn) % len(_MARKERS)] if len(x) <= 24 else None,
+            markerfacecolor="white" if turn % 2 else COLORS[place],
             markersize=5,
             linewidth=1.6,
             capsize=2.5,
@@ -79,7 +84,12 @@ def line_figure(
         axis.invert_xaxis()
     _label(axis, x_label, y_label)
     if len(series) + (reference is not None) > 1:
-        axis.legend(frameon=False, fontsize=9 if len(series) < 8 else 7)
+        if len(series) > len(COLORS):  # beside the lines, or there is no room for them
+            figure.set_figwidth(1.4 * figure.get_figwidth())
+            figure.set_figheight(max(figure.get_figheight(), 0.17 * (len(series) + 2)))
+            axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        else:
+            axis.legend(frameon=False, fontsize=9)
     return figure
 
 

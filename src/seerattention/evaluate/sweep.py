@@ -32,6 +32,8 @@ from .timing import TimingMeasure
 __all__ = ["Plan", "Unit", "run_sweep", "units_of"]
 
 DENSE = Setting.dense()
+#: At most so many held-out documents, on which densities are reached where there are no tasks.
+DOCUMENTS_ALONE = 4
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,15 @@ class Plan:
     Attributes:
         contenders: what is compared with dense attention.
         lengths, densities: of prompts, and total ones to be reached.
-        tasks, perplexity, timing: the measures; None: without.
+        tasks, perplexity, timing: the measures; None: without. Densities are reached on what is measured: prompts of
+            the tasks and a document, or without tasks documents alone, so that all methods have them on texts.
         maps: a length at which maps, and densities of layers and heads, are kept; None: without.
     """
 
     contenders: Sequence[Contender]
     lengths: Sequence[int]
     densities: Sequence[float]
-    tasks: TextMeasure
+    tasks: TextMeasure | None
     perplexity: PerplexityMeasure | None = None
     timing: TimingMeasure | None = None
     maps: int | None = None
@@ -128,7 +131,7 @@ class Sweep:
             # Times are of one moment: each is measured beside dense attention.
             together = [DENSE, setting] if measure is self.plan.timing and contender is not None else [setting]
             self.run_case(self.case(measure, unit.length, together), facts, advance)
-        if contender is not None and self.plan.maps == unit.length:
+        if contender is not None and self.plan.maps == unit.length and self.plan.tasks is not None:
             self.run_case(self.case(MapMeasure(self.plan.tasks), unit.length, [setting]), facts, advance)
 
     def run_case(self, case: Case, facts: Mapping[str, Any], advance: Advance | None) -> list[Any]:
@@ -141,9 +144,8 @@ class Sweep:
     def calibrated(self, unit: Unit, contender: Contender) -> CalibrationResult:
         """What reaches the density of the unit on held-out prompts."""
         skip = self.plan.perplexity.documents if self.plan.perplexity is not None else 0
-        measure = CalibrationMeasure(
-            contender, unit.density, self.plan.tasks, documents=int(self.plan.perplexity is not None), skip=skip
-        )
+        documents = min(DOCUMENTS_ALONE if self.plan.tasks is None else 1, skip)
+        measure = CalibrationMeasure(contender, unit.density, self.plan.tasks, documents=documents, skip=skip)
         key = measure.name, unit.length
         if key not in self._prepared:
             self.prompts(measure, unit.length)
