@@ -77,7 +77,9 @@ class KeyState(Rows):
         # Tokens of each row from _first on, a multiple of the pitch: keys [B, Hkv, S, D]; cos and sin at their blocks'
         # first tokens, side by side: [B or 1, 1, ceil(S / pitch), 2 * rotary_dim].
         self._first: list[int] = []
-        self._tokens: Tensor | None = None
+        self._joined: Tensor | None = None
+        self._single: list[Tensor] = []  # the tokens behind these, one by one: they are put together when they are read
+        self._room: int | None = 0  # see ``room``; None: not known
         self._starts: Tensor | None = None
 
     # ---- what it holds -------------------------------------------------------------------------------------------
@@ -111,9 +113,25 @@ class KeyState(Rows):
         return self._blocks
 
     @property
+    def vectors(self) -> Tensor | None:
+        """``[B, H, capacity, W]``: all that :attr:`complete` is the first part of; None: nothing is encoded."""
+        return self._blocks
+
+    @property
     def nbytes(self) -> int:
         """Memory that it takes, room to grow included."""
-        return sum(x.nbytes for x in (self._blocks, self._tokens, self._starts) if x is not None)
+        return sum(x.nbytes for x in (self._blocks, self._joined, self._starts, *self._single) if x is not None)
+
+    @property
+    def _tokens(self) -> Tensor | None:
+        if self._single:
+            assert self._joined is not None
+            self._joined, self._single = torch.cat((self._joined, *self._single), 2), []
+        return self._joined
+
+    @_tokens.setter
+    def _tokens(self, tokens: Tensor | None) -> None:
+        self._joined, self._single, self._room = tokens, [], None
 
     # ---- growing and shrinking -----------------------------------------------------------------------------------
 
@@ -140,8 +158,8 @@ class KeyState(Rows):
             ValueError: another batch size than before, or lengths that do not fit.
         """
         batch, _, width, _ = keys.shape
-        if width == 1 and lengths is None and only_complete and self.takes_inside_a_block(batch):
-            self.append_inside_a_block(keys)
+        if width == 1 and lengths is None and only_complete and len(self.lengths) == batch and self.room:
+            self.append_inside_a_block(keys.clone())
             return
         before, first = self.lengths or [0] * batch, self._first or [0] * batch
         if batch != len(before):
@@ -172,23 +190,39 @@ class KeyState(Rows):
         self._tokens = _own(_cut(self._tokens, first, keys, before, kept, after), keys)
         self._open_encoded = not only_complete or all(length % self.pitch == 0 for length in after)
         self.lengths, self._first = after, kept
+        self._room = None
 
     def append_inside_a_block(self, keys: Tensor) -> None:
-        """:meth:`append` of one token of every row with ``only_complete``, where :meth:`takes_inside_a_block`."""
-        assert self._tokens is not None
-        self._tokens = torch.cat((self._tokens, keys), 2)
+        """:meth:`append` of one token of every row with ``only_complete``, where there is :attr:`room`: nothing is
+        encoded, nor copied.
+
+        Args:
+            keys: ``[B, Hkv, 1, D]`` before RoPE, in memory that stays as it is.
+        """
+        assert self._room
+        self._single.append(keys)
+        self._room -= 1
         self.lengths, self._open_encoded = [length + 1 for length in self.lengths], False
 
-    def takes_inside_a_block(self, batch: int) -> bool:
-        """Whether the next token of every row neither begins nor completes a block, and nothing is forgotten for it:
-        most steps of decoding."""
-        if len(self.lengths) != batch or self._tokens is None or len(self._tokens) != batch:
-            return False
+    @property
+    def room(self) -> int:
+        """How many tokens of every row neither begin nor complete a block, and make it forget nothing: most steps of
+        decoding."""
+        if self._room is None:
+            self._room = self._find_room()
+        return self._room
+
+    def _find_room(self) -> int:
+        rows = len(self.lengths)
+        if self._joined is None or rows == 0 or len(self._joined) != rows:
+            return 0
         length, first = self.lengths[0], self._first[0]
-        if self._tokens.shape[2] != length - first:  # a crop leaves those that it forgets
-            return False
-        inside = 0 < length % self.pitch < self.pitch - 1 and length + 1 - self.history < first + self.pitch
-        return inside and self.lengths.count(length) == batch and self._first.count(first) == batch
+        held = self._joined.shape[2] + len(self._single)
+        if held != length - first or self.lengths.count(length) < rows or self._first.count(first) < rows:
+            return 0  # a crop leaves tokens that it forgets
+        begun = length % self.pitch
+        forgets = first + self.pitch + self.history - 1
+        return max(0, min(self.pitch - 1 - begun, forgets - length)) if begun else 0
 
     def crop(
         self,
@@ -226,6 +260,7 @@ class KeyState(Rows):
         changed = any(x != y and x % self.pitch for x, y in zip(left, self.lengths, strict=True))
         closed = all(x % self.pitch == 0 for x in left)
         self._open_encoded = closed or (self._open_encoded and not changed)
+        self._room = None
         self.lengths, self._first = left, [min(x, y) for x, y in zip(self._first, left, strict=True)]
 
     def crop_needs_keys(self, lengths: int | Lengths) -> bool:
@@ -253,6 +288,7 @@ class KeyState(Rows):
         else:
             chosen = listed(index)
         self.lengths, self._first = [self.lengths[row] for row in chosen], [self._first[row] for row in chosen]
+        self._room = None
         for name in ("_blocks", "_tokens", "_starts"):
             x = getattr(self, name)
             if x is not None and not (name == "_starts" and len(x) == 1):  # one table serves all rows

@@ -69,7 +69,7 @@ class TokenStep:
         """What lists are made of: the query and what it is encoded with, and the keys."""
         if isinstance(self.query, Recent):
             return self.query.queries, self.keys
-        return self.query, *token_tensors(self.gate, self.tables), self.keys
+        return self.query, *token_tables(self.gate, self.tables), *token_parameters(self.gate), self.keys
 
     def run(self) -> Tensor:
         """``[B, Hq, 1, D]``."""
@@ -113,7 +113,11 @@ class TokenStep:
         return (cast(Tensor, block_sparse_decode(*self.attended, blocks, scale=self.scale)),)
 
 
-def token_tensors(gate: DecodeGate, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """What a token's query is encoded with."""
-    norm = () if gate.q_norm is None else (gate.q_norm,)
-    return (*(tables if gate.config.rope else ()), gate.q_linear, *norm)
+def token_tables(gate: DecodeGate, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Of the rotary table, what a token's query is rotated by."""
+    return tables if gate.config.rope else ()
+
+
+def token_parameters(gate: DecodeGate) -> tuple[Tensor, ...]:
+    """What a token's query is projected and normalised by."""
+    return (gate.q_linear,) if gate.q_norm is None else (gate.q_linear, gate.q_norm)

@@ -66,13 +66,14 @@ class Decoded(NamedTuple):
         out: ``[B, Tq, Hq, D]``.
         blocks: the lists that were read; None: nobody wanted to see them.
         step: what :func:`attend_one_token` did, where that was it.
-        key: then the token's keys before RoPE, ``[B, Hkv, 1, D]``.
+        key, state: then the token's keys before RoPE, ``[B, Hkv, 1, D]``, and the state that took them.
     """
 
     out: Tensor
     blocks: BlockIndices | None = None
     step: TokenStep | None = None
     key: Tensor | None = None
+    state: KeyState | None = None
 
 
 def attend_tokens(
@@ -149,7 +150,7 @@ def attend_one_token(arguments: Arguments, call: Call, gate: DecodeGate, policy:
     attended = arguments.query, arguments.key, arguments.value
     asked = query if call.recent is None else call.recent
     step = TokenStep(gate, policy, asked, _tables(call, query), keys, attended, arguments.scale)
-    return Decoded(step.run().transpose(1, 2).contiguous(), step=step, key=key)
+    return Decoded(step.run().transpose(1, 2).contiguous(), step=step, key=key, state=state)
 
 
 def _tables(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ class Call:
         before_rope: queries and keys before RoPE, as gates take them, once they were made of what the hooks saw.
         cache: of decoded tokens, and of others whose queries are kept; None: there is none.
         past: the layer of the cache; None: there is none, or decoding is dense.
-        kept: what was kept with it, where a plan looked.
+        kept, decides: what was kept with it, and what the layer has for decoding, where a plan looked.
         state: the encoded keys that were kept for what the cache layer held before these tokens.
         last: the same of the queries of its last tokens, of a decode gate with a window; then these tokens' too.
         recent: the encoded queries of the tokens that are decoded, and of those before them that choose with them.
@@ -108,6 +108,7 @@ class Call:
     cache: Any = None
     past: Any = None
     kept: Kept | None = None
+    decides: Any = None
     state: KeyState | None = None
     last: QueryState | None = None
     recent: Recent | None = None

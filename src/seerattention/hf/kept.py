@@ -33,8 +33,11 @@ class _Memory:
     """
 
     def __init__(self, keys: Tensor):
-        self.version = _version(keys)
-        self.whole = StorageWeakRef(keys.untyped_storage()) if keys.is_inference() else weakref.ref(_whole(keys))
+        self.whole: StorageWeakRef | weakref.ref[Tensor]
+        if keys.is_inference():
+            self.version, self.whole = None, StorageWeakRef(keys.untyped_storage())
+        else:
+            self.version, self.whole = keys._version, weakref.ref(_whole(keys))
         self.shape, self.stride, self.offset = keys.shape, keys.stride(), keys.storage_offset()
 
     def removed(self, keys: Tensor) -> int | None:
@@ -60,11 +63,13 @@ class Kept:
     Attributes:
         state: the encoded keys of all; None: none are kept.
         queries: the encoded queries of the last ones, where the gate has a window; None: none are kept.
+        noted: what somebody noted of the gate, whose parameters it is good for.
     """
 
     def __init__(self, state: KeyState | None = None, queries: QueryState | None = None):
         self.state = state
         self.queries = queries
+        self.noted: Any = None
         self._layer: weakref.ref[Any] | None = None
         self._keys: weakref.ref[Tensor] | None = None
         self._memory: _Memory | None = None
@@ -240,4 +245,8 @@ def _version(x: Tensor) -> int | None:
 def _parameters(gate: nn.Module) -> tuple[Any, ...]:
     # Walking through the modules takes longer than all else; most gates have parameters of their own only.
     parameters = gate.parameters() if gate._modules else gate._parameters.values()
-    return tuple([(p.data_ptr(), _version(p), p.dtype) for p in parameters if p is not None])
+    present = [p for p in parameters if p is not None]
+    try:
+        return tuple([(p.data_ptr(), p._version, p.dtype) for p in present])
+    except RuntimeError:  # made in inference mode: changes in place are not counted
+        return tuple([(p.data_ptr(), _version(p), p.dtype) for p in present])

@@ -8,18 +8,17 @@ kept with it, its gate, its tensors.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..gates import DecodeGate, TokenStep
-from ..gates.step import token_tensors
+from ..gates import DecodeGate
+from ..gates.query_state import Recent
+from ..gates.step import token_parameters, token_tables
 from .decoding import Decoded, attend_one_token, holds_keys
 from .dense import Arguments
 from .forward import Call, Forward
-from .kept import keep_again, kept_with, take_kept
+from .kept import Kept, keep_again, kept_with, take_kept
 from .phases import DECODE
 from .plan import MOST, Plan
 from .recent import remember
@@ -37,9 +36,12 @@ class TokenPlan(Plan):
         call: Call,
         arguments: Arguments,
         captured: tuple[Tensor, Tensor],
-        step: TokenStep,
-        key: Tensor,
+        decoded: Decoded,
     ):
+        step, key, state = decoded.step, decoded.key, decoded.state
+        assert step is not None
+        assert key is not None
+        assert state is not None
         super().__init__(forward, call, arguments)
         gate = step.gate
         self.phase, self.policy = forward.state.phases[DECODE], step.policy
@@ -55,31 +57,39 @@ class TokenPlan(Plan):
             self.recorded = None
             return
         lists, attention = self.recorded
-        asked = list(step.asked)
-        self.shift = 0
-        if isinstance(step.query, Tensor):
-            asked[0] = captured[0]
-            self.shift = step.query.data_ptr() - captured[0].data_ptr()
-        tensors = (*asked, *step.attended)
-        self.num_asked = len(asked)
-        self.geometry = [(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors]
-        self.captured = [(x.shape, x.stride(), x.dtype) for x in captured]
+        self.gate_geometry = () if isinstance(step.query, Recent) else _geometry(*token_parameters(gate))
+        self.tables = [x.data_ptr() for x in token_tables(gate, step.tables)] if self.gate_geometry else []
+        asked, vectors = step.query.queries if isinstance(step.query, Recent) else captured[0], state.vectors
+        assert vectors is not None
+        self.geometry = _geometry(asked, *captured, vectors, *step.attended)
+        self.shift = step.query.data_ptr() - captured[0].data_ptr() if isinstance(step.query, Tensor) else 0
         self.key = key.shape, key.stride(), key.storage_offset() - captured[1].storage_offset()
-        self.keys_dtype = arguments.key.dtype
         # Memory that is one layer's after the other, as their launches are.
         self.lists, spaces = lists.new_results(), (lists.new_workspace(), attention.new_workspace())
         self.listed = [x.data_ptr() for x in self.lists]
         self.spaces, self.between = spaces, [[] if x is None else [x.data_ptr()] for x in spaces]
-        ((self.shape, self.stride, _),) = attention.results
+        ((shape, stride, _),) = attention.results
+        self.shape = (shape[0], 1, *shape[1::2])  # a token's heads lie side by side
+        if shape[2] != 1 or stride[:2] != (shape[1] * shape[3], shape[3]) or stride[3] != 1:
+            self.recorded = None
 
     def prepare(self, call: Call) -> bool:
-        """Find the layer's cache, and what is kept with it, which has to be of all tokens before this one."""
+        """Find the layer's cache, and what is kept with it, which has to be of all tokens before this one; and look at
+        what chooses in the layer."""
         layer, cache = call.layer, self.cache
         mine = layer.phases.get(DECODE)
-        gate = None if mine is None else cast("DecodeGate | None", mine.gate)
-        if gate is None or gate.num_heads != self.heads or self.model.phases.get(DECODE) is not self.phase:
+        if mine is None or self.model.phases.get(DECODE) is not self.phase:
             return False
-        index = cast(Any, call.module.__dict__.get("layer_idx", layer.index))
+        gate: Any = mine.gate
+        if gate is None or gate.num_heads != self.heads or gate.block_size != self.block_size:
+            return False
+        if gate.config is not self.gate_config and gate.config != self.gate_config:
+            return False
+        if mine.policy is not None and mine.policy != self.policy:
+            return False
+        if mine.policy is None and self.phase.policy is not self.policy and self.phase.policy != self.policy:
+            return False
+        index = call.module.__dict__.get("layer_idx", layer.index)
         past = cache.layers[index] if index < len(cache.layers) else None
         if type(past) is not self.kind:
             return False
@@ -88,70 +98,73 @@ class TokenPlan(Plan):
             return False
         if gate.query_window > 1 and (kept.queries is None or kept.queries.window != gate.query_window):
             return False
-        call.cache, call.past, call.kept = cache, past, kept
+        call.cache, call.past, call.kept, call.decides = cache, past, kept, mine
         call.state, call.last = kept.state, kept.queries
         return True
 
     def attend(self, arguments: Arguments) -> Tensor | None:
         call = self.call_of(arguments)
-        mine = None if call is None else call.layer.phases.get(DECODE)
-        if call is None or mine is None or call.state is None:
+        if call is None or call.state is None or call.kept is None:
             return None
-        if self.model.phases.get(DECODE) is not self.phase:  # changed since the call began
-            return None
-        gate, policy = cast("DecodeGate | None", mine.gate), mine.policy or self.phase.policy
-        if gate is None or (policy is not self.policy and policy != self.policy):
-            return None
-        if gate.config is not self.gate_config and gate.config != self.gate_config:
-            return None
-        if gate.block_size != self.block_size or gate.q_linear.device != self.device:
-            return None
+        layer = call.layer
+        mine = layer.phases.get(DECODE)
+        if mine is None or mine is not call.decides or self.model.phases.get(DECODE) is not self.phase:
+            return None  # changed since the call began
         q, k, v = attended = arguments.query, arguments.key, arguments.value
         if [(q.shape, q.dtype), (k.shape, k.dtype), (v.shape, v.dtype)] != self.attended:
             return None
-        if not holds_keys(call.past, call, k):
+        if call.past.keys is not k and not holds_keys(call.past, call, k):
+            return None
+        gate: Any = mine.gate
+        if gate._parameters["q_linear"].device != self.device:
             return None
         if gate.query_window > 1:
             remember(arguments, call, 1)
-        call.layer.heads = self.heads
+        layer.heads = self.heads
         self.forward.take_call(call.module)
-        self.forward.seen.add(call.layer.index)
+        self.forward.seen.add(layer.index)
         out = self._replay(call, gate, attended)
-        return attend_one_token(arguments, call, gate, policy, call.state).out if out is None else out
+        return attend_one_token(arguments, call, gate, self.policy, call.state).out if out is None else out
 
     def _replay(self, call: Call, gate: DecodeGate, attended: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
         """Launch what the layer of the plan did, ``[B, 1, Hq, D]``; None: it is another step, and nothing is done."""
-        query, key, state = call.query, call.key, call.state
-        if self.recorded is None or query is None or key is None or state is None or call.kept is None:
+        query, key, state, kept = call.query, call.key, call.state, call.kept
+        if self.recorded is None or query is None or key is None or state is None or kept is None:
             return None
-        if [(x.shape, x.stride(), x.dtype) for x in (query, key)] != self.captured:
+        vectors, (q, k, v) = state.vectors, attended
+        if not state.room or vectors is None or key.dtype != k.dtype:
             return None
-        if not state.takes_inside_a_block(self.batch):
+        asked = query if call.recent is None else call.recent.queries
+        if _geometry(asked, query, key, vectors, q, k, v) != self.geometry:
             return None
-        asked: tuple[Tensor, ...]
-        if call.recent is None:
-            asked = query, *token_tensors(gate, (call.cos, call.sin))
-        else:
-            asked = (call.recent.queries,)
-        tensors = (*asked, state.complete, *attended)
-        addresses = [x.data_ptr() for x in tensors]
-        geometry = zip(tensors, addresses, strict=True)
-        if [(x.shape, x.stride(), x.dtype, address & 15) for x, address in geometry] != self.geometry:
+        parameters = self._parameters(gate, kept)
+        if parameters is None:
             return None
         take_kept(call.past)
         shape, stride, offset = self.key
-        # What is kept may go on in another mode. No gradients are recorded: see ``call_of``.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            own = key.as_strided(shape, stride, key.storage_offset() + offset)
-            state.append_inside_a_block(own if key.dtype == self.keys_dtype else own.to(self.keys_dtype))
-        keep_again(call.past, call.kept)
-        out = attended[0].new_empty_strided(self.shape, self.stride)
-        addresses[0] += self.shift
-        (lists, attention), (space, other), end = self.recorded, self.between, self.num_asked
-        lists.launch([*addresses[:end], *self.listed, *space])
-        attention.launch([*addresses[end:], *self.listed, out.data_ptr(), *other])
+        state.append_inside_a_block(key.as_strided(shape, stride, key.storage_offset() + offset))
+        keep_again(call.past, kept)
+        out = q.new_empty(self.shape)
+        (lists, attention), (space, other), listed = self.recorded, self.between, self.listed
+        lists.launch([asked.data_ptr() + self.shift, *self.tables, *parameters, vectors.data_ptr(), *listed, *space])
+        attention.launch([q.data_ptr(), k.data_ptr(), v.data_ptr(), *listed, out.data_ptr(), *other])
         call.query = call.key = None
-        return out.transpose(1, 2).contiguous()
+        return out
+
+    def _parameters(self, gate: DecodeGate, kept: Kept) -> list[int] | None:
+        """Addresses of what a token is encoded with; None: it is other than that of the plan."""
+        if not self.gate_geometry:  # it is encoded already
+            return []
+        if kept.noted is None:  # good as long as the gate is as it was
+            tensors = token_parameters(gate)
+            kept.noted = _geometry(*tensors), [x.data_ptr() for x in tensors]
+        geometry, addresses = kept.noted
+        return addresses if geometry == self.gate_geometry else None
+
+
+def _geometry(*tensors: Tensor) -> tuple[Any, ...]:
+    """What launches follow from."""
+    return tuple([(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors])
 
 
 def _is_view(x: Tensor, of: Tensor) -> bool:
@@ -176,4 +189,4 @@ def make_token_plan(
         return
     forward.plans += 1
     if forward.plans <= MOST:
-        forward.repeat(TokenPlan(forward, call, arguments, (query, key), step, decoded.key))
+        forward.repeat(TokenPlan(forward, call, arguments, (query, key), decoded))
