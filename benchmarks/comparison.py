@@ -5,8 +5,8 @@
 
 The first joins the folders of each model and writes a file of JSON with all that tables, curves and intervals are made
 of, down to the score of each question and the loss of each document, and a few maps beside it; losses of single tokens
-take too much room to be committed. Both write docs/comparison.md between its two pairs of marks: the overview, and all
-tables. The second does so from what is committed, and makes the page.
+take too much room to be committed. Both write docs/comparison.md between its pairs of marks: the overview, perplexities
+of texts against those of the gates, and all tables. The second does so from what is committed, and makes the page.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from seerattention.evaluate.comparison import Comparison, Entry
 from seerattention.evaluate.comparison_file import load_comparison, open_comparison, save_comparison
 from seerattention.evaluate.comparison_report import build_comparison_report
 from seerattention.evaluate.comparison_tables import relative, summary_table, task_table
-from seerattention.evaluate.equal_density import equal_density_table
+from seerattention.evaluate.equal_density import REFERENCE, equal_density_table
 from seerattention.evaluate.tables import Table, format_length, format_percent
 from seerattention.files import write_file
 
@@ -30,6 +30,7 @@ from .results import own_arguments
 DOCUMENT = Path(__file__).parents[1] / "docs" / "comparison.md"
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 OVERVIEW = "<!-- overview begin -->", "<!-- overview end -->"
+AGAINST = "<!-- against gates begin -->", "<!-- against gates end -->"
 #: Whose maps are kept, as far as they were measured; at the density nearest to this.
 MAPS, MAP_DENSITY = (
     ("gates, project", "oracle, project", "xattention, project", "flashprefill, own", "streaming, own"),
@@ -61,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comparison = load_comparison(target)  # what is shown is what is committed
         found.append((name, comparison))
     text = between(options.document.read_text(), (BEGIN, END), [p for each in found for p in _parts(*each)])
-    if OVERVIEW[0] in text:
-        text = between(text, OVERVIEW, [overview(found).markdown().strip()])
+    for marks, table in ((OVERVIEW, overview(found)), (AGAINST, against_gates(found))):
+        if marks[0] in text:
+            text = between(text, marks, [table.markdown().strip()])
     write_file(options.document, text)
     Terminal().say(f"written to {options.document}")
     if options.page:
@@ -106,6 +108,28 @@ def overview(found: Sequence[tuple[str, Comparison]]) -> Table:
     return Table(["", *(f"{name}, {format_length(length)}, {target:g}" for name, _, length, target in columns)], rows)
 
 
+def against_gates(found: Sequence[tuple[str, Comparison]]) -> Table:
+    """Of comparisons of texts alone, at equal density: rise of perplexity under the gates; of others, over theirs."""
+    columns: list[str] = []
+    cells: list[dict[str, str]] = []
+    for name, comparison in found:
+        if any(entry.tasks is not None for entry in comparison.entries.values()):
+            continue
+        for length in comparison.lengths:
+            table = equal_density_table(comparison, length)
+            for i in range(1, 0 if table is None else len(table.headers), 2):
+                assert table is not None
+                density = table.headers[i].partition(":")[0]
+                columns.append(f"{name.removesuffix('-texts')}, {format_length(length)}, {density}")
+                cells.append({row[0]: row[i] if row[0] == REFERENCE else row[i + 1] for row in table.rows})
+    families = sorted({name: None for each in cells for name in each}, key=lambda n: (n != REFERENCE, "gates" not in n))
+    rows = [
+        [f"**{name}, over dense**" if name == REFERENCE else name, *(each.get(name, "-") for each in cells)]
+        for name in families
+    ]
+    return Table(["perplexity over that of the gates", *columns], rows)
+
+
 def _cell(comparison: Comparison, entry: Entry | None) -> str:
     """Score and rise of perplexity."""
     if entry is None:
@@ -133,10 +157,11 @@ def _parts(name: str, comparison: Comparison) -> list[str]:
     facts = comparison.facts
     environment = facts.get("environment", {})
     machine = ", ".join(item["name"] for item in environment.get("devices", [])) or environment.get("processor", "")
+    commit = str(environment.get("git_commit"))
     commands = facts.get("commands", [facts.get("command", [])])
     parts = [
         f"### {name}, {machine}",
-        f"Commit {str(environment.get('git_commit'))[:10]}:",
+        f"Commit {commit[:10]}{' and changes on top of it' if commit.endswith('+') else ''}:",
         "\n".join(f"    {' '.join(command)}" for command in commands),
     ]
     for length in comparison.lengths:

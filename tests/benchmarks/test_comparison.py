@@ -1,13 +1,15 @@
 """docs/comparison.md: its measured part comes from results, the rest stays as it is written."""
 
 import json
+import math
 import re
 
 import pytest
-from benchmarks.comparison import BEGIN, DOCUMENT, END, OVERVIEW, main
+from benchmarks.comparison import AGAINST, BEGIN, DOCUMENT, END, OVERVIEW, against_gates, main
 
 from seerattention.evaluate.comparison_file import load_comparison
 from seerattention.evaluate.comparison_report import build_comparison_report
+from seerattention.evaluate.equal_density import REFERENCE, equal_density_table
 
 from ..evaluate.comparison_folder import METHODS, MODEL, write_folder
 
@@ -54,6 +56,7 @@ def test_results_go_between_the_marks(tmp_path):
 def test_the_document_has_the_marks():
     text = DOCUMENT.read_text()
     assert 0 < text.index(OVERVIEW[0]) < text.index(OVERVIEW[1]) < text.index(BEGIN) < text.index(END)
+    assert 0 < text.index(AGAINST[0]) < text.index(AGAINST[1]) < text.index(BEGIN)
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +89,39 @@ def test_the_committed_page_holds_the_committed_results(committed):
         return re.sub(r'(src="|\\?")data:image/png;base64,[^"\\]*', "", text)
 
     assert words(page) == words(made)
+
+
+def test_comparisons_of_texts_are_held_against_the_gates(committed):
+    """Cells are those of the table at equal density: over dense for the gates, over the gates for all others."""
+    found = [(path.stem, load_comparison(path)) for path in committed]
+    table = against_gates(found)
+    texts = [each for each in found if each[0].endswith("-texts")]
+    assert texts
+    rows = {row[0]: dict(zip(table.headers[1:], row[1:], strict=True)) for row in table.rows}
+    for name, comparison in texts:
+        made = equal_density_table(comparison, 8192)
+        assert made is not None
+        for row in made.rows:
+            for i in range(1, len(row), 2):
+                column = f"{name.removesuffix('-texts')}, 8K, {made.headers[i].partition(':')[0]}"
+                if row[0] == REFERENCE:
+                    assert rows[f"**{REFERENCE}, over dense**"][column] == row[i]
+                else:
+                    assert rows[row[0]][column] == row[i + 1]
+
+
+def test_the_table_of_the_older_run_is_that_of_its_file():
+    """The file of layer 1 kept no single questions: its table is not made again, but must say what the file says."""
+    section = DOCUMENT.read_text().partition("## A model that looks up in layer 1")[2].partition("\n## ")[0]
+    rows = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("|")]
+    settings = {item["setting"]: item for item in json.loads((COMMITTED / "layer-1.json").read_text())["settings"]}
+    wide = {cells[0]: cells for cells in rows if len(cells) == 11 and cells[0] in settings}
+    assert wide.keys() == settings.keys()
+    for name, cells in wide.items():
+        item = settings[name]
+        assert cells[2] == f"{100 * item['score']:.0f} %"
+        assert float(cells[1]) == pytest.approx(item["tasks"]["density"], abs=0.0051)
+        assert float(cells[4]) == pytest.approx(item["perplexity"]["density"], abs=0.0051)
+        if item["setting"] != "dense":
+            rise = float(cells[6].partition(" %")[0])
+            assert rise == pytest.approx(100 * math.expm1(item["loss_change"]["mean"]), abs=0.051)
