@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import seerattention as seer
 from call_counts import count_calls
 from seerattention.hf import dense_plan
+from seerattention.hf import state as state_module
 from seerattention.hf.state import state_of
 from tiny_models import attach, logits_of, make_ids, make_model
 
@@ -31,6 +32,12 @@ def planned(monkeypatch):
 
     monkeypatch.setattr(dense_plan.DensePlan, "attend", noting)
     return found
+
+
+@pytest.fixture(autouse=True)
+def not_parked(monkeypatch):
+    """As where hooks have to stay (``tests/hf/test_parking.py``): layers are asked in every forward."""
+    monkeypatch.setattr(state_module, "park", lambda state: False)
 
 
 def make(family="llama", **options):

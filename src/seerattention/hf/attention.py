@@ -43,6 +43,7 @@ from .history import chunk_of, chunk_span, history_problem, history_table, keys_
 from .implementation import NAME, decodes_sparsely, original_of
 from .layer import LayerState
 from .masks import read_mask, seer_mask
+from .parking import passing
 from .parts import join, split
 from .phases import PREFILL, unnoticed
 from .plan import make_plan
@@ -86,9 +87,11 @@ def seer_attention(
         ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where dense attention gives them.
     """
     arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if not torch.compiler.is_dynamo_compiling() and (plan := present_plan()) is not None:
-        out = plan.attend(arguments) if plan.single == (query.shape[2] == 1) else None
-        if out is not None:
+    if not torch.compiler.is_dynamo_compiling():
+        if (passed := passing()) is not None:
+            return passed.attend(arguments)
+        plan = present_plan()
+        if plan is not None and plan.single == (query.shape[2] == 1) and (out := plan.attend(arguments)) is not None:
             return out, None
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")

@@ -19,6 +19,7 @@ from .architectures import find_attention
 from .forward import Call, current_forward, present_call, present_plan
 from .implementation import NAME
 from .kept import kept_keys, kept_queries
+from .parking import passing
 from .phases import DECODE, PREFILL, LayerPhase, unnoticed
 from .plan import given_to
 from .sharding import part_of_gate
@@ -126,29 +127,47 @@ class LayerState:
         """Whether the layer has a sliding window that other layers of the model do not have: it never gets a gate."""
         return self.geometry.window is not None and any(layer.geometry.window is None for layer in self.model.layers)
 
-    def attach_hooks(self) -> None:
+    def attach_hooks(self, first: bool = False) -> None:
+        """Hook the present modules; ``first``: before hooks that came in the meantime."""
         attention, family = self.attention, self.model.family
         query, key = getattr(attention, family.query), getattr(attention, family.key)
-        self._hooked, self._guide = (attention, query, key), None
-        self._hooks.append(attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
-        self._hooks.append(query.register_forward_hook(self._after_query))
-        self._hooks.append(key.register_forward_hook(self._after_key))
+        if self._hooked != (attention, query, key):
+            self._hooked, self._guide = (attention, query, key), None
+        hook = attention.register_forward_pre_hook(self._before_attention, with_kwargs=True, prepend=first)
+        self._hooks.append(hook)
+        self._hooks.append(query.register_forward_hook(self._after_query, prepend=first))
+        self._hooks.append(key.register_forward_hook(self._after_key, prepend=first))
 
     def remove_hooks(self) -> None:
+        self.park_hooks()
+        self._hooked = ()
+
+    def park_hooks(self) -> None:
+        """Take them away, and know which modules had them."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._hooked = [], ()
+        self._hooks = []
+
+    @property
+    def may_park(self) -> bool:
+        """Whether nobody can tell if the hooks are there: nothing is wrapped, replaced or compiled, and there are no
+        other hooks beside them. (Queries and keys may be one module, with both hooks.)"""
+        if self.lost or not self._are_present(self.model.decoder):
+            return False
+        attention, query, key = self._hooked
+        for module in (self.decoder_layer, attention, query, key):
+            if module._compiled_call_impl is not None:
+                return False
+        if not self._hooks:  # they are put back before those that came in the meantime
+            return True
+        of_outputs = len(query._forward_hooks) + len(key._forward_hooks)
+        return len(attention._forward_pre_hooks) == 1 and of_outputs == (4 if query is key else 2)
 
     def follow_modules(self, decoder: nn.Module) -> None:
         """Hook the present modules: adapters (LoRA) that came after attach put modules of their own there."""
+        if self._are_present(decoder):
+            return
         family = self.model.family
-        try:  # without a call: this is asked for in every forward, and nearly always so
-            attention = decoder._modules["layers"]._modules[self._name]._modules["self_attn"]  # type: ignore
-            inner = attention._modules  # type: ignore[union-attr]
-            if self._hooked == (attention, inner[family.query], inner[family.key]):
-                return
-        except (AttributeError, KeyError, TypeError):  # wrapped, or not there
-            pass
         layers = cast(nn.ModuleList, decoder.layers)
         try:
             attention = find_attention(layers[self.index], family)
@@ -161,6 +180,17 @@ class LayerState:
         self.remove_hooks()
         self.decoder_layer, self.lost = layers[self.index], False
         self.attach_hooks()
+
+    def _are_present(self, decoder: nn.Module) -> bool:
+        """Whether the hooked modules are where they were, and not wrapped: nearly always so, in every forward."""
+        family = self.model.family
+        try:
+            layer = decoder._modules["layers"]._modules[self._name]  # type: ignore[union-attr]
+            attention = layer._modules["self_attn"]  # type: ignore[union-attr]
+            inner = attention._modules  # type: ignore[union-attr]
+            return layer is self.decoder_layer and self._hooked == (attention, inner[family.query], inner[family.key])
+        except (AttributeError, KeyError, TypeError):  # wrapped, or not there
+            return False
 
     def _hooks_are_in(self, modules: tuple[nn.Module, ...]) -> bool:
         """Replicas of a module on other devices (DataParallel) share its dicts of hooks."""
@@ -239,8 +269,8 @@ class LayerState:
         call.query = call.key = call.before_rope = None
         return taken
 
-    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.stray:
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if self.stray or kwargs is None:  # taken away by another thread while the hooks of a call were gone through
             return
         if not torch.compiler.is_dynamo_compiling():
             plan = present_plan()
@@ -267,7 +297,8 @@ class LayerState:
     ) -> None:
         forward = current_forward()
         if forward is None or forward.state is not self.model:
-            silent = hidden.shape[1] == 1 or module.training  # layers are run again for the gradients of checkpointing
+            # Layers are run again for the gradients of checkpointing, and another thread may have put hooks back.
+            silent = hidden.shape[1] == 1 or module.training or passing() is not None
             if forward is None and not silent and module.config._attn_implementation == NAME:  # type: ignore
                 self.model.warn_once(
                     "outside",

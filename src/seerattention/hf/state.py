@@ -26,6 +26,7 @@ from .forward import Arguments, Forward, current_forward
 from .generation import InPlace, stop_listening
 from .implementation import NAME, StandIn
 from .min_context import Shape, default_min_context
+from .parking import is_short, park, set_passing, unpark
 from .phases import PREFILL, ModelPhase, unnoticed
 from .untraced import untraced
 
@@ -74,6 +75,8 @@ class ModelState:
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
     listeners: list[InPlace] = field(default_factory=list)
+    # Whether the hooks of the layers are taken away, see ``parking.py``.
+    parked: bool = False
     head_rank: int | None = None
     _minimums: dict[torch.device, int] = field(default_factory=dict)
     _forwards: set[Forward] = field(default_factory=set)
@@ -97,6 +100,21 @@ class ModelState:
     def block_size(self) -> int:
         """Tokens a block of prefill."""
         return self.phases[PREFILL].block_size
+
+    @property
+    def forwards(self) -> bool:
+        """Whether forwards are under way of which the layers know."""
+        return bool(self._forwards)
+
+    def least_min_context(self, device: torch.device) -> int | None:
+        """Tokens below which every layer is dense, with inputs on a device; None: where the layers are is not known."""
+        if self.min_context is not None:
+            return self.min_context
+        places = [layer.placement for layer in self.layers]
+        if None in places:
+            return None
+        devices = {device, *(place[0] for place in places if place is not None)}
+        return min(self.default_min_context(each) for each in devices)
 
     def default_min_context(self, device: torch.device) -> int:
         """What ``min_context=None`` means on a device; looked up once."""
@@ -170,10 +188,17 @@ class ModelState:
         length = None if tokens is None else tokens.shape[1]
         if not self._aligned():
             self._align()
-        if not self._standing() or (length is not None and unnoticed(length, self.decodes)):
+        if not self._standing():
+            return None
+        if length is not None and unnoticed(length, self.decodes):
+            if not torch.compiler.is_compiling():
+                park(self)
             return None
         if torch.compiler.is_compiling():
             self._open(module, tokens, None)
+            return None
+        if is_short(self, tokens, args, kwargs) and park(self):
+            set_passing(True)
             return None
         arguments = Arguments(kwargs)
         made = len(args) < 2 and kwargs.get("position_ids") is None and kwargs.get("cache_position") is None
@@ -216,16 +241,19 @@ class ModelState:
     ) -> None:
         forward = Forward(self, arguments, tokens, positions_are_made)
         self._forwards.add(forward)
+        set_passing(False)
+        unpark(self)
         if self.decodes or tokens is None or tokens.shape[1] > 1 or forward.prepared is not None:
             for layer in self.layers:
                 layer.follow_modules(module)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._forwards:
+        if self._forwards or not torch.compiler.is_compiling():
             self._end(output)
 
     @untraced("Dynamo does not know contexts")
     def _end(self, output: Any) -> None:
+        set_passing(False)
         forward = current_forward()
         if forward is None or forward.state is not self:
             return
