@@ -9,6 +9,7 @@ import torch
 
 import seerattention as seer
 from seerattention.hf import min_context
+from seerattention.hf.crossings import CROSSINGS as COMMITTED
 from seerattention.hf.min_context import Shape, crossing, default_min_context
 
 CPU = torch.device("cpu")
@@ -44,6 +45,20 @@ def sparse_from(model, ids_of, lengths):
 )
 def test_a_table_says_what_holds_for_no_larger_model(shape, expected):
     assert crossing(TABLE, shape, CPU) == expected
+
+
+def test_the_nearest_measurements_count():
+    later = [*TABLE, ("wide, more work", 2000, 100, 4000), ("narrow, more work", 5000, 10, 2000)]
+    assert crossing(later, Shape(2000, 100), CPU) == 4000  # as measured, although smaller ones paid from 3000 on
+    assert crossing(later, Shape(4000, 200), CPU) == 4000
+    assert crossing(later, Shape(1500, 100), CPU) == 3000
+    assert crossing(later, Shape(5000, 100), CPU) == 2000  # the shortest of two that do not contain each other
+
+
+def test_measured_shapes_get_what_was_measured():
+    for table in COMMITTED.values():
+        for _, work, width, length in table:
+            assert crossing(table, Shape(work, width), CPU) == length
 
 
 def test_without_a_table_the_type_of_the_device_decides():

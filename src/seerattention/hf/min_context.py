@@ -101,12 +101,22 @@ def crossing(table: Sequence[tuple[str, int, int, int]], shape: Shape, device: t
     """What a table of one kind of device says of a shape; None: it is empty.
 
     The more a layer computes, the earlier sparse prefill pays. So whatever holds for a model that is no larger, in work
-    and in width, holds for this one; a model that is smaller than all of the table waits for the longest of them.
+    and in width, holds for this one. Of these only the largest count (those that none of the others contains): a
+    measurement that is nearer says more, also where it is the longer one, and a shape that was measured itself gets
+    what was measured. Between several the shortest holds. A model that is smaller than all of the table waits for the
+    longest of them.
     """
     if not table:
         return None
-    lengths = [length for _, work, width, length in table if work <= shape.work and width <= shape.width]
+    below = [row for row in table if row[1] <= shape.work and row[2] <= shape.width]
+    nearest = [row for row in below if not any(_smaller(row, other) for other in below)]
+    lengths = [length for *_, length in nearest]
     return min(lengths) if lengths else max(_by_type(device), *(length for *_, length in table))
+
+
+def _smaller(row: tuple[str, int, int, int], other: tuple[str, int, int, int]) -> bool:
+    """Whether a row of a table is of a shape that is no larger than another's, and another one."""
+    return row[1] <= other[1] and row[2] <= other[2] and row[1:3] != other[1:3]
 
 
 def _by_type(device: torch.device) -> int:
