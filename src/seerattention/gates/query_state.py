@@ -87,6 +87,8 @@ class QueryState(Rows):
         """
         batch, width = len(queries), queries.shape[2]
         old, held = self._queries, self.held or [0] * batch
+        if width == 1 and lengths is None and old is not None and held == [old.shape[2]] * batch:
+            return self._append_one(old, queries)
         if batch != len(held):
             raise ValueError(f"the state holds {len(held)} rows, got queries of {batch}; reset, repeat or select first")
         counts = [width] * batch if lengths is None else listed(lengths)
@@ -101,6 +103,15 @@ class QueryState(Rows):
         self.held = [min(self.capacity, has + count) for has, count in zip(held, counts, strict=True)]
         self._queries = self._ending(joined, [width - count for count in counts])
         return recent
+
+    def _append_one(self, old: Tensor, queries: Tensor) -> Recent:
+        """The next token of every row, of which all slots are tokens: most steps of decoding."""
+        size = old.shape[2]
+        more = min(size, max(self.capacity, self.window) - 1)
+        joined = torch.cat((old[:, :, size - more :] if more < size else old, queries), 2)
+        kept, end = min(self.capacity, size + 1), more + 1
+        self.held, self._queries = [kept] * len(self.held), joined[:, :, end - kept :]
+        return Recent(joined[:, :, max(0, end - self.window) :])
 
     def crop(self, removed: int | Lengths) -> None:
         """Forget the last tokens of each row: so many of all rows, or of each. Rows may lose all that they hold.

@@ -61,6 +61,14 @@ def remember(arguments: Arguments, call: Call, decoded: int) -> None:
         keep_queries(arguments, call)
 
 
+def remember_token(call: Call, gate: DecodeGate) -> None:
+    """:func:`remember` of one decoded token of a layer, where all else was looked at (``token_plan.py``)."""
+    assert call.last is not None
+    query, _ = call.layer.before_rope(call)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may go on in another mode
+        call.recent = call.last.append(gate.encode_queries(query, call.cos, call.sin))
+
+
 def keep_queries(arguments: Arguments, call: Call) -> None:
     """Leave the queries of the last tokens with the cache layer, without encoded keys."""
     if call.last is None or call.past is None or not holds_keys(call.past, call, arguments.key):

@@ -15,13 +15,14 @@ from torch import Tensor
 from ..gates import DecodeGate
 from ..gates.query_state import Recent
 from ..gates.step import token_parameters, token_tables
+from ..ops.replay import capturing
 from .decoding import Decoded, attend_one_token, holds_keys
 from .dense import Arguments
 from .forward import Call, Forward
 from .kept import Kept, keep_again, kept_with, take_kept
 from .phases import DECODE
 from .plan import MOST, Plan
-from .recent import remember
+from .recent import remember_token
 from .untraced import in_compiled_code
 
 
@@ -119,7 +120,7 @@ class TokenPlan(Plan):
         if gate._parameters["q_linear"].device != self.device:
             return None
         if gate.query_window > 1:
-            remember(arguments, call, 1)
+            remember_token(call, gate)
         layer.heads = self.heads
         self.forward.take_call(call.module)
         self.forward.seen.add(layer.index)
@@ -186,6 +187,8 @@ def make_token_plan(
     if step.gate is not call.layer.decode_gate or forward.state.phases[DECODE].selector is not None:
         return
     if call.given is None or call.part or call.valid_keys is not None or in_compiled_code():
+        return
+    if capturing(arguments.query.device):  # in which nothing may be kept
         return
     forward.plans += 1
     if forward.plans <= MOST:
