@@ -88,9 +88,9 @@ def seer_attention(
     """
     arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if not torch.compiler.is_dynamo_compiling():
-        if (passed := passing()) is not None:
-            return passed.attend(arguments)
         plan = present_plan()
+        if plan is None and (passed := passing()) is not None:
+            return passed.attend(arguments)
         if plan is not None and plan.single == (query.shape[2] == 1) and (out := plan.attend(arguments)) is not None:
             return out, None
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:

@@ -152,7 +152,7 @@ class LayerState:
     def may_park(self) -> bool:
         """Whether nobody can tell if the hooks are there: nothing is wrapped, replaced or compiled, and there are no
         other hooks beside them. (Queries and keys may be one module, with both hooks.)"""
-        if self.lost or not self._are_present(self.model.decoder):
+        if self.lost or not self.is_present(self.model.decoder):
             return False
         attention, query, key = self._hooked
         for module in (self.decoder_layer, attention, query, key):
@@ -165,8 +165,6 @@ class LayerState:
 
     def follow_modules(self, decoder: nn.Module) -> None:
         """Hook the present modules: adapters (LoRA) that came after attach put modules of their own there."""
-        if self._are_present(decoder):
-            return
         family = self.model.family
         layers = cast(nn.ModuleList, decoder.layers)
         try:
@@ -181,7 +179,7 @@ class LayerState:
         self.decoder_layer, self.lost = layers[self.index], False
         self.attach_hooks()
 
-    def _are_present(self, decoder: nn.Module) -> bool:
+    def is_present(self, decoder: nn.Module) -> bool:
         """Whether the hooked modules are where they were, and not wrapped: nearly always so, in every forward."""
         family = self.model.family
         try:

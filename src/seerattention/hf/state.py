@@ -245,7 +245,8 @@ class ModelState:
         unpark(self)
         if self.decodes or tokens is None or tokens.shape[1] > 1 or forward.prepared is not None:
             for layer in self.layers:
-                layer.follow_modules(module)
+                if not layer.is_present(module):
+                    layer.follow_modules(module)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._forwards or not torch.compiler.is_compiling():
