@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -193,3 +194,14 @@ def split_lists(monkeypatch, parts):
     monkeypatch.setattr(module, "MIN_ENTRIES", 1)
     monkeypatch.setattr(module, "MAX_PARTS", parts)
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 1 << 30)
+
+
+def in_threads(function, count=4):
+    """What a function gives in so many threads that run at the same time."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(function())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

@@ -82,6 +82,17 @@ def real_kernels():
     """Asks for the package's own."""
 
 
+def with_changed(monkeypatch, target, name, value):
+    """A function that calls another one while an attribute has another value."""
+
+    def run(function):
+        with monkeypatch.context() as changed:
+            changed.setattr(target, name, value)
+            return function()
+
+    return run
+
+
 def note_repeats(monkeypatch):
     """Indices of the layers that repeat a plan from now on."""
     found, attend = [], PromptPlan.attend
@@ -106,13 +117,7 @@ def repeated(monkeypatch):
 @pytest.fixture
 def ordinary(monkeypatch):
     """A function that calls another one without plans."""
-
-    def run(function):
-        with monkeypatch.context() as changed:
-            changed.setattr(seer_attention, "make_plan", lambda *given: None)
-            return function()
-
-    return run
+    return with_changed(monkeypatch, seer_attention, "make_plan", lambda *given: None)
 
 
 def make(family="llama", policy=None, **options):

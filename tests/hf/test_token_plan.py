@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import seerattention as seer
 from decode_models import BLOCK, FINE_DECODE, SPARSE, attach, feed, generate
-from plan_cases import attention_of
+from plan_cases import attention_of, with_changed
 from seerattention.gates import TokenStep, step
 from seerattention.hf import attention as seer_attention
 from seerattention.hf.forward import present_plan
@@ -105,25 +105,13 @@ def repeats(monkeypatch):
 @pytest.fixture
 def without_plans(monkeypatch):
     """A function that calls another one without plans: the same kernels."""
-
-    def run(function):
-        with monkeypatch.context() as changed:
-            changed.setattr(seer_attention, "make_token_plan", lambda *given: None)
-            return function()
-
-    return run
+    return with_changed(monkeypatch, seer_attention, "make_token_plan", lambda *given: None)
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """A function that calls another one where no kernels run: the reference."""
-
-    def run(function):
-        with monkeypatch.context() as changed:
-            changed.setattr(dispatch, "device_type", lambda device: "cpu")
-            return function()
-
-    return run
+    return with_changed(monkeypatch, dispatch, "device_type", lambda device: "cpu")
 
 
 def make(form="published", family="llama", decode=SPARSE, **options):

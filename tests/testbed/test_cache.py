@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 import seerattention as seer
+from helpers import in_threads
 from seerattention import files
 from seerattention.distillation.identity import weights_digest
 from seerattention.files import DamagedFileError, pack
@@ -163,12 +163,7 @@ def test_a_damaged_folder_is_replaced(damage, new_process, assets, source, unpac
 
 
 def test_two_threads_unpack_once(assets, source, unpackings):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(tiny(source))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = in_threads(lambda: tiny(source))
     assert len(found) == 4
     assert len(set(found)) == 1
     assert len(unpackings) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 import time
 
 import huggingface_hub
@@ -14,6 +13,7 @@ from testbed.smollm2 import embed_gates
 
 import seerattention as seer
 from gate_folders import write_own
+from helpers import in_threads
 from seerattention import files
 from seerattention.files import DamagedFileError
 from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
@@ -80,12 +80,7 @@ def test_it_is_built_once_and_then_found(cache, package, monkeypatch):
 
 
 def test_builders_at_the_same_time_build_once(cache, package):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(smollm2.folder_path())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = in_threads(smollm2.folder_path)
     assert len(found) == 4
     assert len(set(found)) == 1
     assert package.conversions == 1

@@ -63,21 +63,19 @@ def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     Returns:
         ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` from implementations that give them.
     """
-    module, mask = arguments.module, arguments.mask
+    module = arguments.module
     original = original_of(module.config)
     attend = dense_function(module, original)
     if original not in ("sdpa", "eager"):
         module = _under_its_own_name(module, original)  # FlashAttention chooses its kernel by the name in the config
-    return attend(
-        module,
-        arguments.query,
-        arguments.key,
-        arguments.value,
-        mask.original() if isinstance(mask, SeerMask) else mask,
-        dropout=arguments.dropout,
-        scaling=arguments.scaling,
-        **arguments.options,
-    )
+    return attend_by(attend, arguments._replace(module=module))
+
+
+def attend_by(function: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+    """What an attention function of the untouched model gives, with the mask that it would have got."""
+    module, query, key, value, mask, dropout, scaling, options = arguments
+    mask = mask.original() if isinstance(mask, SeerMask) else mask
+    return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
 
 
 def dense_function(module: nn.Module, original: str | None) -> Callable[..., Any]:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .conditions import ASKED_FOR, BELOW_MIN_CONTEXT
-from .dense import Arguments, dense_function
+from .dense import Arguments, attend_by, dense_function
 from .forward import Call, Forward
 from .implementation import original_of
-from .masks import SeerMask
 from .phases import DECODE
 from .plan import Plan
 from .untraced import in_compiled_code
@@ -59,9 +58,7 @@ class DensePlan(Plan):
         if not mine or arguments.key.shape[2] != self.keys:
             return None
         self.forward.seen.add(self.layer)
-        module, query, key, value, mask, dropout, scaling, options = arguments
-        mask = mask.original() if isinstance(mask, SeerMask) else mask
-        return self.function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)[0]
+        return attend_by(self.function, arguments)[0]
 
 
 def make_dense_plan(forward: Forward, call: Call, arguments: Arguments) -> None:

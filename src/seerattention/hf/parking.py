@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import DynamicCache
 
-from .dense import Arguments, attend_densely, dense_function
+from .dense import Arguments, attend_by, attend_densely, dense_function
 from .forward import watching
 from .implementation import original_of
-from .masks import SeerMask
 from .untraced import in_compiled_code
 
 if TYPE_CHECKING:
@@ -45,11 +44,7 @@ class Passing:
             self.config = arguments.module.config
             plain = original_of(self.config) == "sdpa"
             self.function = dense_function(arguments.module, "sdpa") if plain else None
-        if self.function is None:
-            return attend_densely(arguments)
-        module, query, key, value, mask, dropout, scaling, options = arguments
-        mask = mask.original() if isinstance(mask, SeerMask) else mask
-        return self.function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+        return attend_densely(arguments) if self.function is None else attend_by(self.function, arguments)
 
 
 _passing: ContextVar[Passing | None] = ContextVar("seer_passing", default=None)
@@ -88,11 +83,13 @@ def is_short(state: ModelState, tokens: Tensor | None, args: tuple[Any, ...], kw
 
 def park(state: ModelState) -> bool:
     """Take the hooks of the layers away, for a forward that needs none; False: they have to stay."""
-    may = not in_compiled_code() and all(layer.may_park for layer in state.layers)
-    if state.parked or not may:
-        if not may:
+    compiled = in_compiled_code()
+    for layer in state.layers:  # in every short forward: a generator would take as long as the question
+        if compiled or not layer.may_park:
             unpark(state)
-        return may
+            return False
+    if state.parked:
+        return True
     with _lock:
         if state.forwards:
             return False

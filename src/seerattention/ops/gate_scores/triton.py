@@ -43,6 +43,19 @@ def _rotary(p_table, o_row, o_channel, m_rows, m_channels, s_t, s_d, other):
 
 
 @triton.jit
+def channel_pairs(o_pair, half, middle, width, PLAIN: tl.constexpr):
+    """First and second channel of each pair, and the end of the first ones: where they are the lower channels, the
+    second ones begin there. ``half`` pairs are rotated; channels that are not follow those, and are paired, too."""
+    o_first, o_second = o_pair, middle + o_pair
+    end_first = middle
+    if not PLAIN:
+        o_first = tl.where(o_pair < half, o_pair, half + o_pair)
+        o_second = tl.where(o_pair < half, half + o_pair, middle + o_pair)
+        end_first = width
+    return o_first, o_second, end_first
+
+
+@triton.jit
 def _project_rotate(
     i_n, i_bh, p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch,
     s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
@@ -56,14 +69,8 @@ def _project_rotate(
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     m_n = o_n < num
-    # Channels that are not rotated follow those that are; they are paired, too.
     o_pair = tl.arange(0, BLOCK_W)
-    o_first, o_second = o_pair, middle + o_pair
-    if not PLAIN:
-        o_first = tl.where(o_pair < half, o_pair, half + o_pair)
-        o_second = tl.where(o_pair < half, half + o_pair, middle + o_pair)
-    # The end of the first halves: where they are the lower channels, the second ones begin there.
-    end_first = middle if PLAIN else width
+    o_first, o_second, end_first = channel_pairs(o_pair, half, middle, width, PLAIN)
     p_own_x = p_x + i_b * s_x_b + (i_h // group) * s_x_h + o_n * s_x_n
     if PROJECT:
         p_own_linear = p_linear + i_h * channels * width
@@ -354,8 +361,8 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
         middle,
         pitch,
         *x.stride()[:3],
-        *_table_strides(cos, width),
-        *_table_strides(sin, width),
+        *table_strides(cos, width),
+        *table_strides(sin, width),
         PROJECT=linear is not None,
         **constants,
     )
@@ -364,7 +371,7 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
 
 def _encoding(x: Tensor, cos: Tensor | None, width: int) -> tuple[int, int, dict[str, Any]]:
     """Pairs of channels that are rotated, all pairs, and the shape of a program."""
-    half, middle = 0 if cos is None else min(cos.shape[-1], width) // 2, (width + 1) // 2
+    half, middle = pairs_of(cos, width)
     single, block_w = x.dtype == torch.float32, max(16, power_of_2(middle))
     return (
         half,
@@ -422,15 +429,20 @@ def encode_both(
         middle,
         *q.stride()[:3],
         *k.stride()[:3],
-        *_table_strides(cos, width),
-        *_table_strides(sin, width),
+        *table_strides(cos, width),
+        *table_strides(sin, width),
         PROJECT_Q=q_linear is not None,
         **constants,
     )
     return outs[0], outs[1]
 
 
-def _table_strides(table: Tensor | None, width: int) -> tuple[int, int, int]:
+def pairs_of(cos: Tensor | None, width: int) -> tuple[int, int]:
+    """Pairs of channels that are rotated, and all pairs."""
+    return 0 if cos is None else min(cos.shape[-1], width) // 2, (width + 1) // 2
+
+
+def table_strides(table: Tensor | None, width: int) -> tuple[int, int, int]:
     """Strides of a rotary table, which all batch rows may share, and which may be read at every s-th channel."""
     if table is None:
         return 0, 0, 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..gate_scores.interface import empty_scores
-from ..gate_scores.triton import _table_strides
+from ..gate_scores.triton import channel_pairs, pairs_of, table_strides
 from ..indices import num_blocks
 from ..triton_launch import launch
 from .reference import Row
@@ -45,13 +45,8 @@ def encode_tokens_kernel(
     are rotated, or none."""
     i_t = tl.program_id(0)
     i_b, i_h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    # As in the kernel of blocks: channels that are not rotated follow those that are, and are paired, too.
     o_pair = tl.arange(0, BLOCK_W)
-    o_first, o_second = o_pair, middle + o_pair
-    if not PLAIN:
-        o_first = tl.where(o_pair < half, o_pair, half + o_pair)
-        o_second = tl.where(o_pair < half, half + o_pair, middle + o_pair)
-    end_first = middle if PLAIN else width
+    o_first, o_second, end_first = channel_pairs(o_pair, half, middle, width, PLAIN)
     m_first, m_second = (o_pair < middle) & (o_first < end_first), (o_pair < middle) & (o_second < width)
     p_x += i_b * s_x_b + i_t.to(tl.int64) * s_x_t + i_h * (channels // head_dim) * s_x_h
     p_linear += i_h * channels * width
@@ -176,7 +171,7 @@ def encode_tokens(
     out = torch.empty(batch, heads, tokens, width, dtype=linear.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    half, middle = 0 if cos is None else min(cos.shape[-1], width) // 2, (width + 1) // 2
+    half, middle = pairs_of(cos, width)
     block_w = max(16, power_of_2(middle))
     launch(
         encode_tokens_kernel,
@@ -196,8 +191,8 @@ def encode_tokens(
         half,
         middle,
         *q.stride()[:3],
-        *_table_strides(cos, width),
-        *_table_strides(sin, width),
+        *table_strides(cos, width),
+        *table_strides(sin, width),
         NORM=norm is not None,
         ROTATE=cos is not None,
         PLAIN=half in (0, middle),
