@@ -16,6 +16,7 @@ from seerattention.hf.plan import PromptPlan
 from seerattention.hf.state import state_of
 from seerattention.ops import block_sparse_attention, dispatch, replay
 from seerattention.ops.indices import BlockIndices
+from seerattention.ops.span import Span
 from tiny_models import attach, logits_of, make_ids, make_model
 
 LAYERS, LENGTH = 3, 70
@@ -38,6 +39,7 @@ class Mixing:
         group = q.shape[1] // k.shape[1]
         k, v, k_pre = (x.repeat_interleave(group, 1).cumsum(2) / x.shape[2] for x in (k, v, k_pre))
         turn = (cos - 2 * sin)[:, None].mean(-1, keepdim=True)
+        k, v, k_pre, turn = (x[:, :, -q.shape[2] :] for x in (k, v, k_pre, turn))  # of a chunk on a cache
         weight = sum(x[0].mean(0).sum() for x in parameters)
         out.copy_(q + 2 * k + 3 * v + (q_pre + 2 * k_pre) * turn + weight + number)
 
@@ -52,6 +54,7 @@ def on_a_gpu(monkeypatch, request):
     monkeypatch.setattr(dispatch, "device_type", lambda device: "cuda")
     monkeypatch.setattr(launch, "ready", lambda device: True)
     monkeypatch.setattr(selectors, "_LAYERS", replay.Replays())
+    monkeypatch.setattr(selectors, "_CHUNKS", replay.Replays(passing=True))
     if "real_kernels" in request.fixturenames:
         return
 
@@ -65,8 +68,10 @@ def on_a_gpu(monkeypatch, request):
         return tensors[-1]
 
     def select(selector, inputs):
-        rows = -(-inputs.q.shape[2] // 32)
-        return BlockIndices.from_mask(torch.ones(1, inputs.q.shape[1], rows, rows, dtype=torch.bool), 32)
+        assert inputs.k_pre.shape == inputs.k.shape
+        span = Span(1, inputs.q.shape[2], inputs.k.shape[2])
+        shape = 1, inputs.q.shape[1], span.num_rows(32), span.num_key_blocks(32)
+        return BlockIndices.from_mask(torch.ones(shape, dtype=torch.bool), 32, span=inputs.span)
 
     def attend(*tensors, scale):
         return block_sparse_attention(*tensors, scale=scale, implementation="reference")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .blocks import BlockIndices
 from .gates import BlockGate
-from .ops import dispatch
+from .ops import dispatch, inverse_rope
 from .ops.block_sparse_attention import block_sparse_attention
 from .ops.custom_op import tracing
 from .ops.indices import num_blocks, ordered_lists, read_lists
@@ -36,7 +36,8 @@ class LayerInputs:
         layer: index of the layer.
         q: ``[B, Hq, Tq, D]`` after RoPE.
         k, v: ``[B, Hkv, Tk, D]``, k after RoPE.
-        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back.
+        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back,
+            which :meth:`turned_back` does: until then k_pre may hold those of the queries only, ``[B, Hkv, Tq, D]``.
             Where the model's RoPE turns neighbouring channels, these are in the order of halves, as cos and sin are.
         cos, sin: ``[B or 1, Tk, rotary_dim]``, the model's rotary table at the keys' positions.
         lengths: int64 ``[B]``, valid tokens of each row; None: all.
@@ -62,6 +63,14 @@ class LayerInputs:
     lse: Tensor | None = None
     phase: str = "prefill"
     span: Span | None = None
+
+    def turned_back(self) -> LayerInputs:
+        """The same with ``k_pre`` of all keys."""
+        old = self.k.shape[2] - self.k_pre.shape[2]
+        if not old:
+            return self
+        keys = inverse_rope(self.k, self.cos, self.sin, recent=self.k_pre)
+        return dataclasses.replace(self, k_pre=keys)
 
     def gate_logits(self, rows: Tensor | None = None, *, masked: bool = True) -> Tensor:
         """Block logits of the layer's gate, float32 ``[B, Hq, R, N]``; ``rows`` and ``masked`` as in its forward.
@@ -165,12 +174,14 @@ class Selector(ABC):
         }
 
 
-# Prompts of more tokens are selected for and attended in two steps: the device has work enough, and the gate's logits
-# need not stay while attention runs.
-MOST_TOKENS_AT_ONCE = 32768
+# Of more pairs of a query and a key (prompts of 32K tokens, chunks of 8K on 128K) blocks are selected and attended in
+# two steps: the device has work enough, and the gate's logits need not stay while attention runs.
+MOST_PAIRS_AT_ONCE = 1 << 30
 
 _LISTS = Replays()
 _LAYERS = Replays()
+# Of chunks: each has more keys than the one before, and is of one geometry in all layers.
+_CHUNKS = Replays(passing=True)
 
 
 @dataclass(frozen=True)
@@ -204,32 +215,32 @@ class GateSelector(Selector):
         if chosen is not None:
             return chosen
         num = num_blocks(inputs.k_pre.shape[2], gate.block_size)
-        return ordered_lists(indices, counts, num, gate.block_size)
+        return ordered_lists(indices, counts, num, gate.block_size, span=inputs.span)
 
     def attend_at_once(self, inputs: LayerInputs) -> Tensor | None:
         """What attention gives on the lists that are selected, ``[B, Hq, T, D]``, where nobody wants to see the lists:
-        both are one replay then. None: they are two steps."""
+        both are one replay then, and so is turning keys of a cache back. None: they are steps of their own."""
         at_once = self._at_once(inputs)
         if at_once is None:
             return None
 
         def attend() -> tuple[Tensor]:
-            blocks = self._select(inputs)
+            blocks = self._select(inputs.turned_back())
             return (cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale)),)
 
         tensors, settings = at_once
-        return _LAYERS.call(attend, tensors, *settings)[0]
+        return _replays_of(inputs).call(attend, tensors, *settings)[0]
 
     def recording(self, inputs: LayerInputs) -> Recording | None:
         """What :meth:`attend_at_once` replays, of the tensors q, k, v, q_pre, k_pre, cos, sin and the gate's
         parameters; None: it calls, or is no replay."""
         at_once = self._at_once(inputs)
-        return None if at_once is None else _LAYERS.recorded(at_once[0], *at_once[1])
+        return None if at_once is None else _replays_of(inputs).recorded(at_once[0], *at_once[1])
 
     def _at_once(self, inputs: LayerInputs) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
         """Tensors and settings of :meth:`attend_at_once`."""
         replayed = self._replayed(inputs)
-        long = inputs.q.shape[2] > MOST_TOKENS_AT_ONCE
+        long = inputs.q.shape[2] * inputs.k.shape[2] > MOST_PAIRS_AT_ONCE
         if replayed is None or long or dispatch.device_type(inputs.q.device) != "cuda":
             return None
         parameters, settings = replayed
@@ -237,12 +248,13 @@ class GateSelector(Selector):
         return tensors, (*settings, self.policy, inputs.scale, dispatch.hopper_automatic())
 
     def _replayed(self, inputs: LayerInputs) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
-        """Parameters and settings of the gate where all launches follow from shapes, as those of whole prompts do, and
-        need not be found anew in every layer. None: they may not."""
-        plain = inputs.lengths is None and inputs.span is None and not tracing()
+        """Parameters and settings of the gate where all launches follow from shapes, as those of rows without padding
+        do, and need not be found anew in every layer. None: they may not."""
+        plain = inputs.lengths is None and (inputs.span is None or inputs.span.plain) and not tracing()
         if inputs.gate is None or not plain or type(self.policy) not in REPLAYED:
             return None
-        return inputs.gate.replayed()
+        replayed = inputs.gate.replayed()
+        return replayed and (replayed[0], (*replayed[1], inputs.span is None))
 
     def _select(self, inputs: LayerInputs) -> BlockIndices:
         logits = inputs.gate_logits(masked=False)
@@ -260,6 +272,10 @@ class GateSelector(Selector):
     @property
     def dense(self) -> bool:
         return isinstance(self.policy, Dense)
+
+
+def _replays_of(inputs: LayerInputs) -> Replays:
+    return _LAYERS if inputs.span is None else _CHUNKS
 
 
 @dataclass(frozen=True)

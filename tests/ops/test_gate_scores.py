@@ -131,7 +131,7 @@ def test_are_proper_ops(implementation):
     encode = torch.ops.seerattention.encode_blocks
     for x, linear in ((q, q_linear), (k, k_linear)):
         if linear is not None or cos is not None:
-            arguments = (x, linear, cos, sin, BLOCK_SIZE, implementation)
+            arguments = (x, linear, cos, sin, BLOCK_SIZE, 0, implementation)
             torch.library.opcheck(encode, arguments)
             expected = encode_blocks(x, linear, cos, sin, pitch=BLOCK_SIZE, implementation=implementation)
             assert torch.equal(encode(*arguments), expected)

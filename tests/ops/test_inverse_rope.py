@@ -39,6 +39,22 @@ def check(implementation, dtype, batch, length, head_dim, width, scaling, device
     assert torch.equal(memory[:, :, 4:-5], back)
     assert memory[:, :, :4].isnan().all()
     assert memory[:, :, -5:].isnan().all()
+    for count in {0, min(1, length), length // 2, length}:
+        check_recent(implementation, after, back, cos, sin, count)
+
+
+def check_recent(implementation, after, back, cos, sin, count):
+    """The last ``count`` tokens are those that are given, bit for bit; what stands in x in their place is not read."""
+    old = after.shape[2] - count
+    # As the projections of a model lie in memory: heads side by side.
+    recent = torch.randn(after.shape[0], count, 3, after.shape[3] + 8, generator=torch.Generator().manual_seed(1))
+    recent = recent.to(after.device, after.dtype)[..., 8:].transpose(1, 2)
+    given = after.clone()
+    given[:, :, old:] = float("nan")
+    found = torch.full_like(back, float("nan"))
+    inverse_rope(given, cos, sin, recent=recent, out=found, implementation=implementation)
+    assert torch.equal(found[:, :, :old], back[:, :, :old])
+    assert torch.equal(found[:, :, old:], recent)
 
 
 CASES = [(1, 33, 16, 16, 1.0), (2, 70, 24, 12, 1.3), (3, 1, 8, 2, 0.5), (1, 0, 8, 8, 1.0), (1, 64, 80, 20, 1.0)]
@@ -68,6 +84,9 @@ def test_what_does_not_fit_is_said():
         inverse_rope(x, *table(1, 5, 8))
     with pytest.raises(ValueError, match="even rotary_dim"):
         inverse_rope(x, cos[..., :3], sin[..., :3])
+    for recent in (x[:, :, :2, :4], x[:1], torch.zeros(2, 1, 5, 8), x.half()):
+        with pytest.raises(ValueError, match=r"recent must be torch.float32 \[2, 1, up to 4, 8\]"):
+            inverse_rope(x, cos, sin, recent=recent)
     with pytest.raises(ValueError, match="x must be"):
         inverse_rope(x[0], cos, sin)
     with pytest.raises(ValueError, match=r"out must be torch.float32 \(2, 1, 4, 8\)"):

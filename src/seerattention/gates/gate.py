@@ -185,9 +185,13 @@ class BlockGate(nn.Module, ABC):
             )
         if span is not None:
             keys = self.encode_keys(k, cos, sin, lengths=lengths)
-            positions = span.column(START, q.device)[:, None] + torch.arange(length, device=q.device)
-            positions = positions[:1] if span.plain else positions.clamp(max=k.shape[2] - 1)
-            queries = self.encode_queries(q, cos[0, positions], sin[0, positions], rows=rows, span=span)
+            if span.plain:  # a view, so that all that is done are launches
+                own = cos[:, k.shape[2] - length :], sin[:, k.shape[2] - length :]
+            else:
+                positions = span.column(START, q.device)[:, None] + torch.arange(length, device=q.device)
+                positions = positions.clamp(max=k.shape[2] - 1)
+                own = cos[0, positions], sin[0, positions]
+            queries = self.encode_queries(q, *own, rows=rows, span=span)
             return self.score(queries, keys, rows=rows, span=span, masked=masked)
         if rows is None and lengths is None:
             queries, keys = self.encode_prompt(q, k, cos, sin)

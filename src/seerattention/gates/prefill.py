@@ -105,7 +105,7 @@ class PrefillGate(BlockGate):
         """See :meth:`BlockGate.encode_queries`."""
         self.check_tokens("q", q, self.num_heads, cos if self.config.rope else None)
         pitch, per_row = self.q_pitch, self.block_size // self.q_pitch
-        first = 0
+        first = offset = 0
         if span is not None:
             span.check("encode_queries", q=q)
             first = span.keys - span.queries if span.plain else 0
@@ -115,7 +115,10 @@ class PrefillGate(BlockGate):
             pooled = block_pooling(
                 q.detach(), self.config.q_pooling, block_size=pitch, lengths=lengths, span=span, align=self.block_size
             )
-            cos, sin, pitch = (*_part_starts(cos, sin, span, pitch, pooled.shape[2], self.block_size), 1)
+            offset = first % self.block_size
+            if not span.plain or rows is not None:
+                cos, sin, pitch = (*_part_starts(cos, sin, span, pitch, pooled.shape[2], self.block_size), 1)
+                offset = 0
         if rows is not None:
             if span is not None and not span.plain:
                 raise ValueError(
@@ -125,7 +128,7 @@ class PrefillGate(BlockGate):
             blocks = blocks.flatten().clamp(max=pooled.shape[2] - 1)  # score leaves out those behind the last token
             pooled = pooled.index_select(2, blocks)
             cos, sin, pitch = cos[:, ::pitch].index_select(1, blocks), sin[:, ::pitch].index_select(1, blocks), 1
-        return self._encode(pooled, self.q_linear, cos, sin, pitch)
+        return self._encode(pooled, self.q_linear, cos, sin, pitch, offset)
 
     def encode_prompt(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`BlockGate.encode_prompt`; both in the same launches."""
@@ -157,11 +160,11 @@ class PrefillGate(BlockGate):
         )
 
     def _encode(
-        self, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int
+        self, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int, offset: int = 0
     ) -> Tensor:
         if not self.config.rope:
             cos = sin = None
-        return encode_blocks(pooled.to(self.k_linear.dtype), linear, cos, sin, pitch=pitch)
+        return encode_blocks(pooled.to(self.k_linear.dtype), linear, cos, sin, pitch=pitch, offset=offset)
 
     def check_rotary(self, rotary_dim: int) -> None:
         """Raise ValueError where the gate cannot take a rotary embedding of this many channels."""

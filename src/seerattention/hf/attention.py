@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..blocks import BlockIndices, complete_short_rows, shift_left, shift_right
+from ..blocks import BlockIndices, complete_short_rows, shift_right
 from ..ops.block_sparse_attention import block_sparse_attention
 from ..ops.replay import capturing
-from ..ops.span import Span
 from ..selectors import GateSelector, LayerInputs, Selector
 from .conditions import (
     ASKED_FOR,
@@ -39,8 +38,9 @@ from .dense import Arguments, attend_densely, attend_densely_with_lse
 from .dense_plan import make_dense_plan
 from .forward import Attended, Call, Forward, current_forward, present_plan
 from .generation import UNKNOWN
-from .history import chunk_of, chunk_span, history_problem, history_table, keys_before_rope
+from .history import chunk_of, history_problem
 from .implementation import NAME, decodes_sparsely, original_of
+from .inputs import layer_inputs
 from .layer import LayerState
 from .masks import read_mask, seer_mask
 from .parking import passing
@@ -225,13 +225,14 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
         wants_sparse = selector is not None and _wants_sparse(arguments, call, forward, selector, padded)
         if wants_sparse or forward.observers:
             captured = call.query, call.key  # of which the call lets go
-            inputs, starts = _layer_inputs(arguments, call, forward, padding)
+            inputs, starts = layer_inputs(arguments, call, forward, padding)
             seen = bool(forward.observers or forward.statistics)
             gated = selector if type(selector) is GateSelector and not seen else None
             if gated is not None and (out := gated.attend_at_once(inputs)) is not None:
                 forward.sparse = True
                 make_plan(forward, call, arguments, inputs, captured, gated)
                 return out.transpose(1, 2).contiguous(), None
+            inputs = inputs.turned_back()
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
         else:
@@ -344,52 +345,6 @@ def _min_context(layer: LayerState, device: torch.device) -> int:
     """Prompts of fewer tokens, what is cached included, are attended densely."""
     minimum = layer.model.min_context
     return layer.model.default_min_context(device) if minimum is None else minimum
-
-
-def _layer_inputs(
-    arguments: Arguments, call: Call, forward: Forward, padding: Tensor | None
-) -> tuple[LayerInputs, Tensor]:
-    """The layer's tensors with content first in every row, and where the content started."""
-    layer = call.layer
-    query, key, value = arguments.query, arguments.key, arguments.value
-    layer.place_gate(query.device)
-    query_pre, key_pre = layer.take(call)
-    cos, sin = call.cos, call.sin
-    if cos.device != query.device:
-        cos, sin = cos.to(query.device), sin.to(query.device)
-    lengths = starts = span = None
-    if query.shape[2] != key.shape[2]:
-        queries, keys, half_split = query.shape[2], key.shape[2], layer.model.family.half_split
-        cos, sin = (table.to(query.device) for table in history_table(call, forward, keys))
-        if padding is None:
-            span = Span(query.shape[0], queries, keys)
-            key_pre = keys_before_rope(half_split(key, cos.shape[-1]), cos, sin, key_pre)
-        else:
-            lengths = padding.sum(-1)
-            span = chunk_span(lengths, queries, keys)
-            key, value = (shift_left(x, keys - lengths) for x in (key, value))
-            key_pre = keys_before_rope(half_split(key, cos.shape[-1]), cos, sin)
-            starts = (queries - lengths).clamp(min=0)
-            query, query_pre = shift_left(query, starts), shift_left(query_pre, starts)
-    elif padding is not None:
-        lengths, starts = padding.sum(-1), padding.int().argmax(-1)
-        query, key, value, query_pre, key_pre = (shift_left(x, starts) for x in (query, key, value, query_pre, key_pre))
-        cos, sin = (shift_left(x.expand(query.shape[0], -1, -1), starts) for x in (cos, sin))
-    inputs = LayerInputs(
-        layer=layer.index,
-        q=query,
-        k=key,
-        v=value,
-        q_pre=query_pre,
-        k_pre=key_pre,
-        cos=cos,
-        sin=sin,
-        lengths=lengths,
-        scale=arguments.scale,
-        gate=layer.gate_of(query.shape[1], layer.gate),
-        span=span,
-    )
-    return inputs, starts  # type: ignore[return-value]
 
 
 def _select(selector: Selector, inputs: LayerInputs, min_context: int) -> BlockIndices:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DENSE, OBSERVE, RECORD = "dense", "observe", "record"
 
+HIDDEN = "hidden_states"
 _KEPT = "_seer_call"  # attribute of the tensor that keeps a call alive
 
 
@@ -73,6 +74,11 @@ def watch(kind: str, state: ModelState, value: Any = None) -> Iterator[None]:
 def watching() -> bool:
     """Whether any model is watched in any context."""
     return _open_watches > 0
+
+
+def given_to(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What an attention module is given beside the hidden states, which live as long as its call does."""
+    return args[1:], {name: x for name, x in kwargs.items() if name != HIDDEN}
 
 
 @dataclass(eq=False)

@@ -89,13 +89,7 @@ def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | Non
         cos, sin: ``[1, Tk, rotary_dim]``, halves repeated; what they multiply lengths by is taken back too.
         recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE; None: they are turned back too.
     """
-    if recent is None:
-        return inverse_rope(key, cos, sin)
-    old = key.shape[2] - recent.shape[2]
-    out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    inverse_rope(key[:, :, :old], cos[:, :old], sin[:, :old], out=out[:, :, :old])
-    out[:, :, old:] = recent
-    return out
+    return inverse_rope(key, cos, sin, recent=recent)
 
 
 def _turns_back(call: Call, key: Tensor) -> bool:

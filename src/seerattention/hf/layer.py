@@ -16,12 +16,11 @@ from ..ops.replay import capturing
 from ..policies import Policy
 from ..selectors import Selector
 from .architectures import find_attention
-from .forward import Call, current_forward, present_call, present_plan
+from .forward import Call, current_forward, given_to, present_call, present_plan
 from .implementation import NAME
 from .kept import kept_keys, kept_queries
 from .parking import passing
 from .phases import DECODE, PREFILL, LayerPhase, unnoticed
-from .plan import given_to
 from .sharding import part_of_gate
 from .untraced import untraced
 
@@ -324,10 +323,10 @@ class LayerState:
                 held = forward.tokens_in(cache, call.module.layer_idx, kwargs.get("cache_position"))  # type: ignore
                 call.valid_keys = held + hidden.shape[1]
             if (decodes := forward.decoded_of(hidden.shape[1]) > 0) or self.remembers:
-                self._look_into(call, cache, decodes)
+                self.look_into(call, cache, decodes)
             forward.begin(call, keeper=None if compiled else hidden)  # compiled code may drop its arguments early
 
-    def _look_into(self, call: Call, cache: Any, decodes: bool) -> None:
+    def look_into(self, call: Call, cache: Any, decodes: bool) -> None:
         """Find the cache layer of decoded tokens, and of others whose queries are kept, before they are in it."""
         gate, call.cache = self.decode_gate, cache
         call.past = self.cache_layer(call)

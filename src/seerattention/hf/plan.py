@@ -22,8 +22,9 @@ from ..ops.replay import Recording, current_stream, is_current
 from ..policies import Policy
 from ..selectors import GateSelector, LayerInputs
 from .dense import Arguments
-from .forward import Call, Forward
+from .forward import HIDDEN, Call, Forward
 from .phases import DECODE, PREFILL
+from .recent import remember
 from .untraced import in_compiled_code
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ MOST = 16
 # Bytes of memory between the launches that a plan keeps from layer to layer; of more, each layer has its own.
 MOST_WORKSPACE = 1 << 24
 
-_HIDDEN = "hidden_states"
 _new = object.__new__
 
 
@@ -85,7 +85,7 @@ class Plan(ABC):
                 return False
         try:
             for name, x in kwargs.items():
-                if name == _HIDDEN:
+                if name == HIDDEN:
                     hidden = x
                 elif named[name] is not x:
                     return False
@@ -145,7 +145,7 @@ class Plan(ABC):
 
 
 class PromptPlan(Plan):
-    """Of a whole prompt that is attended by one replay. Made by :func:`make_plan`."""
+    """Of a prompt, or a chunk of one on a cache, that is attended by one replay. Made by :func:`make_plan`."""
 
     single = False
 
@@ -171,7 +171,10 @@ class PromptPlan(Plan):
         self.geometry = [(x.shape, x.stride(), x.dtype) for x in tensors]
         self.alignment = [x.data_ptr() & 15 for x in tensors]
         self.shifts = [x.data_ptr() - y.data_ptr() for x, y in zip((inputs.q_pre, inputs.k_pre), captured, strict=True)]
-        self.tables = [x.data_ptr() for x in self.table]
+        # The rotary table of all keys: that of the forward, or one of what is cached, too.
+        self.key_tables = inputs.cos, inputs.sin
+        self.tables = [x.data_ptr() for x in self.key_tables]
+        self.cache = call.given and call.given[0][1].get("past_key_values")
         # The result: as it is handed on, or by head, as the recording has it.
         shape, stride, _ = recording.results[0]
         batch, self.heads, length, head_dim = shape
@@ -183,7 +186,9 @@ class PromptPlan(Plan):
         self.between = [] if self.workspace is None else [self.workspace.data_ptr()]
 
     def prepare(self, call: Call) -> bool:
-        return DECODE not in call.layer.phases or not call.layer.remembers  # its queries, which a plan lets go
+        if DECODE in call.layer.phases and call.layer.remembers:  # the queries of the last tokens
+            call.layer.look_into(call, self.cache, decodes=False)
+        return True
 
     def attend(self, arguments: Arguments) -> Tensor | None:
         call = self.call_of(arguments)
@@ -199,6 +204,8 @@ class PromptPlan(Plan):
             return None
         if [address & 15 for address in addresses] != self.alignment:
             return None
+        if DECODE in call.layer.phases and call.layer.remembers:
+            remember(arguments, call, 0)
         out = query.new_empty(self.shape) if self.joined else query.new_empty_strided(*self.by_head)
         shift_q, shift_k = self.shifts
         addresses[3] += shift_q
@@ -227,11 +234,6 @@ class PromptPlan(Plan):
         return replayed[0]
 
 
-def given_to(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What an attention module is given beside the hidden states, which live as long as its call does."""
-    return args[1:], {name: x for name, x in kwargs.items() if name != _HIDDEN}
-
-
 def make_plan(
     forward: Forward,
     call: Call,
@@ -247,9 +249,9 @@ def make_plan(
         captured: what the two submodules gave, of which ``inputs.q_pre`` and ``inputs.k_pre`` are to be views.
     """
     query, key = captured
-    if call.given is None or call.part or call.valid_keys is not None or in_compiled_code() or call.layer.remembers:
+    if call.given is None or call.part or call.valid_keys is not None or in_compiled_code():
         return
-    if query is None or key is None or inputs.cos is not call.cos or inputs.sin is not call.sin:
+    if query is None or key is None or call.cos.device != arguments.query.device or arguments.query.shape[2] == 1:
         return
     if forward.state.phases[PREFILL].selector is not None or inputs.gate is not call.layer.gate:
         return

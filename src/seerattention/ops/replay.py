@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import dispatch
 
@@ -34,6 +35,7 @@ __all__ = [
     "may_keep",
     "of_capture",
     "recorder",
+    "unrecorded",
 ]
 
 # Geometries that are kept at a time.
@@ -48,6 +50,11 @@ _local = threading.local()
 def recorder() -> Recorder | None:
     """What takes note of the launches of this thread, if anything does."""
     return getattr(_local, "recorder", None)
+
+
+def unrecorded() -> AbstractContextManager[Any]:
+    """What is done in here is no part of a recording: for tensors that are kept, which to a recording are constants."""
+    return nullcontext() if recorder() is None else _disable_current_modes()
 
 
 def capturing(device: torch.device) -> bool:

@@ -139,19 +139,19 @@ class TopK(ScorePolicy):
             longest = max(1, int(share * num_keys))
             ends = span.ends() if span is not None and differ else lengths
             if ends is None:
-                keep = torch.full((num_rows,), longest, dtype=torch.int64, device=logits.device)
+                keep = number_of_blocks(longest, num_rows, logits.device)
             else:
                 blocks = (ends + (block_size - 1)) // block_size
                 keep = (blocks.double() * share).long().clamp(min=1)[:, None].expand(-1, num_rows)
-            capacity = longest + 1
+            capacity, differ = longest + 1, ends is not None
         else:
             if span is not None and differ:
                 keep = share_of(self.density, span.row_blocks(block_size) + 1)
             else:
                 keep = share_of_causal(self.density, num_rows, num_keys, logits.device)
             capacity = max(1, math.ceil(num_keys * self.density - CEIL_SLACK))  # what the last row keeps
-            if not differ:
-                return select_counted(logits, keep, capacity=capacity, **how)
+        if not differ:
+            return select_counted(logits, keep, diagonal_extra=self.uniform, capacity=capacity, **how)
         return select_topk(logits, keep, diagonal_extra=self.uniform, capacity=capacity, **how)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..replay import capturing, current_stream, facts_of_capture
+from ..replay import capturing, current_stream, facts_of_capture, unrecorded
 
 # Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
 CEIL_SLACK = 1e-9
@@ -49,7 +49,7 @@ def kept_for_device(make: Callable[[], Tensor], device: torch.device, *arguments
     key = ("kept", arguments, device, current_stream(device))
     found = kept.get(key)
     if found is None:
-        with torch.inference_mode(False):
+        with unrecorded(), torch.inference_mode(False):
             found = make()
         if type(found) is Tensor:  # not a stand-in of a tracer
             if kept is _KEPT and len(kept) >= _MOST_KEPT:

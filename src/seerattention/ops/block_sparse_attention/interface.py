@@ -92,18 +92,14 @@ def _replayed(
     settings: tuple[Hashable, ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``attend()``; of lists that are in order and of rows that are alike, all launches follow from shapes."""
-    if (
-        tracing()
-        or not isinstance(blocks, BlockIndices)
-        or blocks.span is not None
-        or blocks.by_token
-        or not is_ordered(blocks)
-    ):
+    if tracing() or not isinstance(blocks, BlockIndices) or blocks.by_token or not is_ordered(blocks):
+        return attend()
+    if blocks.span is not None and not blocks.span.plain:
         return attend()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return attend()  # which raises
     tensors = (q, k, v, *read_lists(blocks))
-    settings = (*settings, blocks.num_key_blocks, blocks.block_size, dispatch.hopper_automatic())
+    settings = (*settings, blocks.num_key_blocks, blocks.block_size, blocks.span, dispatch.hopper_automatic())
     return _ATTENTION.call(attend, tensors, *settings)
 
 

@@ -31,6 +31,7 @@ def encode_blocks(
     sin: Tensor | None = None,
     *,
     pitch: int = 1,
+    offset: int = 0,
     implementation: str | None = None,
 ) -> Tensor:
     """Project pooled queries or keys and rotate them at the positions of their blocks.
@@ -45,6 +46,8 @@ def encode_blocks(
             block n is rotated by entry ``n * pitch``. A table wider than W is read at every (rotary_dim / W)-th
             channel. None: no rotation.
         pitch: entries of the table a block: 1 for a table of block starts, the tokens of a block for one of tokens.
+        offset: entries of block 0 that come before the first of the table: block n is rotated by entry
+            ``n * pitch - offset``, or by the nearest that there is. N may then be more than the table fills.
         implementation: ``"reference"``, ``"triton"`` or None (automatic: Triton on CUDA devices, in float16 and
             bfloat16, where no gradient is asked for).
 
@@ -60,16 +63,17 @@ def encode_blocks(
         TypeError: dtypes that differ.
     """
     op = "encode_blocks"
-    _check_encoding(op, pooled, linear, cos, sin, pitch)
+    _check_encoding(op, pooled, linear, cos, sin, pitch, offset)
     if not may_launch(op, implementation, pooled, linear, cos, sin):
-        return reference.encode_blocks(pooled, linear, cos, sin, pitch)
+        return reference.encode_blocks(pooled, linear, cos, sin, pitch, offset)
     if linear is None and cos is None:
         return pooled
+    given = pitch, offset, implementation
     if tracing():
-        return _encode_blocks(pooled, linear, cos, sin, pitch, implementation)
+        return _encode_blocks(pooled, linear, cos, sin, *given)
     tensors = [x for x in (pooled, linear, cos, sin) if x is not None]
-    given = (linear is None, cos is None, pitch, implementation)
-    return _ENCODED.call(lambda: (_encode_blocks(pooled, linear, cos, sin, pitch, implementation),), tensors, *given)[0]
+    kind = (linear is None, cos is None, *given)
+    return _ENCODED.call(lambda: (_encode_blocks(pooled, linear, cos, sin, *given),), tensors, *kind)[0]
 
 
 def gate_scores(
@@ -130,6 +134,7 @@ def _encode_blocks(
     cos: Tensor | None,
     sin: Tensor | None,
     pitch: int,
+    offset: int,
     implementation: str | None,
 ) -> Tensor:
     """What needs no gradient; with one, tracers are to see the reference."""
@@ -137,8 +142,8 @@ def _encode_blocks(
     if name == "triton":
         from . import triton  # imported late: triton is an optional dependency
 
-        return triton.encode_blocks(pooled, linear, cos, sin, pitch)
-    encoded = reference.encode_blocks(pooled, linear, cos, sin, pitch).contiguous()
+        return triton.encode_blocks(pooled, linear, cos, sin, pitch, offset)
+    encoded = reference.encode_blocks(pooled, linear, cos, sin, pitch, offset).contiguous()
     return encoded if implementation == "reference" else encoded.to(pooled.dtype)
 
 
@@ -185,8 +190,9 @@ def may_launch(op: str, implementation: str | None, x: Tensor, *others: Tensor |
 
 
 def _check_encoding(
-    op: str, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int
-) -> None:
+    op: str, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int,
+    offset: int,
+) -> None:  # fmt: skip
     """Raise where shapes or dtypes do not fit each other."""
     if pooled.dim() != 4 or (linear is not None and linear.dim() != 3):
         raise ValueError(
@@ -205,10 +211,13 @@ def _check_encoding(
     if cos is None or sin is None:
         return
     entries = cos.shape[1] if cos.dim() == 3 else 0
-    if cos.shape != sin.shape or num_blocks(entries, pitch) != num or cos.shape[0] not in (1, batch):
+    filled = num_blocks(entries + offset, pitch)
+    fits = (filled == num or (offset and entries and filled < num)) and offset >= 0
+    if cos.shape != sin.shape or not fits or cos.shape[0] not in (1, batch):
+        before = f", from {offset} entries before the first on" if offset else ""
         raise ValueError(
-            f"{op}: cos and sin must be [{batch} or 1, T, rotary_dim] with {num} blocks of {pitch} entries, got "
-            f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"{op}: cos and sin must be [{batch} or 1, T, rotary_dim] with {num} blocks of {pitch} entries{before}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cos.shape[2] > width and cos.shape[2] % width:
         raise ValueError(f"{op}: a rotary table of {cos.shape[2]} channels fits no vectors of width {width}")

@@ -77,7 +77,9 @@ class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
         return start, torch.where(length > 0, start + length, 0)  # without a query no block holds one
 
 
-def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:
+def encode_blocks(
+    pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int, offset: int = 0
+) -> Tensor:
     """Vectors ``[B, H, N, W]`` in float32."""
     if linear is not None:
         heads = pooled.shape[1]
@@ -88,6 +90,10 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
     encoded = pooled.float()
     if cos is None or sin is None:
         return encoded
+    if offset:
+        starts = torch.arange(encoded.shape[2], device=cos.device) * pitch - offset
+        starts, pitch = starts.clamp(0, cos.shape[1] - 1), 1
+        cos, sin = cos.index_select(1, starts), sin.index_select(1, starts)
     cos, sin = (_block_rotary(table, pitch, encoded.shape[-1])[:, None] for table in (cos, sin))
     return _rotate(encoded, cos, sin)
 

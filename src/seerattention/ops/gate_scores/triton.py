@@ -25,7 +25,7 @@ from .reference import Tiles
 LOWEST = tl.constexpr(-1.0e30)
 
 # Not specialised, so that a prompt of another length does not compile the kernels again.
-_SIZES = ["heads", "group", "num"]
+_SIZES = ["heads", "group", "num", "offset", "last"]
 _COUNTS = ["heads", "group", "num_q", "num_k", "num_rows", "first_row", "start", "end"]
 
 
@@ -58,13 +58,14 @@ def channel_pairs(o_pair, half, middle, width, PLAIN: tl.constexpr):
 @triton.jit
 def _project_rotate(
     i_n, i_bh, p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch,
-    s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+    offset, last, s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, N, W]`` = the rotated ``x [B, H / group, N, C] @ linear [H, C, W]``, or the rotated x itself.
 
-    ``half`` pairs of channels are rotated, ``middle`` is the number of all pairs; PLAIN: all are rotated, or none.
+    ``half`` pairs of channels are rotated, ``middle`` is the number of all pairs; PLAIN: all are rotated, or none. The
+    first block begins ``offset`` entries before those of the table, of which ``last`` is the last one.
     """
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -90,8 +91,8 @@ def _project_rotate(
         b_first = _columns(p_own_x, o_first, m_n, end_first).to(tl.float32)
         b_second = _columns(p_own_x, o_second, m_n, width).to(tl.float32)
     if ROTATE:
-        # Each block is rotated at the position of its first token. [BLOCK_N, BLOCK_W]
-        o_t, m_rotated = o_n * pitch, o_pair < half
+        # Each block is rotated at the position of its first token that is there. [BLOCK_N, BLOCK_W]
+        o_t, m_rotated = tl.minimum(tl.maximum(o_n * pitch - offset, 0), last), o_pair < half
         p_own_cos, p_own_sin = p_cos + i_b * s_cos_b, p_sin + i_b * s_sin_b
         b_cos = _rotary(p_own_cos, o_t, o_first, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
         b_sin = _rotary(p_own_sin, o_t, o_first, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
@@ -108,23 +109,23 @@ def _project_rotate(
 
 @triton.jit(do_not_specialize=_SIZES)
 def project_rotate_kernel(
-    p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch, s_x_b, s_x_h, s_x_n,
-    s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+    p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch, offset, last,
+    s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """See ``_project_rotate``."""
     _project_rotate(
         tl.program_id(0), tl.program_id(1), p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width,
-        half, middle, pitch, s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+        half, middle, pitch, offset, last, s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
         PROJECT, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["programs", "q_heads", "q_num", "k_heads", "k_group", "k_num"])
+@triton.jit(do_not_specialize=["programs", "q_heads", "q_num", "k_heads", "k_group", "k_num", "last"])
 def encode_both_kernel(
     p_q, p_k, p_q_linear, p_k_linear, p_cos, p_sin, p_q_out, p_k_out, programs, q_heads, q_num, q_channels, q_pitch,
-    k_heads, k_group, k_num, k_channels, k_pitch, width, half, middle,
+    k_heads, k_group, k_num, k_channels, k_pitch, width, half, middle, last,
     s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     PROJECT_Q: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -134,13 +135,13 @@ def encode_both_kernel(
     if i_bh < programs:
         _project_rotate(
             i_n, i_bh, p_q, p_q_linear, p_cos, p_sin, p_q_out, q_heads, 1, q_num, q_channels, width, half, middle,
-            q_pitch, s_q_b, s_q_h, s_q_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+            q_pitch, 0, last, s_q_b, s_q_h, s_q_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
             PROJECT_Q, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
         )  # fmt: skip
     else:
         _project_rotate(
             i_n, i_bh - programs, p_k, p_k_linear, p_cos, p_sin, p_k_out, k_heads, k_group, k_num, k_channels, width,
-            half, middle, k_pitch, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
+            half, middle, k_pitch, 0, last, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
             True, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
         )  # fmt: skip
 
@@ -335,7 +336,9 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     )
 
 
-def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int) -> Tensor:
+def encode_blocks(
+    pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int, offset: int = 0
+) -> Tensor:
     """``[B, H, N, W]``, contiguous, dtype of pooled."""
     x = pooled if pooled.stride(-1) == 1 else pooled.contiguous()
     batch, x_heads, num, channels = x.shape
@@ -360,6 +363,8 @@ def encode_blocks(pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin
         half,
         middle,
         pitch,
+        offset,
+        0 if cos is None else cos.shape[1] - 1,
         *x.stride()[:3],
         *table_strides(cos, width),
         *table_strides(sin, width),
@@ -427,6 +432,7 @@ def encode_both(
         width,
         half,
         middle,
+        0 if cos is None else cos.shape[1] - 1,
         *q.stride()[:3],
         *k.stride()[:3],
         *table_strides(cos, width),

@@ -13,8 +13,9 @@ IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "r
 
 @torch.no_grad()
 def inverse_rope(
-    x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor | None = None, implementation: str | None = None
-) -> Tensor:
+    x: Tensor, cos: Tensor, sin: Tensor, *,
+    recent: Tensor | None = None, out: Tensor | None = None, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
     """Undo the rotary embedding: x from ``x * cos + rotate_half(x) * sin``, computed in float32.
 
     What a gate needs of the keys in a cache: gates pool keys before RoPE (SeerAttention, arXiv 2410.13276, section
@@ -24,6 +25,8 @@ def inverse_rope(
         x: ``[B, H, T, D]`` after RoPE, floating point.
         cos, sin: ``[B or 1, T, rotary_dim]``, halves repeated as Hugging Face lays the table out; channels from
             rotary_dim on are not rotated.
+        recent: ``[B, H, R, D]`` of the dtype of x with R up to T: the last R tokens as they were before RoPE, which are
+            taken as they are. Those of x are not read. None: all of x is turned back.
         out: ``[B, H, T, D]`` of the dtype of x, channels side by side in memory; None: new memory.
         implementation: ``"reference"``, ``"triton"`` or None (automatic: the kernel on GPUs).
 
@@ -44,6 +47,8 @@ def inverse_rope(
             f"{OP}: cos and sin must be [{batch} or 1, {length}, rotary_dim] with an even rotary_dim up to {head_dim}, "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    if recent is not None:
+        _check_recent(x, recent)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     elif out.shape != x.shape or out.dtype != x.dtype or (out.numel() and out.stride(-1) != 1):
@@ -52,5 +57,15 @@ def inverse_rope(
             f"{tuple(out.shape)} with strides {out.stride()}"
         )
     name = dispatch.choose_implementation(OP, implementation, x.device, IMPLEMENTATIONS)
-    dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)(x, cos, sin, out)
+    dispatch.load(__package__, IMPLEMENTATIONS[name].module, OP)(x, cos, sin, recent, out)
     return out
+
+
+def _check_recent(x: Tensor, recent: Tensor) -> None:
+    batch, heads, length, head_dim = x.shape
+    fits = recent.dim() == 4 and (*recent.shape[:2], recent.shape[3]) == (batch, heads, head_dim)
+    if not fits or recent.shape[2] > length or recent.dtype != x.dtype or recent.device != x.device:
+        raise ValueError(
+            f"{OP}: recent must be {x.dtype} [{batch}, {heads}, up to {length}, {head_dim}] on {x.device}, got "
+            f"{recent.dtype} {tuple(recent.shape)} on {recent.device}"
+        )

@@ -9,9 +9,13 @@ from torch import Tensor
 PIECE = 1 << 14
 
 
-def inverse_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    for start in range(0, x.shape[2], PIECE):
-        piece = slice(start, start + PIECE)
+def inverse_rope(x: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | None, out: Tensor) -> None:
+    old = x.shape[2]
+    if recent is not None:
+        old -= recent.shape[2]
+        out[:, :, old:] = recent
+    for start in range(0, old, PIECE):
+        piece = slice(start, min(start + PIECE, old))
         out[:, :, piece] = _turn_back(x[:, :, piece], cos[:, None, piece].float(), sin[:, None, piece].float())
 
 
