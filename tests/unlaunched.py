@@ -26,7 +26,8 @@ from triton.knobs import HookChain
 
 import seerattention as seer
 from seerattention.gates import build_gate
-from seerattention.ops import block_sparse_attention, dispatch, triton_launch
+from seerattention.ops import Span, block_sparse_attention, dispatch, triton_launch
+from seerattention.policies import REPLAYED
 from seerattention.selectors import GateSelector, LayerInputs
 
 noted, held, encoded = [], [], []
@@ -172,6 +173,56 @@ def check_layers():
     assert sum(type(known).__name__ == "Recording" for known in _LISTS._known.values()) == 6
 
 
+def chunk(gate, queries, keys, policy, at_once=True, dtype=torch.bfloat16):
+    def make(heads, length):
+        return torch.randn(1, length, heads, 64).to(dtype).transpose(1, 2)
+
+    table, span = torch.randn(1, keys, 64).to(dtype), Span(1, queries, keys)
+    tensors = make(4, queries), make(2, keys), make(2, keys), make(4, queries), make(2, queries)
+    inputs = LayerInputs(0, *tensors, table, table.neg(), None, 0.125, gate, span=span)
+    selector = GateSelector(policy)
+    if at_once:
+        return selector.attend_at_once(inputs)
+    inputs = inputs.turned_back()
+    return block_sparse_attention(inputs.q, inputs.k, inputs.v, selector._select(inputs), scale=inputs.scale)
+
+
+CHUNKS = [(128, 512), (128, 640), (100, 740), (128, 2048)]  # that begin with a block, and inside of one
+POLICIES = [
+    seer.TopK(0.2), seer.TopK(0.2, uniform=True), seer.TopK(0.3, last_blocks_dense=1), seer.Threshold(0.1),
+    seer.RelativeThreshold(1.0), seer.TopP(0.7), seer.TokenBudget(128),
+    seer.Budget(0.3, blocks=(2.0, 9.0), factors=(0.5, 1.5)),
+]  # fmt: skip
+
+
+@torch.inference_mode()
+def check_chunks():
+    """A chunk is nothing but launches, with every policy and form of gate, and a new number of keys is recorded when it
+    is first seen."""
+    from seerattention.selectors import _CHUNKS
+
+    assert {type(policy) for policy in POLICIES} == REPLAYED
+    forms = seer.GateConfig(), seer.GateConfig(prefill=seer.SubBlockGateConfig())
+    for config, policy in itertools.product(forms, POLICIES):
+        gate = build_gate(config.spec_of("prefill"), num_heads=4, num_kv_heads=2, head_dim=64, block_size=64)
+        gate.bfloat16().requires_grad_(False)
+        _CHUNKS._known.clear()
+        for number, (queries, keys) in enumerate(CHUNKS):
+            torch.manual_seed(0)
+            triton_launch.KNOWN = False
+            expected = launches_of(lambda *given: chunk(gate, queries, keys, policy, at_once=False))  # noqa: B023
+            triton_launch.KNOWN = True
+            assert 8 <= len(expected) <= 9, [name for name, *_ in expected]  # lists in parts are merged
+            for _ in range(4):
+                torch.manual_seed(0)
+                found = launches_of(lambda *given: chunk(gate, queries, keys, policy))  # noqa: B023
+                assert found == expected, (found, expected)
+                kinds = [type(known).__name__ for known in _CHUNKS._known.values()]
+                assert len(kinds) == number + 1
+                assert kinds.count("Recording") >= number, kinds
+            assert kinds.count("Recording") == number + 1, (config, policy, kinds)
+
+
 def check_variants():
     """Wherever the JIT tells two calls apart, so does the key; of random arguments of every kernel's parameters."""
     from triton.runtime.jit import native_specialize_impl
@@ -241,6 +292,7 @@ def check_below():
 
 
 check_layers()
+check_chunks()
 if IN_C:
     check_below()
 else:

@@ -211,7 +211,7 @@ class GateSelector(Selector):
 
         parameters, settings = replayed
         tensors = (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters)
-        indices, counts = _LISTS.call(select, tensors, *settings, self.policy)
+        indices, counts = _LISTS.call(select, tensors, *settings, self.policy, inputs.span)
         if chosen is not None:
             return chosen
         num = num_blocks(inputs.k_pre.shape[2], gate.block_size)

@@ -110,6 +110,21 @@ def test_policies_ignore_what_is_not_written(nan_filled_empty):
         assert torch.equal(a, b), policy
 
 
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("form", ["published", "narrow", "batch", "not_rotated_and_not_projected"])
+@pytest.mark.parametrize("offset", [1, 5, 31, 40])
+def test_tables_may_begin_inside_a_block(form, offset, implementation, nan_filled_empty):
+    """As of entries that are looked up one by one: the nearest ones of blocks whose own are not there."""
+    pooled, _, _, linear, cos, sin = make_inputs(9, **FORMS[form])
+    if cos is None:
+        cos = sin = torch.randn(1, 29, 16)
+    cos, sin = (x[:, :29] for x in (cos, sin))
+    places = (torch.arange(9) * 8 - offset).clamp(0, 28)
+    expected = encode_blocks(pooled, linear, cos[:, places], sin[:, places], implementation=implementation)
+    found = encode_blocks(pooled, linear, cos, sin, pitch=8, offset=offset, implementation=implementation)
+    assert torch.equal(found, expected)
+
+
 def test_rows_of_scores_begin_at_vectors():
     scores = empty_scores(torch.empty(1, 2, 17, 8, dtype=torch.bfloat16), 17, 17)
     assert scores.shape == (1, 2, 17, 17)
@@ -335,6 +350,9 @@ def test_wrong_arguments():
         encode_blocks(k, k_linear, cos)
     with pytest.raises(ValueError, match="cos and sin must be"):
         encode_blocks(k, k_linear, cos[:, :100], sin[:, :100], pitch=BLOCK_SIZE)
+    for offset in (-1, BLOCK_SIZE):  # of which the second leaves more tokens than there are blocks
+        with pytest.raises(ValueError, match="cos and sin must be"):
+            encode_blocks(k, k_linear, cos, sin, pitch=BLOCK_SIZE, offset=offset)
     with pytest.raises(ValueError, match="no implementation"):
         encode_blocks(k, k_linear, implementation="cuda")
     with pytest.raises(ValueError, match="fits no vectors"):

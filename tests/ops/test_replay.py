@@ -5,6 +5,7 @@ Kernels run in Triton's interpreter, as if the CPU were a GPU; ``test_launch.py`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
@@ -14,6 +15,7 @@ import seerattention as seer
 from seerattention.gates import build_gate
 from seerattention.ops import block_sparse_attention, dispatch, replay
 from seerattention.ops.indices import BlockIndices, read_lists
+from seerattention.ops.span import Span
 from seerattention.selectors import GateSelector, LayerInputs
 
 pytest.importorskip("triton")
@@ -124,13 +126,57 @@ def test_a_layer_is_one_replay(policy, form, monkeypatch):
     assert count_recordings(layers) == 1
 
 
+def chunk_of(x, queries):
+    """The last queries of a prompt, on a cache that holds what was before them; of keys before RoPE their own only."""
+    tensors = {name: getattr(x, name)[:, :, -queries:] for name in ("q", "q_pre", "k_pre")}
+    return dataclasses.replace(x, **tensors, span=Span(x.q.shape[0], queries, x.k.shape[2]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
+def test_a_layer_of_a_chunk_is_one_replay(policy, form, monkeypatch):
+    """Whether it begins with a block or inside of one; a number of keys is recorded when it is first seen."""
+    chunks = replay.Replays(passing=True)
+    monkeypatch.setattr("seerattention.selectors._CHUNKS", chunks)
+    gate, selector = make_gate(form), GateSelector(policy)
+    for number, (queries, keys) in enumerate([(32, 96), (32, 96), (40, 104), (40, 104), (33, 99)]):
+        x = chunk_of(inputs_of(gate, keys, number), queries)
+        whole = x.turned_back()
+        assert torch.equal(whole.k_pre[:, :, -queries:], x.k_pre)
+        assert whole.k_pre.shape == x.k.shape
+        expected = block_sparse_attention(x.q, x.k, x.v, selector._select(whole), scale=x.scale)
+        found = selector.attend_at_once(x)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+    assert count_recordings(chunks) == 3
+
+
+@torch.no_grad()
+def test_lists_of_chunks_are_replayed_and_know_their_span(gate, lists, attention):
+    selector = GateSelector(seer.TopK(0.4))
+    for seed in range(4):
+        x = chunk_of(inputs_of(gate, 104, seed), 40).turned_back()
+        expected, found = selector._select(x), selector.select(x)
+        same_lists(found, expected)
+        assert found.span == x.span
+        given = x.q, x.k, x.v
+        out = block_sparse_attention(*given, found, scale=x.scale)
+        assert torch.equal(out, block_sparse_attention(*given, expected, scale=x.scale, implementation="triton"))
+    assert count_recordings(lists) == 1
+    assert count_recordings(attention) > 0
+    other = dataclasses.replace(x, span=Span(1, 39, 104))  # it is not that of the tensors
+    with pytest.raises(ValueError, match="the span has 1 rows of 39 slots"):
+        selector.select(other)
+
+
 @torch.no_grad()
 def test_what_is_no_whole_short_prompt_takes_two_steps(gate, monkeypatch):
     selector = GateSelector(seer.TopK(0.4))
     padded = inputs_of(gate, 200, 0, lengths=torch.tensor([150]))
     assert selector.attend_at_once(padded) is None
     assert selector.attend_at_once(inputs_of(None, 200, 0)) is None
-    monkeypatch.setattr("seerattention.selectors.MOST_TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr("seerattention.selectors.MOST_PAIRS_AT_ONCE", 200 * 200 - 1)
     assert selector.attend_at_once(inputs_of(gate, 200, 0)) is None
 
 
