@@ -8,13 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import seerattention as seer
 from seerattention import selectors
 from seerattention.hf import attention as seer_attention
+from seerattention.hf import history
 from seerattention.hf.plan import PromptPlan
 from seerattention.hf.state import state_of
-from seerattention.ops import block_sparse_attention, dispatch, replay
+from seerattention.ops import block_sparse_attention, dispatch, inverse_rope, replay
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.span import Span
 from tiny_models import attach, logits_of, make_ids, make_model
@@ -44,6 +46,19 @@ class Mixing:
         out.copy_(q + 2 * k + 3 * v + (q_pre + 2 * k_pre) * turn + weight + number)
 
 
+class Turning:
+    """In the place of the kernel that turns the keys of a cache back."""
+
+    def __getitem__(self, grid):
+        return self.run
+
+    @staticmethod
+    def run(*args):
+        *tensors, views = args
+        x, cos, sin, *recent, out = (x.as_strided(*view) for x, view in zip(tensors, views, strict=True))
+        inverse_rope(x, cos, sin, recent=recent[0] if recent else None, out=out, implementation="reference")
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch, request):
     """The CPU passes for a GPU, on which kernels are interpreted."""
@@ -67,10 +82,16 @@ def on_a_gpu(monkeypatch, request):
         launch.launch(Mixing(), (1,), *tensors, number, views)
         return tensors[-1]
 
+    def turn_back(x, cos, sin, recent=None):
+        out = torch.empty(x.shape, dtype=x.dtype)
+        tensors = (x, cos, sin, recent, out) if recent is not None else (x, cos, sin, out)
+        launch.launch(Turning(), (1,), *tensors, [(x.shape, x.stride()) for x in tensors])
+        return out
+
     def select(selector, inputs):
         assert inputs.k_pre.shape == inputs.k.shape
-        span = Span(1, inputs.q.shape[2], inputs.k.shape[2])
-        shape = 1, inputs.q.shape[1], span.num_rows(32), span.num_key_blocks(32)
+        span = inputs.span or Span(*inputs.q.shape[:3:2], inputs.k.shape[2])
+        shape = span.batch, inputs.q.shape[1], span.num_rows(32), span.num_key_blocks(32)
         return BlockIndices.from_mask(torch.ones(shape, dtype=torch.bool), 32, span=inputs.span)
 
     def attend(*tensors, scale):
@@ -78,6 +99,8 @@ def on_a_gpu(monkeypatch, request):
 
     monkeypatch.setattr(selectors.GateSelector, "_select", lambda selector, inputs: (inputs, selector.policy))
     monkeypatch.setattr(selectors, "block_sparse_attention", mix)
+    for module in (selectors, history):
+        monkeypatch.setattr(module, "inverse_rope", turn_back)
     monkeypatch.setattr(selectors.GateSelector, "select", select)
     monkeypatch.setattr(seer_attention, "block_sparse_attention", attend)
 
@@ -133,6 +156,17 @@ def make(family="llama", policy=None, **options):
     for seed in range(2):
         logits_of(model, make_ids(LENGTH, seed=seed))
     return model
+
+
+@torch.inference_mode()
+def in_chunks(model, ids, cuts, cache=None, **inputs) -> torch.Tensor:
+    """Logits of all tokens; chunks end at the cuts, and at the end."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    start, parts = 0, []
+    for end in (*cuts, ids.shape[1]):
+        parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **inputs).logits)
+        start = end
+    return torch.cat(parts, 1)
 
 
 def attention_of(model, index=ODD) -> nn.Module:

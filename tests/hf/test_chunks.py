@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
+from plan_cases import in_chunks
 from seerattention.gates import PrefillGate
 from seerattention.hf import FAMILIES
 from seerattention.hf.history import keys_before_rope
@@ -27,17 +28,6 @@ SPARSE = ("llama", "phi3", "qwen2", "qwen3")
 def attach(model, policy, **options):
     torch.manual_seed(0)
     return seer.attach(model, seer.GateConfig(block_size=BLOCK), prefill=policy, min_context=0, **options)
-
-
-@torch.inference_mode()
-def in_chunks(model, ids, cuts, cache=None):
-    """Logits of all tokens; chunks end at the cuts, and at the end."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    start, parts = 0, []
-    for end in (*cuts, ids.shape[1]):
-        parts.append(model(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
-        start = end
-    return torch.cat(parts, 1)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import seerattention as seer
 from plan_cases import LAYERS, LENGTH, ODD, attention_of, make, same
+from seerattention.gates.state import HISTORY
 from seerattention.hf import gates_of
 from seerattention.hf.forward import present_plan
 from seerattention.hf.kept import kept_queries
@@ -82,33 +83,46 @@ def test_what_everybody_sees_is_repeated_by_nobody(repeated):
     assert repeated == [1, 2]  # of the last forward
 
 
-def test_chunks_and_decoding_are_not(repeated, ordinary):
-    model, ids = make(), make_ids(100)
-    repeated.clear()
+def test_chunks_are_and_decoding_is_not(repeated, ordinary):
+    model, ids = make(), make_ids(110)
 
     @torch.inference_mode()
     def run():
         cache = model(ids[:, :LENGTH], use_cache=True).past_key_values
-        model(ids[:, LENGTH:99], past_key_values=cache)
-        return model(ids[:, 99:], past_key_values=cache).logits
+        model(ids[:, LENGTH:109], past_key_values=cache)
+        return model(ids[:, 109:], past_key_values=cache).logits
 
-    found = run()
-    assert repeated == [1, 2]
+    for _ in range(3):
+        repeated.clear()
+        found = run()
+    assert repeated == [1, 2, 1, 2]
     same(found, ordinary(run))
 
 
-def test_layers_that_keep_queries_do_not(repeated):
-    """Those of the last tokens, which choose with the next one: a plan lets go of them."""
+def test_layers_that_keep_queries_repeat_too(repeated, ordinary):
+    """Those of the last tokens, which choose with the next one, are kept beside what is repeated, in chunks as well."""
     config = seer.GateConfig(block_size=32, decode=seer.DecodeGateConfig(query_window=8))
     model = make_model("llama", dtype=torch.float16, num_hidden_layers=LAYERS)
     seer.attach(model, config, prefill=seer.TopK(0.4), decode=seer.TokenBudget(64), min_context=0)
+    ids = make_ids(LENGTH + 40)
+
+    def run():
+        cache, found = DynamicCache(config=model.config), []
+        for part in (ids[:, :LENGTH], ids[:, LENGTH:]):
+            logits_of(model, part, past_key_values=cache)
+            for layer, gate in zip(cache.layers, gates_of(model, "decode"), strict=True):
+                queries = kept_queries(layer, gate)
+                found.append((list(queries.held), queries.last.queries.clone()))
+        return found
+
     for _ in range(3):
         repeated.clear()
-        cache = DynamicCache(config=model.config)
-        logits_of(model, make_ids(LENGTH), past_key_values=cache)
-    kept = [kept_queries(layer, gate) for layer, gate in zip(cache.layers, gates_of(model, "decode"), strict=True)]
-    assert all(queries is not None and queries.held == [LENGTH] for queries in kept)
-    assert repeated == []
+        found = run()
+    assert repeated == [1, 2, 1, 2]
+    assert [held for held, _ in found] == LAYERS * [[LENGTH]] + LAYERS * [[7 + HISTORY]]
+    for (held, queries), (expected_held, expected) in zip(found, ordinary(run), strict=True):
+        assert held == expected_held
+        assert torch.equal(queries, expected)
     seer.set_policy(model, decode=seer.Dense())  # nothing is to be kept then
     for _ in range(2):
         repeated.clear()

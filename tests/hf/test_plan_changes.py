@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import seerattention as seer
 from call_counts import count_calls
-from plan_cases import LENGTH, ODD, attention_of, make, same
+from plan_cases import LENGTH, ODD, attention_of, in_chunks, make, same
 from seerattention.gates import build_gate
 from seerattention.hf import gates_of
 from seerattention.hf.state import state_of
@@ -130,19 +131,29 @@ CHANGES = [
 SAME_RESULT = (other_positions, a_gate_in_float32, parameters_of_other_strides, other_strides, another_alignment)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+OF_WHOLE_PROMPTS = (another_mask, other_positions)  # which they make
+CASES = [(change, False) for change in CHANGES]
+CASES += [(change, True) for change in CHANGES if change not in OF_WHOLE_PROMPTS]
+
+
+@pytest.mark.parametrize(("change", "chunked"), CASES, ids=lambda x: x if isinstance(x, bool) else x.__name__)
 @pytest.mark.filterwarnings("ignore:seerattention. this forward is attended densely")
-def test_what_differs_in_a_layer_is_noticed(change, repeated, ordinary):
+def test_what_differs_in_a_layer_is_noticed(change, chunked, repeated, ordinary):
     model, ids = make(), make_ids(LENGTH, seed=7)
-    before = logits_of(model, ids)
+
+    def run():
+        return in_chunks(model, ids, [34])[:, 34:] if chunked else logits_of(model, ids)
+
+    for _ in range(2):
+        before = run()
     change(model)
-    expected = ordinary(lambda: logits_of(model, ids))
+    expected = ordinary(run)
     assert torch.equal(expected, before) is (change in SAME_RESULT)
     for _ in range(3):  # in the last one what the layer launches is a recording of its own
         repeated.clear()
-        same(logits_of(model, ids), expected)
+        same(run(), expected)
     assert ODD not in repeated
-    assert 1 in repeated
+    assert repeated.count(1) == 1 + chunked
 
 
 # What it costs -------------------------------------------------------------------------------------------------------
@@ -161,20 +172,25 @@ class Unlaunched(launch.Ordinary):
         return launch._step(lambda *args: None, (), args, places)
 
 
-def test_calls_that_a_layer_adds_are_few(monkeypatch, real_kernels):
+@pytest.mark.parametrize("held", [0, 40, 64])
+def test_calls_that_a_layer_adds_are_few(held, monkeypatch, real_kernels):
+    """Of a whole prompt, and of chunks that begin inside of a block, or with one."""
     monkeypatch.setattr(launch, "Ordinary", Unlaunched)
-    ids = make_ids(LENGTH)
+    ids = make_ids(held + LENGTH)
     counts = {}
     for attached in (False, True):
         for layers in (3, 8):
             model = make_model("llama", dtype=torch.float16, num_hidden_layers=layers)
             if attached:
                 attach(model, seer.TopK(0.2))
-            for _ in range(3):
-                logits_of(model, ids, logits_to_keep=1, use_cache=False)
-            counts[attached, layers] = count_calls(
-                lambda model=model: logits_of(model, ids, logits_to_keep=1, use_cache=False)
-            )
+            for _ in range(4):
+                options: dict = {"use_cache": False}
+                if held:
+                    options = {"past_key_values": DynamicCache(config=model.config)}
+                    logits_of(model, ids[:, :held], **options)
+                counts[attached, layers] = count_calls(
+                    lambda: logits_of(model, ids[:, held:], logits_to_keep=1, **options)  # noqa: B023
+                )
     dense, sparse = ((counts[attached, 8] - counts[attached, 3]) / 5 for attached in (False, True))
     assert sparse - dense <= MOST_CALLS, f"{sparse:.1f} calls a layer, {dense:.1f} of a dense one"
     assert sparse > dense
