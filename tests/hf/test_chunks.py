@@ -15,6 +15,7 @@ from plan_cases import in_chunks
 from seerattention.gates import PrefillGate
 from seerattention.hf import FAMILIES
 from seerattention.hf.history import keys_before_rope
+from seerattention.hf.state import state_of
 from seerattention.ops.span import Span
 from seerattention.selectors import GateSelector
 from tiny_models import Watched
@@ -208,6 +209,29 @@ def test_chunks_that_are_dense_say_why(model_of, ids_of, what):
     with pytest.warns(UserWarning, match=words):
         logits = second_chunk(model, True)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_that_changes_between_forwards_is_noticed(model_of, ids_of):
+    """Once it was seen to be the decoder's it is looked at again where what it is made of is another."""
+    model, ids = attach(model_of("llama"), seer.TopK(0.5)), ids_of(LENGTH)
+    in_chunks(model, ids, [64, 128])
+    state, rotary = state_of(model), model.model.rotary_emb
+    seen = dict(state.tables)
+    assert list(seen) == [None]
+    in_chunks(model, ids, [64, 128])
+    assert state.tables == seen
+    rotary.inv_freq.mul_(0.5)  # for queries, keys and the table of what is cached alike
+    in_chunks(model, ids, [64, 128])
+    assert state.tables[None][1:] != seen[None][1:]
+    turned = []
+
+    def turn(module, args, output):
+        turned.append(1)
+        return output if len(turned) % 2 else (output[1], output[0])
+
+    rotary.register_forward_hook(turn)
+    with pytest.warns(UserWarning, match="is not the one that the decoder makes"):
+        in_chunks(model, ids, [64, 128])
 
 
 @pytest.mark.parametrize("scaling", [1.0, 1.3])

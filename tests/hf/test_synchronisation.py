@@ -28,7 +28,7 @@ from seerattention.ops.pooled_attention.arguments import Wanted
 from seerattention.ops.span import Span
 
 # Ops that wait for the device, or whose results have a shape that depends on values.
-READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+READS = ("_local_scalar_dense", "is_nonzero", "allclose", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
 POLICIES = [
     seer.Threshold(0.1),
     seer.Threshold(0.1, last_blocks_dense=2),
@@ -119,6 +119,27 @@ def test_the_oracle_does_not_wait(model_of, monkeypatch):
     ids = torch.ones(1, 333, dtype=torch.long, device="meta")
     found = waits_of(model, monkeypatch, input_ids=ids)
     assert found == {}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_chunks_wait_once_per_forward_for_what_they_are_given(model, monkeypatch, given):
+    """Where the decoder counts, one forward looks at its rotary table, and others at nothing; never once a layer."""
+    monkeypatch.setattr(custom_op, "tracing", lambda: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
+    cache, found = DynamicCache(config=model.config), []
+    with torch.no_grad(), Waits() as waits, seer.record(model) as stats:
+        for start in range(0, 320, 80):
+            ids = torch.ones(1, 80, dtype=torch.long, device="meta")
+            positions = torch.arange(start, start + 80, device="meta")[None] if given else None
+            model(ids, past_key_values=cache, position_ids=positions)
+            found.append({key: count for key, count in waits.found.items() if key[0] != "elsewhere"})
+            waits.found.clear()
+    assert (stats.sparse_calls, stats.dense_calls) == (16, 0)
+    table = {("<genexpr>", "allclose"): 2}
+    asked = {(name, "_local_scalar_dense"): 1 for name in ("positions_run_on", "positions_end_at")}
+    own = {**asked, **table} if given else {}
+    once = {("_turns_back", "_local_scalar_dense"): 1}
+    assert found[1:] == [{**table, **own, **once}, own, own]  # in the first one gates move to the device
 
 
 @pytest.mark.parametrize(

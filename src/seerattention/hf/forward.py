@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..ops.replay import capturing, of_capture
 from .generation import take_prepared
@@ -274,6 +275,13 @@ class Forward:
             self.facts[name] = int(held), cache  # kept, so that its id is its own
         return self.facts[name][0]
 
+    def _tokens_on_cache(self) -> int | None:
+        """Tokens of a cache that knows their number, those of this forward included once they are in it, as they are
+        when attention asks; None: it would have to be waited for, or there is no cache."""
+        arguments = None if self._arguments is None else self._arguments()
+        cache = None if arguments is None else arguments.get("past_key_values")
+        return cache.get_seq_length() if type(cache) is DynamicCache else None
+
     def positions_run_on(self, position_ids: Tensor | None, padding: Tensor | None) -> bool:
         """Whether the content's positions rise by one from token to token (they restart in packed sequences).
 
@@ -297,9 +305,11 @@ class Forward:
     def positions_end_at(self, position_ids: Tensor | None, padding: Tensor | None, keys: int) -> bool:
         """Whether the last slot of every row of a chunk holds its last token, and its position counts all tokens of the
         row: ``keys``, or as many as ``padding [B, keys]`` says; rows that hold none yet are right too. The answer waits
-        for the device once a forward."""
+        for the device once a forward, but for positions that the decoder made itself for a cache that it counts."""
         if position_ids is None or position_ids.dim() != 2 or capturing(position_ids.device):
             return False
+        if self.positions_are_made and padding is None and (counted := self._tokens_on_cache()) is not None:
+            return counted == keys
         name = ("ends", id(position_ids), id(padding), keys)
         if name not in self.facts:
             if padding is None:

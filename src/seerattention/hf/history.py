@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import Span, inverse_rope
 from .forward import Call, Forward
@@ -31,8 +31,11 @@ OTHER_ROTATION = "turning keys back by the rotary table does not give what they 
 
 
 def history_problem(call: Call, forward: Forward, key: Tensor) -> str | None:
-    """Why the keys ``[B, Hkv, Tk, D]`` of a layer cannot be turned back, or None. Waits for the device once a forward,
-    and once a model."""
+    """Why the keys ``[B, Hkv, Tk, D]`` of a layer cannot be turned back, or None.
+
+    Waits for the device once a model, and once a forward whose positions were given; where the decoder counts them, the
+    table was looked at in an earlier forward.
+    """
     rotary: Any = getattr(call.layer.model.decoder, "rotary_emb", None)
     if rotary is None:
         return NO_TABLE
@@ -40,20 +43,48 @@ def history_problem(call: Call, forward: Forward, key: Tensor) -> str | None:
     kind = _layer_type(call)
     if (types.get(kind) if isinstance(types, dict) else types) in _CHANGING_TABLES:
         return CHANGING_TABLE
-    cos, sin = history_table(call, forward, key.shape[2])
-    known = forward.facts.get(("same table", kind))
+    state, name = call.layer.model, ("same table", kind)
+    known = forward.facts.get(name)
     if known is None:
-        length, places = call.cos.shape[1], call.position_ids
-        places = torch.arange(key.shape[2] - length, key.shape[2])[None] if places is None else places
-        places = places.to(cos.device).clamp(0, key.shape[2] - 1)
-        same = [torch.allclose(table[0, places], given) for table, given in ((cos, call.cos), (sin, call.sin))]
-        known = forward.facts[("same table", kind)] = all(same)
+        seen = (rotary, *_frequencies(rotary, kind))
+        if forward.positions_are_made and _are_the_same(state.tables.get(kind, ()), seen):
+            known = True
+        else:
+            known = _is_that_of_the_decoder(call, forward, key.shape[2])
+            if known and forward.positions_are_made:
+                state.tables[kind] = seen
+        forward.facts[name] = known
     if not known:
         return OTHER_TABLE
-    state = call.layer.model
     if state.turns_back is None:
         state.turns_back = _turns_back(call, key)
     return None if state.turns_back else OTHER_ROTATION
+
+
+def _frequencies(rotary: Any, kind: str | None) -> tuple[Any, ...]:
+    """All that a rotary table follows from, beside positions."""
+    prefix = "" if kind is None else f"{kind}_"
+    frequencies = getattr(rotary, f"{prefix}inv_freq", None)
+    if frequencies is None or frequencies.is_inference():  # of which nobody counts changes
+        return (object(),)
+    hooks = tuple(rotary._forward_hooks), tuple(rotary._forward_pre_hooks)
+    scale = getattr(rotary, f"{prefix}attention_scaling", None)
+    return frequencies, frequencies._version, scale, rotary.__dict__.get("forward"), hooks
+
+
+def _are_the_same(known: tuple[Any, ...], seen: tuple[Any, ...]) -> bool:
+    return len(known) == len(seen) and all(
+        x is y or (not isinstance(x, Tensor | nn.Module) and x == y) for x, y in zip(known, seen, strict=True)
+    )
+
+
+def _is_that_of_the_decoder(call: Call, forward: Forward, keys: int) -> bool:
+    """Whether the table of a call is what the decoder makes for its positions, the last of ``keys``. Waits."""
+    cos, sin = history_table(call, forward, keys)
+    length, places = call.cos.shape[1], call.position_ids
+    places = torch.arange(keys - length, keys)[None] if places is None else places
+    places = places.to(cos.device).clamp(0, keys - 1)
+    return all(torch.allclose(table[0, places], given) for table, given in ((cos, call.cos), (sin, call.sin)))
 
 
 def history_table(call: Call, forward: Forward, length: int) -> tuple[Tensor, Tensor]:

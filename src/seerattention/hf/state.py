@@ -74,6 +74,8 @@ class ModelState:
     decodes: bool = False
     # Whether keys can be turned back by the rotary table (``history.py``); None: not tried yet.
     turns_back: bool | None = None
+    # What the decoder's rotary tables follow from, by kind of layer, once they were seen to be those of its layers.
+    tables: dict[str | None, tuple[Any, ...]] = field(default_factory=dict)
     listeners: list[InPlace] = field(default_factory=list)
     # Whether the hooks of the layers are taken away, see ``parking.py``.
     parked: bool = False
@@ -83,7 +85,7 @@ class ModelState:
     _hooks: list[Any] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_forwards": set(), "_minimums": {}}
+        return {**self.__dict__, "_forwards": set(), "_minimums": {}, "tables": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
