@@ -35,6 +35,7 @@ SHARES = {
     "test_pooled_attention_decode.py": 5,
     "test_block_selection.py": 4,
     "test_gate_scores.py": 2,
+    "test_chunk_replay.py": 3,
     "test_pooled_attention.py": 3,
 }
 

@@ -132,7 +132,9 @@ def test_chunks_wait_once_per_forward_for_what_they_are_given(model, monkeypatch
             ids = torch.ones(1, 80, dtype=torch.long, device="meta")
             positions = torch.arange(start, start + 80, device="meta")[None] if given else None
             model(ids, past_key_values=cache, position_ids=positions)
-            found.append({key: count for key, count in waits.found.items() if key[0] != "elsewhere"})
+            # Early versions of transformers say by a tensor where the queries of a mask begin.
+            ours = {key: count for key, count in waits.found.items() if key[0] not in ("elsewhere", "_first_query")}
+            found.append(ours)
             waits.found.clear()
     assert (stats.sparse_calls, stats.dense_calls) == (16, 0)
     table = {("<genexpr>", "allclose"): 2}
