@@ -247,7 +247,9 @@ def inverse_rope(module, target):
     x = tensors(128, torch.bfloat16)[0]
     for width in (128, 64):
         table = torch.zeros(1, x.shape[2], width)
-        yield f"128 {width}", functools.partial(module.inverse_rope, x, table, table, torch.empty_like(x))
+        for name, recent in (("", None), (" recent", x[:, :, 64:])):
+            out = torch.empty_like(x)
+            yield f"128 {width}{name}", functools.partial(module.inverse_rope, x, table, table, recent, out)
 
 
 def gate_scores(module, target):

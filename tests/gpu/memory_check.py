@@ -73,6 +73,7 @@ def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype,
         ops.pooled_attention(q, k, lengths=lengths, reduce=reduce, implementation=implementation)
     table = torch.rand(1, keys, head_dim // 2, device=DEVICE)
     ops.inverse_rope(k, table, table + 0.1)
+    ops.inverse_rope(k, table, table + 0.1, recent=k[:, :, k.shape[2] // 3 :])
     tokens = BlockIndices.from_mask(torch.ones(2, 2, 1, blocks, dtype=torch.bool, device=DEVICE), 64)
     tokens = BlockIndices(tokens.indices, tokens.counts, blocks, 64, by_token=True)
     ops.block_sparse_decode(q[:, :, -1:], k, v, tokens, return_lse=True)

@@ -22,18 +22,20 @@ def _tokens(p_old, p_recent, o_d, m_old, m_recent, m_d, RECENT: tl.constexpr):
     return b_x
 
 
-@triton.jit(do_not_specialize=["heads", "length", "old"])  # another length must not compile it again
+@triton.jit(do_not_specialize=["rows", "heads", "length", "old"])  # another length must not compile it again
 def inverse_rope_kernel(
-    p_x, p_cos, p_sin, p_recent, p_out, heads, length, old, s_x_b, s_x_h, s_x_t, s_recent_b, s_recent_h, s_recent_t,
-    s_out_b, s_out_h, s_out_t, s_cos_b, s_cos_t, s_sin_b, s_sin_t,
+    p_x, p_cos, p_sin, p_recent, p_out, rows, heads, length, old, s_x_b, s_x_h, s_x_t, s_recent_b, s_recent_h,
+    s_recent_t, s_out_b, s_out_h, s_out_t, s_cos_b, s_cos_t, s_sin_b, s_sin_t,
     HALF: tl.constexpr, REST: tl.constexpr, PADDED_HALF: tl.constexpr, PADDED_REST: tl.constexpr,
     TOKENS: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one head. Channels o_d and o_d + HALF turn together; the REST behind them do not. RECENT: tokens
     from ``old`` on are taken as they are."""
-    i_bh = tl.program_id(1).to(tl.int64)
+    # Programs that run at one time are neighbours: those of the same tokens in all ``rows``, so that what they read of
+    # the table comes from memory once.
+    i_bh = tl.program_id(0).to(tl.int64) % rows
     i_b, i_h = i_bh // heads, i_bh % heads
-    o_t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    o_t = tl.program_id(0).to(tl.int64) // rows * TOKENS + tl.arange(0, TOKENS)
     o_d = tl.arange(0, PADDED_HALF)
     m_t, m_d = o_t < length, o_d < HALF
     m_old, m_recent = m_t & (o_t < old), m_t & (o_t >= old)
@@ -73,12 +75,13 @@ def inverse_rope(x: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | None, out
     width = cos.shape[-1]
     launch(
         inverse_rope_kernel,
-        (triton.cdiv(length, TOKENS), batch * heads),
+        (triton.cdiv(length, TOKENS) * batch * heads,),
         x,
         cos,
         sin,
         recent,
         out,
+        batch * heads,
         heads,
         length,
         length if recent is None else length - recent.shape[2],
