@@ -3,12 +3,14 @@
     python -m benchmarks.host --model smollm2-135m qwen2.5-0.5b llama-3.1-8b --lengths 2048 8192 32768
     python -m benchmarks.host --model smollm2-135m --lengths 8192 --ways eager graphs decode
     python -m benchmarks.host --model smollm2-135m --ways shipped     # with the default min_context
+    python -m benchmarks.host --model qwen3-4b --lengths 32768 --ways chunk --layers 12 --densities 0.1
     python -m benchmarks.host --device cpu --tiny                                    # a rehearsal, in seconds
 
 Ways: ``eager``, a prompt in one forward, logits of the last token only, no cache kept; ``shipped``, the same with the
 ``min_context`` that gates have where nobody says one, below which prompts are dense; ``graphs``, with a cache, dense
 and sparse captured in a CUDA graph each and replayed, dense without a mask (transformers makes one while a graph is
-captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many.
+captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many; ``chunk``, the last
+``--chunk`` tokens on a cache of all before them, dense attention being cuDNN's in two parts as in ``benchmarks.e2e``.
 ``wall``: until the device is done. ``host``: until the call returns, the device being idle before; where kernels are
 short the host is what a forward waits for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a
 layer" is sparse minus dense, over the layers. Both are timed in turns, and all cases of a model are profiled after all
@@ -43,12 +45,12 @@ from seerattention.evaluate.timing import warm_seconds
 
 from .command import PROMPT, ModelBenchmark, case_of, make_table, metric, model_parser
 from .e2e import check_model
-from .models import num_layers, random_tokens, unmasked, without_layers
+from .models import lower_right, num_layers, random_tokens, unmasked, without_layers
 from .results import own_arguments
 
 Step = Callable[[], object]
 
-WAYS = ("eager", "shipped", "graphs", "decode")
+WAYS = ("eager", "shipped", "graphs", "decode", "chunk")
 # Steps before a measurement: they compile, and find out what can be launched again.
 _WARM = 4
 # Relative difference of last logits, of a graph's replay from the call that it was captured of.
@@ -84,7 +86,8 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
     for length, density, way in itertools.product(lengths, options.densities, options.ways):
         case = {"model": name, "length": length, "density": density, "layers": model.config.num_hidden_layers}
         case |= {"dtype": str(model.dtype).removeprefix("torch."), **({} if way == "eager" else {"way": way})}
-        sides = _Sides(model, random_tokens(name, length).to(model.device), way, density)
+        case |= {"chunk": options.chunk} if way == "chunk" else {}
+        sides = _Sides(model, random_tokens(name, length).to(model.device), way, density, options.chunk)
         try:
             timed.append((case, sides, _times(sides, options)))
         except (RuntimeError, WrongResultError) as error:  # out of memory, a capture that failed
@@ -125,6 +128,7 @@ class _Sides:
     """Dense and sparse runs of one case.
 
     Attributes:
+        chunk: tokens of a chunk, where it is one.
         min_context, is_sparse: of what is shipped: its default, and whether these prompts are sparse.
     """
 
@@ -132,18 +136,23 @@ class _Sides:
     ids: Tensor
     way: str
     density: float
+    chunk: int
     min_context: int | None = None
     is_sparse: bool = True
 
     @contextmanager
     def step(self, kind: str) -> Iterator[Step]:
         """A step of one of them."""
-        if kind == "sparse":
-            side: AbstractContextManager[object] = self._sparse()
-        else:
-            side = _without_mask(self.model) if self.way == "graphs" else nullcontext()
-        with side:
-            yield _STEPS[self.way](self.model, self.ids)
+        with self._sparse() if kind == "sparse" else self._dense():
+            yield self._step(self.way)
+
+    def _step(self, way: str) -> Step:
+        return _chunk(self.model, self.ids, self.chunk) if way == "chunk" else _STEPS[way](self.model, self.ids)
+
+    def _dense(self) -> AbstractContextManager[object]:
+        """With attention as fast as there is."""
+        names = {"graphs": unmasked, "chunk": lower_right}
+        return _with_attention(self.model, names[self.way]()) if self.way in names else nullcontext()
 
     def kernels(self, kind: str) -> tuple[float, int]:
         """See :func:`_kernels`."""
@@ -165,7 +174,7 @@ class _Sides:
         seer.attach(self.model, gates, min_context=None if shipped else 0, **chosen)
         try:
             with seer.record(self.model) as stats, torch.inference_mode():
-                _STEPS["eager" if self.way == "graphs" else self.way](self.model, self.ids)()
+                self._step("eager" if self.way == "graphs" else self.way)()
             self.min_context, self.is_sparse = stats.min_context, bool(stats.sparse_calls)
             if not (self.is_sparse or shipped):
                 raise WrongResultError(f"no layer was attended sparsely ({self.way})")
@@ -177,8 +186,9 @@ class _Sides:
 def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]]]:
     """Seconds without layers, and medians of both sides, taken in turns."""
     device, repeats = sides.ids.device, options.repeats
+    ids = sides.ids[:, -sides.chunk :] if sides.way == "chunk" else sides.ids
     with without_layers(sides.model):
-        fixed = statistics.median(wall for wall, _ in _timed(_prompt(sides.model, sides.ids), device, repeats))
+        fixed = statistics.median(wall for wall, _ in _timed(_prompt(sides.model, ids), device, repeats))
     timed: dict[str, list[tuple[float, float]]] = {"dense": [], "sparse": []}
     for _ in range(options.turns):
         for kind, times in timed.items():
@@ -191,10 +201,10 @@ def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str,
 
 
 @contextmanager
-def _without_mask(model: Any) -> Iterator[None]:
-    """Dense attention as fast in a graph as outside of it."""
+def _with_attention(model: Any, name: str) -> Iterator[None]:
+    """Dense attention by another implementation."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(unmasked())
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -242,6 +252,22 @@ def _decoding(model: Any, ids: Tensor) -> Step:
     return lambda: model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
 
+def _chunk(model: Any, ids: Tensor, tokens: int) -> Step:
+    """The last tokens of a prompt on a cache of those before, which is then cropped to what it was."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        for part in ids[:, :-tokens].split(tokens, dim=1):
+            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last = ids[:, -tokens:].clone()
+
+    def step() -> Tensor:
+        logits = model(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cache.crop(-tokens)
+        return logits
+
+    return step
+
+
 _STEPS: dict[str, Callable[[Any, Tensor], Step]] = {
     "eager": _prompt, "shipped": _prompt, "graphs": _captured, "decode": _decoding,
 }  # fmt: skip
@@ -271,6 +297,7 @@ def _kernels(step: Step, device: torch.device) -> tuple[float, int]:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.host", __doc__, check_length=2048)
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a chunk, shorter than the prompt")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2])
     parser.add_argument("--no-profile", dest="profile", action="store_false", help="no times of kernels, nor launches")
     parser.add_argument("--turns", type=int, default=3, help="of dense and sparse, each of so many repeats")

@@ -80,6 +80,21 @@ def test_host_of_a_step(tmp_path):
     assert [result["case"].get("way") for result in results_of(tmp_path, "host")] == [None, "decode"]
 
 
+def test_host_of_a_chunk(tmp_path):
+    """The cache is as long in every repeat, and chunks are sparse."""
+    options = ["--layers", "2", "--densities", "0.5", "--ways", "chunk", "--chunk", "128", "--output", str(tmp_path)]
+    assert benchmarks.host.main([*TINY, *options]) == 0
+    (result,) = results_of(tmp_path, "host")
+    assert (result["case"]["way"], result["case"]["chunk"]) == ("chunk", 128)
+    assert 0 < result["without_layers_s"] < result["metrics"]["dense_wall_s"]
+    model, ids = benchmarks.models.build_model("tiny", 2, torch.device("cpu"), torch.float32), torch.arange(256)[None]
+    with torch.inference_mode():
+        step = benchmarks.host._chunk(model, ids, 128)
+        first = step()
+        torch.testing.assert_close(first, step(), rtol=0, atol=0)
+        torch.testing.assert_close(first, model(ids, logits_to_keep=1).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_e2e_times_no_wrong_model(tmp_path, monkeypatch, capsys):
     right = seerattention.hf.attention.block_sparse_attention
     monkeypatch.setattr(
