@@ -13,6 +13,7 @@ import collections
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -250,6 +251,11 @@ def inverse_rope(module, target):
         for name, recent in (("", None), (" recent", x[:, :, 64:])):
             out = torch.empty_like(x)
             yield f"128 {width}{name}", functools.partial(module.inverse_rope, x, table, table, recent, out)
+    for head_dim, block_size in itertools.product((128, 64, 256), (64, 8, 128)):
+        x = tensors(head_dim, torch.bfloat16)[0]
+        table = torch.zeros(1, x.shape[2], head_dim)
+        given = x, table, table, x[:, :, 64:], ("max", "min", "avg"), block_size
+        yield f"pooled {head_dim} {block_size}", functools.partial(module.pooled_inverse_rope, *given)
 
 
 def gate_scores(module, target):

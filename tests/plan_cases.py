@@ -5,6 +5,8 @@ Kernels run in Triton's interpreter, as if the CPU were a GPU; ``tests/gpu/test_
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -46,19 +48,6 @@ class Mixing:
         out.copy_(q + 2 * k + 3 * v + (q_pre + 2 * k_pre) * turn + weight + number)
 
 
-class Turning:
-    """In the place of the kernel that turns the keys of a cache back."""
-
-    def __getitem__(self, grid):
-        return self.run
-
-    @staticmethod
-    def run(*args):
-        *tensors, views = args
-        x, cos, sin, *recent, out = (x.as_strided(*view) for x, view in zip(tensors, views, strict=True))
-        inverse_rope(x, cos, sin, recent=recent[0] if recent else None, out=out, implementation="reference")
-
-
 @pytest.fixture
 def on_a_gpu(monkeypatch, request):
     """The CPU passes for a GPU, on which kernels are interpreted."""
@@ -82,14 +71,7 @@ def on_a_gpu(monkeypatch, request):
         launch.launch(Mixing(), (1,), *tensors, number, views)
         return tensors[-1]
 
-    def turn_back(x, cos, sin, recent=None):
-        out = torch.empty(x.shape, dtype=x.dtype)
-        tensors = (x, cos, sin, recent, out) if recent is not None else (x, cos, sin, out)
-        launch.launch(Turning(), (1,), *tensors, [(x.shape, x.stride()) for x in tensors])
-        return out
-
     def select(selector, inputs):
-        assert inputs.k_pre.shape == inputs.k.shape
         span = inputs.span or Span(*inputs.q.shape[:3:2], inputs.k.shape[2])
         shape = span.batch, inputs.q.shape[1], span.num_rows(32), span.num_key_blocks(32)
         return BlockIndices.from_mask(torch.ones(shape, dtype=torch.bool), 32, span=inputs.span)
@@ -99,8 +81,7 @@ def on_a_gpu(monkeypatch, request):
 
     monkeypatch.setattr(selectors.GateSelector, "_select", lambda selector, inputs: (inputs, selector.policy))
     monkeypatch.setattr(selectors, "block_sparse_attention", mix)
-    for module in (selectors, history):
-        monkeypatch.setattr(module, "inverse_rope", turn_back)
+    monkeypatch.setattr(history, "inverse_rope", functools.partial(inverse_rope, implementation="reference"))
     monkeypatch.setattr(selectors.GateSelector, "select", select)
     monkeypatch.setattr(seer_attention, "block_sparse_attention", attend)
 

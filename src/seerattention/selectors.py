@@ -36,8 +36,8 @@ class LayerInputs:
         layer: index of the layer.
         q: ``[B, Hq, Tq, D]`` after RoPE.
         k, v: ``[B, Hkv, Tk, D]``, k after RoPE.
-        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back,
-            which :meth:`turned_back` does: until then k_pre may hold those of the queries only, ``[B, Hkv, Tq, D]``.
+        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back. What
+            :class:`GateSelector` gets may hold those of the queries only, ``[B, Hkv, Tq, D]``: see :meth:`turned_back`.
             Where the model's RoPE turns neighbouring channels, these are in the order of halves, as cos and sin are.
         cos, sin: ``[B or 1, Tk, rotary_dim]``, the model's rotary table at the keys' positions.
         lengths: int64 ``[B]``, valid tokens of each row; None: all.
@@ -64,10 +64,14 @@ class LayerInputs:
     phase: str = "prefill"
     span: Span | None = None
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether ``k_pre`` is of all keys, and not of those of the queries alone."""
+        return self.k_pre.shape[2] == self.k.shape[2]
+
     def turned_back(self) -> LayerInputs:
         """The same with ``k_pre`` of all keys."""
-        old = self.k.shape[2] - self.k_pre.shape[2]
-        if not old:
+        if self.holds_all:
             return self
         keys = inverse_rope(self.k, self.cos, self.sin, recent=self.k_pre)
         return dataclasses.replace(self, k_pre=keys)
@@ -80,6 +84,7 @@ class LayerInputs:
         """
         if self.gate is None:
             raise ValueError(f"layer {self.layer} has no gate (sliding window, or attached without gates)")
+        cached = {} if self.holds_all else {"cached": self.k}
         return self.gate(
             self.q_pre,
             self.k_pre,
@@ -89,6 +94,7 @@ class LayerInputs:
             lengths=self.lengths,
             masked=masked,
             span=self.span,
+            **cached,
         )
 
 
@@ -210,11 +216,12 @@ class GateSelector(Selector):
             return read_lists(chosen)
 
         parameters, settings = replayed
-        tensors = (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters)
+        cached = () if inputs.holds_all else (inputs.k,)
+        tensors = (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters, *cached)
         indices, counts = _LISTS.call(select, tensors, *settings, self.policy, inputs.span)
         if chosen is not None:
             return chosen
-        num = num_blocks(inputs.k_pre.shape[2], gate.block_size)
+        num = num_blocks(inputs.k.shape[2], gate.block_size)
         return ordered_lists(indices, counts, num, gate.block_size, span=inputs.span)
 
     def attend_at_once(self, inputs: LayerInputs) -> Tensor | None:
@@ -225,7 +232,7 @@ class GateSelector(Selector):
             return None
 
         def attend() -> tuple[Tensor]:
-            blocks = self._select(inputs.turned_back())
+            blocks = self._select(inputs)
             return (cast(Tensor, block_sparse_attention(inputs.q, inputs.k, inputs.v, blocks, scale=inputs.scale)),)
 
         tensors, settings = at_once

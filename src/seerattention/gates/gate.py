@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DecodeGateConfig, GateSpec, PrefillGateConfig, SubBlockGateConfig
+from ..ops.inverse_rope import inverse_rope
 from ..ops.span import START, Span
 from .state import HISTORY, KeyState, Lengths
 
@@ -64,6 +65,16 @@ class BlockGate(nn.Module, ABC):
             ``[B, H, N, W]`` from position 0 on, the last and perhaps partial block included, as :meth:`score` takes it.
             What lies behind a row's last block is undefined.
         """
+
+    def encode_cached_keys(self, k: Tensor, recent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """:meth:`encode_keys` of rows without padding, of which all but the last tokens come from a cache.
+
+        Args:
+            k: ``[B, Hkv, T, head_dim]`` after RoPE.
+            recent: ``[B, Hkv, R, head_dim]``, the last tokens before RoPE.
+            cos, sin: of all T.
+        """
+        return self.encode_keys(inverse_rope(k, cos, sin, recent=recent), cos, sin)
 
     @abstractmethod
     def encode_queries(
@@ -150,6 +161,7 @@ class BlockGate(nn.Module, ABC):
         lengths: Tensor | None = None,
         masked: bool = True,
         span: Span | None = None,
+        cached: Tensor | None = None,
     ) -> Tensor:
         """Score every key block for every query block of a whole prompt, or of a chunk.
 
@@ -168,6 +180,8 @@ class BlockGate(nn.Module, ABC):
                 (policies do).
             span: of a chunk, which of the positions of k its queries are. Content comes first in every row; the table
                 is that of k, and one for all rows.
+            cached: ``[B, Hkv, Tk, head_dim]``, all keys *after* RoPE, of a chunk on a cache of rows without padding. k
+                holds those of the queries only then; those before them are turned back.
 
         Returns:
             float32 ``[B, Hq, R, N]``, scaled and not yet normalised, -inf above the block diagonal. Rows may be padded
@@ -184,9 +198,12 @@ class BlockGate(nn.Module, ABC):
                 "encode_keys, encode_queries and score, or pass their span"
             )
         if span is not None:
-            keys = self.encode_keys(k, cos, sin, lengths=lengths)
-            if span.plain:  # a view, so that all that is done are launches
-                own = cos[:, k.shape[2] - length :], sin[:, k.shape[2] - length :]
+            if cached is not None:
+                keys = self.encode_cached_keys(cached, k, cos, sin)
+            else:
+                keys = self.encode_keys(k, cos, sin, lengths=lengths)
+            if span.plain:  # views, so that all that is done are launches
+                own = cos[:, span.keys - length :], sin[:, span.keys - length :]
             else:
                 positions = span.column(START, q.device)[:, None] + torch.arange(length, device=q.device)
                 positions = positions.clamp(max=k.shape[2] - 1)

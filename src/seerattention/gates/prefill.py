@@ -11,6 +11,7 @@ from ..config import PrefillGateConfig, SubBlockGateConfig
 from ..ops.block_pooling import block_pooling
 from ..ops.gate_scores import encode_blocks, gate_scores
 from ..ops.gate_scores.prompt import Encoding, encode_prompt
+from ..ops.inverse_rope import pooled_inverse_rope
 from ..ops.span import LENGTH, QUERY_SLOT, START, Span
 from .gate import BlockGate, check_rotary_width, draw_projection
 from .state import KeyState, Lengths
@@ -91,6 +92,15 @@ class PrefillGate(BlockGate):
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=k.device)
         return self._encode_key_blocks(k, cos, sin, lengths=lengths, pitch=self.k_pitch)
+
+    def encode_cached_keys(self, k: Tensor, recent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See :meth:`BlockGate.encode_cached_keys`; turned back and pooled in one pass."""
+        if "launches_by_geometry" not in type(self).__dict__:  # a subclass may encode in its own way
+            return super().encode_cached_keys(k, recent, cos, sin)
+        self.check_tokens("k", k, self.num_kv_heads, cos)
+        kinds = self.config.k_pooling
+        pooled = pooled_inverse_rope(k.detach(), cos, sin, kinds, block_size=self.k_pitch, recent=recent.detach())
+        return self._encode(pooled, self.k_linear, cos, sin, self.k_pitch)
 
     def _encode_key_blocks(
         self, k: Tensor, cos: Tensor | None, sin: Tensor | None, lengths: Tensor | None, pitch: int = 1

@@ -232,7 +232,7 @@ def _attend_prompt(arguments: Arguments, call: Call, forward: Forward) -> tuple[
                 forward.sparse = True
                 make_plan(forward, call, arguments, inputs, captured, gated)
                 return out.transpose(1, 2).contiguous(), None
-            inputs = inputs.turned_back()
+            inputs = inputs if type(selector) is GateSelector else inputs.turned_back()
             if selector is not None and wants_sparse:
                 blocks = _select(selector, inputs, _min_context(layer, inputs.q.device))
         else:

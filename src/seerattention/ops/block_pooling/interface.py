@@ -59,13 +59,9 @@ def block_pooling(
         TypeError: an unsupported dtype.
     """
     dispatch.check_floating(OP, x=x)
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"{OP}: block_size must be a multiple of 4 from 4 to 128, got {block_size}")
+    kinds = check_pooling(kinds, block_size)
     if x.dim() != 4 or x.shape[2] == 0:
         raise ValueError(f"{OP}: x must be [B, H, T, D] with at least one token, got {tuple(x.shape)}")
-    kinds = tuple(kinds)
-    if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS):
-        raise ValueError(f"{OP}: kinds must be a non-empty choice of {KINDS} without repeats, got {kinds}")
     if lengths is not None:
         if lengths.shape != x.shape[:1] or lengths.is_floating_point():
             raise ValueError(
@@ -88,6 +84,16 @@ def block_pooling(
     num = span.num_rows(align) * (align // block_size)
     offset = (span.keys - span.queries) % align if span.plain else 0
     return _block_pooling(x, ",".join(kinds), block_size, Grid(num, offset, align, span.table), implementation)
+
+
+def check_pooling(kinds: Sequence[str], block_size: int) -> tuple[str, ...]:
+    """The kinds; raises ValueError where they, or the size of blocks, are not known."""
+    kinds = tuple(kinds)
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{OP}: block_size must be a multiple of 4 from 4 to 128, got {block_size}")
+    if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS):
+        raise ValueError(f"{OP}: kinds must be a non-empty choice of {KINDS} without repeats, got {kinds}")
+    return kinds
 
 
 def _fake(x: Tensor, kinds: str, grid: Grid) -> Tensor:

@@ -1,5 +1,5 @@
 """Keys as they were before RoPE, from keys after it."""
 
-from .interface import inverse_rope
+from .interface import inverse_rope, pooled_inverse_rope
 
-__all__ = ["inverse_rope"]
+__all__ = ["inverse_rope", "pooled_inverse_rope"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..block_pooling import block_pooling
+from ..block_pooling.interface import check_pooling
 
 OP = "inverse_rope"
 IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
@@ -37,18 +41,7 @@ def inverse_rope(
         ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
         TypeError: x is not floating point.
     """
-    dispatch.check_floating(OP, x=x)
-    if x.dim() != 4:
-        raise ValueError(f"{OP}: x must be [B, H, T, D], got {tuple(x.shape)}")
-    batch, _, length, head_dim = x.shape
-    fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == length
-    if not fits or cos.shape[2] % 2 or not 0 < cos.shape[2] <= head_dim:
-        raise ValueError(
-            f"{OP}: cos and sin must be [{batch} or 1, {length}, rotary_dim] with an even rotary_dim up to {head_dim}, "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
-    if recent is not None:
-        _check_recent(x, recent)
+    _check(x, cos, sin, recent)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     elif out.shape != x.shape or out.dtype != x.dtype or (out.numel() and out.stride(-1) != 1):
@@ -61,8 +54,51 @@ def inverse_rope(
     return out
 
 
-def _check_recent(x: Tensor, recent: Tensor) -> None:
+@torch.no_grad()
+def pooled_inverse_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, kinds: Sequence[str], *,
+    block_size: int = 64, recent: Tensor | None = None, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Pooled blocks of what :func:`inverse_rope` gives: ``block_pooling(inverse_rope(x, ...), kinds, ...)``.
+
+    The kernel reads the keys of a cache once and writes nothing of their length; averages may differ in the last bits.
+
+    Args:
+        x, cos, sin, recent: as in :func:`inverse_rope`.
+        kinds, block_size: as in :func:`block_pooling`; blocks of another number of tokens than a power of two are
+            pooled in two steps.
+        implementation: ``"reference"`` (two steps), ``"triton"`` or None (automatic: the kernel on GPUs).
+
+    Returns:
+        ``[B, H, ceil(T / block_size), len(kinds) * D]``, dtype of x.
+
+    Raises:
+        ValueError, TypeError: as the two.
+    """
+    _check(x, cos, sin, recent)
+    name = dispatch.choose_implementation(OP, implementation, x.device, IMPLEMENTATIONS)
+    if name == "reference" or block_size & (block_size - 1) or not x.shape[2]:
+        back = inverse_rope(x, cos, sin, recent=recent, implementation=implementation)
+        return block_pooling(back, kinds, block_size=block_size, implementation=implementation)
+    kinds = check_pooling(kinds, block_size)
+    function = dispatch.load(__package__, IMPLEMENTATIONS[name].module, "pooled_inverse_rope")
+    return function(x, cos, sin, recent, kinds, block_size)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | None) -> None:
+    """Raise where what is to be turned back and its table do not fit each other."""
+    dispatch.check_floating(OP, x=x)
+    if x.dim() != 4:
+        raise ValueError(f"{OP}: x must be [B, H, T, D], got {tuple(x.shape)}")
     batch, heads, length, head_dim = x.shape
+    fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1] == length
+    if not fits or cos.shape[2] % 2 or not 0 < cos.shape[2] <= head_dim:
+        raise ValueError(
+            f"{OP}: cos and sin must be [{batch} or 1, {length}, rotary_dim] with an even rotary_dim up to {head_dim}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if recent is None:
+        return
     fits = recent.dim() == 4 and (*recent.shape[:2], recent.shape[3]) == (batch, heads, head_dim)
     if not fits or recent.shape[2] > length or recent.dtype != x.dtype or recent.device != x.device:
         raise ValueError(
