@@ -32,6 +32,7 @@ from seerattention.ops.block_pooling.reference import Grid
 from seerattention.ops.block_selection.reference import Rule
 from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.indices import BlockIndices
+from seerattention.ops.inverse_rope.interface import MOST_POOLED
 from seerattention.ops.pooled_attention.arguments import REDUCTIONS, Wanted
 from seerattention.ops.span import Pages, Span
 from seerattention.ops.token_scores.reference import Row
@@ -252,8 +253,10 @@ def inverse_rope(module, target):
             out = torch.empty_like(x)
             yield f"128 {width}{name}", functools.partial(module.inverse_rope, x, table, table, recent, out)
     for head_dim, block_size in itertools.product((128, 64, 256), (64, 8, 128)):
+        if head_dim * block_size > MOST_POOLED:
+            continue
         x = tensors(head_dim, torch.bfloat16)[0]
-        table = torch.zeros(1, x.shape[2], head_dim)
+        table = torch.zeros(1, x.shape[2], head_dim, dtype=x.dtype)
         given = x, table, table, x[:, :, 64:], ("max", "min", "avg"), block_size
         yield f"pooled {head_dim} {block_size}", functools.partial(module.pooled_inverse_rope, *given)
 

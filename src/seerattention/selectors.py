@@ -36,8 +36,8 @@ class LayerInputs:
         layer: index of the layer.
         q: ``[B, Hq, Tq, D]`` after RoPE.
         k, v: ``[B, Hkv, Tk, D]``, k after RoPE.
-        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back. What
-            :class:`GateSelector` gets may hold those of the queries only, ``[B, Hkv, Tq, D]``: see :meth:`turned_back`.
+        q_pre, k_pre: the same as q and k before RoPE (what gates read). Keys that were in the cache are turned back; a
+            :class:`GateSelector` may get those of the queries only, ``[B, Hkv, Tq, D]``, see :meth:`turned_back`.
             Where the model's RoPE turns neighbouring channels, these are in the order of halves, as cos and sin are.
         cos, sin: ``[B or 1, Tk, rotary_dim]``, the model's rotary table at the keys' positions.
         lengths: int64 ``[B]``, valid tokens of each row; None: all.

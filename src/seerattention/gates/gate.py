@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DecodeGateConfig, GateSpec, PrefillGateConfig, SubBlockGateConfig
-from ..ops.inverse_rope import inverse_rope
-from ..ops.span import START, Span
+from ..ops import Span, inverse_rope
+from ..ops.span import START
 from .state import HISTORY, KeyState, Lengths
 
 # Fresh projections are the identity on pooled means plus noise of about this relative size.
@@ -151,18 +151,10 @@ class BlockGate(nn.Module, ABC):
         return KeyState(self.k_pitch, history)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        rows: Tensor | None = None,
-        lengths: Tensor | None = None,
-        masked: bool = True,
-        span: Span | None = None,
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *,
+        rows: Tensor | None = None, lengths: Tensor | None = None, masked: bool = True, span: Span | None = None,
         cached: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Score every key block for every query block of a whole prompt, or of a chunk.
 
         Differentiable with respect to the parameters; q and k are constants. Pooling runs in the dtype of q, the linear

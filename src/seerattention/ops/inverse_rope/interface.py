@@ -12,6 +12,8 @@ from ..block_pooling import block_pooling
 from ..block_pooling.interface import check_pooling
 
 OP = "inverse_rope"
+# Numbers that a Triton program pools.
+MOST_POOLED = 1 << 14
 IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 
 
@@ -65,8 +67,8 @@ def pooled_inverse_rope(
 
     Args:
         x, cos, sin, recent: as in :func:`inverse_rope`.
-        kinds, block_size: as in :func:`block_pooling`; blocks of another number of tokens than a power of two are
-            pooled in two steps.
+        kinds, block_size: as in :func:`block_pooling`. Blocks of another number of tokens than a power of two take two
+            steps, and so do blocks of 128 tokens of more than 128 channels.
         implementation: ``"reference"`` (two steps), ``"triton"`` or None (automatic: the kernel on GPUs).
 
     Returns:
@@ -77,7 +79,8 @@ def pooled_inverse_rope(
     """
     _check(x, cos, sin, recent)
     name = dispatch.choose_implementation(OP, implementation, x.device, IMPLEMENTATIONS)
-    if name == "reference" or block_size & (block_size - 1) or not x.shape[2]:
+    many = max(64, block_size) * x.shape[3] > MOST_POOLED
+    if name == "reference" or many or block_size & (block_size - 1) or not x.shape[2]:
         back = inverse_rope(x, cos, sin, recent=recent, implementation=implementation)
         return block_pooling(back, kinds, block_size=block_size, implementation=implementation)
     kinds = check_pooling(kinds, block_size)

@@ -16,31 +16,37 @@ from ..triton_launch import launch
 
 TOKENS = 32
 # Tokens of a program that pools, where blocks are not longer; and numbers of x that a warp of one holds.
-POOLED_TOKENS, NUMBERS_PER_WARP = 64, 2048
+POOLED_TOKENS, NUMBERS_PER_WARP = 64, 1024
 
 
 @triton.jit
-def _tokens(p_old, p_recent, o_d, m_old, m_recent, m_d, RECENT: tl.constexpr):
-    """Channels ``o_d`` of tokens from where they lie."""
-    b_x = tl.load(p_old + o_d[None, :], mask=m_old[:, None] & m_d[None, :], other=0.0)
+def _load(p_row, p_last, o_d, m_t, m_old, m_d, whole, RECENT: tl.constexpr):
+    """Channels ``o_d`` of tokens, [TOKENS, channels], 0 of those that are not there; old ones lie at ``p_row``, others
+    at ``p_last``. ``whole``: all are old, as nearly always."""
     if RECENT:
-        b_recent = tl.load(p_recent + o_d[None, :], mask=m_recent[:, None] & m_d[None, :], other=0.0)
-        b_x = tl.where(m_recent[:, None], b_recent, b_x)
+        if whole:
+            b_x = tl.load(p_row + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_row + o_d[None, :], mask=m_old[:, None] & m_d[None, :], other=0.0)
+            b_last = tl.load(p_last + o_d[None, :], mask=(m_t & ~m_old)[:, None] & m_d[None, :], other=0.0)
+            b_x = tl.where(m_old[:, None], b_x, b_last)
+    else:
+        b_x = tl.load(p_row + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)
     return b_x
 
 
 @triton.jit
 def _turned_back(
-    p_row, p_last, p_cos, p_sin, o_d, m_old, m_recent, HALF: tl.constexpr, RECENT: tl.constexpr
+    p_row, p_last, p_cos, p_sin, o_d, m_t, m_old, whole, HALF: tl.constexpr, RECENT: tl.constexpr
 ):  # fmt: skip
-    """The two halves of the channels that turn together, [TOKENS, HALF] in the dtype of x, 0 of tokens in neither mask;
-    the table, which repeats its halves, at rows ``p_cos`` and ``p_sin``."""
+    """The two halves of the channels that turn together, [TOKENS, HALF] in the dtype of x, 0 of tokens that are not
+    there; as they are of those that are not old. The table repeats its halves."""
     m_d = o_d < HALF
     m_turned = m_old[:, None] & m_d[None, :]
     b_cos = tl.load(p_cos + o_d[None, :], mask=m_turned, other=1.0).to(tl.float32)
     b_sin = tl.load(p_sin + o_d[None, :], mask=m_turned, other=0.0).to(tl.float32)
-    b_low_x = _tokens(p_row, p_last, o_d, m_old, m_recent, m_d, RECENT)
-    b_high_x = _tokens(p_row, p_last, HALF + o_d, m_old, m_recent, m_d, RECENT)
+    b_low_x = _load(p_row, p_last, o_d, m_t, m_old, m_d, whole, RECENT)
+    b_high_x = _load(p_row + HALF, p_last + HALF, o_d, m_t, m_old, m_d, whole, RECENT)
     b_low, b_high = b_low_x.to(tl.float32), b_high_x.to(tl.float32)
     b_norm = 1.0 / (b_cos * b_cos + b_sin * b_sin)
     b_back = ((b_low * b_cos + b_high * b_sin) * b_norm).to(b_low_x.dtype)
@@ -54,7 +60,8 @@ def _places(
     p_x, p_cos, p_sin, p_recent, rows, heads, length, old, s_x_b, s_x_h, s_x_t, s_recent_b, s_recent_h, s_recent_t,
     s_cos_b, s_cos_t, s_sin_b, s_sin_t, TOKENS: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
-    """Row and head of a program, its tokens, which of them are turned back and which are taken, and where they lie.
+    """Row and head of a program, its tokens, which of them are there and which are to be turned back; and where these
+    and their rows of the table lie.
 
     Programs that run at one time are neighbours: those of the same tokens in all ``rows``, so that what they read of
     the table comes from memory once.
@@ -62,14 +69,15 @@ def _places(
     i_bh = tl.program_id(0).to(tl.int64) % rows
     i_b, i_h = i_bh // heads, i_bh % heads
     o_t = tl.program_id(0).to(tl.int64) // rows * TOKENS + tl.arange(0, TOKENS)
-    m_old, m_recent = (o_t < length) & (o_t < old), (o_t < length) & (o_t >= old)
+    m_t = o_t < length
+    m_old = m_t & (o_t < old)
     p_row = p_x + i_b * s_x_b + i_h * s_x_h + o_t[:, None] * s_x_t
     p_last = p_row
     if RECENT:
         p_last = p_recent + i_b * s_recent_b + i_h * s_recent_h + (o_t - old)[:, None] * s_recent_t
     p_cos_rows = p_cos + i_b * s_cos_b + o_t[:, None] * s_cos_t
     p_sin_rows = p_sin + i_b * s_sin_b + o_t[:, None] * s_sin_t
-    return i_b, i_h, o_t, m_old, m_recent, p_row, p_last, p_cos_rows, p_sin_rows
+    return i_b, i_h, o_t, m_t, m_old, p_row, p_last, p_cos_rows, p_sin_rows
 
 
 _SIZES = ["rows", "heads", "length", "old", "num"]  # another length must not compile it again
@@ -84,20 +92,22 @@ def inverse_rope_kernel(
 ):  # fmt: skip
     """TOKENS tokens of one head. Channels o_d and o_d + HALF turn together; the REST behind them do not. RECENT: tokens
     from ``old`` on are taken as they are."""
-    i_b, i_h, o_t, m_old, m_recent, p_row, p_last, p_own_cos, p_own_sin = _places(
+    i_b, i_h, o_t, m_t, m_old, p_row, p_last, p_own_cos, p_own_sin = _places(
         p_x, p_cos, p_sin, p_recent, rows, heads, length, old, s_x_b, s_x_h, s_x_t, s_recent_b, s_recent_h, s_recent_t,
         s_cos_b, s_cos_t, s_sin_b, s_sin_t, TOKENS, RECENT,
     )  # fmt: skip
     o_d = tl.arange(0, PADDED_HALF)
-    m_t = o_t < length
     m_x = m_t[:, None] & (o_d < HALF)[None, :]
-    b_low, b_high = _turned_back(p_row, p_last, p_own_cos, p_own_sin, o_d, m_old, m_recent, HALF, RECENT)
+    whole = (tl.program_id(0) // rows + 1) * TOKENS <= old
+    b_low, b_high = _turned_back(
+        p_row, p_last, p_own_cos, p_own_sin, o_d, m_t, m_old, whole, HALF, RECENT
+    )  # fmt: skip
     p_to = p_out + i_b * s_out_b + i_h * s_out_h + o_t[:, None] * s_out_t
     tl.store(p_to + o_d[None, :], b_low, mask=m_x)
     tl.store(p_to + HALF + o_d[None, :], b_high, mask=m_x)
     if REST > 0:
         o_r = tl.arange(0, PADDED_REST)
-        b_rest = _tokens(p_row, p_last, 2 * HALF + o_r, m_old, m_recent, o_r < REST, RECENT)
+        b_rest = _load(p_row + 2 * HALF, p_last + 2 * HALF, o_r, m_t, m_old, o_r < REST, whole, RECENT)
         tl.store(p_to + 2 * HALF + o_r[None, :], b_rest, mask=m_t[:, None] & (o_r < REST)[None, :])
 
 
@@ -135,13 +145,16 @@ def pooled_inverse_rope_kernel(
     """The same tokens, pooled: ``out [B, H, num, NUM_KINDS * D]``. *_SLOT is the place of a kind, -1 where it is not
     asked for."""
     HEAD_DIM: tl.constexpr = 2 * HALF + REST
-    i_b, i_h, o_t, m_old, m_recent, p_row, p_last, p_own_cos, p_own_sin = _places(
+    i_b, i_h, _, m_t, m_old, p_row, p_last, p_own_cos, p_own_sin = _places(
         p_x, p_cos, p_sin, p_recent, rows, heads, length, old, s_x_b, s_x_h, s_x_t, s_recent_b, s_recent_h, s_recent_t,
         s_cos_b, s_cos_t, s_sin_b, s_sin_t, TOKENS, RECENT,
     )  # fmt: skip
     o_d = tl.arange(0, PADDED_HALF)
-    m_t, m_d = o_t < length, o_d < HALF
-    b_low, b_high = _turned_back(p_row, p_last, p_own_cos, p_own_sin, o_d, m_old, m_recent, HALF, RECENT)
+    m_d = o_d < HALF
+    whole = (tl.program_id(0) // rows + 1) * TOKENS <= old
+    b_low, b_high = _turned_back(
+        p_row, p_last, p_own_cos, p_own_sin, o_d, m_t, m_old, whole, HALF, RECENT
+    )  # fmt: skip
     o_n = tl.program_id(0) // rows * (TOKENS // BLOCK) + tl.arange(0, TOKENS // BLOCK)
     m_n = o_n < num
     p_to = p_out + ((i_b * heads + i_h) * num + o_n) * NUM_KINDS * HEAD_DIM
@@ -149,7 +162,7 @@ def pooled_inverse_rope_kernel(
     _pool(b_high, p_to + HALF, o_d, m_d, m_t, o_n, m_n, length, HEAD_DIM, MAX_SLOT, MIN_SLOT, AVG_SLOT, BLOCK)
     if REST > 0:
         o_r = tl.arange(0, PADDED_REST)
-        b_rest = _tokens(p_row, p_last, 2 * HALF + o_r, m_old, m_recent, o_r < REST, RECENT)
+        b_rest = _load(p_row + 2 * HALF, p_last + 2 * HALF, o_r, m_t, m_old, o_r < REST, whole, RECENT)
         p_to += 2 * HALF
         _pool(b_rest, p_to, o_r, o_r < REST, m_t, o_n, m_n, length, HEAD_DIM, MAX_SLOT, MIN_SLOT, AVG_SLOT, BLOCK)
 
