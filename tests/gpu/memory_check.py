@@ -17,6 +17,7 @@ from seerattention import ops
 from seerattention.gates import PrefillGate, build_gate
 from seerattention.ops import dispatch
 from seerattention.ops.indices import BlockIndices
+from seerattention.ops.inverse_rope import pooled_inverse_rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [
@@ -74,6 +75,7 @@ def launch_attention(head_dim: int, queries: int, keys: int, dtype: torch.dtype,
     table = torch.rand(1, keys, head_dim // 2, device=DEVICE)
     ops.inverse_rope(k, table, table + 0.1)
     ops.inverse_rope(k, table, table + 0.1, recent=k[:, :, k.shape[2] // 3 :])
+    pooled_inverse_rope(k, table, table + 0.1, ("max", "avg"), block_size=8, recent=k[:, :, k.shape[2] // 3 :])
     tokens = BlockIndices.from_mask(torch.ones(2, 2, 1, blocks, dtype=torch.bool, device=DEVICE), 64)
     tokens = BlockIndices(tokens.indices, tokens.counts, blocks, 64, by_token=True)
     ops.block_sparse_decode(q[:, :, -1:], k, v, tokens, return_lse=True)
