@@ -84,6 +84,13 @@ def test_padding_changes_nothing(policy, num_keys, seed, data):
     assert not padded[:, :, content:].any()
 
 
+def test_what_was_written_before_exponents_came_is_written_still():
+    old = {"kind": "relative_threshold", "factor": 2.0, "min_blocks": 4, "first_blocks": 1, "dense_rows": 16}
+    old["last_blocks_dense"] = 0
+    assert RelativeThreshold(2.0).to_dict() == old
+    assert policy_from_dict(old) == RelativeThreshold(2.0, exponent=1)
+
+
 @given(policy=policies)
 def test_json_round_trip(policy):
     assert policy_from_dict(json.loads(json.dumps(policy.to_dict()))) == policy

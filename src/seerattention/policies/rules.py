@@ -102,6 +102,13 @@ class RelativeThreshold(ScorePolicy):
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"exponent must lie in [0, 1], got {self.exponent}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As other policies, without an exponent of 1: it came later, and results are found again by what they say."""
+        told = super().to_dict()
+        if told["exponent"] == 1:
+            del told["exponent"]
+        return told
+
     def factor_of(self, blocks: float) -> float:
         """What uniform attention is multiplied by in a row that may see so many blocks."""
         return float(self.factor * blocks ** (1 - self.exponent))
