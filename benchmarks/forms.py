@@ -124,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shipped = shipped_gates(model, options)
         scorers["shipped"], facts["shipped"] = by_gates(shipped), _cost(shipped)
         hf.attach(model, selector=Streaming(), min_context=0)
+    if options.only:
+        scorers = {name: scorer for name, scorer in scorers.items() if name in options.only}
     policies = fit(model, fitted, scorers, [*options.densities, FIRST_DENSITY], options.exponents)
     two = two_stages(trained, policies)
     if two:
@@ -295,6 +297,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--variants", nargs="*", default=["8x8", "8x4", "8x8-mass"], choices=list(VARIANTS))
     parser.add_argument("--target", choices=TARGETS, help="of variants that do not name one; default: row_mass")
     parser.add_argument("--references", action="store_true", help="gates that come with it, XAttention, true maps")
+    parser.add_argument("--only", nargs="+", help="of all these, what is measured: e.g. shipped XAttention 8x8")
     parser.add_argument("--gates", help="folder of the gates of --references; default: those that come with the model")
     parser.add_argument("--data", help="texts to train on; default for testbed and smollm2: the testbed's books")
     parser.add_argument("--held-out", help="texts to measure on; likewise")
