@@ -189,7 +189,7 @@ def chunk(gate, queries, keys, policy, at_once=True, dtype=torch.bfloat16):
 CHUNKS = [(128, 512), (128, 640), (100, 740), (128, 2048)]  # that begin with a block, and inside of one
 POLICIES = [
     seer.TopK(0.2), seer.TopK(0.2, uniform=True), seer.TopK(0.3, last_blocks_dense=1), seer.Threshold(0.1),
-    seer.RelativeThreshold(1.0), seer.TopP(0.7), seer.TokenBudget(128),
+    seer.RelativeThreshold(1.0), seer.RelativeThreshold(0.4, exponent=0.5), seer.TopP(0.7), seer.TokenBudget(128),
     seer.Budget(0.3, blocks=(2.0, 9.0), factors=(0.5, 1.5)),
 ]  # fmt: skip
 
