@@ -198,6 +198,31 @@ def test_the_state_is_cropped_and_shared_like_a_cache():
     torch.testing.assert_close(keys[1:], gate.encode_keys(other, *tables))
 
 
+class Own(PrefillGate):
+    """A form that encodes keys in its own way."""
+
+    def encode_keys(self, k, *tables, **options):
+        return super().encode_keys(k.flip(3), *tables, **options)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "own"])
+@pytest.mark.parametrize("pitches", [(16, 16), (8, 4)])
+@pytest.mark.parametrize("start", [16, 21])
+def test_keys_of_a_cache_are_turned_back(form, pitches, start):
+    """Those after RoPE and the queries' own before it are as good as all of them before it."""
+    gate, (q, k, cos, sin) = make_gate(pitches, **FORMS.get(form, {})), make_inputs(50)
+    if form == "own":
+        gate.__class__ = Own
+    half = HEAD_DIM // 2
+    after = k * cos[:, None] + torch.cat((-k[..., half:], k[..., :half]), -1) * sin[:, None]
+    after[:, :, start:] = float("nan")  # which are not read
+    span = Span(1, 50 - start, 50)
+    found = gate(q[:, :, start:], k[:, :, start:], cos, sin, span=span, cached=after)
+    torch.testing.assert_close(found, gate(q[:, :, start:], k, cos, sin, span=span), rtol=1e-4, atol=1e-4)
+    other = gate(q[:, :, start:], 2 * k[:, :, start:], cos, sin, span=span, cached=after)
+    assert not torch.allclose(found, other)
+
+
 def test_gradients_reach_the_parameters_through_sub_blocks():
     gate, inputs = make_gate((8, 4), q_linear=True), make_inputs(40)
     for rows in (None, torch.tensor([2, 1])):
