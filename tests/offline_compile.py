@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the log is part of the result, and a cache would have none
@@ -374,10 +375,12 @@ def main(names):
             major = gpu.arch // 10 if gpu.backend == "cuda" else 0
             dispatch.capability = lambda device, major=major: major
             for variant, call in calls(module, target):
+                begin = time.process_time()
                 call()
                 compiled = results.pop()
                 assert not results
-                report.append({"op": op, "target": target, "variant": variant, **describe(*compiled)})
+                took = {"seconds": round(time.process_time() - begin, 2)}
+                report.append({"op": op, "target": target, "variant": variant, **took, **describe(*compiled)})
         for name, kernel in kernels.items():  # as they were, for another job with this module
             setattr(module, name, kernel)
     print(json.dumps({"triton": triton.__version__, "kernels": report}, indent=1))

@@ -13,7 +13,7 @@ from decode_models import SPARSE, attend_naively, feed, generate, watched_steps
 from seerattention.ops.span import Span
 from window_models import FORMS, GATES, WINDOW, gated, prompt, same
 
-FAMILIES = ["llama", "phi3", "glm4"]
+FAMILIES = ["llama", *(pytest.param(name, marks=pytest.mark.newest) for name in ("phi3", "glm4"))]
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -35,6 +35,7 @@ def naive_attention(gate, policy, pre, post, scale):
     return attend_naively(logits, policy, gate.block_size, post, scale)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("policy", [SPARSE, seer.TopK(0.3), seer.TopP(0.7)], ids=str)
 @pytest.mark.parametrize(("name", "form"), [("llama", "published"), ("phi3", "published"), ("glm4", "fine")])
 def test_each_step_is_its_definition(model_of, ids_of, name, form, policy):
