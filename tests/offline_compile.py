@@ -316,6 +316,8 @@ def block_selection(module, target):
         rules += [Rule("topk", num, 64, None, 1, keep=keep)]
         rules += [rules[1]._replace(relative=True, min_blocks=4, first_blocks=1)]
         rules += [rules[-1]._replace(bounds=torch.zeros(2, num))]
+        if num == 2048:  # what is added for bounds, and for the softmax, is added to the same rule without
+            del rules[4], rules[2]
         for rule in rules:
             name = f"{rule.kind} {num} {rule.softmax} {rule.relative} {rule.bounds is not None}"
             yield name, functools.partial(module.select, scores, rule)
@@ -323,8 +325,9 @@ def block_selection(module, target):
         scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
         rule = Rule("topp", num, 64, None, 0, 0.5, softmax=True)
         yield f"topp {num} True", functools.partial(module.select, scores, rule)
-        rule = Rule("topk", num, 64, None, 0, keep=keep, diagonal_extra=True)
-        yield f"topk {num}", functools.partial(module.select, scores, rule)
+        if num == 32768:  # half the registers for as many scores a thread
+            rule = Rule("topk", num, 64, None, 0, keep=keep, diagonal_extra=True)
+            yield f"topk {num}", functools.partial(module.select, scores, rule)
     if target == "sm_90":  # a compiler short of registers gave wrong lists of these
         rule = Rule("threshold", 4096, 64, None, 0, 0.0, relative=True, min_blocks=4)
         for dtype in (torch.float32, torch.bfloat16):
