@@ -150,7 +150,6 @@ def test_the_command_of_the_recipes_runs_in_two_processes(tmp_path):
     assert (tmp_path / "gates" / "gates.safetensors").is_file()
 
 
-
 def test_gradients_are_averaged_over_all_rows(tmp_path):
     """The same comparison before AdamW blurs it: gradients themselves, without processes' start-up."""
 
