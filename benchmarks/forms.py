@@ -124,40 +124,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shipped = shipped_gates(model, options)
         scorers["shipped"], facts["shipped"] = by_gates(shipped), _cost(shipped)
         hf.attach(model, selector=Streaming(), min_context=0)
-    policies = fit(model, fitted, scorers, [*options.densities, FIRST_DENSITY])
+    if options.only:
+        scorers = {name: scorer for name, scorer in scorers.items() if name in options.only}
+    policies = fit(model, fitted, scorers, [*options.densities, FIRST_DENSITY], options.exponents)
     two = two_stages(trained, policies)
     if two:
         scorers |= two
-        policies |= fit(model, fitted, two, options.densities)
+        policies |= fit(model, fitted, two, options.densities, options.exponents)
+    tried = {
+        name if exponent == 1 else f"{name}, exponent {exponent:g}": (name, exponent)
+        for name in scorers
+        for exponent in options.exponents
+    }
     at = options.recall_density
-    choices = {name: Trial(scorer, policies[name][at]) for name, scorer in scorers.items()}
+    choices = {title: Trial(scorers[name], policies[name, exponent][at]) for title, (name, exponent) in tried.items()}
     recalls = compare_recall(model, [{"input_ids": document[None]} for document in fitted], choices)
     hf.detach(model)
-    for name, scorer in budget.of(scorers.items(), lambda pair: pair[0]):
-        kept = recalls[name].numbers()
-        facts.setdefault(name, {})["recalls"] = {recall: kept[recall] for recall in RECALLS}
+    for title, (name, exponent) in budget.of(tried.items(), lambda pair: pair[0]):
+        kept = recalls[title].numbers()
+        known = {**facts.get(name, {}), "recalls": {recall: kept[recall] for recall in RECALLS}}
         for density in options.densities:
-            policy = policies[name][density]
-            setting = Setting(name, selector=Trial(scorer, policy))
+            policy = policies[name, exponent][density]
+            setting = Setting(title, selector=Trial(scorers[name], policy))
             (read,) = evaluate_perplexity(model, documents, [setting])
             asked = samples if density in options.task_densities else {}
             found = _numbers(model, read, dense, asked, policy.factor, setting)
-            run.add({"case": {**case, "variant": name, "asked": density}, **found, **facts[name]})
+            run.add({"case": {**case, "variant": title, "asked": density}, **found, **known})
             told = {**found["metrics"], **found["metrics"].get("tasks", {})}
             numbers = ", ".join(f"{key} {value:.3f}" for key, value in told.items() if isinstance(value, float))
-            terminal.say(f"{name} {density:g}: {numbers}")
+            terminal.say(f"{title} {density:g}: {numbers}")
     show(run.results, terminal)
     terminal.say(f"written to {run.path} after {time.monotonic() - started:.0f} s")
     return 0
 
 
 def two_stages(
-    trained: Mapping[str, Sequence[BlockGate]], policies: Mapping[str, Mapping[float, Policy]]
+    trained: Mapping[str, Sequence[BlockGate]], policies: Mapping[tuple[str, float], Mapping[float, Policy]]
 ) -> dict[str, Scorer]:
     """Where both stages were trained."""
     if not {"paper", "8x8"} <= set(trained):
         return {}
-    firsts = {"top-k": STAGES["paper+8x8"], "relative": policies["paper"][FIRST_DENSITY]}
+    firsts = {"top-k": STAGES["paper+8x8"], "relative": policies["paper", next(e for _, e in policies)][FIRST_DENSITY]}
     return {
         f"paper+8x8, {name}": in_two_stages(trained["paper"], trained["8x8"], keep) for name, keep in firsts.items()
     }
@@ -290,6 +297,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--variants", nargs="*", default=["8x8", "8x4", "8x8-mass"], choices=list(VARIANTS))
     parser.add_argument("--target", choices=TARGETS, help="of variants that do not name one; default: row_mass")
     parser.add_argument("--references", action="store_true", help="gates that come with it, XAttention, true maps")
+    parser.add_argument("--only", nargs="+", help="of all these, what is measured: e.g. shipped XAttention 8x8")
     parser.add_argument("--gates", help="folder of the gates of --references; default: those that come with the model")
     parser.add_argument("--data", help="texts to train on; default for testbed and smollm2: the testbed's books")
     parser.add_argument("--held-out", help="texts to measure on; likewise")
@@ -301,6 +309,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--rows", type=float, default=0.25, help="share of the rows in each step's loss")
     parser.add_argument("--rate", type=float, default=2e-3, help="most learning rate")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.15, 0.2])
+    parser.add_argument("--exponents", type=float, nargs="+", default=[1.0], help="of the RelativeThreshold")
     parser.add_argument(
         "--task-densities", type=float, nargs="*", default=[0.15], help="those at which tasks are asked"
     )

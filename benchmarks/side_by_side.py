@@ -139,10 +139,16 @@ def for_inference(gates: Sequence[BlockGate], dtype: torch.dtype) -> list[BlockG
 
 @torch.no_grad()
 def fit(
-    model: nn.Module, documents: Tensor, scorers: Mapping[str, Scorer], densities: Sequence[float]
-) -> dict[str, dict[float, Policy]]:
-    """For each scorer and density, the ``RelativeThreshold`` that keeps so many blocks along dense forwards."""
-    kept = torch.zeros(len(scorers), len(FACTORS), dtype=torch.float64)
+    model: nn.Module,
+    documents: Tensor,
+    scorers: Mapping[str, Scorer],
+    densities: Sequence[float],
+    exponents: Sequence[float] = (1.0,),
+) -> dict[tuple[str, float], dict[float, Policy]]:
+    """For each scorer, exponent, density the ``RelativeThreshold`` that keeps so many blocks along dense forwards."""
+    blocks = num_blocks(documents.shape[1], 64)
+    tried = {exponent: [factor * (blocks / 2) ** (exponent - 1) for factor in FACTORS] for exponent in exponents}
+    kept = torch.zeros(len(scorers), len(exponents), len(FACTORS), dtype=torch.float64)
     total = 0.0
 
     def count(inputs: LayerInputs, _: object) -> None:
@@ -152,7 +158,9 @@ def fit(
         found = []
         for scorer in scorers.values():
             logits = scorer(inputs)
-            found += [RelativeThreshold(factor).select(logits, block_size=64).counts.sum() for factor in FACTORS]
+            for exponent, factors in tried.items():
+                policies = [RelativeThreshold(factor, exponent=exponent) for factor in factors]
+                found += [policy.select(logits, block_size=64).counts.sum() for policy in policies]
         kept.add_(torch.stack(found).cpu().view_as(kept))
 
     with dense(model), observe(model, count):
@@ -160,16 +168,20 @@ def fit(
             run_prompt(model, {"input_ids": document[None].to(next(model.parameters()).device)})
     shares = kept / total
     return {
-        name: {density: RelativeThreshold(_factor_of(shares[place].tolist(), density)) for density in densities}
-        for place, name in enumerate(scorers)
+        (name, exponent): {
+            density: RelativeThreshold(_factor_of(shares[i, j].tolist(), density, factors), exponent=exponent)
+            for density in densities
+        }
+        for i, name in enumerate(scorers)
+        for j, (exponent, factors) in enumerate(tried.items())
     }
 
 
-def _factor_of(shares: Sequence[float], density: float) -> float:
+def _factor_of(shares: Sequence[float], density: float, factors: Sequence[float]) -> float:
     """Between the two factors whose densities lie around, along logarithms; an end where there are none."""
     for i in range(len(shares) - 1):
         high, low = shares[i], shares[i + 1]
         if high >= density > low:
             part = (torch.tensor(high / density).log() / torch.tensor(high / low).log()).item()
-            return float(FACTORS[i] * (FACTORS[i + 1] / FACTORS[i]) ** part)
-    return FACTORS[0] if density > shares[0] else FACTORS[-1]
+            return float(factors[i] * (factors[i + 1] / factors[i]) ** part)
+    return factors[0] if density > shares[0] else factors[-1]

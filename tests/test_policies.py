@@ -33,7 +33,7 @@ policies = st.one_of(
     st.builds(TopK, st.floats(0.01, 1), last, st.booleans()),
     st.builds(TopP, st.floats(0.01, 1), last),
     st.builds(TokenBudget, st.integers(1, 2000), last),
-    st.builds(RelativeThreshold, st.floats(0, 8), *[st.integers(0, 6)] * 3, last),
+    st.builds(RelativeThreshold, st.floats(0, 8), *[st.integers(0, 6)] * 3, last, st.sampled_from([1.0, 0.5, 0.0])),
     st.builds(
         Budget, st.just(0.1), st.just((1, 5, 9)), st.tuples(*[st.floats(0.1, 8)] * 3), *[st.integers(0, 6)] * 2, last
     ),
@@ -84,6 +84,13 @@ def test_padding_changes_nothing(policy, num_keys, seed, data):
     assert not padded[:, :, content:].any()
 
 
+def test_what_was_written_before_exponents_came_is_written_still():
+    old = {"kind": "relative_threshold", "factor": 2.0, "min_blocks": 4, "first_blocks": 1, "dense_rows": 16}
+    old["last_blocks_dense"] = 0
+    assert RelativeThreshold(2.0).to_dict() == old
+    assert policy_from_dict(old) == RelativeThreshold(2.0, exponent=1)
+
+
 @given(policy=policies)
 def test_json_round_trip(policy):
     assert policy_from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
@@ -98,6 +105,7 @@ def test_json_round_trip(policy):
         TopP(0.9),
         TokenBudget(128),
         RelativeThreshold(2.0),
+        RelativeThreshold(0.5, exponent=0.25),
         Budget(0.1, (1,), (2.0,)),
         Dense(),
     ],
@@ -114,17 +122,20 @@ def test_nan_and_empty_rows(policy):
 @given(
     factor=st.floats(0, 6),
     floors=st.tuples(*[st.integers(0, 7)] * 3),
+    exponent=st.sampled_from([1, 0.75, 0.5, 0.0]),
     num_keys=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_relative_threshold_by_hand(factor, floors, num_keys, seed):
+def test_relative_threshold_by_hand(factor, floors, exponent, num_keys, seed):
     min_blocks, first_blocks, dense_rows = floors
+    factor *= 0.3 if exponent < 1 else 1
     logits = make_logits(num_keys, num_keys, 1, 1, seed)
-    found = RelativeThreshold(factor, min_blocks, first_blocks, dense_rows).select(logits, block_size=64).to_mask()
+    policy = RelativeThreshold(factor, min_blocks, first_blocks, dense_rows, exponent=exponent)
+    found = policy.select(logits, block_size=64).to_mask()
     for row in range(num_keys):
         probabilities = logits[0, 0, row, : row + 1].softmax(-1)
-        wanted = {row} | {i for i in range(row) if probabilities[i] * (row + 1) > factor}
+        wanted = {row} | {i for i in range(row) if probabilities[i] * (row + 1) ** exponent > factor}
         if len(wanted) < min_blocks:
             best = sorted(range(row), key=lambda i: (-float(probabilities[i]), i))
             wanted |= set(best[: min_blocks - 1])

@@ -38,7 +38,7 @@ def naive(policy: seer.Policy, scores: list[float], block_size: int) -> set[int]
     if isinstance(policy, RelativeThreshold):
         if own < policy.dense_rows:
             return set(range(own + 1))
-        above = {block for block in range(own) if shares[block] * (own + 1) > policy.factor}
+        above = {block for block in range(own) if shares[block] * (own + 1) > policy.factor_of(own + 1)}
         return {own} | above | set(range(policy.first_blocks)) | set(best[: max(0, policy.min_blocks - 1)])
     if isinstance(policy, seer.Threshold):
         return {own, *(block for block in range(own) if shares[block] > policy.threshold)}

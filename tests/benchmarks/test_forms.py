@@ -150,7 +150,7 @@ def test_thresholds_are_fitted_and_stages_narrow():
     def scorer(inputs):
         return 300 * fine(inputs)  # fresh gates of random weights say nearly the same of all blocks
 
-    policy = fit(model, texts, {"8x8": scorer}, [0.5])["8x8"][0.5]
+    policy = fit(model, texts, {"8x8": scorer}, [0.5])["8x8", 1.0][0.5]
     stages = in_two_stages(gates["paper"], gates["8x8"], seer.TopK(0.3))
     kept, total = 0, 0
 

@@ -25,6 +25,7 @@ POLICIES = {
     "mass": seer.TopP(0.7),
     "everything": seer.TopP(1.0),
     "relative": RelativeThreshold(1.0, min_blocks=3, dense_rows=2),
+    "between": RelativeThreshold(0.4, min_blocks=2, dense_rows=2, exponent=0.5),
     "by position": Budget(0.3, (1, 6), (0.5, 1.5), min_blocks=3),
     "dense": seer.Dense(),
     "published budget": PublishedDecode(tokens=3 * BLOCK),

@@ -12,6 +12,7 @@ from seerattention.ops import block_pooling, replay, triton_launch
 from tiny_models import make_ids, make_model
 
 POLICIES = [seer.TopK(0.3), seer.TokenBudget(128), seer.Threshold(0.05), seer.TopP(0.7), seer.RelativeThreshold(1.5)]
+POLICIES.append(seer.RelativeThreshold(0.4, exponent=0.5))
 POLICIES.append(seer.Budget(0.3, blocks=(2.0, 9.0), factors=(0.5, 1.5)))
 SUB_BLOCKS = seer.GateConfig(prefill=seer.SubBlockGateConfig())
 

@@ -37,6 +37,7 @@ POLICIES = [
     seer.TopP(0.6),
     seer.TokenBudget(64),
     seer.RelativeThreshold(1.0),
+    seer.RelativeThreshold(0.3, exponent=0.5),
     seer.Budget(0.2, (1, 4), (0.1, 1.0)),
 ]
 

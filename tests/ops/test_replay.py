@@ -27,6 +27,7 @@ POLICIES = [
     seer.TokenBudget(64),
     seer.Threshold(0.2),
     seer.RelativeThreshold(1.0, dense_rows=1),
+    seer.RelativeThreshold(0.3, dense_rows=1, exponent=0.5),
     seer.TopP(0.7),
     seer.Budget(0.3, blocks=(2.0, 5.0), factors=(0.5, 1.5)),
 ]

@@ -86,13 +86,14 @@ def seer_attention(
     Returns:
         ``[B, Tq, Hq, D]``, and the attention probabilities ``[B, Hq, Tq, Tk]`` where dense attention gives them.
     """
-    arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    plan = None
     if not torch.compiler.is_dynamo_compiling():
         plan = present_plan()
         if plan is None and (passed := passing()) is not None:
-            return passed.attend(arguments)
-        if plan is not None and plan.single == (query.shape[2] == 1) and (out := plan.attend(arguments)) is not None:
-            return out, None
+            return passed.attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    arguments = Arguments(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if plan is not None and plan.single == (query.shape[2] == 1) and (out := plan.attend(arguments)) is not None:
+        return out, None
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise NotImplementedError("attention sinks and soft-capped attention are not supported by the seer attention")
     if unnoticed(query.shape[2], decodes_sparsely(module.config)):

@@ -7,19 +7,17 @@ fitted for a set of gates (:func:`seerattention.calibrate`), and give the budget
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..ops.block_selection import select_threshold
-from ..ops.block_selection.shares import kept_for_device
 from ..ops.indices import BlockIndices
+from .by_row import factors_by_row
 from .policy import check_count, check_number
 from .rules import Dense, How, ScorePolicy
 
@@ -27,8 +25,6 @@ __all__ = ["Budget", "Budgets", "check_densities", "floor_of", "least_blocks"]
 
 # Blocks that every row of a fitted budget keeps, the diagonal among them: by density, between these.
 MIN_FLOOR, MAX_FLOOR = 2, 4
-# Tables of factors are made for at least so many rows, and twice as many whenever that is too few.
-_LEAST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,7 @@ class Budget(ScorePolicy):
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
         floors: How = {"min_blocks": self.min_blocks, "first_blocks": self.first_blocks}
-        rows = max(_LEAST_ROWS, 1 << (logits.shape[-1] - 1).bit_length())
-        table = _table(self.blocks, self.factors, rows, logits.device)
+        table = factors_by_row(self.blocks, self.factors, logits)
         return select_threshold(logits, table, softmax=True, relative=True, **floors, **how)
 
 
@@ -208,25 +203,3 @@ def _numbers(owner: str, name: str, values: Any) -> tuple[float, ...]:
         if value <= 0:
             raise ValueError(f"{owner}: {name} must be above 0, got {value}")
     return tuple(float(value) for value in values)
-
-
-def _table(blocks: tuple[float, ...], factors: tuple[float, ...], rows: int, device: torch.device) -> Tensor:
-    """Float32 ``[1, rows]``: the factor of each row, kept."""
-    if device.type != "cuda":
-        return _kept_table(blocks, factors, rows, device)
-    return kept_for_device(lambda: _make_table(blocks, factors, rows, device), device, blocks, factors, rows)
-
-
-@torch.no_grad()
-def _make_table(blocks: tuple[float, ...], factors: tuple[float, ...], rows: int, device: torch.device) -> Tensor:
-    """On the device, from numbers that go along with the launches: nothing is copied there, and nothing waits."""
-    seen = torch.arange(1, rows + 1, dtype=torch.float32, device=device).log_()
-    table = torch.full_like(seen, math.log(factors[0]))
-    for (x0, x1), (y0, y1) in zip(itertools.pairwise(blocks), itertools.pairwise(factors), strict=True):
-        low, high = math.log(x0), math.log(x1)
-        table += (seen.clamp(low, high) - low) * (math.log(y1 / y0) / (high - low))
-    return table.exp_()[None]
-
-
-# A model has few policies at a time, and a table is small: 8 KB at 128K tokens.
-_kept_table = functools.lru_cache(maxsize=64)(_make_table)

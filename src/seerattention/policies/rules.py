@@ -15,12 +15,15 @@ from ..ops.block_selection.interface import select_counted
 from ..ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of, share_of_causal
 from ..ops.indices import BlockIndices
 from ..ops.span import Span
+from .by_row import factors_by_row
 from .policy import MOST_TOKENS, Policy, check_count, check_number, check_share
 
 __all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]
 
 How = dict[str, Any]
 """What all selections take: block_size, lengths, span, last_blocks_dense."""
+
+_MOST_BLOCKS = 1 << 20  # of a row
 
 
 class ScorePolicy(Policy):
@@ -77,6 +80,8 @@ class RelativeThreshold(ScorePolicy):
         first_blocks: the first this many blocks, the attention sink, are kept by every row.
         dense_rows: rows that may see at most so many blocks read them all.
         last_blocks_dense: the last this many query blocks of each sequence read everything.
+        exponent: how much the number of blocks counts, from 0 to 1: those above ``factor / n**exponent`` are kept. At 0
+            all rows have the same threshold, and among those of one prompt late ones get fewer blocks.
     """
 
     factor: float
@@ -84,6 +89,7 @@ class RelativeThreshold(ScorePolicy):
     first_blocks: int = 1
     dense_rows: int = 16
     last_blocks_dense: int = 0
+    exponent: float = 1.0
     kind: ClassVar[str] = "relative_threshold"
 
     def __post_init__(self) -> None:
@@ -92,10 +98,28 @@ class RelativeThreshold(ScorePolicy):
             raise ValueError(f"factor must be 0 or more, got {self.factor}")
         for name in ("min_blocks", "first_blocks", "dense_rows", "last_blocks_dense"):
             check_count(name, getattr(self, name))
+        check_number("RelativeThreshold", "exponent", self.exponent)
+        if not 0 <= self.exponent <= 1:
+            raise ValueError(f"exponent must lie in [0, 1], got {self.exponent}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As other policies, without an exponent of 1: it came later, and results are found again by what they say."""
+        told = super().to_dict()
+        if told["exponent"] == 1:
+            del told["exponent"]
+        return told
+
+    def factor_of(self, blocks: float) -> float:
+        """What uniform attention is multiplied by in a row that may see so many blocks."""
+        return float(self.factor * blocks ** (1 - self.exponent))
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
         floors = {name: getattr(self, name) for name in ("min_blocks", "first_blocks", "dense_rows")}
-        return select_threshold(logits, self.factor, softmax=True, relative=True, **floors, **how)
+        factor: float | Tensor = self.factor
+        if self.exponent < 1 and self.factor > 0:
+            ends = (1.0, float(_MOST_BLOCKS))
+            factor = factors_by_row(ends, [self.factor_of(n) for n in ends], logits)
+        return select_threshold(logits, factor, softmax=True, relative=True, **floors, **how)
 
 
 @dataclass(frozen=True)
