@@ -27,7 +27,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 # Files whose tests need one thing that takes long to make: each is run whole, and first, by one process.
-TOGETHER = ("hf/test_tensor_parallel.py", "ops/test_offline_compile.py", "testbed/test_smollm2.py")
+TOGETHER = (
+    "hf/test_tensor_parallel.py",
+    "ops/test_offline_compile.py",
+    "testbed/test_smollm2.py",
+    "test_public_api.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
