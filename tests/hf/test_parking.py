@@ -122,6 +122,7 @@ def test_layers_that_are_compiled_keep_them(part, before):
     torch._dynamo.reset()
 
 
+@pytest.mark.newest
 def test_a_compiled_model_keeps_them():
     model = make()
     logits_of(model, make_ids(SHORT))
