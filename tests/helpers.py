@@ -31,38 +31,6 @@ def fill_empty_with_nan(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", wrap(torch.Tensor.new_empty))
 
 
-def quicken_interpreter() -> None:
-    """Triton's interpreter prepares ``triton.language`` once a launch for device functions, and not at each call of
-    one, which takes half of the time of kernels with many small functions."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    language = interpreter.tl
-    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    prepared: set = set()  # in this launch: what of the language the functions see
-    seen_by: dict = {}
-
-    def launching(executor, *args, **kwargs):
-        prepared.clear()
-        return launch(executor, *args, **kwargs)
-
-    def calling(function, *args, **kwargs):
-        if function not in seen_by:
-            function.rewrite()  # which shows it more
-            seen = list(map(id, function.fn.__globals__.values()))
-            seen_by[function] = (id(language) in seen, id(language.core) in seen)
-        if seen_by[function] not in prepared:
-            patch(function.fn)
-            prepared.add(seen_by[function])
-        try:
-            return function.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launching, calling
-
-
 def make_qkv(
     query_length, key_length, *, heads=4, kv_heads=2, head_dim=64, batch=1, dtype=torch.float32, device="cpu", seed=0
 ):

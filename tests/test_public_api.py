@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -51,30 +52,65 @@ def test_nothing_is_registered_before_attach():
     )
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import seerattention.distillation as room\nassert room.documents.open_documents",
-        "from seerattention.distillation.config import DistillConfig",
-        "import seerattention",
-    ],
-)
-def test_distill_is_the_function_whatever_was_imported_before(first):
-    run(
-        f"{first}\nimport seerattention as seer\nassert callable(seer.distill)\n"
-        "from seerattention.distillation import distill\nassert seer.distill is distill\n"
-        "assert type(seer) is type(__import__('sys'))"
-    )
+# Each in an interpreter that has imported nothing of the package yet.
+FIRSTS = {
+    "room": "import seerattention.distillation as room\nassert room.documents.open_documents",
+    "file": "from seerattention.distillation.config import DistillConfig",
+    "package": "import seerattention",
+}
+CODES = {
+    f"{name} first": f"{first}\nimport seerattention as seer\nassert callable(seer.distill)\n"
+    "from seerattention.distillation import distill\nassert seer.distill is distill\n"
+    "assert type(seer) is type(__import__('sys'))"
+    for name, first in FIRSTS.items()
+} | {
+    "rooms": "import seerattention as seer; assert callable(seer.ops.block_sparse_attention)\n"
+    f"first = {{room: getattr(seer, room) for room in {ROOMS!r}}}\n"
+    "for name in seer.__all__:\n    getattr(seer, name)\n"
+    "for room, module in first.items():\n"
+    "    assert getattr(seer, room) is module and module.__name__ == f'seerattention.{room}'",
+    "former place": "from seerattention.hf.recall import block_recall\nassert 'attention mass' in block_recall.__doc__",
+}
+# One process imports torch and transformers, which takes seconds, and forks before it knows the package.
+FORKS = """
+import json, os, sys, traceback
+import torch, transformers
+from transformers import LlamaForCausalLM
+assert not any(name.partition(".")[0] == "seerattention" for name in sys.modules)
+errors = {}
+for name, code in json.load(sys.stdin).items():
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        error = ""
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            error = traceback.format_exc()
+        os.write(write, error[-4000:].encode())
+        os._exit(0)
+    os.close(write)
+    with open(read) as said:
+        errors[name] = said.read() or ("ended by itself" if os.waitpid(child, 0)[1] else "")
+print(json.dumps(errors))
+"""
 
 
-def test_rooms_are_attributes_without_an_import_of_their_own():
-    run(
-        "import seerattention as seer; assert callable(seer.ops.block_sparse_attention)\n"
-        f"first = {{room: getattr(seer, room) for room in {ROOMS!r}}}\n"
-        "for name in seer.__all__:\n    getattr(seer, name)\n"
-        "for room, module in first.items():\n"
-        "    assert getattr(seer, room) is module and module.__name__ == f'seerattention.{room}'"
+@pytest.fixture(scope="module")
+def errors() -> dict[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input=json.dumps(CODES), capture_output=True, text=True, timeout=300, check=False
     )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("first", FIRSTS)
+def test_distill_is_the_function_whatever_was_imported_before(errors, first):
+    assert not errors[f"{first} first"]
+
+
+def test_rooms_are_attributes_without_an_import_of_their_own(errors):
+    assert not errors["rooms"]
 
 
 def test_every_room_is_offered():
@@ -113,5 +149,5 @@ def test_what_measures_is_found_where_it_was(former, name):
         module.no_such_name  # noqa: B018
 
 
-def test_the_former_place_of_block_recall_works_in_a_fresh_process():
-    run("from seerattention.hf.recall import block_recall\nassert 'attention mass' in block_recall.__doc__")
+def test_the_former_place_of_block_recall_works_in_a_fresh_process(errors):
+    assert not errors["former place"]

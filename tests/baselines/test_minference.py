@@ -27,7 +27,7 @@ def brute_patterns(vertical, slash, last):
         columns = [math.inf] * min(length, minference.FIRST_KEYS) + columns[minference.FIRST_KEYS :]
         diagonals = []
         for distance in range(length - count + 1):
-            total = float(sum(attention[row, length - count + row - distance] for row in range(count)))
+            total = float(attention.diagonal(length - count - distance).sum())
             diagonals.append(math.inf if distance < minference.NEAREST_DIAGONALS else total)
         keys = sorted(range(length), key=lambda c: (-columns[c], c))[: max(vertical, minference.LEAST_VERTICAL)]
         nearest = sorted(range(len(diagonals)), key=lambda d: (-diagonals[d], d))

@@ -54,7 +54,7 @@ def test_losses_of_chunks_are_those_of_the_model():
 
 
 def test_a_whole_run(tmp_path, capsys):
-    options = ["--lengths", "768", "--chunks", "128", "100", "--count", "3", "--documents", "2", "--density", "0.2"]
+    options = ["--lengths", "640", "--chunks", "128", "100", "--count", "2", "--documents", "2", "--density", "0.2"]
     assert main(["--device", "cpu", *options, "--output", str(tmp_path)]) == 0
     (run,) = json.loads((tmp_path / "chunks.json").read_text())["runs"]
     cases = [(result["case"]["attention"], result["case"]["chunk"]) for result in run["results"]]

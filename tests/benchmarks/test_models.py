@@ -130,9 +130,10 @@ def test_distill(tmp_path, form, target):
 
 
 def test_distill_with_two_processes(tmp_path):
-    """Each has prompts of its own, and one writes."""
+    """Each has prompts of its own, and one writes. In the form of the recipes."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     options = [*TINY, "--layers", "2", "--rows", "0.25", "--batch-size", "2", "--output", str(tmp_path)]
+    options += ["--form", "sub_block_shared"]
     said = launch("-m", "benchmarks.distill", *options, env={"PYTHONPATH": paths})
     (result,) = results_of(tmp_path, "distill")
     assert (result["case"]["gpus"], result["case"]["batch_size"]) == (2, 2)

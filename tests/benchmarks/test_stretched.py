@@ -24,7 +24,7 @@ def test_books_are_joined_until_they_are_long_enough():
 
 
 def test_a_whole_run(tmp_path, capsys):
-    options = ["--cases", "none@768", "yarn:2@768", "--count", "2", "--questions", "2", "--documents", "1"]
+    options = ["--cases", "none@512", "yarn:2@512", "--count", "2", "--questions", "2", "--documents", "1"]
     assert main(["--device", "cpu", *options, "--output", str(tmp_path)]) == 0
     (run,) = json.loads((tmp_path / "stretched.json").read_text())["runs"]
     found = {(r["case"]["scaling"], r["case"]["attention"]): r["metrics"] for r in run["results"]}

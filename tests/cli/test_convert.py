@@ -40,22 +40,22 @@ def test_convert(published, tmp_path):
     }
 
 
-def test_convert_errors_are_one_line(tmp_path):
-    done = seer("convert", str(tmp_path / "nothing"), str(tmp_path / "out"))
-    assert done.returncode == 1
+def test_convert_errors_are_one_line(seer_command, tmp_path):
+    done = seer_command("convert", tmp_path / "nothing", tmp_path / "out")
+    assert done.exit_code == 1
     assert "no folder of gates" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_join(tmp_path):
+def test_join(seer_command, tmp_path):
     write_own(tmp_path / "prompts")
     write_own_of_both_phases(tmp_path / "decoding")
     done = seer("join", str(tmp_path / "prompts"), str(tmp_path / "decoding"), str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
     policy = {"kind": "token_budget", "tokens": 64, "last_blocks_dense": 0}
     assert json.loads(done.stdout)["policies"]["decode"] == policy
-    failed = seer("join", str(tmp_path / "decoding"), str(tmp_path / "prompts"), str(tmp_path / "out"))
-    assert failed.returncode == 1
+    failed = seer_command("join", tmp_path / "decoding", tmp_path / "prompts", tmp_path / "out")
+    assert failed.exit_code == 1
     assert "no gates for 'decode'" in failed.stderr
 
 

@@ -75,6 +75,7 @@ def naive_attention(gate, policy, pre, post, scale):
     return attend_naively(logits, policy, gate.block_size, post, scale)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("policy", [SPARSE, seer.TopK(0.3), seer.TopP(0.7), seer.Threshold(0.2)], ids=str)
 @pytest.mark.parametrize(("name", "form"), [("llama", DECODE), ("qwen3", DECODE), ("llama", FINE_DECODE)])
 def test_each_step_is_its_definition(model_of, ids_of, name, form, policy):

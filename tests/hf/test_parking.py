@@ -105,6 +105,7 @@ def test_queries_that_decoding_needs_are_kept():
     assert is_parked(model)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("part", ["", "self_attn", "self_attn.k_proj"])
 @pytest.mark.parametrize("before", [False, True], ids=["parked_before", "from_the_start"])
 def test_layers_that_are_compiled_keep_them(part, before):
@@ -121,6 +122,7 @@ def test_layers_that_are_compiled_keep_them(part, before):
     torch._dynamo.reset()
 
 
+@pytest.mark.newest
 def test_a_compiled_model_keeps_them():
     model = make()
     logits_of(model, make_ids(SHORT))

@@ -36,6 +36,7 @@ def test_layers_repeat_what_the_first_one_did(family, use_cache, repeated, ordin
     assert repeated == ([] if family == "glm4" else 2 * gated[1:])
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("policy", [seer.TopK(0.4), seer.RelativeThreshold(1.0)], ids=str)
 def test_kernels_of_the_package_are_repeated(policy, repeated, ordinary, real_kernels):
     model = make(policy=policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import DynamicCache
 import seerattention as seer
 from decode_models import SPARSE, attend_naively, feed, generate, watched_steps
 from seerattention.ops.span import Span
+from tiny_models import make_ids, make_model
 from window_models import FORMS, GATES, WINDOW, gated, prompt, same
 
-FAMILIES = ["llama", "phi3", "glm4"]
+FAMILIES = ["llama", *(pytest.param(name, marks=pytest.mark.newest) for name in ("phi3", "glm4"))]
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -35,6 +37,7 @@ def naive_attention(gate, policy, pre, post, scale):
     return attend_naively(logits, policy, gate.block_size, post, scale)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("policy", [SPARSE, seer.TopK(0.3), seer.TopP(0.7)], ids=str)
 @pytest.mark.parametrize(("name", "form"), [("llama", "published"), ("phi3", "published"), ("glm4", "fine")])
 def test_each_step_is_its_definition(model_of, ids_of, name, form, policy):
@@ -59,12 +62,17 @@ WAYS = {
 }
 
 
+@functools.cache
+def cached_greedy(name, gates):
+    return generate(gated(make_model(name), gates), prompt(make_ids, 160))
+
+
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decides_as_cached_greedy_decoding(model_of, ids_of, name, way, gates):
     model, ids = gated(model_of(name), gates), prompt(ids_of, 160)
-    expected = generate(model, ids)
+    expected = cached_greedy(name, gates)
     with seer.record(model) as stats, warnings.catch_warnings():
         warnings.filterwarnings("error", "seerattention")
         found = generate(model, ids, **WAYS[way])
@@ -98,22 +106,31 @@ def test_short_chunks_bring_what_windows_need(model_of, ids_of, size):
     same(generate(model, ids, prefill_chunk_size=size), generate(model, ids))
 
 
+PADS = [0, 7, 60, 107]  # one row begins with its last tokens: fewer than a window
+
+
+def model_of_padded_rows(mode):
+    return gated(make_model("qwen3", attn_implementation=mode), "decode", seer.TopK(0.3))
+
+
+@functools.cache
+def rows_alone(mode):
+    model, ids = model_of_padded_rows(mode), make_ids(110, batch=4)
+    return [generate(model, ids[row : row + 1, pad:]) for row, pad in enumerate(PADS)]
+
+
 @pytest.mark.parametrize("mode", ["sdpa", "eager"])
 @pytest.mark.parametrize("way", ["cache", *WAYS])
-def test_left_padded_rows_equal_rows_alone(model_of, ids_of, way, mode):
-    """One row begins with its last tokens: fewer than a window. Speculation takes single rows only."""
+def test_left_padded_rows_equal_rows_alone(way, mode):
+    """Speculation takes single rows only."""
     if way == "prompt lookup":
         pytest.skip("transformers speculates with single rows only")
-    model = gated(model_of("qwen3", attn_implementation=mode), "decode", seer.TopK(0.3))
-    ids, pads = ids_of(110, batch=4), [0, 7, 60, 107]
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
+    model, ids = model_of_padded_rows(mode), make_ids(110, batch=4)
+    mask = torch.stack([(torch.arange(110) >= pad).long() for pad in PADS])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "seerattention")
         tokens, logits = generate(model, ids, attention_mask=mask, **WAYS.get(way, {}))
-    for row, pad in enumerate(pads):
-        alone, expected = generate(model, ids[row : row + 1, pad:])
+    for row, (pad, (alone, expected)) in enumerate(zip(PADS, rows_alone(mode), strict=True)):
         assert torch.equal(tokens[row, pad:], alone[0])
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
 

@@ -143,6 +143,7 @@ def test_layers_repeat_what_the_first_one_did(form, batch, repeats, without_plan
     assert torch.equal(found, without_plans(lambda: decoded(model, batch=batch)))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("form", ["published", "window"])
 @pytest.mark.usefixtures("on_a_gpu", "real_kernels")
 def test_with_the_kernels(form, repeats, on_the_cpu):

@@ -183,6 +183,7 @@ def test_a_compiled_model_without_a_cache_is_dense_and_says_so(model_of, ids_of)
     torch.testing.assert_close(logits, model_of()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.newest
 def test_layers_that_are_compiled_each_for_itself(model_of, ids_of):
     """Regional compilation: one layer's code serves all, prompts of one length after the other."""
     model = attached(model_of())

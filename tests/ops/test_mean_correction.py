@@ -36,17 +36,16 @@ def brute(q, k, v, blocks, scale):
         for h in range(heads):
             mine_k, mine_v = k[b, h // (heads // kv_heads)], v[b, h // (heads // kv_heads)]
             mask = read[b, h // (heads // read.shape[1])]
+            k_means, v_means = (x[: keys // size * size].unflatten(0, (-1, size)).mean(1) for x in (mine_k, mine_v))
             for i in range(queries):
-                logits = [float(mine_k[c] @ q[b, h, i]) * scale for c in range(keys) if mask[i, c]]
-                values = [mine_v[c] for c in range(keys) if mask[i, c]]
-                for j in range((keys - queries + i + 1) // size):
-                    block = slice(j * size, (j + 1) * size)
-                    if not mask[i, block].any():
-                        logits.append(float(mine_k[block].mean(0) @ q[b, h, i]) * scale + math.log(size))
-                        values.append(mine_v[block].mean(0))
-                if logits:
-                    out[b, h, i] = torch.tensor(logits, dtype=torch.float64).softmax(0) @ torch.stack(values)
-                    lse[b, h, i] = torch.tensor(logits, dtype=torch.float64).logsumexp(0)
+                whole = (keys - queries + i + 1) // size
+                unread = ~mask[i, : whole * size].unflatten(0, (whole, size)).any(-1)
+                values = torch.cat([mine_v[mask[i]], v_means[:whole][unread]])
+                logits = torch.cat([mine_k[mask[i]], k_means[:whole][unread]]) @ q[b, h, i] * scale
+                logits[int(mask[i].sum()) :] += math.log(size)
+                if len(logits):
+                    out[b, h, i] = logits.softmax(0) @ values
+                    lse[b, h, i] = logits.logsumexp(0)
     return out, lse
 
 
