@@ -78,12 +78,12 @@ class TrialGate(SubBlockGate):
             draw_projection(self.q_linear, [False, True])
 
     def _encode(
-        self, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int
+        self, pooled: Tensor, linear: Tensor | None, cos: Tensor | None, sin: Tensor | None, pitch: int, offset: int = 0
     ) -> Tensor:
         if self.absmax and linear is self.q_linear:
             most, least, mean = pooled.chunk(3, -1)
             pooled = torch.cat((torch.where(most.abs() >= least.abs(), most, least), mean), -1)
-        return super()._encode(pooled, linear, cos, sin, pitch)
+        return super()._encode(pooled, linear, cos, sin, pitch, offset)
 
     def score(
         self, queries: Tensor, keys: Tensor, *,
