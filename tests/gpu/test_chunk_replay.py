@@ -168,7 +168,7 @@ def count_waits(model, given):
                 model(ids[:, start : start + 600], past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        found.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        found.append(sum("called a synchronizing" in str(warning.message) for warning in caught))
     return found
 
 
