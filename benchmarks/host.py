@@ -27,6 +27,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -51,8 +52,9 @@ from .results import own_arguments
 Step = Callable[[], object]
 
 WAYS = ("eager", "shipped", "graphs", "decode", "chunk")
-# Steps before a measurement: they compile, and find out what can be launched again.
-_WARM = 4
+# Steps before a measurement: they compile, and find out what can be launched again. And seconds: attaching gates leaves
+# the device idle and caches cold, which detaching does not.
+_WARM, _WARM_SECONDS = 4, 0.3
 # Relative difference of last logits, of a graph's replay from the call that it was captured of.
 _SAME = 1e-3
 
@@ -276,8 +278,11 @@ _STEPS: dict[str, Callable[[Any, Tensor], Step]] = {
 @torch.inference_mode()
 def _timed(step: Step, device: torch.device, repeats: int) -> list[tuple[float, float]]:
     """Seconds until the device is done and until the call returns, of so many steps."""
-    for _ in range(_WARM):
+    begun = time.perf_counter()
+    steps = 0
+    while steps < _WARM or time.perf_counter() - begun < _WARM_SECONDS:
         step()
+        steps += 1
     return [warm_seconds(step, device) for _ in range(repeats)]
 
 
