@@ -1,7 +1,6 @@
 """docs/comparison.md: its measured part comes from results, the rest stays as it is written."""
 
 import json
-import math
 import re
 
 import pytest
@@ -108,20 +107,3 @@ def test_comparisons_of_texts_are_held_against_the_gates(committed):
                     assert rows[f"**{REFERENCE}, over dense**"][column] == row[i]
                 else:
                     assert rows[row[0]][column] == row[i + 1]
-
-
-def test_the_table_of_the_older_run_is_that_of_its_file():
-    """The file of layer 1 kept no single questions: its table is not made again, but must say what the file says."""
-    section = DOCUMENT.read_text().partition("## A model that looks up in layer 1")[2].partition("\n## ")[0]
-    rows = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("|")]
-    settings = {item["setting"]: item for item in json.loads((COMMITTED / "layer-1.json").read_text())["settings"]}
-    wide = {cells[0]: cells for cells in rows if len(cells) == 11 and cells[0] in settings}
-    assert wide.keys() == settings.keys()
-    for name, cells in wide.items():
-        item = settings[name]
-        assert cells[2] == f"{100 * item['score']:.0f} %"
-        assert float(cells[1]) == pytest.approx(item["tasks"]["density"], abs=0.0051)
-        assert float(cells[4]) == pytest.approx(item["perplexity"]["density"], abs=0.0051)
-        if item["setting"] != "dense":
-            rise = float(cells[6].partition(" %")[0])
-            assert rise == pytest.approx(100 * math.expm1(item["loss_change"]["mean"]), abs=0.051)
