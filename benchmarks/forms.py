@@ -93,7 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batches, fitted, documents, samples = read_texts(model, tokenizer, options)
     variants = [VARIANTS[name] for name in options.variants]
     run = start_run("forms", "benchmarks.forms", given, device, options.output, options.tiny)
-    budget = Budget(options.budget, terminal)
     (dense,) = evaluate_perplexity(model, documents, [Setting.dense()])
     case = {"model": options.label or options.model, "length": options.length}
     run.add({"case": {**case, "variant": "dense", "asked": 1.0}, **_numbers(model, dense, dense, samples, 1.0)})
@@ -140,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choices = {title: Trial(scorers[name], policies[name, exponent][at]) for title, (name, exponent) in tried.items()}
     recalls = compare_recall(model, [{"input_ids": document[None]} for document in fitted], choices)
     hf.detach(model)
+    budget = Budget(options.budget, terminal)  # of what is measured: it must not end before it begins
     for title, (name, exponent) in budget.of(tried.items(), lambda pair: pair[0]):
         kept = recalls[title].numbers()
         known = {**facts.get(name, {}), "recalls": {recall: kept[recall] for recall in RECALLS}}

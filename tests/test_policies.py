@@ -300,3 +300,14 @@ def test_oracle_selects_by_the_true_maxima():
     # The way through logarithm and softmax may move a probability by a rounding.
     assert (target[differs] - 0.15).abs().max() < 1e-6 if differs.any() else True
     assert 0 < blocks.density() < 0.9
+
+
+def test_first_factors_of_a_calibration_reach_long_prompts():
+    """At an exponent of 0 the factor is a probability: in a prompt of 64K tokens uniform attention gives 0.001."""
+    from seerattention.measure.calibrate import _Factors
+
+    for exponent in (0.0, 0.5, 1.0):
+        tried = _Factors(RelativeThreshold(1.0, exponent=exponent), None).policies
+        relative = [policy.factor_of(1024) for policy in tried]
+        assert min(relative) <= 2**-6
+        assert max(relative) >= 2**8

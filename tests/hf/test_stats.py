@@ -131,12 +131,12 @@ def test_calibrate_reaches_the_density(model_of, ids_of, density, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("density", [0.35, 0.6])
-def test_calibrate_finds_the_factor_of_a_relative_threshold(model_of, ids_of, density, padded):
+@pytest.mark.parametrize(("density", "exponent"), [(0.35, 1.0), (0.6, 1.0), (0.35, 0.5), (0.5, 0.0)])
+def test_calibrate_finds_the_factor_of_a_relative_threshold(model_of, ids_of, density, exponent, padded):
     model = model_of(num_hidden_layers=3)
     attach(model)
     batches = make_batches(ids_of, padded)
-    given = seer.RelativeThreshold(1.0, min_blocks=2, dense_rows=3, last_blocks_dense=1)
+    given = seer.RelativeThreshold(1.0, min_blocks=2, dense_rows=3, last_blocks_dense=1, exponent=exponent)
     policy = seer.calibrate(model, batches, density=density, policy=given)
     assert dataclasses.replace(policy, factor=1.0) == given
     assert state_of(model).policy == policy

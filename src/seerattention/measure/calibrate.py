@@ -114,7 +114,9 @@ class _Factors:
     def __init__(self, given: RelativeThreshold, found: RelativeThreshold | None) -> None:
         policy = given if found is None else found
         if found is None:
-            factors = [2.0 ** (step / 2) for step in range(-12, 17)]
+            # Below the exponent of 1 factors shrink with the number of blocks that a row may see, a thousand at most.
+            least = -12 - round(20 * (1 - given.exponent))
+            factors = [2.0 ** (step / 2) for step in range(least, 17)]
         else:
             factors = [found.factor * 2.0 ** (step / 8) for step in range(-8, 9)]
         self.tried = policy
