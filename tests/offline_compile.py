@@ -15,10 +15,10 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
-import time
 
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the log is part of the result, and a cache would have none
@@ -252,14 +252,12 @@ def inverse_rope(module, target):
     for width in (128, 64):
         table = torch.zeros(1, x.shape[2], width)
         for name, recent in (("", None), (" recent", x[:, :, 64:])):
-            out = torch.empty_like(x)
-            yield f"128 {width}{name}", functools.partial(module.inverse_rope, x, table, table, recent, out)
-    for head_dim, block_size in itertools.product((128, 64, 256), (64, 8, 128)):
-        if head_dim * block_size > MOST_POOLED:
-            continue
+            yield f"128 {width}{name}", functools.partial(module.inverse_rope, x, table, table, recent, x.clone())
+    sizes = itertools.product((128, 64, 256), (64, 8, 128))
+    for head_dim, block_size in (each for each in sizes if math.prod(each) <= MOST_POOLED):
         x = tensors(head_dim, torch.bfloat16)[0]
-        table = torch.zeros(1, x.shape[2], head_dim, dtype=x.dtype)
-        given = x, table, table, x[:, :, 64:], ("max", "min", "avg"), block_size
+        cos = sin = torch.zeros(1, x.shape[2], head_dim, dtype=x.dtype)
+        given = x, cos, sin, x[:, :, 64:], ("max", "min", "avg"), block_size
         yield f"pooled {head_dim} {block_size}", functools.partial(module.pooled_inverse_rope, *given)
 
 
@@ -328,8 +326,6 @@ def block_selection(module, target):
         rules += [Rule("topk", num, 64, None, 1, keep=keep)]
         rules += [rules[1]._replace(relative=True, min_blocks=4, first_blocks=1)]
         rules += [rules[-1]._replace(bounds=torch.zeros(2, num))]
-        if num == 2048:  # what is added for bounds, and for the softmax, is added to the same rule without
-            del rules[4], rules[2]
         for rule in rules:
             name = f"{rule.kind} {num} {rule.softmax} {rule.relative} {rule.bounds is not None}"
             yield name, functools.partial(module.select, scores, rule)
@@ -337,9 +333,8 @@ def block_selection(module, target):
         scores, keep = torch.zeros(1, 1, 1, num), torch.ones(1, 1, dtype=torch.int64)
         rule = Rule("topp", num, 64, None, 0, 0.5, softmax=True)
         yield f"topp {num} True", functools.partial(module.select, scores, rule)
-        if num == 32768:  # half the registers for as many scores a thread
-            rule = Rule("topk", num, 64, None, 0, keep=keep, diagonal_extra=True)
-            yield f"topk {num}", functools.partial(module.select, scores, rule)
+        rule = Rule("topk", num, 64, None, 0, keep=keep, diagonal_extra=True)
+        yield f"topk {num}", functools.partial(module.select, scores, rule)
     if target == "sm_90":  # a compiler short of registers gave wrong lists of these
         rule = Rule("threshold", 4096, 64, None, 0, 0.0, relative=True, min_blocks=4)
         for dtype in (torch.float32, torch.bfloat16):
@@ -390,12 +385,10 @@ def main(names):
             major = gpu.arch // 10 if gpu.backend == "cuda" else 0
             dispatch.capability = lambda device, major=major: major
             for variant, call in calls(module, target):
-                begin = time.process_time()
                 call()
                 compiled = results.pop()
                 assert not results
-                took = {"seconds": round(time.process_time() - begin, 2)}
-                report.append({"op": op, "target": target, "variant": variant, **took, **describe(*compiled)})
+                report.append({"op": op, "target": target, "variant": variant, **describe(*compiled)})
         for name, kernel in kernels.items():  # as they were, for another job with this module
             setattr(module, name, kernel)
     print(json.dumps({"triton": triton.__version__, "kernels": report}, indent=1))
