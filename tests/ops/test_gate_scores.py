@@ -321,6 +321,7 @@ def test_rows_of_single_vectors_that_see_every_block(k_pitch, num_rows, nan_fill
 
 
 def test_gradients_of_sub_blocks():
+    torch.manual_seed(0)  # of some draws two sub-blocks change places within the step: a maximum has a kink there
     q, k = torch.randn(1, 2, 10, 4, requires_grad=True), torch.randn(1, 1, 20, 4, requires_grad=True)
     span = Span(1, 39, 39)  # the last sub-blocks hold no token
     for reduce in ("max", "logsumexp"):
