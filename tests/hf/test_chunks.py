@@ -14,8 +14,8 @@ import seerattention as seer
 from plan_cases import in_chunks
 from seerattention.gates import PrefillGate
 from seerattention.hf import FAMILIES
-from seerattention.hf.history import keys_before_rope
 from seerattention.hf.state import state_of
+from seerattention.ops import inverse_rope
 from seerattention.ops.span import Span
 from seerattention.selectors import GateSelector
 from tiny_models import Watched
@@ -245,7 +245,7 @@ def test_keys_are_turned_back(scaling):
     part = key[..., :12]
     turned = part * cos[:, None] + torch.cat((-part[..., 6:], part[..., :6]), -1) * sin[:, None]
     turned = torch.cat((turned, key[..., 12:]), -1)
-    back = keys_before_rope(turned, cos, sin, key[:, :, 30:])
+    back = inverse_rope(turned, cos, sin, recent=key[:, :, 30:])
     torch.testing.assert_close(back, key, rtol=1e-5, atol=1e-5)
     assert torch.equal(back[:, :, 30:], key[:, :, 30:])
 

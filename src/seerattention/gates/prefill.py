@@ -125,10 +125,10 @@ class PrefillGate(BlockGate):
             pooled = block_pooling(
                 q.detach(), self.config.q_pooling, block_size=pitch, lengths=lengths, span=span, align=self.block_size
             )
-            offset = first % self.block_size
-            if not span.plain or rows is not None:
+            if span.plain and rows is None:
+                offset = first % self.block_size
+            else:
                 cos, sin, pitch = (*_part_starts(cos, sin, span, pitch, pooled.shape[2], self.block_size), 1)
-                offset = 0
         if rows is not None:
             if span is not None and not span.plain:
                 raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..blocks import BlockIndices, completed, shift_left
 from ..gates import DecodeGate, KeyState, TokenStep, select_by_token
+from ..ops import inverse_rope
 from ..ops.block_sparse_decode import block_sparse_decode
 from ..ops.indices import read_lists
 from ..ops.span import START, Span
@@ -33,7 +34,7 @@ from .conditions import (
 )
 from .dense import Arguments
 from .forward import Call, Forward
-from .history import history_problem, history_table, keys_before_rope
+from .history import history_problem, history_table
 from .kept import keep, take_kept
 
 _NO_CACHE = "its cache has no layers, or it came without one"
@@ -270,7 +271,7 @@ def _encode_cache(
         lengths = [length - queries for length in rows.lengths]
         cached = shift_left(cached, rows.padding)
     with torch.inference_mode(False), torch.no_grad():
-        before = keys_before_rope(call.layer.model.family.half_split(cached, cos.shape[-1]), cos, sin)
+        before = inverse_rope(call.layer.model.family.half_split(cached, cos.shape[-1]), cos, sin)
         gate.encode_keys(before, cos, sin, lengths=lengths, state=state)
     return state
 

@@ -68,13 +68,24 @@ def attend_densely(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     attend = dense_function(module, original)
     if original not in ("sdpa", "eager"):
         module = _under_its_own_name(module, original)  # FlashAttention chooses its kernel by the name in the config
-    return attend_by(attend, arguments._replace(module=module))
+    return attend_by(attend, *arguments._replace(module=module))
 
 
-def attend_by(function: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-    """What an attention function of the untouched model gives, with the mask that it would have got."""
-    module, query, key, value, mask, dropout, scaling, options = arguments
-    mask = mask.original() if isinstance(mask, SeerMask) else mask
+def attend_by(
+    function: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout: float,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What an attention function of the untouched model gives, with the mask that it would have got. Arguments by
+    themselves: short prompts, in which every call is felt, have no object of them."""
+    if mask is not None and isinstance(mask, SeerMask):
+        mask = mask.original()
     return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
 
 

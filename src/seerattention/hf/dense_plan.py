@@ -58,7 +58,7 @@ class DensePlan(Plan):
         if not mine or arguments.key.shape[2] != self.keys:
             return None
         self.forward.seen.add(self.layer)
-        return attend_by(self.function, arguments)[0]
+        return attend_by(self.function, *arguments)[0]
 
 
 def make_dense_plan(forward: Forward, call: Call, arguments: Arguments) -> None:

@@ -112,17 +112,6 @@ def chunk_span(lengths: Tensor, queries: int, keys: int) -> Span:
     return Span.of_rows(queries, keys, start=(lengths - queries).clamp(min=0), length=lengths.clamp(max=queries))
 
 
-def keys_before_rope(key: Tensor, cos: Tensor, sin: Tensor, recent: Tensor | None = None) -> Tensor:
-    """``[B, Hkv, Tk, D]`` before RoPE.
-
-    Args:
-        key: ``[B, Hkv, Tk, D]`` after RoPE, channels that it turns together half of rotary_dim apart.
-        cos, sin: ``[1, Tk, rotary_dim]``, halves repeated; what they multiply lengths by is taken back too.
-        recent: ``[B, Hkv, Tq, D]``, the last ones as they were before RoPE; None: they are turned back too.
-    """
-    return inverse_rope(key, cos, sin, recent=recent)
-
-
 def _turns_back(call: Call, key: Tensor) -> bool:
     """Whether that gives what the hooks saw, for the tokens of this chunk."""
     assert call.query is not None

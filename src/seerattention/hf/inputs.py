@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..blocks import shift_left
-from ..ops.span import Span
+from ..ops import Span, inverse_rope
 from ..selectors import LayerInputs
 from .dense import Arguments
 from .forward import Call, Forward
-from .history import chunk_span, history_table, keys_before_rope
+from .history import chunk_span, history_table
 
 
 def layer_inputs(
@@ -34,12 +34,12 @@ def layer_inputs(
         if padding is None:
             span = Span(query.shape[0], queries, keys)
             if family.interleaved:
-                key_pre = keys_before_rope(family.half_split(key, cos.shape[-1]), cos, sin, key_pre)
+                key_pre = inverse_rope(family.half_split(key, cos.shape[-1]), cos, sin, recent=key_pre)
         else:
             lengths = padding.sum(-1)
             span = chunk_span(lengths, queries, keys)
             key, value = (shift_left(x, keys - lengths) for x in (key, value))
-            key_pre = keys_before_rope(family.half_split(key, cos.shape[-1]), cos, sin)
+            key_pre = inverse_rope(family.half_split(key, cos.shape[-1]), cos, sin)
             starts = (queries - lengths).clamp(min=0)
             query, query_pre = shift_left(query, starts), shift_left(query_pre, starts)
     elif padding is not None:

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .dense import Arguments, attend_densely, dense_function
+from .dense import Arguments, attend_by, attend_densely, dense_function
 from .forward import watching
 from .implementation import original_of
-from .masks import SeerMask
 from .untraced import in_compiled_code
 
 if TYPE_CHECKING:
@@ -39,26 +38,18 @@ class Passing:
         self.config: Any = None
         self.function: Callable[..., Any] | None = None
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        dropout: float,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the untouched model computes. As few calls as there can be: a small model feels each of them."""
+    def attend(self, module: nn.Module, *given: Any) -> tuple[Tensor, Tensor | None]:
+        """What the untouched model computes. As few calls as there can be: a small model feels each of them.
+
+        Args:
+            module, given: the fields of :class:`Arguments`.
+        """
         if module.config is not self.config:  # of the first layer: which function it is takes microseconds
             self.config = module.config
             self.function = dense_function(module, "sdpa") if original_of(self.config) == "sdpa" else None
         if self.function is None:
-            return attend_densely(Arguments(module, query, key, value, mask, dropout, scaling, options))
-        if mask is not None and isinstance(mask, SeerMask):
-            mask = mask.original()
-        return self.function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+            return attend_densely(Arguments(module, *given))
+        return attend_by(self.function, module, *given)
 
 
 _passing: ContextVar[Passing | None] = ContextVar("seer_passing", default=None)
