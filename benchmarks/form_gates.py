@@ -20,7 +20,6 @@ from seerattention.ops.span import Span
 from seerattention.policies import Policy
 from seerattention.selectors import LayerInputs, Selector
 
-REDUCTIONS = ("max", "logsumexp", "max_lse", "mass")
 LOSSES = ("kl", "membership", "rank", "not_local", "outside")
 TARGETS = ("max", "row_mass", "both")
 FACTOR = 1.2  # of RelativeThreshold, which says what is a member of the true map's list
@@ -36,9 +35,8 @@ class Variant:
     Attributes:
         name: what results call it.
         form: its spec; ``None``: none is trained.
-        reduce: "max" and "logsumexp" are the package's. "max_lse": of a tile's products the log-sum-exp over key
-            sub-blocks, then the maximum over query sub-blocks. "mass": the same of products that each query sub-block
-            has normalised over all its keys before, which is how a row mass is made.
+        reduce: as the package has it, or "max_lse": of a tile's products the log-sum-exp over key sub-blocks, then the
+            maximum over query sub-blocks ("mass" without its normalised queries).
         absmax: queries are pooled to the value that is farthest from 0 (with its sign) and the average.
         target: what a gate learns of a tile: "max", "row_mass" or "both", the mean of these two maps.
         loss: "kl"; beside it "membership" (balanced cross entropy of which blocks the true map keeps) or "rank"
@@ -58,7 +56,7 @@ class Variant:
         """A fresh gate, float32, drawn from torch's generator."""
         heads = model_config.num_attention_heads
         shape = {"num_heads": heads, "num_kv_heads": model_config.num_key_value_heads, "head_dim": head_dim}
-        if isinstance(self.form, SubBlockGateConfig) and (self.absmax or self.reduce in ("max_lse", "mass")):
+        if isinstance(self.form, SubBlockGateConfig) and (self.absmax or self.reduce == "max_lse"):
             return TrialGate(self, **shape)
         form = self.form
         if isinstance(form, SubBlockGateConfig):
@@ -90,7 +88,7 @@ class TrialGate(SubBlockGate):
         rows: Tensor | None = None, span: Span | None = None, masked: bool = True,
     ) -> Tensor:  # fmt: skip
         """See :meth:`BlockGate.score`."""
-        if self.reduce in ("max", "logsumexp"):
+        if self.reduce != "max_lse":
             return super().score(queries, keys, rows=rows, span=span, masked=masked)
         per_q, per_k = self.block_size // self.q_pitch, self.block_size // self.k_pitch
         columns = -(-keys.shape[2] // per_k)
@@ -104,8 +102,6 @@ class TrialGate(SubBlockGate):
         begin = torch.arange(columns * per_k, device=q.device) * self.k_pitch
         unseen = (begin >= behind[:, None]) | (torch.arange(len(begin), device=q.device) >= keys.shape[2])
         products = products.masked_fill(unseen, float("-inf"))
-        if self.reduce == "mass":
-            products = products.log_softmax(-1)
         # A finite stand-in for tiles without a product keeps gradients finite.
         tiles = products.clamp(min=HIDDEN).unflatten(-1, (columns, per_k)).logsumexp(-1)
         empty = torch.arange(len(behind), device=q.device) >= queries.shape[2]  # behind the last token

@@ -7,10 +7,12 @@
     python -m benchmarks.host --device cpu --tiny                                    # a rehearsal, in seconds
 
 Ways: ``eager``, a prompt in one forward, logits of the last token only, no cache kept; ``shipped``, the same with the
-``min_context`` that gates have where nobody says one, below which prompts are dense; ``graphs``, with a cache, dense
-and sparse captured in a CUDA graph each and replayed, dense without a mask (transformers makes one while a graph is
-captured, which halves the speed of dense attention); ``decode``, one token on a cache of so many; ``chunk``, the last
-``--chunk`` tokens on a cache of all before them, dense attention being cuDNN's in two parts as in ``benchmarks.e2e``.
+``min_context`` that gates have where nobody says one, below which prompts are dense, beside an untouched copy of the
+model, call by call in turns: a percent is asked about there, and the host's own speed changes by more (``over_dense``
+is the median of the ratios of neighbours, with its 95 % interval); ``graphs``, with a cache, dense and sparse captured
+in a CUDA graph each and replayed, dense without a mask (transformers makes one while a graph is captured, which halves
+the speed of dense attention); ``decode``, one token on a cache of so many; ``chunk``, the last ``--chunk`` tokens on a
+cache of all before them, dense attention being cuDNN's in two parts as in ``benchmarks.e2e``.
 ``wall``: until the device is done. ``host``: until the call returns, the device being idle before; where kernels are
 short the host is what a forward waits for. ``gpu``: the sum of its kernels' times, from a profile. "Extra host time a
 layer" is sparse minus dense, over the layers. Both are timed in turns, and all cases of a model are profiled after all
@@ -24,7 +26,10 @@ give what dense attention gives; a case that fails is reported and left.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -97,6 +102,8 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
     for case, sides, (fixed, times) in timed:
         try:
             for kind, found in times.items() if options.profile else ():
+                if kind == "over_dense":
+                    continue
                 found["gpu_s"], found["launches"] = sides.kernels(kind)
         except (RuntimeError, WrongResultError) as error:
             Terminal().say(f"{case} failed: {error}")
@@ -110,6 +117,8 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
 def _metrics(case: dict[str, Any], times: dict[str, dict[str, float]], fixed: float, whole: int) -> dict[str, float]:
     """The numbers of a case, from what was measured of each side."""
     dense, sparse, layers = times["dense"], times["sparse"], case["layers"]
+    times = dict(times)
+    pairs = times.pop("over_dense", None)
 
     def scaled(seconds: float) -> float:
         if layers == whole or case.get("way") == "decode":  # of which the rest is little
@@ -120,6 +129,8 @@ def _metrics(case: dict[str, Any], times: dict[str, dict[str, float]], fixed: fl
     metrics["speedup"] = dense["wall_s"] / sparse["wall_s"]
     metrics["model_speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
+    if pairs:
+        metrics |= {"over_dense": pairs["median"], "over_dense_low": pairs["low"], "over_dense_high": pairs["high"]}
     if "launches" in dense:
         metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
     return metrics
@@ -186,20 +197,49 @@ class _Sides:
 
 
 def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]]]:
-    """Seconds without layers, and medians of both sides, taken in turns."""
+    """Seconds without layers, and medians of both sides, taken in turns; of pairs, the ratios besides."""
     device, repeats = sides.ids.device, options.repeats
     ids = sides.ids[:, -sides.chunk :] if sides.way == "chunk" else sides.ids
     with without_layers(sides.model):
         fixed = statistics.median(wall for wall, _ in _timed(_prompt(sides.model, ids), device, repeats))
     timed: dict[str, list[tuple[float, float]]] = {"dense": [], "sparse": []}
-    for _ in range(options.turns):
-        for kind, times in timed.items():
-            with sides.step(kind) as step:
-                times += _timed(step, device, repeats)
+    if sides.way == "shipped":
+        _time_pairs(sides, timed, options.turns * repeats)
+    else:
+        for _ in range(options.turns):
+            for kind, times in timed.items():
+                with sides.step(kind) as step:
+                    times += _timed(step, device, repeats)
     medians = {
         kind: [statistics.median(column) for column in zip(*times, strict=True)] for kind, times in timed.items()
     }
-    return fixed, {kind: {"wall_s": wall, "host_s": host} for kind, (wall, host) in medians.items()}
+    found = {kind: {"wall_s": wall, "host_s": host} for kind, (wall, host) in medians.items()}
+    if sides.way == "shipped":
+        ratios = [sparse[0] / dense[0] for dense, sparse in zip(timed["dense"], timed["sparse"], strict=True)]
+        found["over_dense"] = median_interval(ratios)
+    return fixed, found
+
+
+@torch.inference_mode()
+def _time_pairs(sides: _Sides, timed: dict[str, list[tuple[float, float]]], pairs: int) -> None:
+    """The untouched model and a copy with gates, one call after the other; which goes first changes."""
+    other = dataclasses.replace(sides, model=copy.deepcopy(sides.model))
+    device = sides.ids.device
+    with sides.step("dense") as dense, other.step("sparse") as sparse:
+        steps = {"dense": dense, "sparse": sparse}
+        for step in steps.values():
+            _warm(step)
+        for number in range(pairs):
+            for kind in ("dense", "sparse") if number % 2 else ("sparse", "dense"):
+                timed[kind].append(warm_seconds(steps[kind], device))
+    sides.min_context, sides.is_sparse = other.min_context, other.is_sparse
+
+
+def median_interval(values: Sequence[float]) -> dict[str, float]:
+    """The median, and the order statistics that hold it with a probability of 95 %."""
+    ordered, count = sorted(values), len(values)
+    aside = max(0, math.floor(count / 2 - 0.98 * math.sqrt(count)) - 1)
+    return {"median": statistics.median(ordered), "low": ordered[aside], "high": ordered[count - 1 - aside]}
 
 
 @contextmanager
@@ -278,12 +318,16 @@ _STEPS: dict[str, Callable[[Any, Tensor], Step]] = {
 @torch.inference_mode()
 def _timed(step: Step, device: torch.device, repeats: int) -> list[tuple[float, float]]:
     """Seconds until the device is done and until the call returns, of so many steps."""
+    _warm(step)
+    return [warm_seconds(step, device) for _ in range(repeats)]
+
+
+def _warm(step: Step) -> None:
     begun = time.perf_counter()
     steps = 0
     while steps < _WARM or time.perf_counter() - begun < _WARM_SECONDS:
         step()
         steps += 1
-    return [warm_seconds(step, device) for _ in range(repeats)]
 
 
 @torch.inference_mode()
@@ -310,6 +354,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _interval(result: dict[str, Any]) -> str:
+    metrics = result["metrics"]
+    if "over_dense" not in metrics:
+        return ""
+    return f"{metrics['over_dense']:.3f} [{metrics['over_dense_low']:.3f}, {metrics['over_dense_high']:.3f}]"
+
+
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     def profiled(name: str, form: str, times: float = 1) -> Callable[[dict[str, Any]], str]:
         return lambda result: metric(name, form, times)(result) if name in result["metrics"] else ""
@@ -325,6 +376,7 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
         ("sparse GPU ms", profiled("sparse_gpu_s", ".4g", 1e3)),
         ("more host ms a layer", metric("extra_host_s_a_layer", ".3f", 1e3)),
         ("more launches a layer", profiled("extra_launches_a_layer", ".1f")),
+        ("over dense, pairs", _interval),
     ]
     return make_table(
         results,

@@ -44,6 +44,9 @@ FORMS: dict[str, Any] = {
     "gate, paper's form": PrefillGateConfig(),
     "gate, max, min and mean of queries": PrefillGateConfig(q_pooling=("max", "min", "avg")),
     "gate, 8x8 sub-blocks": SubBlockGateConfig(),
+    "gate, 8x8 sub-blocks, mass": SubBlockGateConfig(reduce="mass"),
+    "gate, 8x4 sub-blocks, mass": SubBlockGateConfig(k_pitch=4, reduce="mass"),
+    "gate, 4x4 sub-blocks, mass": SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"),
 }
 BASELINES = (
     "streaming,random,mean_pool,sub_block,sub_block:query_parts=8:key_parts=8,xattention,xattention:stride=16,"

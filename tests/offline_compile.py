@@ -262,40 +262,39 @@ def inverse_rope(module, target):
 
 
 def gate_scores(module, target):
-    cases = [(128, torch.bfloat16)]
-    if target == "sm_90":
-        cases += [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
-    num = 64
-    for width, dtype in cases:
+    num, more = 64, [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
+    for width, dtype in [(128, torch.bfloat16), *(more if target == "sm_90" else ())]:
         x = torch.zeros(1, 4, num, width, dtype=dtype)
         k, linear = x[:, :2].repeat(1, 1, 1, 3), torch.zeros(4, 3 * width, width, dtype=dtype)
         table = torch.zeros(1, 64 * num, width, dtype=dtype)
         shape = f"{width} {dtype}"
         yield f"project {shape}", functools.partial(module.encode_blocks, k, linear, table, table, 64)
         yield f"rotate {shape}", functools.partial(module.encode_blocks, x, None, table, table, 64)
-        both = functools.partial(module.encode_both, (x, k), (None, linear), (table, table), (64, 64))
-        yield f"both {shape}", both
-        scores, masked = torch.zeros(1, 4, num, num), width == 128
-        tiles = Tiles(64, 64, 64, 0.1, "max", masked, None, 0, 0, 64 * num, None)
+        yield f"both {shape}", functools.partial(module.encode_both, (x, k), (None, linear), (table, table), (64, 64))
+        scores, tiles = torch.zeros(1, 4, num, num), Tiles(64, 64, 64, 0.1, "max", width == 128, None, 0, 0, 64 * num)
         yield f"multiply {shape}", functools.partial(module.gate_scores, x, x[:, :2], scores, tiles)
-    cases = [(64, 8, 8, torch.bfloat16, None)]
+    for reduce in ("max", "logsumexp"):
+        for name, q, k, scores, tiles in tile_scores(target, reduce):
+            yield name, functools.partial(module.gate_scores, q, k, scores, tiles)
+
+
+def mass_scores(module, target):
+    for name, q, k, scores, tiles in tile_scores(target, "mass"):
+        yield f"lse {name}", functools.partial(module.query_lse, q, k, tiles)
+        yield name, functools.partial(module.write_shares, q, k, q.new_zeros(1, 2, q.shape[2]).float(), scores, tiles)
+
+
+def tile_scores(target, reduce):
+    num, cases = 64, [(64, 8, 8, torch.bfloat16, None)]
     if target == "sm_90":
-        cases += [
-            (64, 8, 4, torch.float16, None),
-            (128, 64, 16, torch.bfloat16, None),
-            (32, 4, 4, torch.bfloat16, None),
-            (128, 64, 8, torch.bfloat16, None),  # decode gates
-        ]
-        cases += [(256, 8, 8, torch.bfloat16, None), (64, 8, 8, torch.float32, None)]
-        cases += [(64, 8, 8, torch.bfloat16, torch.zeros(1, 4, dtype=torch.int32))]
+        shapes = [(64, 8, 8), (32, 4, 4), (128, 64, 16), (256, 8, 8), (128, 64, 8)]  # the last one of decode gates
+        rows, cases = torch.zeros(1, 4, dtype=torch.int32), [(*shape, torch.bfloat16, None) for shape in shapes]
+        cases += [(64, 8, 4, torch.float16, None), (64, 8, 8, torch.float32, None), (64, 8, 8, torch.bfloat16, rows)]
     for width, q_pitch, k_pitch, dtype, table in cases:
         q, k = (torch.zeros(1, 2, 64 // pitch * num, width, dtype=dtype) for pitch in (q_pitch, k_pitch))
-        for reduce in ("max", "logsumexp"):
-            tiles = Tiles(64, q_pitch, k_pitch, 0.1, reduce, True, None, 0, 0, 64 * num, table)
-            yield (
-                f"{reduce} {width} {q_pitch}x{k_pitch} {dtype} table={table is not None}",
-                functools.partial(module.gate_scores, q, k, torch.zeros(1, 2, num, num), tiles),
-            )
+        tiles = Tiles(64, q_pitch, k_pitch, 0.1, reduce, True, None, 0, 0, 64 * num, table)
+        shape = f"{reduce} {width} {q_pitch}x{k_pitch} {dtype} table={table is not None}"
+        yield shape, q, k, torch.zeros(1, 2, num, num), tiles
 
 
 def token_scores(module, target):
@@ -356,6 +355,7 @@ JOBS = {
     "block_pooling": (block_pooling, "block_pooling.triton", EVERYWHERE),
     "inverse_rope": (inverse_rope, "inverse_rope.triton", EVERYWHERE),
     "gate_scores": (gate_scores, "gate_scores.triton", EVERYWHERE),
+    "mass_scores": (mass_scores, "gate_scores.triton_mass", EVERYWHERE),
     "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),
     "token_scores": (token_scores, "token_scores.triton", EVERYWHERE),
 }

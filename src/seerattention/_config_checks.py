@@ -8,7 +8,7 @@ BLOCK_SIZES = (32, 64, 128)
 DECODE_BLOCK_SIZES = (16, *BLOCK_SIZES)
 POOLING_KINDS = ("max", "min", "avg")
 PITCHES = (4, 8, 16, 32, 64, 128)
-REDUCTIONS = ("max", "logsumexp")
+REDUCTIONS = ("max", "logsumexp", "mass")
 # Wider gates than any model has heads: a number that was meant for something else.
 MAX_WIDTH = 1024
 MAX_QUERY_WINDOW = 64

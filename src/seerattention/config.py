@@ -174,7 +174,9 @@ class SubBlockGateConfig(GateSpec):
         q_pitch, k_pitch: tokens a sub-block of queries and of keys: powers of two from 4 to the block size.
         k_pooling, q_pooling: how keys and queries are pooled per sub-block, concatenated in this order.
         width: channels of the projected vectors; None is the model's head_dim.
-        reduce: what makes one score of a tile's products: ``"max"`` or ``"logsumexp"``.
+        reduce: what makes one score of a tile's products: ``"max"``, ``"logsumexp"``, or ``"mass"``: the largest share
+            of its attention that a query sub-block gives to the tile. Twice the products; less perplexity is lost, and
+            most with pitches of 4 (docs/experiments.md).
         share_keys: one key projection for the query heads of a KV head, rather than one for each of them. Encoded keys
             then take a group's share of the time and memory; measured on three models, gates are as good.
         rope: rotate sub-blocks at the positions of their first tokens.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -41,11 +42,23 @@ def make_inputs(length, *, batch=1, heads=HEADS, kv_heads=KV_HEADS):
     return q, k, angles.cos(), angles.sin()
 
 
+def reduced(products, column, kind):
+    """The score of a tile, from what each query sub-block of its row has with each key, by the column of tiles."""
+    if kind != "mass":
+        found = torch.stack([x for of_query in products[column].values() for x in of_query])
+        return found.amax() if kind == "max" else found.logsumexp(0)
+    shares = []
+    for query, found in products[column].items():
+        everything = [x for tile in products for x in tile.get(query, ())]
+        shares.append(torch.stack(found).logsumexp(0) - torch.stack(everything).logsumexp(0))
+    return torch.stack(shares).amax()
+
+
 def definition(gate, q, k, cos, sin):
     """Scores ``[Hq, N, N]`` of one prompt. A pair of sub-blocks counts where a query of one sees a key of the other."""
     config, length, group = gate.config, q.shape[1], gate.num_heads // gate.num_kv_heads
     num = math.ceil(length / gate.block_size)
-    products = [[[[] for _ in range(num)] for _ in range(num)] for _ in range(gate.num_heads)]
+    products = [[[defaultdict(list) for _ in range(num)] for _ in range(num)] for _ in range(gate.num_heads)]
 
     def vectors(x, kinds, weight, pitch):
         for begin in range(0, length, pitch):
@@ -66,13 +79,12 @@ def definition(gate, q, k, cos, sin):
             for k_begin, key in keys:
                 if k_begin < min(q_begin + config.q_pitch, length):
                     place = products[head][q_begin // gate.block_size][k_begin // gate.block_size]
-                    place.append(query @ key / math.sqrt(gate.width))
+                    place[q_begin].append(query @ key / math.sqrt(gate.width))
     scores = torch.full((gate.num_heads, num, num), -math.inf, dtype=torch.float64)
     for head in range(gate.num_heads):
         for row in range(num):
             for column in range(row + 1):
-                found = torch.stack(products[head][row][column])
-                scores[head, row, column] = found.amax() if config.reduce == "max" else found.logsumexp(0)
+                scores[head, row, column] = reduced(products[head][row], column, config.reduce)
     return scores
 
 
@@ -80,6 +92,7 @@ FORMS = {
     "default": {},
     "own keys": {"share_keys": False},
     "logsumexp": {"reduce": "logsumexp", "share_keys": False},
+    "mass": {"reduce": "mass", "q_pitch": 4, "k_pitch": 4},
     "wide": {"width": 32, "q_pitch": 16},
     "narrow": {"width": 8, "k_pitch": 4, "share_keys": False},
     "no rope": {"rope": False, "q_pitch": 32},
@@ -107,7 +120,7 @@ def test_definition(form, length):
     k_pitch=st.sampled_from([4, 8, 16, 32]),
     block_size=st.sampled_from([32, 64]),
     share_keys=st.booleans(),
-    reduce=st.sampled_from(["max", "logsumexp"]),
+    reduce=st.sampled_from(["max", "logsumexp", "mass"]),
 )
 @torch.no_grad()
 def test_any_gate_is_its_definition_and_rows_are_rows_of_it(length, group, block_size, **options):
@@ -169,7 +182,7 @@ def test_pitches_of_whole_blocks_are_the_form_of_the_paper():
 
 
 def test_gradients_are_those_of_the_definition():
-    for options in ({}, {"reduce": "logsumexp"}, {"share_keys": False}):
+    for options in ({}, {"reduce": "logsumexp"}, {"reduce": "mass", "k_pitch": 4}, {"share_keys": False}):
         gate = make_gate(**options).double()
         q, k, cos, sin = make_inputs(70)
         rows = torch.tensor([2, 1])
@@ -258,7 +271,7 @@ def test_wrong_types_and_pitches_longer_than_the_block():
 
 
 def test_configs_go_through_files():
-    spec = seer.SubBlockGateConfig(q_pitch=16, share_keys=False, width=32, reduce="logsumexp")
+    spec = seer.SubBlockGateConfig(q_pitch=16, share_keys=False, width=32, reduce="mass")
     config = seer.GateConfig(prefill=spec)
     data = config.to_dict()
     assert data["prefill"]["form"] == "sub_block"

@@ -16,6 +16,7 @@ import seerattention as seer
 from seerattention import ops
 from seerattention.gates import PrefillGate, build_gate
 from seerattention.ops import dispatch
+from seerattention.ops.gate_scores.interface import REDUCTIONS
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.inverse_rope import pooled_inverse_rope
 
@@ -98,7 +99,8 @@ def launch_gate_path(dtype: torch.dtype) -> None:
         )
         for policy in POLICIES:
             policy.select(logits, block_size=64, lengths=lengths)
-        for form in (gate.config, seer.PrefillGateConfig(), seer.SubBlockGateConfig(q_pitch=16, k_pitch=4)):
+        fine = [seer.SubBlockGateConfig(q_pitch=16, k_pitch=4, reduce=reduce) for reduce in REDUCTIONS]
+        for form in (gate.config, seer.PrefillGateConfig(), *fine):
             whole = build_gate(form, block_size=64, num_heads=8, num_kv_heads=2, head_dim=64).to(DEVICE, dtype)
             whole(draw(8, length, 64, dtype), draw(2, length, 64, dtype), angles.cos(), angles.sin())
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from gpu.test_replay import POLICIES, SUB_BLOCKS
+from gpu.test_replay import MASS, POLICIES, SUB_BLOCKS
 from plan_cases import in_chunks, note_repeats
 from seerattention import selectors
 from seerattention.hf import attention
@@ -56,7 +56,7 @@ def repeated(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("config", [None, SUB_BLOCKS], ids=["paper", "sub_block"])
+@pytest.mark.parametrize("config", [None, SUB_BLOCKS, MASS], ids=["paper", "sub_block", "mass"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_chunks_equal_ordinary_launches(policy, config, dtype, ordinary, repeated):
     model, cuts = make(policy=policy, config=config, dtype=dtype), [1024, 1999]

@@ -9,7 +9,7 @@ import seerattention as seer
 from seerattention.evaluate.kernels import AttentionShape, make_gate, make_inputs
 from seerattention.gates import build_gate
 from seerattention.ops.gate_scores import encode_blocks, gate_scores, prompt
-from seerattention.ops.gate_scores.interface import MAX_TRITON_WIDTH
+from seerattention.ops.gate_scores.interface import MAX_TRITON_WIDTH, REDUCTIONS
 from seerattention.ops.span import Span, num_blocks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -65,7 +65,7 @@ def test_equals_reference(form, num, dtype):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize(
     ("q_pitch", "k_pitch", "width"), [(8, 8, 64), (8, 4, 32), (64, 16, 128), (16, 64, 96), (32, 8, MAX_TRITON_WIDTH)]
 )
@@ -98,12 +98,13 @@ def test_sub_blocks_equal_reference(q_pitch, k_pitch, width, reduce, dtype, nan_
                 torch.testing.assert_close(found, actual[:, :, rows], rtol=2e-6, atol=2e-6)
 
 
-def test_products_of_sub_blocks_are_not_written():
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_products_of_sub_blocks_are_not_written(reduce):
     """8x4 sub-blocks of 32K tokens: 8 GiB of products, which the card need not hold."""
     q, k = (torch.randn(1, 16, 32768 // pitch, 64, device="cuda", dtype=torch.bfloat16) for pitch in (8, 4))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    scores = gate_scores(q, k, q_pitch=8, k_pitch=4, scale=0.125, masked=False)
+    scores = gate_scores(q, k, q_pitch=8, k_pitch=4, scale=0.125, reduce=reduce, masked=False)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 1.1 * scores.nbytes + 2**20
 
@@ -112,6 +113,7 @@ SPECS = {
     "paper": seer.PrefillGateConfig(),
     "sub_block": seer.SubBlockGateConfig(share_keys=False),
     "sub_block, shared keys": seer.SubBlockGateConfig(k_pitch=4, width=64),
+    "mass": seer.SubBlockGateConfig(width=64, reduce="mass"),
 }
 
 

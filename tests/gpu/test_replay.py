@@ -15,6 +15,7 @@ POLICIES = [seer.TopK(0.3), seer.TokenBudget(128), seer.Threshold(0.05), seer.To
 POLICIES.append(seer.RelativeThreshold(0.4, exponent=0.5))
 POLICIES.append(seer.Budget(0.3, blocks=(2.0, 9.0), factors=(0.5, 1.5)))
 SUB_BLOCKS = seer.GateConfig(prefill=seer.SubBlockGateConfig())
+MASS = seer.GateConfig(prefill=seer.SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"))
 
 
 def attached(policy, config=None, **options):
@@ -40,7 +41,7 @@ def ordinary(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("config", [None, SUB_BLOCKS], ids=["paper", "sub_block"])
+@pytest.mark.parametrize("config", [None, SUB_BLOCKS, MASS], ids=["paper", "sub_block", "mass"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_replays_equal_ordinary_launches(policy, config, ordinary):
     model = attached(policy, config)
@@ -62,7 +63,7 @@ def test_replays_on_streams_of_their_own():
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("config", [None, SUB_BLOCKS], ids=["paper", "sub_block"])
+@pytest.mark.parametrize("config", [None, SUB_BLOCKS, MASS], ids=["paper", "sub_block", "mass"])
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
 def test_a_layer_is_replayed(policy, config, monkeypatch):
     """Else what is tested above would be nothing."""

@@ -245,6 +245,7 @@ OLDER_WAYS = (
 # Another form of gate than the paper's goes through every way in these families: half-split and neighbouring RoPE.
 SUB_BLOCKS = seer.GateConfig(block_size=BLOCK, prefill=seer.SubBlockGateConfig(q_pitch=8, k_pitch=4))
 SUB_BLOCK_FAMILIES = ("glm4", "llama")
+MASS = seer.GateConfig(block_size=BLOCK, prefill=seer.SubBlockGateConfig(q_pitch=4, k_pitch=8, reduce="mass"))
 
 
 def cases(families, older_families):
@@ -303,6 +304,12 @@ def test_what_is_promised(name, way):
 @pytest.mark.parametrize(("name", "way"), cases(SUB_BLOCK_FAMILIES, ()))
 def test_what_is_promised_of_sub_block_gates(name, way):
     check_promise(name, way, SUB_BLOCKS)
+
+
+@pytest.mark.filterwarnings("ignore:seerattention.*fewer tokens than a block")
+@pytest.mark.parametrize("way", OLDER_WAYS)
+def test_what_is_promised_of_gates_that_add_up_a_mass(way):
+    check_promise("llama", way, MASS)
 
 
 @torch.inference_mode()

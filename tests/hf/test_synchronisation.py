@@ -264,6 +264,9 @@ def test_launchers_of_gate_scores_do_not_wait(monkeypatch, masked):
     kernel = NoKernel()
     for name in ("project_rotate_kernel", "gate_scores_kernel"):
         monkeypatch.setattr(module, name, kernel)
+    mass = importlib.import_module("seerattention.ops.gate_scores.triton_mass")
+    for name in ("query_lse_kernel", "mass_scores_kernel"):
+        monkeypatch.setattr(mass, name, kernel)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     q, scores = (torch.ones(1, 4, 6, width, device="meta") for width in (64, 6))
     linear, table = torch.ones(4, 64, 64, device="meta"), torch.ones(1, 333, 64, device="meta")
@@ -273,5 +276,6 @@ def test_launchers_of_gate_scores_do_not_wait(monkeypatch, masked):
         for pitch, span_table in ((64, None), (8, torch.ones(1, 4, dtype=torch.int32, device="meta"))):
             tiles = Tiles(64, pitch, pitch, 0.1, "max", masked, None, 0, 0, 333, span_table)
             module.gate_scores(queries, keys, scores, tiles)
-    assert kernel.launches == 4
+            mass.mass_scores(queries, keys, scores, tiles._replace(reduce="mass"))
+    assert kernel.launches == 8
     assert not waits.found

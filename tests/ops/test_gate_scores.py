@@ -12,7 +12,7 @@ import torch
 import seerattention as seer
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.gate_scores import encode_blocks, gate_scores, reference
-from seerattention.ops.gate_scores.interface import empty_scores
+from seerattention.ops.gate_scores.interface import REDUCTIONS, empty_scores
 from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.span import Span, num_blocks
 
@@ -151,7 +151,9 @@ def test_are_proper_ops(implementation):
             expected = encode_blocks(x, linear, cos, sin, pitch=BLOCK_SIZE, implementation=implementation)
             assert torch.equal(encode(*arguments), expected)
     table = torch.tensor([[0, 3, 60, 0]], dtype=torch.int32)
-    for rows, spans, pitch, reduce in ((None, None, 32, "max"), (torch.arange(2)[None], table, 16, "logsumexp")):
+    for rows, spans, pitch, reduce in (
+        (None, None, 32, "max"), (torch.arange(2)[None], table, 16, "logsumexp"), (None, table, 16, "mass"),
+    ):  # fmt: skip
         q, k = torch.randn(1, 2, 2 * BLOCK_SIZE // pitch, 8), torch.randn(1, 1, 4, 8)
         tiles = Tiles(BLOCK_SIZE, pitch, 16, 0.25, reduce, True, rows, table=spans)
         arguments = (q, k, *tiles, implementation)
@@ -174,6 +176,15 @@ def test_compiles():
 # -- sub-blocks --------------------------------------------------------------------------------------------------------
 
 
+def reduced(pairs, totals, kind):
+    """The score of a tile, from the products of each query sub-block with the keys of the tile, and with all keys."""
+    if kind == "mass":
+        both = [(torch.stack(x), torch.stack(y)) for x, y in zip(pairs, totals, strict=True) if x]
+        return torch.stack([x.logsumexp(0) - y.logsumexp(0) for x, y in both]).amax(0)
+    together = torch.stack([product for of_query in pairs for product in of_query])
+    return together.amax(0) if kind == "max" else together.logsumexp(0)
+
+
 def definition(q, k, tiles, rows, start, end):
     """Scores in float64 by a loop over the pairs of every tile; ``rows [B][R]`` and limits ``[B]``."""
     size, q_pitch, k_pitch = tiles["block_size"], tiles["q_pitch"], tiles["k_pitch"]
@@ -182,16 +193,18 @@ def definition(q, k, tiles, rows, start, end):
     scores = torch.full(shape, -math.inf, dtype=torch.float64)
     products = tiles["scale"] * (q.double() @ k.double().repeat_interleave(group, 1).mT)
     for b, r, n in itertools.product(range(shape[0]), range(shape[2]), range(shape[3])):
-        pairs = []
-        for i, j in itertools.product(range(per_q), range(per_k)):
-            query, key = r * per_q + i, n * per_k + j
-            begin, key_begin = rows[b][r] * size + i * q_pitch, key * k_pitch
+        pairs = [[] for _ in range(per_q)]  # products of each query sub-block with keys of the tile
+        totals = [[] for _ in range(per_q)]  # and with all its keys
+        for i, key in itertools.product(range(per_q), range(k.shape[2])):
+            query, key_begin = r * per_q + i, key * k_pitch
+            begin = rows[b][r] * size + i * q_pitch
             holds_query = begin < end[b] and begin + q_pitch > start[b] and start[b] < end[b]
-            if query < q.shape[2] and key < k.shape[2] and holds_query and key_begin < min(end[b], begin + q_pitch):
-                pairs.append(products[b, :, query, key])
-        if pairs and n <= rows[b][r]:
-            together = torch.stack(pairs)
-            scores[b, :, r, n] = together.amax(0) if tiles["reduce"] == "max" else together.logsumexp(0)
+            if query < q.shape[2] and holds_query and key_begin < min(end[b], begin + q_pitch):
+                totals[i].append(products[b, :, query, key])
+                if key // per_k == n:
+                    pairs[i].append(products[b, :, query, key])
+        if any(pairs) and n <= rows[b][r]:
+            scores[b, :, r, n] = reduced(pairs, totals, tiles["reduce"])
     return scores
 
 
@@ -241,7 +254,7 @@ def check_sub_blocks(size, q_pitch, k_pitch, reduce, length, implementation, dty
                 assert not holds or finite[b, :, r, block].all(), name
 
 
-@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("length", [5, 32, 70])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sub_blocks_equal_the_definition(shape, length, reduce, monkeypatch):
@@ -251,7 +264,7 @@ def test_sub_blocks_equal_the_definition(shape, length, reduce, monkeypatch):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize(("shape", "length"), [((16, 8, 16), 37), ((16, 16, 8), 20), ((24, 8, 24), 50)], ids=str)
 def test_triton_interpreted_sub_blocks(shape, length, reduce, nan_filled_empty):
     check_sub_blocks(*shape, reduce, length, "triton")
@@ -264,7 +277,7 @@ def test_triton_interpreted_sub_blocks_over_several_tiles(dtype, width, nan_fill
     generator = torch.Generator().manual_seed(width)
     length = 8 * 70 - 3
     q, k = (torch.randn(1, 2, num_blocks(length, pitch), width, generator=generator).to(dtype) for pitch in (4, 8))
-    for reduce in ("max", "logsumexp"):
+    for reduce in REDUCTIONS:
         options = {"block_size": 8, "q_pitch": 4, "scale": 0.2, "reduce": reduce, "span": Span(1, length, length)}
         found, expected = (gate_scores(q, k, implementation=name, **options) for name in ("triton", "reference"))
         torch.testing.assert_close(found, expected, rtol=3e-5, atol=3e-5)
@@ -273,12 +286,14 @@ def test_triton_interpreted_sub_blocks_over_several_tiles(dtype, width, nan_fill
         assert torch.equal(loose[causal], found[causal])
 
 
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_interpreter)])
-def test_keys_behind_a_row_are_not_read_into_its_scores(implementation):
+def test_keys_behind_a_row_are_not_read_into_its_scores(implementation, reduce):
     """A state has room to grow: what is there means nothing, not even no number."""
     q, k = torch.randn(2, 2, 4, 16), torch.randn(2, 2, 8, 16)
     span = Span.of_rows(32, 32, start=torch.tensor([0, 0]), length=torch.tensor([32, 13]))
     options = {"block_size": 16, "q_pitch": 8, "k_pitch": 4, "span": span, "implementation": implementation}
+    options["reduce"] = reduce
     clean = gate_scores(q, k, **options)
     k[1, :, 4:] = q[1, :, 2:] = math.nan
     assert torch.equal(gate_scores(q, k, **options), clean)
@@ -324,7 +339,7 @@ def test_gradients_of_sub_blocks():
     torch.manual_seed(0)  # of some draws two sub-blocks change places within the step: a maximum has a kink there
     q, k = torch.randn(1, 2, 10, 4, requires_grad=True), torch.randn(1, 1, 20, 4, requires_grad=True)
     span = Span(1, 39, 39)  # the last sub-blocks hold no token
-    for reduce in ("max", "logsumexp"):
+    for reduce in REDUCTIONS:
 
         def loss(q, k, reduce=reduce):
             scores = gate_scores(q, k, block_size=16, q_pitch=4, k_pitch=2, scale=0.5, reduce=reduce, span=span)

@@ -94,7 +94,7 @@ def command(
     q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
     k_pitch: KeyPitch = None,
     tile_score: Annotated[
-        str, typer.Option(help="Score of a tile's products, of --form sub_block: max or logsumexp.")
+        str, typer.Option(help="Score of a tile's products, of --form sub_block: max, logsumexp or mass.")
     ] = "max",
     share_keys: ShareKeys = True,
     qk_norm: Norms = True,

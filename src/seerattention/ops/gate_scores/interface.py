@@ -16,7 +16,7 @@ from .reference import Tiles
 __all__ = ["encode_blocks", "gate_scores"]
 
 IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
-REDUCTIONS = ("max", "logsumexp")
+REDUCTIONS = ("max", "logsumexp", "mass")
 _ENCODED = Replays()
 # Rows of scores begin at multiples of this many elements, so that those who read them may load whole vectors.
 ROW_ALIGNMENT = 16
@@ -95,7 +95,11 @@ def gate_scores(
         block_size: tokens a tile.
         q_pitch, k_pitch: tokens a sub-block, which divide block_size; None: block_size, one product a tile.
         scale: positive factor of the products.
-        reduce: ``"max"`` or ``"logsumexp"`` (natural, of scaled products; nothing is subtracted for their number).
+        reduce: ``"max"``; ``"logsumexp"`` (natural, of scaled products; nothing is subtracted for their number);
+            ``"mass"``: each query sub-block normalises its products over all its keys, a tile's are added up, and the
+            largest of these shares over the query sub-blocks counts, as its natural logarithm (at least that of
+            2**-100). That is a row mass, as :func:`~seerattention.ops.pooled_attention` with ``reduce="row_sum"``
+            makes it of attention; products are made twice.
         rows: query blocks of the rows: int64 ``[R]`` or ``[B, R]`` in any order, or the first of consecutive ones.
             None: those of the span; without a span the last R of the N key blocks.
         span: the positions of queries and keys: sub-blocks that hold none of its queries, and keys behind a row's last
@@ -155,7 +159,12 @@ def _fake_scores(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
 def _gate_scores(q: Tensor, k: Tensor, tiles: Tiles, implementation: str | None) -> Tensor:
     """As :func:`_encode_blocks`."""
     scores = empty_scores(q, *tiles.shape(q, k))
-    if dispatch.choose_implementation("gate_scores", implementation, q.device, IMPLEMENTATIONS) == "triton":
+    name = dispatch.choose_implementation("gate_scores", implementation, q.device, IMPLEMENTATIONS)
+    if name == "triton" and tiles.reduce == "mass":
+        from . import triton_mass
+
+        triton_mass.mass_scores(q, k, scores, tiles)
+    elif name == "triton":
         from . import triton  # imported late: triton is an optional dependency
 
         triton.gate_scores(q, k, scores, tiles)

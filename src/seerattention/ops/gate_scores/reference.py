@@ -20,6 +20,10 @@ from ..span import LENGTH, START
 # GPUs enough to keep them busy.
 MAX_PRODUCTS = 1 << 20
 MAX_PRODUCTS_GPU = 1 << 24
+# A share of a query's attention below which all are alike; its logarithm is the lowest score of "mass".
+LEAST_MASS = 2.0**-100
+# A product that no softmax sees, and that is a number all the same, so that gradients are.
+_HIDDEN = -1.0e30
 
 
 class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
@@ -29,7 +33,7 @@ class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
         block_size: tokens a tile on both sides.
         q_pitch, k_pitch: tokens a sub-block; they divide block_size.
         scale: factor of the products.
-        reduce: ``"max"`` or ``"logsumexp"`` over the products of a tile.
+        reduce: ``"max"``, ``"logsumexp"`` or ``"mass"`` of the products of a tile.
         masked: whether what lies above the block diagonal is written.
         rows: int64 ``[B or 1, R]``, the query block of each row; None: consecutive ones.
         first_row: query block of the first of consecutive rows, where all batch rows are alike.
@@ -51,8 +55,9 @@ class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
 
     @property
     def single(self) -> bool:
-        """Whether a tile has one product, and all of them count: blocks are not cut into sub-blocks."""
-        return self.q_pitch == self.k_pitch == self.block_size and self.table is None
+        """Whether a tile has one product, which is its score, and all of them count: blocks are not cut."""
+        whole = self.q_pitch == self.k_pitch == self.block_size
+        return whole and self.table is None and self.reduce != "mass"
 
     def shape(self, q: Tensor, k: Tensor) -> tuple[int, int]:
         """Rows and columns of tiles."""
@@ -127,11 +132,13 @@ def _reduce_tiles(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, columns: int
         some = slice(begin, min(begin + step, rows.shape[1]))
         consecutive = tiles.rows is None and tiles.table is None
         seen = min(columns, tiles.first_row + some.stop) if consecutive else columns
-        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some])
+        past = min(seen, tiles.first_row + begin) if consecutive else 0  # columns that all rows see
+        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some], past)
+        reduce_rows = _mass_rows if tiles.reduce == "mass" else _reduce_rows
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            part = checkpoint(_reduce_rows, *given, use_reentrant=False, preserve_rng_state=False)
+            part = checkpoint(reduce_rows, *given, use_reentrant=False, preserve_rng_state=False)
         else:
-            part = _reduce_rows(*given)
+            part = reduce_rows(*given)
         parts.append(torch.nn.functional.pad(part, (0, columns - seen)))
     return torch.cat(parts, 2)
 
@@ -150,8 +157,11 @@ def _limits(tiles: Tiles, rows: Tensor, num_q: int, num_k: int) -> Tensor:
     return torch.where(holds, behind.clamp(max=num_k * tiles.k_pitch).minimum(torch.as_tensor(end)), 0)
 
 
-def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor) -> Tensor:
-    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores."""
+def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor, past: int) -> Tensor:
+    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores.
+
+    The first ``past`` columns are seen by every query.
+    """
     per_k, columns = k.shape[-2:]
     # Before the diagonal (the last column, where that comes first) all key sub-blocks of a tile are seen.
     last = rows.clamp(max=columns - 1)[:, None, None, :, None]  # [B or 1, 1, 1, R, 1]
@@ -167,6 +177,24 @@ def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor
         part = part.scatter(-1, at, _reduce(diagonal, -1, tiles.reduce)[..., None])
         parts.append(part.masked_fill(seen == 0, float("-inf")))
     return _reduce(torch.stack(parts), 0, tiles.reduce).flatten(1, 2)
+
+
+def _mass_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor, past: int) -> Tensor:
+    """As :func:`_reduce_rows`."""
+    per_k, columns = k.shape[-2:]
+    places = torch.arange(per_k, device=k.device) * tiles.k_pitch
+    begin = torch.arange(past, columns, device=k.device) * tiles.block_size + places[:, None]  # [per_k, N - past]
+    parts = []
+    for place in range(q.shape[3]):
+        products = (q[:, :, :, place] @ k.flatten(-2)).unflatten(-1, (per_k, columns))  # [B, Hk, G, R, per_k, N]
+        seen = limit[:, None, None, :, place, None]
+        # Rows without a query see something, too, so that nothing is divided by zero.
+        products[..., past:].masked_fill_(begin >= seen[..., None].clamp(min=1), _HIDDEN)
+        largest = products.detach().amax((-2, -1), keepdim=True)
+        mass = products.sub_(largest).exp_().sum(-2)  # [B, Hk, G, R, N]
+        mass = (mass / mass.sum(-1, keepdim=True)).clamp(min=LEAST_MASS)
+        parts.append(mass.log().masked_fill(seen == 0, float("-inf")))
+    return torch.stack(parts).amax(0).flatten(1, 2)
 
 
 def _reduce(x: Tensor, dim: int, kind: str) -> Tensor:

@@ -147,7 +147,7 @@ def encode_both_kernel(
 
 
 @triton.jit
-def _store(p_out, b_out, o_r, o_n, num_rows, padded):
+def store_scores(p_out, b_out, o_r, o_n, num_rows, padded):
     """The padding of rows is written, too: a mask of their ends alone would make the stores scalar."""
     p_own_out = p_out + o_r.to(tl.int64)[:, None] * padded + o_n[None, :]
     tl.store(p_own_out, b_out, mask=(o_r < num_rows)[:, None] & (o_n < padded)[None, :])
@@ -272,10 +272,10 @@ def gate_scores_kernel(
                 # The largest product adds 1: a sum below that is one of none.
                 b_out = tl.where(b_sum > 0.0, (b_best + tl.log2(tl.maximum(b_sum, 1.0))) / LOG2E, float("-inf"))
         b_out = tl.where(o_n[None, :] <= o_m[:, None], b_out, float("-inf"))
-        _store(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
+        store_scores(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
     elif MASKED:
         b_out = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        _store(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
+        store_scores(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
 
 
 def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
