@@ -87,7 +87,23 @@ def test_a_file_gives_everything_back_that_is_shown(folder, tmp_path):
     path.write_text("{}")
     with pytest.raises(DamagedFileError, match="not a comparison"):
         load_comparison(path)
-    with pytest.raises(ValueError, match="or folders that belong together"):
+
+
+def test_files_and_folders_are_joined_where_they_are_of_the_same_prompts(folder, tmp_path):
+    whole = Comparison.read(folder)
+    some, path = Comparison.read(folder), tmp_path / "some.json"
+    some.entries = {key: entry for key, entry in some.entries.items() if entry.is_dense or "gates" in entry.name}
+    assert 2 < len(some.entries) < len(whole.entries)
+    save_comparison(path, some)
+    assert shown(open_comparison([path, folder])) == shown(open_comparison([folder, path])) == shown(whole)
+    numbers = json.loads(path.read_text())
+    dense = next(each for each in numbers["settings"] if not each["contender"])
+    dense["perplexity"]["document_losses"][0] += 0.5
+    path.write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match="not of the same prompts of"):
+        open_comparison([path, folder])
+    path.write_text(json.dumps({**numbers, "weights": "other"}))
+    with pytest.raises(ValueError, match="weights differs"):
         open_comparison([path, folder])
 
 

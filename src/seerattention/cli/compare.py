@@ -293,7 +293,8 @@ def _begin(journal: Journal, identity: Mapping[str, Any], loaded: Any, **facts: 
         "dtype": str(loaded.dtype),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "weights": identity["weights"],
-        "command": ["seer", "compare", *sys.argv[2:]] if len(sys.argv) > 1 else ["seer", "compare"],
+        # Under `accelerate launch -m` there is no name of a command before the options.
+        "command": ["seer", "compare", *sys.argv[2 if sys.argv[1:2] == ["compare"] else 1 :]],
         "environment": environment(),
     }
     journal.add(case, digest, [RunResult(told)])

@@ -163,6 +163,24 @@ class Comparison:
         found._sort()
         return found
 
+    def joined(self, other: Comparison) -> Comparison:
+        """Settings of both; of one that both have, the other's.
+
+        Raises:
+            ValueError: they are not of one model, or dense attention found something else on their prompts.
+        """
+        facts = _joined([self.facts, other.facts], ["these results"])
+        for length in self.lengths:
+            mine, its = self.dense(length), other.dense(length)
+            if mine is not None and its is not None and not _alike(mine, its):
+                raise ValueError(
+                    f"these results are not of the same prompts of {length} tokens: dense attention differs between "
+                    "them; report them apart"
+                )
+        found = Comparison(facts, {**self.entries, **other.entries}, self.left_out + other.left_out)
+        found._sort()
+        return found
+
     def _sort(self) -> None:
         order = sorted(self.entries.values(), key=lambda e: (e.length, not e.is_dense, e.family, e.target))
         self.entries = {(entry.length, entry.name): entry for entry in order}
@@ -301,6 +319,20 @@ class _Part:
         commands = _unlike([line["results"][0]["command"] for line in mine if "command" in line["results"][0]])
         facts |= {"commands": commands} if commands else {}
         return cls(journal, facts, lines, len(told) - len(lines))
+
+
+def _alike(mine: Entry, its: Entry) -> bool:
+    """Whether dense attention was measured on the same prompts, as far as both were measured."""
+    if mine.perplexity is not None and its.perplexity is not None:
+        a, b = mine.perplexity.losses, its.perplexity.losses
+        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-2):
+            return False
+    if mine.tasks is None or its.tasks is None:
+        return True
+    return all(
+        len(mine.tasks.scores[task]) == len(its.tasks.scores[task])
+        for task in mine.tasks.scores.keys() & its.tasks.scores.keys()
+    )
 
 
 def _joined(facts: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, Any]:

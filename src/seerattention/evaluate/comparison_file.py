@@ -6,6 +6,7 @@ All tables, curves and intervals come from it again; what is not in it are losse
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -27,17 +28,20 @@ _DIGITS = 7
 
 
 def open_comparison(paths: Sequence[Path]) -> Comparison:
-    """From folders of ``seer compare`` that belong together, or from one file that :func:`save_comparison` wrote.
+    """From folders of ``seer compare`` and files that :func:`save_comparison` wrote, which belong together.
+
+    Of a setting that several have, the last one counts; folders come behind files.
 
     Raises:
-        FileNotFoundError, ValueError, DamagedFileError: see :meth:`Comparison.read` and :func:`load_comparison`.
+        FileNotFoundError, ValueError, DamagedFileError: see :meth:`Comparison.read`, :func:`load_comparison` and
+            :meth:`Comparison.joined`.
     """
     files = [path for path in paths if path.suffix == ".json"]
-    if not files:
-        return Comparison.read(*paths)
-    if len(paths) > 1:
-        raise ValueError(f"one .json file, or folders that belong together, not {len(paths)} of both")
-    return load_comparison(files[0])
+    folders = [path for path in paths if path.suffix != ".json"]
+    parts = [load_comparison(path) for path in files]
+    if folders or not files:
+        parts.append(Comparison.read(*folders))
+    return functools.reduce(Comparison.joined, parts)
 
 
 def save_comparison(path: Path, comparison: Comparison, maps: Sequence[str] = (), **told: Any) -> None:
