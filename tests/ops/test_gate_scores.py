@@ -14,6 +14,7 @@ from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.gate_scores import encode_blocks, gate_scores, reference
 from seerattention.ops.gate_scores.interface import REDUCTIONS, empty_scores
 from seerattention.ops.gate_scores.reference import Tiles
+from seerattention.ops.pooled_attention import pooled_attention
 from seerattention.ops.span import Span, num_blocks
 
 needs_interpreter = pytest.mark.skipif(
@@ -317,6 +318,24 @@ def test_rows_by_number_and_by_index_are_rows_of_the_whole():
             assert torch.equal(found[batch], whole[batch, :, each[batch]])
         strided = torch.stack((k, k), 3).flatten(2, 3)[:, :, ::2]  # keys of a state have room behind them
         assert torch.equal(gate_scores(q, strided, **options), whole)
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_interpreter)])
+def test_mass_of_single_tokens_is_the_row_mass_of_attention(implementation):
+    """What gates of this form are made to say, and what they are trained for, are the same map."""
+    q, k = torch.randn(1, 4, 75, 16), torch.randn(1, 2, 75, 16)
+    found = gate_scores(
+        q, k, block_size=32, q_pitch=1, k_pitch=1, scale=0.25, reduce="mass", implementation=implementation
+    )
+    expected = pooled_attention(q, k, block_size=32, scale=0.25, reduce="row_sum", normalize=False)
+    torch.testing.assert_close(found.exp(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shares_too_small_for_a_float_are_the_least_mass():
+    q = torch.full((1, 1, 2, 4), 30.0)
+    k = torch.cat((-q, q), 2)
+    scores = gate_scores(q, k, block_size=16, q_pitch=8, k_pitch=8, reduce="mass", rows=1)
+    torch.testing.assert_close(scores, torch.tensor([[[[-100 * math.log(2), 0.0]]]]))
 
 
 @pytest.mark.parametrize("k_pitch", [4, 8, 32])
