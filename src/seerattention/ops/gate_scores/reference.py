@@ -7,6 +7,8 @@ those of a layer would be ``R * N * Hq * (block_size / q_pitch) * (block_size / 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,9 +134,10 @@ def _reduce_tiles(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, columns: int
         some = slice(begin, min(begin + step, rows.shape[1]))
         consecutive = tiles.rows is None and tiles.table is None
         seen = min(columns, tiles.first_row + some.stop) if consecutive else columns
-        past = min(seen, tiles.first_row + begin) if consecutive else 0  # columns that all rows see
-        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some], past)
-        reduce_rows = _mass_rows if tiles.reduce == "mass" else _reduce_rows
+        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some])
+        reduce_rows: Callable[..., Tensor] = _reduce_rows
+        if tiles.reduce == "mass":
+            reduce_rows = partial(_mass_rows, past=min(seen, tiles.first_row + begin) if consecutive else 0)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             part = checkpoint(reduce_rows, *given, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -157,11 +160,8 @@ def _limits(tiles: Tiles, rows: Tensor, num_q: int, num_k: int) -> Tensor:
     return torch.where(holds, behind.clamp(max=num_k * tiles.k_pitch).minimum(torch.as_tensor(end)), 0)
 
 
-def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor, past: int) -> Tensor:
-    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores.
-
-    The first ``past`` columns are seen by every query.
-    """
+def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor) -> Tensor:
+    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores."""
     per_k, columns = k.shape[-2:]
     # Before the diagonal (the last column, where that comes first) all key sub-blocks of a tile are seen.
     last = rows.clamp(max=columns - 1)[:, None, None, :, None]  # [B or 1, 1, 1, R, 1]
@@ -179,8 +179,8 @@ def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor
     return _reduce(torch.stack(parts), 0, tiles.reduce).flatten(1, 2)
 
 
-def _mass_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor, past: int) -> Tensor:
-    """As :func:`_reduce_rows`."""
+def _mass_rows(q: Tensor, k: Tensor, tiles: Tiles, _rows: Tensor, limit: Tensor, past: int) -> Tensor:
+    """As :func:`_reduce_rows`; the first ``past`` columns are seen by every query."""
     per_k, columns = k.shape[-2:]
     places = torch.arange(per_k, device=k.device) * tiles.k_pitch
     begin = torch.arange(past, columns, device=k.device) * tiles.block_size + places[:, None]  # [per_k, N - past]
