@@ -190,9 +190,8 @@ def _mass_rows(q: Tensor, k: Tensor, tiles: Tiles, _rows: Tensor, limit: Tensor,
         seen = limit[:, None, None, :, place, None]
         # Rows without a query see something, too, so that nothing is divided by zero.
         products[..., past:].masked_fill_(begin >= seen[..., None].clamp(min=1), _HIDDEN)
-        largest = products.detach().amax((-2, -1), keepdim=True)
-        mass = products.sub_(largest).exp_().sum(-2)  # [B, Hk, G, R, N]
-        mass = (mass / mass.sum(-1, keepdim=True)).clamp(min=LEAST_MASS)
+        shares = products.flatten(-2).softmax(-1).unflatten(-1, (per_k, columns))
+        mass = shares.sum(-2).clamp(min=LEAST_MASS)  # [B, Hk, G, R, N]
         parts.append(mass.log().masked_fill(seen == 0, float("-inf")))
     return torch.stack(parts).amax(0).flatten(1, 2)
 
