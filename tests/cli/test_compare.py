@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seerattention import testbed
-from seerattention.cli.compare import PRESETS
+from seerattention.cli.compare import PRESETS, _command
 from seerattention.evaluate.contenders import make_contenders
 from seerattention.gates.sources import store_budgets, stored_budgets
 from seerattention.policies import Budget, Budgets
@@ -65,6 +65,11 @@ def test_texts_alone(seer_command, common, tmp_path):
     assert "/ gates, project rule" in result.stderr  # the table at equal density
     refused = seer_command("compare", *common, *options, "--documents", 0)
     assert "--tasks none leaves only documents" in refused.stderr
+
+
+@pytest.mark.parametrize("argv", [["seer", "compare", "--preset", "full"], ["/x/compare.py", "--preset", "full"]])
+def test_a_command_is_recorded_whole_however_it_was_started(argv):
+    assert _command(argv) == ["seer", "compare", "--preset", "full"]
 
 
 def test_presets_can_be_run():

@@ -293,12 +293,16 @@ def _begin(journal: Journal, identity: Mapping[str, Any], loaded: Any, **facts: 
         "dtype": str(loaded.dtype),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "weights": identity["weights"],
-        # Under `accelerate launch -m` there is no name of a command before the options.
-        "command": ["seer", "compare", *sys.argv[2 if sys.argv[1:2] == ["compare"] else 1 :]],
+        "command": _command(sys.argv),
         "environment": environment(),
     }
     journal.add(case, digest, [RunResult(told)])
     return run
+
+
+def _command(argv: Sequence[str]) -> list[str]:
+    """What was typed; under `accelerate launch -m` there is no name of a command before the options."""
+    return ["seer", "compare", *argv[2 if list(argv[1:2]) == ["compare"] else 1 :]]
 
 
 def _show(terminal: Terminal, comparison: Any) -> None:
