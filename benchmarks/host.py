@@ -99,11 +99,9 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
             timed.append((case, sides, _times(sides, options)))
         except (RuntimeError, WrongResultError) as error:  # out of memory, a capture that failed
             Terminal().say(f"{case} failed: {error}")
-    for case, sides, (fixed, times) in timed:
+    for case, sides, (fixed, times, over_dense) in timed:
         try:
             for kind, found in times.items() if options.profile else ():
-                if kind == "over_dense":
-                    continue
                 found["gpu_s"], found["launches"] = sides.kernels(kind)
         except (RuntimeError, WrongResultError) as error:
             Terminal().say(f"{case} failed: {error}")
@@ -111,14 +109,12 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
         facts = {"whole_layers": num_layers(name), "without_layers_s": fixed}
         if sides.way == "shipped":
             facts |= {"min_context": sides.min_context, "is_sparse": sides.is_sparse}
-        yield {"case": case, "metrics": _metrics(case, times, fixed, num_layers(name)), **facts}
+        yield {"case": case, "metrics": {**_metrics(case, times, fixed, num_layers(name)), **over_dense}, **facts}
 
 
 def _metrics(case: dict[str, Any], times: dict[str, dict[str, float]], fixed: float, whole: int) -> dict[str, float]:
     """The numbers of a case, from what was measured of each side."""
     dense, sparse, layers = times["dense"], times["sparse"], case["layers"]
-    times = dict(times)
-    pairs = times.pop("over_dense", None)
 
     def scaled(seconds: float) -> float:
         if layers == whole or case.get("way") == "decode":  # of which the rest is little
@@ -129,8 +125,6 @@ def _metrics(case: dict[str, Any], times: dict[str, dict[str, float]], fixed: fl
     metrics["speedup"] = dense["wall_s"] / sparse["wall_s"]
     metrics["model_speedup"] = scaled(dense["wall_s"]) / scaled(sparse["wall_s"])
     metrics["extra_host_s_a_layer"] = (sparse["host_s"] - dense["host_s"]) / layers
-    if pairs:
-        metrics |= {"over_dense": pairs["median"], "over_dense_low": pairs["low"], "over_dense_high": pairs["high"]}
     if "launches" in dense:
         metrics["extra_launches_a_layer"] = (sparse["launches"] - dense["launches"]) / layers
     return metrics
@@ -196,15 +190,17 @@ class _Sides:
             seer.detach(self.model)
 
 
-def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]]]:
-    """Seconds without layers, and medians of both sides, taken in turns; of pairs, the ratios besides."""
+def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str, dict[str, float]], dict[str, float]]:
+    """Seconds without layers; medians of both sides, taken in turns; and of pairs what sparse takes over dense."""
     device, repeats = sides.ids.device, options.repeats
     ids = sides.ids[:, -sides.chunk :] if sides.way == "chunk" else sides.ids
     with without_layers(sides.model):
         fixed = statistics.median(wall for wall, _ in _timed(_prompt(sides.model, ids), device, repeats))
     timed: dict[str, list[tuple[float, float]]] = {"dense": [], "sparse": []}
+    over_dense = {}
     if sides.way == "shipped":
         _time_pairs(sides, timed, options.turns * repeats)
+        over_dense = _median_interval([s[0] / d[0] for d, s in zip(timed["dense"], timed["sparse"], strict=True)])
     else:
         for _ in range(options.turns):
             for kind, times in timed.items():
@@ -213,11 +209,7 @@ def _times(sides: _Sides, options: argparse.Namespace) -> tuple[float, dict[str,
     medians = {
         kind: [statistics.median(column) for column in zip(*times, strict=True)] for kind, times in timed.items()
     }
-    found = {kind: {"wall_s": wall, "host_s": host} for kind, (wall, host) in medians.items()}
-    if sides.way == "shipped":
-        ratios = [sparse[0] / dense[0] for dense, sparse in zip(timed["dense"], timed["sparse"], strict=True)]
-        found["over_dense"] = median_interval(ratios)
-    return fixed, found
+    return fixed, {kind: {"wall_s": wall, "host_s": host} for kind, (wall, host) in medians.items()}, over_dense
 
 
 @torch.inference_mode()
@@ -235,11 +227,12 @@ def _time_pairs(sides: _Sides, timed: dict[str, list[tuple[float, float]]], pair
     sides.min_context, sides.is_sparse = other.min_context, other.is_sparse
 
 
-def median_interval(values: Sequence[float]) -> dict[str, float]:
-    """The median, and the order statistics that hold it with a probability of 95 %."""
+def _median_interval(values: Sequence[float]) -> dict[str, float]:
+    """As metrics name them: the median, and the order statistics that hold it with a probability of 95 %."""
     ordered, count = sorted(values), len(values)
     aside = max(0, math.floor(count / 2 - 0.98 * math.sqrt(count)) - 1)
-    return {"median": statistics.median(ordered), "low": ordered[aside], "high": ordered[count - 1 - aside]}
+    ends = {"over_dense_low": ordered[aside], "over_dense_high": ordered[count - 1 - aside]}
+    return {"over_dense": statistics.median(ordered), **ends}
 
 
 @contextmanager

@@ -284,7 +284,6 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
         return
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, heads, num_rows, columns = scores.shape
-    width = q.shape[-1]
     single = q.dtype == torch.float32
     # float32 products are unrolled multiply-adds, which take long to compile and many registers in large tiles.
     # Two programs of these shapes fit a multiprocessor: one loads and multiplies while the other stores or reduces.
@@ -293,47 +292,70 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     elif tiles.single:
         block_m, block_n, part = 64, 128, 64
     else:  # a block of keys meets many of queries, so it is loaded whole where that fits
-        block_m, block_n, part = 64, 64, 128 if width <= 128 else 64
-    part = min(part, max(16, power_of_2(width)))
-    rows = tiles.rows
+        block_m, block_n, part = 64, 64, part_of(q.shape[-1])
     launch(
         gate_scores_kernel,
         (num_blocks(columns, block_n), num_blocks(num_rows, block_m), batch * heads),
         q,
         k,
-        rows,
+        *score_arguments(q, k, scores, tiles),
+        SINGLE=tiles.single,
+        MAX=tiles.reduce == "max",
+        MASKED=tiles.masked,
+        num_warps=4 if single else 8,
+        **score_constants(q, tiles, block_m, block_n, part),
+    )
+
+
+def part_of(width: int) -> int:
+    """Channels that are multiplied at a time where vectors are loaded whole if that fits."""
+    return 128 if width <= 128 else 64
+
+
+def score_arguments(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> tuple[Any, ...]:
+    """What kernels that write scores take behind the pointers of encoded vectors."""
+    return (
+        tiles.rows,
         tiles.table,
         scores,
         tiles.scale,
-        heads,
-        heads // k.shape[1],
+        q.shape[1],
+        q.shape[1] // k.shape[1],
         q.shape[2],
         k.shape[2],
-        num_rows,
+        scores.shape[2],
         tiles.first_row,
         tiles.start,
         tiles.end,
         scores.stride(2),
-        width,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        rows.stride(0) if rows is not None and rows.shape[0] > 1 else 0,
-        HAS_ROWS=rows is not None,
-        HAS_TABLE=tiles.table is not None,
-        SINGLE=tiles.single,
-        MAX=tiles.reduce == "max",
-        MASKED=tiles.masked,
-        PRECISION="ieee" if single else "tf32",  # means nothing to 16-bit products
-        BLOCK=tiles.block_size,
-        Q_PITCH=tiles.q_pitch,
-        K_PITCH=tiles.k_pitch,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_W=part,
-        WHOLE=width <= part,
-        num_warps=4 if single else 8,
-        num_stages=2,
+        q.shape[3],
+        *score_strides(q, k, tiles),
     )
+
+
+def score_strides(q: Tensor, k: Tensor, tiles: Tiles) -> tuple[int, ...]:
+    """Of encoded vectors, and of the numbers of rows, which all batch rows may share."""
+    rows = tiles.rows
+    return (*q.stride()[:3], *k.stride()[:3], rows.stride(0) if rows is not None and rows.shape[0] > 1 else 0)
+
+
+def score_constants(q: Tensor, tiles: Tiles, block_m: int, block_n: int, part: int) -> dict[str, Any]:
+    """What kernels that multiply encoded vectors are compiled for; ``part``: at most so many channels at a time."""
+    width = q.shape[3]
+    part = min(part, max(16, power_of_2(width)))
+    return {
+        "HAS_ROWS": tiles.rows is not None,
+        "HAS_TABLE": tiles.table is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # means nothing to 16-bit products
+        "BLOCK": tiles.block_size,
+        "Q_PITCH": tiles.q_pitch,
+        "K_PITCH": tiles.k_pitch,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_W": part,
+        "WHOLE": width <= part,
+        "num_stages": 2,
+    }
 
 
 def encode_blocks(

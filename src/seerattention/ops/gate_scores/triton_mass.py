@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import power_of_2
 from ..indices import num_blocks
 from ..triton_launch import launch
 from ..triton_span import LOG2E
 from . import reference
 from .reference import Tiles
-from .triton import LOWEST, store_scores
+from .triton import LOWEST, part_of, score_arguments, score_constants, score_strides, store_scores
 
 LEAST_MASS = tl.constexpr(reference.LEAST_MASS)
 
@@ -217,9 +216,8 @@ def query_lse(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
         tiles.start,
         tiles.end,
         width,
-        *_strides(q, k, tiles),
+        *score_strides(q, k, tiles),
         num_warps=4,
-        num_stages=2,
         **constants,
     )
     return lse
@@ -230,54 +228,13 @@ def write_shares(q: Tensor, k: Tensor, lse: Tensor, scores: Tensor, tiles: Tiles
     batch, heads, num_rows, columns = scores.shape
     constants = _constants(q, tiles)
     block = constants["BLOCK_M"]
-    launch(
-        mass_scores_kernel,
-        (num_blocks(columns, block), num_blocks(num_rows, block), batch * heads),
-        q,
-        k,
-        lse,
-        tiles.rows,
-        tiles.table,
-        scores,
-        tiles.scale,
-        heads,
-        heads // k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        num_rows,
-        tiles.first_row,
-        tiles.start,
-        tiles.end,
-        scores.stride(2),
-        q.shape[3],
-        *_strides(q, k, tiles),
-        MASKED=tiles.masked,
-        num_warps=8,
-        num_stages=2,
-        **constants,
-    )
-
-
-def _strides(q: Tensor, k: Tensor, tiles: Tiles) -> tuple[int, ...]:
-    of_rows = tiles.rows.stride(0) if tiles.rows is not None and tiles.rows.shape[0] > 1 else 0
-    return (*q.stride()[:3], *k.stride()[:3], of_rows)
+    grid = num_blocks(columns, block), num_blocks(num_rows, block), batch * heads
+    arguments = score_arguments(q, k, scores, tiles)
+    launch(mass_scores_kernel, grid, q, k, lse, *arguments, MASKED=tiles.masked, num_warps=8, **constants)
 
 
 def _constants(q: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    single, width = q.dtype == torch.float32, q.shape[3]
     # float32 products are unrolled multiply-adds, which take long to compile and many registers in large tiles.
-    block, part = (32, 32) if single else (64, 128 if width <= 128 else 64)
-    part = min(part, max(16, power_of_2(width)))
-    return {
-        "HAS_ROWS": tiles.rows is not None,
-        "HAS_TABLE": tiles.table is not None,
-        "PRECISION": "ieee" if single else "tf32",  # means nothing to 16-bit products
-        "BLOCK": tiles.block_size,
-        "Q_PITCH": tiles.q_pitch,
-        "K_PITCH": tiles.k_pitch,
-        "BLOCK_M": block,
-        "BLOCK_N": block,
-        "BLOCK_W": part,
-        "WHOLE": width <= part,
-    }
+    block, part = (32, 32) if q.dtype == torch.float32 else (64, part_of(q.shape[3]))
+    return score_constants(q, tiles, block, block, part)
