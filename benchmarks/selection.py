@@ -1,6 +1,7 @@
 """What choosing the blocks of one layer costs: gates beside training-free methods, at one density.
 
     python -m benchmarks.selection --lengths 8192 32768 --budget 80     # the shape of an 8B Llama, in 90 s
+    python -m benchmarks.selection --lengths 131072 --others none       # gates alone, in seconds
     python -m benchmarks.selection --device cpu --tiny                  # a rehearsal, in seconds
     seer report RESULTS --selection benchmarks/results/<device>/selection.json
 
@@ -48,7 +49,7 @@ FORMS: dict[str, Any] = {
     "gate, 8x4 sub-blocks, mass": SubBlockGateConfig(k_pitch=4, reduce="mass"),
     "gate, 4x4 sub-blocks, mass": SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"),
 }
-BASELINES = (
+OTHERS = (
     "streaming,random,mean_pool,sub_block,sub_block:query_parts=8:key_parts=8,xattention,xattention:stride=16,"
     "cosa,flashprefill,flashprefill_v2,rbs,prism,sparge,flexprefill,minference,oracle:policy=top_k(0.1)"
 )
@@ -95,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = sorted(options.lengths or (TINY_LENGTHS if options.tiny else (8192, 32768)))
     for length in budget.of(lengths, lambda length: f"{length} tokens"):
         terminal.say(f"selection, {length} tokens, density {options.density:g} on {device}")
-        results, wrong = measure(shape, length, options.density, device, 0.01 if options.tiny else _SECONDS, budget)
+        seconds = 0.01 if options.tiny else _SECONDS
+        results, wrong = measure(shape, length, options.density, device, seconds, budget, options.others)
         for result in results:
             run.add(result)
         terminal.table(costs_table([result["costs"] for result in results]))
@@ -112,6 +114,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; default: 8192 32768")
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--others", default=OTHERS, help="training-free methods, joined by commas, or none")
     return parser.parse_args(arguments)
 
 
@@ -123,17 +126,21 @@ def measure(
     device: torch.device,
     seconds: float,
     budget: Budget | None = None,
+    others: str = OTHERS,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """One result a method, and what is wrong with those whose lists are.
 
     Args:
         seconds: device time on each.
         budget: no method is brought to the density once it is spent.
+        others: training-free methods, by the names of ``seer compare --selectors``.
     """
     q, k, v = make_inputs(shape, length, length, device)
     timed: dict[str, Timed] = {}
     wrong: dict[str, str] = {}
-    pairs = [(contender, inputs) for inputs, found in _contenders(shape, length, q, k, v) for contender in found]
+    pairs = [
+        (contender, inputs) for inputs, found in _contenders(shape, length, q, k, v, others) for contender in found
+    ]
     for contender, inputs in pairs if budget is None else budget.of(pairs, lambda pair: pair[0].family):
         try:
             one = _at_density(contender, inputs, density)
@@ -170,7 +177,7 @@ def measure(
 
 
 def _contenders(
-    shape: AttentionShape, length: int, q: Any, k: Any, v: Any
+    shape: AttentionShape, length: int, q: Any, k: Any, v: Any, names: str
 ) -> list[tuple[LayerInputs, list[Contender]]]:
     """Inputs of a layer, and what chooses from them: each form of gate in a layer of its own."""
     found = []
@@ -179,7 +186,7 @@ def _contenders(
         inputs = _inputs(shape, q, k, v, made.cos, made.sin, made.gate)
         found.append((inputs, make_contenders({name: "fresh"}, "", ("project", "top_k"))))
     made = make_gate(shape, length, q.device)
-    others = make_contenders({}, BASELINES, ("own", "project"))
+    others = make_contenders({}, names, ("own", "project"))
     assert not any(isinstance(each.selector, OracleCover) for each in others)  # minutes, not milliseconds
     found.append((_inputs(shape, q, k, v, made.cos, made.sin, None), others))
     return found

@@ -261,21 +261,41 @@ def inverse_rope(module, target):
         yield f"pooled {head_dim} {block_size}", functools.partial(module.pooled_inverse_rope, *given)
 
 
-def gate_scores(module, target):
-    num, more = 64, [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
-    for width, dtype in [(128, torch.bfloat16), *(more if target == "sm_90" else ())]:
-        x = torch.zeros(1, 4, num, width, dtype=dtype)
-        k, linear = x[:, :2].repeat(1, 1, 1, 3), torch.zeros(4, 3 * width, width, dtype=dtype)
-        table = torch.zeros(1, 64 * num, width, dtype=dtype)
-        shape = f"{width} {dtype}"
+def encode_blocks(module, target):
+    for x, k, linear, table, shape in encodings(target):
         yield f"project {shape}", functools.partial(module.encode_blocks, k, linear, table, table, 64)
         yield f"rotate {shape}", functools.partial(module.encode_blocks, x, None, table, table, 64)
         yield f"both {shape}", functools.partial(module.encode_both, (x, k), (None, linear), (table, table), (64, 64))
+
+
+def pool_encode(module, target):
+    kinds = ("max", "min", "avg"), ("max", "avg")
+    for width, head_dim, pitches, dtype in [
+        (64, 128, (8, 8), torch.bfloat16),
+        *([(64, 64, (4, 4), torch.float16), (64, 256, (16, 8), torch.bfloat16)] if target == "sm_90" else ()),
+    ]:
+        x, table = torch.zeros(1, 4, 4096, head_dim, dtype=dtype), torch.zeros(1, 4096, width, dtype=dtype)
+        linears = (torch.zeros(4, 3 * head_dim, width, dtype=dtype), torch.zeros(2, 2 * head_dim, width, dtype=dtype))
+        call = functools.partial(module.pool_encode, x, x[:, :2], linears, (table, table), kinds, pitches)
+        yield f"{head_dim} {width} {pitches} {dtype}", call
+
+
+def gate_scores(module, target):
+    for x, _, _, _, shape in encodings(target):
+        num, width = x.shape[2:]
         scores, tiles = torch.zeros(1, 4, num, num), Tiles(64, 64, 64, 0.1, "max", width == 128, None, 0, 0, 64 * num)
         yield f"multiply {shape}", functools.partial(module.gate_scores, x, x[:, :2], scores, tiles)
     for reduce in ("max", "logsumexp"):
         for name, q, k, scores, tiles in tile_scores(target, reduce):
             yield name, functools.partial(module.gate_scores, q, k, scores, tiles)
+
+
+def encodings(target):
+    num, more = 64, [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
+    for width, dtype in [(128, torch.bfloat16), *(more if target == "sm_90" else ())]:
+        x = torch.zeros(1, 4, num, width, dtype=dtype)
+        k, linear = x[:, :2].repeat(1, 1, 1, 3), torch.zeros(4, 3 * width, width, dtype=dtype)
+        yield x, k, linear, torch.zeros(1, 64 * num, width, dtype=dtype), f"{width} {dtype}"
 
 
 def mass_scores(module, target):
@@ -354,6 +374,8 @@ JOBS = {
     "pooled_attention_hopper": (pooled_attention_hopper, "pooled_attention.hopper", ["sm_90"]),
     "block_pooling": (block_pooling, "block_pooling.triton", EVERYWHERE),
     "inverse_rope": (inverse_rope, "inverse_rope.triton", EVERYWHERE),
+    "encode_blocks": (encode_blocks, "gate_scores.triton_encode", EVERYWHERE),
+    "pool_encode": (pool_encode, "gate_scores.triton_prompt", EVERYWHERE),
     "gate_scores": (gate_scores, "gate_scores.triton", EVERYWHERE),
     "mass_scores": (mass_scores, "gate_scores.triton_mass", EVERYWHERE),
     "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),

@@ -227,7 +227,7 @@ def check_variants():
     from triton.runtime.jit import native_specialize_impl
 
     from seerattention.ops.block_pooling.triton import block_pooling_fwd_kernel
-    from seerattention.ops.gate_scores.triton import project_rotate_kernel
+    from seerattention.ops.gate_scores.triton_encode import project_rotate_kernel
 
     backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
     numbers = [

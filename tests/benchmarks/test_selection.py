@@ -2,11 +2,10 @@
 
 import json
 
-import benchmarks.selection
 import pytest
 import torch
 from benchmarks.registry import SHAPES
-from benchmarks.selection import BASELINES, FORMS, main, measure
+from benchmarks.selection import FORMS, OTHERS, main, measure
 
 from seerattention.baselines import Streaming
 from seerattention.evaluate.contenders import make_contenders
@@ -18,7 +17,7 @@ def test_costs_are_measured_at_the_density(tmp_path, capsys):
     assert main(arguments) == 0
     (run,) = json.loads((tmp_path / "selection.json").read_text())["runs"]
     costs = {result["costs"]["selector"]: result["costs"] for result in run["results"]}
-    labels = {contender.label for contender in make_contenders({}, BASELINES)} | set(FORMS)
+    labels = {contender.label for contender in make_contenders({}, OTHERS)} | set(FORMS)
     assert {name.partition(", own")[0].partition(", project")[0].partition(", top_k")[0] for name in costs} == {
         *labels, "attention, dense", "attention, sparse",
     }  # fmt: skip
@@ -39,8 +38,7 @@ def test_wrong_lists_are_not_timed(monkeypatch):
         mask = torch.ones(1, 4, blocks, blocks, dtype=torch.bool).tril(-1)
         return BlockIndices.from_mask(mask, 64)
 
-    monkeypatch.setattr(benchmarks.selection, "BASELINES", "streaming")
     monkeypatch.setattr(Streaming, "select", without_diagonal)
-    results, wrong = measure(SHAPES["tiny"], 256, 0.5, torch.device("cpu"), 0.01)
+    results, wrong = measure(SHAPES["tiny"], 256, 0.5, torch.device("cpu"), 0.01, others="streaming")
     assert list(wrong) == ["streaming, own rule"]
     assert not any("streaming" in result["costs"]["selector"] for result in results)

@@ -202,3 +202,34 @@ def test_a_prompt_is_encoded_together_as_apart(config, heads, kv_heads, head_dim
         torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     monkeypatch.setattr(prompt, "encode_blocks", lambda *given, **options: pytest.fail("they were encoded apart"))
     gate.encode_prompt(q, k, cos, sin)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", [5, 257, 20_001])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 256), (8, 2, 128), (5, 1, 80)])
+@pytest.mark.parametrize("pitches", [(8, 8), (4, 4), (16, 4), (4, 16)])
+def test_sub_blocks_are_pooled_and_encoded_at_once(pitches, heads, kv_heads, head_dim, length, dtype, monkeypatch):
+    """Beside the reference in float32; of long prompts, too; what is not written is NaN."""
+    torch.manual_seed(0)
+    config = seer.SubBlockGateConfig(q_pitch=pitches[0], k_pitch=pitches[1], width=16 if head_dim == 80 else 64)
+    gate = build_gate(config, block_size=64, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    gate = gate.to("cuda", dtype)
+    q, k = (torch.randn(2, length, n, head_dim, device="cuda").to(dtype).transpose(1, 2) for n in (heads, kv_heads))
+    angles = 6 * torch.rand(1, length, head_dim, device="cuda")
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    encodings = [
+        prompt.Encoding(linear, kinds, pitch)
+        for linear, kinds, pitch in zip(
+            (gate.q_linear, gate.k_linear), (config.q_pooling, config.k_pooling), pitches, strict=True
+        )
+    ]
+    exact = [how._replace(linear=how.linear.float()) for how in encodings]
+    expected = prompt.encode_prompt(
+        q.float(), k.float(), cos.float(), sin.float(), tuple(exact), implementation="reference"
+    )
+    monkeypatch.setattr(prompt, "encode_blocks", lambda *given, **options: pytest.fail("they were encoded apart"))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *given, **options: empty(*given, **options).fill_(float("nan")))
+    for x, y in zip(gate.encode_prompt(q, k, cos, sin), expected, strict=True):
+        torch.testing.assert_close(x.float(), y, rtol=4 * TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])

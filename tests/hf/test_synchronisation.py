@@ -260,22 +260,25 @@ def test_launchers_do_not_wait(monkeypatch, with_lengths):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_launchers_of_gate_scores_do_not_wait(monkeypatch, masked):
-    module = importlib.import_module("seerattention.ops.gate_scores.triton")
-    kernel = NoKernel()
-    for name in ("project_rotate_kernel", "gate_scores_kernel"):
-        monkeypatch.setattr(module, name, kernel)
-    mass = importlib.import_module("seerattention.ops.gate_scores.triton_mass")
+    kernel, kernels = NoKernel(), "seerattention.ops.gate_scores.triton"
+    module, encode, at_once, mass = (
+        importlib.import_module(kernels + part) for part in ("", "_encode", "_prompt", "_mass")
+    )
+    monkeypatch.setattr(module, "gate_scores_kernel", kernel)
+    monkeypatch.setattr(encode, "project_rotate_kernel", kernel)
+    monkeypatch.setattr(at_once, "pool_encode_kernel", kernel)
     for name in ("query_lse_kernel", "mass_scores_kernel"):
         monkeypatch.setattr(mass, name, kernel)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     q, scores = (torch.ones(1, 4, 6, width, device="meta") for width in (64, 6))
     linear, table = torch.ones(4, 64, 64, device="meta"), torch.ones(1, 333, 64, device="meta")
     with Waits() as waits:
-        queries = module.encode_blocks(q, None, table, table, 64)
-        keys = module.encode_blocks(q[:, :2], linear, table, table, 64)
+        queries = encode.encode_blocks(q, None, table, table, 64)
+        keys = encode.encode_blocks(q[:, :2], linear, table, table, 64)
+        at_once.pool_encode(q, q, (linear, linear), (table, table), (("avg",), ("max",)), (8, 8))
         for pitch, span_table in ((64, None), (8, torch.ones(1, 4, dtype=torch.int32, device="meta"))):
             tiles = Tiles(64, pitch, pitch, 0.1, "max", masked, None, 0, 0, 333, span_table)
             module.gate_scores(queries, keys, scores, tiles)
             mass.mass_scores(queries, keys, scores, tiles._replace(reduce="mass"))
-    assert kernel.launches == 8
+    assert kernel.launches == 9
     assert not waits.found

@@ -88,9 +88,11 @@ def test_all_kernels_compile(report):
         "block_pooling",
         "block_selection",
         "block_sparse_decode",
+        "encode_blocks",
         "gate_scores",
         "inverse_rope",
         "mass_scores",
+        "pool_encode",
         "token_scores",
     }
     assert targets == {(op, target) for op in ops for target in ("sm_80", "sm_90", "gfx942")} | {

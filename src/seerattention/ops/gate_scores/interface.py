@@ -144,9 +144,9 @@ def _encode_blocks(
     """What needs no gradient; with one, tracers are to see the reference."""
     name = dispatch.choose_implementation("encode_blocks", implementation, pooled.device, IMPLEMENTATIONS)
     if name == "triton":
-        from . import triton  # imported late: triton is an optional dependency
+        from . import triton_encode  # imported late: triton is an optional dependency
 
-        return triton.encode_blocks(pooled, linear, cos, sin, pitch, offset)
+        return triton_encode.encode_blocks(pooled, linear, cos, sin, pitch, offset)
     encoded = reference.encode_blocks(pooled, linear, cos, sin, pitch, offset).contiguous()
     return encoded if implementation == "reference" else encoded.to(pooled.dtype)
 

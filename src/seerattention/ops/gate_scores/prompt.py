@@ -14,6 +14,9 @@ from .interface import IMPLEMENTATIONS, encode_blocks, may_launch
 # Tokens up to which both share their launches. There the host is what a layer waits for; of longer prompts each of the
 # two is read by programs that suit it.
 MOST_TOKENS = 16384
+# Tokens of the longest sub-blocks that are pooled and encoded by one kernel: longer ones leave it too few programs, and
+# little to save.
+MOST_PITCH = 16
 
 
 class Encoding(NamedTuple):
@@ -41,8 +44,8 @@ def encode_prompt(
 ) -> tuple[Tensor, Tensor]:
     """``encode_blocks(block_pooling(x))`` of the queries and of the keys of whole prompts.
 
-    In two launches instead of four, for prompts of up to ``MOST_TOKENS`` tokens, where Triton kernels run and nothing
-    is traced.
+    Where Triton kernels run and nothing is traced: in one launch where both are projected and cut into sub-blocks of up
+    to 16 tokens, else in two instead of four for prompts of up to ``MOST_TOKENS`` tokens.
 
     Args:
         q, k: ``[B, Hq, T, D]`` and ``[B, Hkv, T, D]``.
@@ -57,14 +60,17 @@ def encode_prompt(
         ValueError, TypeError: as the two ops.
     """
     if _together(q, k, cos, encodings, implementation):
-        from ..block_pooling.triton import pool_both  # imported late: triton is an optional dependency
-        from .triton import encode_both
-
         of_q, of_k = encodings
         assert of_k.linear is not None
-        pitches = of_q.pitch, of_k.pitch
-        pooled = pool_both(q, k, (of_q.kinds, of_k.kinds), pitches)
-        return encode_both(pooled, (of_q.linear, of_k.linear), (cos, sin), pitches)
+        kinds, pitches = (of_q.kinds, of_k.kinds), (of_q.pitch, of_k.pitch)
+        if of_q.linear is not None and _at_once(encodings):
+            from .triton_prompt import pool_encode  # imported late: triton is an optional dependency
+
+            return pool_encode(q, k, (of_q.linear, of_k.linear), (cos, sin), kinds, pitches)
+        from ..block_pooling.triton import pool_both
+        from .triton_encode import encode_both
+
+        return encode_both(pool_both(q, k, kinds, pitches), (of_q.linear, of_k.linear), (cos, sin), pitches)
     queries, keys = (
         _encode(x, cos, sin, how, encodings[1].linear, implementation) for x, how in zip((q, k), encodings, strict=True)
     )
@@ -94,8 +100,15 @@ def _together(
     else:
         fits = fits and q_linear.shape[0] == q.shape[1] and q_linear.shape[2] == width
     alike = all(x is None or (x.dtype, x.device) == (k.dtype, k.device) for x in (q, k_linear, q_linear))
-    if not fits or not alike or q.shape[2] > MOST_TOKENS or q.stride(3) != 1 or k.stride(3) != 1:
+    if not fits or not alike or q.stride(3) != 1 or k.stride(3) != 1:
+        return False
+    if q.shape[2] > MOST_TOKENS and not _at_once(encodings):
         return False
     if not may_launch("encode_blocks", implementation, k, k_linear, q_linear, q):
         return False
     return dispatch.choose_implementation("encode_blocks", implementation, q.device, IMPLEMENTATIONS) == "triton"
+
+
+def _at_once(encodings: tuple[Encoding, Encoding]) -> bool:
+    """Whether pooled sub-blocks are projected by the kernel that pools them."""
+    return all(how.linear is not None and how.pitch <= MOST_PITCH for how in encodings)

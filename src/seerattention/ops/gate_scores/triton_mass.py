@@ -1,7 +1,7 @@
 """Gate scores of ``reduce="mass"`` in Triton: the log-sum-exp of each query sub-block, then its share of each tile.
 
 Two kernels that make the same products, as of all products of a row nothing can be kept. The first goes along a row,
-64 query sub-blocks at a time; the second is shaped as that of the other reductions: products of one place in their
+128 query sub-blocks at a time; the second is shaped as that of the other reductions: products of one place in their
 tiles at a time, so that what is added up, and compared, lies with one thread.
 """
 
@@ -19,7 +19,7 @@ from ..triton_launch import launch
 from ..triton_span import LOG2E
 from . import reference
 from .reference import Tiles
-from .triton import LOWEST, part_of, score_arguments, score_constants, score_strides, store_scores
+from .triton import LOWEST, part_of, score_arguments, score_constants, score_strides, store_scores, warps_of
 
 LEAST_MASS = tl.constexpr(reference.LEAST_MASS)
 
@@ -198,7 +198,7 @@ def query_lse(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
     """Of all scaled products of each query sub-block, to the base of 2: ``[B, Hq, Nq]``."""
     batch, heads, num_q, width = q.shape
     lse = torch.empty(batch, heads, num_q, dtype=torch.float32, device=q.device)
-    constants = _constants(q, tiles)
+    constants = {**_constants(q, tiles, 128), "num_stages": 3}
     launch(
         query_lse_kernel,
         (num_blocks(num_q, constants["BLOCK_M"]), batch * heads),
@@ -226,15 +226,16 @@ def query_lse(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
 def write_shares(q: Tensor, k: Tensor, lse: Tensor, scores: Tensor, tiles: Tiles) -> None:
     """The second of the two launches."""
     batch, heads, num_rows, columns = scores.shape
-    constants = _constants(q, tiles)
+    constants = _constants(q, tiles, 64)
     block = constants["BLOCK_M"]
     grid = num_blocks(columns, block), num_blocks(num_rows, block), batch * heads
     arguments = score_arguments(q, k, scores, tiles)
-    launch(mass_scores_kernel, grid, q, k, lse, *arguments, MASKED=tiles.masked, num_warps=8, **constants)
+    launch(mass_scores_kernel, grid, q, k, lse, *arguments, MASKED=tiles.masked, num_warps=warps_of(q), **constants)
 
 
-def _constants(q: Tensor, tiles: Tiles) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+def _constants(q: Tensor, tiles: Tiles, rows: int) -> dict[str, Any]:
+    """What both kernels are compiled for; ``rows``: at most so many at a time."""
     # float32 products are unrolled multiply-adds, which take long to compile and many registers in large tiles.
-    block, part = (32, 32) if q.dtype == torch.float32 else (64, part_of(q.shape[3]))
-    return score_constants(q, tiles, block, block, part)
+    single, width = q.dtype == torch.float32, q.shape[3]
+    rows = min(rows, 32) if single else min(rows, 64) if width > 128 else rows
+    return score_constants(q, tiles, rows, 32 if single else 64, 32 if single else part_of(width))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dispatch import power_of_2
 from ..gate_scores.interface import empty_scores
-from ..gate_scores.triton import channel_pairs, pairs_of, table_strides
+from ..gate_scores.triton_encode import channel_pairs, pairs_of, table_strides
 from ..indices import num_blocks
 from ..triton_launch import launch
 from .reference import Row
