@@ -133,7 +133,7 @@ def measure(
     Args:
         seconds: device time on each.
         budget: no method is brought to the density once it is spent.
-        others: training-free methods, by the names of ``seer compare --selectors``.
+        others: training-free methods, by the names of ``seer compare --selectors``; ``"none"``: gates alone.
     """
     q, k, v = make_inputs(shape, length, length, device)
     timed: dict[str, Timed] = {}
@@ -185,6 +185,8 @@ def _contenders(
         made = make_gate(shape, length, q.device, spec=config)
         inputs = _inputs(shape, q, k, v, made.cos, made.sin, made.gate)
         found.append((inputs, make_contenders({name: "fresh"}, "", ("project", "top_k"))))
+    if names == "none":
+        return found
     made = make_gate(shape, length, q.device)
     others = make_contenders({}, names, ("own", "project"))
     assert not any(isinstance(each.selector, OracleCover) for each in others)  # minutes, not milliseconds

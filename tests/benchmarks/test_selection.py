@@ -42,3 +42,11 @@ def test_wrong_lists_are_not_timed(monkeypatch):
     results, wrong = measure(SHAPES["tiny"], 256, 0.5, torch.device("cpu"), 0.01, others="streaming")
     assert list(wrong) == ["streaming, own rule"]
     assert not any("streaming" in result["costs"]["selector"] for result in results)
+
+
+def test_gates_alone():
+    results, wrong = measure(SHAPES["tiny"], 256, 0.5, torch.device("cpu"), 0.01, others="none")
+    assert not wrong
+    assert [result["costs"]["selector"].split(", ")[0] for result in results] == ["gate"] * 2 * len(FORMS) + [
+        "attention"
+    ] * 2

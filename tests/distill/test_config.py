@@ -99,6 +99,16 @@ def test_layers_that_do_not_learn_are_named():
     assert DistillHistory.from_dict(json.loads(json.dumps(history.to_dict()))) == history
 
 
+@pytest.mark.parametrize(("last", "recall", "named"), [(0.01, 0.495, False), (0.01, 0.48, True), (0.8, 0.495, True)])
+def test_a_layer_that_was_good_from_the_start_is_not_named(last, recall, named):
+    history = DistillHistory()
+    for step in range(40):
+        history.add_step({"layers.0": 1.0 if step < 3 else last}, 1e-3, 10)
+    history.add_recall(0, {"layers.0": 0.5})
+    history.add_recall(40, {"layers.0": recall})
+    assert bool(history.find_not_learning(min_improvement=0.02, warmup=20)) == named
+
+
 def test_what_is_newer_than_a_state_is_not_in_its_settings():
     assert not {"phase", "last_rows", "target"} & DistillConfig().to_dict().keys()
     config = DistillConfig(last_rows=3, phase="decode", target="row_mass")

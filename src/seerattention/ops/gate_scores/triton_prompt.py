@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dispatch
 from ..dispatch import power_of_2
 from ..indices import num_blocks
 from ..triton_launch import launch
 from .triton_encode import channel_pairs, pairs_of, rotate_store, table_strides
 
-# Sub-blocks of a program, channels that it pools at a time, warps: what they hold leaves room for several programs.
-SHAPE, SHAPE_FLOAT32 = (32, 64, 4), (32, 16, 4)
+# Sub-blocks of a program, channels that it pools at a time, warps. Larger tiles read less of the projection; those of
+# Hopper GPUs fill the registers there, and do not fit those of others.
+SHAPE_HOPPER, SHAPE, SHAPE_FLOAT32 = (64, 64, 4), (32, 64, 4), (32, 16, 4)
 
 _SIZES = ["q_programs", "q_heads", "q_num", "k_heads", "k_group", "k_num", "length", "last"]
 
@@ -153,7 +155,8 @@ def pool_encode(
     half, middle = pairs_of(cos, width)
     single = q.dtype == torch.float32
     # float32 products are unrolled multiply-adds, which take long to compile and many registers in large tiles.
-    block_n, block_c, num_warps = SHAPE_FLOAT32 if single else SHAPE
+    shape = SHAPE_FLOAT32 if single else SHAPE_HOPPER if dispatch.capability(q.device) == 9 else SHAPE
+    block_n, block_c, num_warps = shape
     outs: list[Tensor] = []
     constants: dict[str, Any] = {}
     for name, x, linear, mine, pitch in zip("QK", (q, k), linears, kinds, pitches, strict=True):
