@@ -44,8 +44,8 @@ def encode_prompt(
 ) -> tuple[Tensor, Tensor]:
     """``encode_blocks(block_pooling(x))`` of the queries and of the keys of whole prompts.
 
-    Where Triton kernels run and nothing is traced: in one launch where both are projected and cut into sub-blocks of up
-    to 16 tokens, else in two instead of four for prompts of up to ``MOST_TOKENS`` tokens.
+    Where Triton kernels run and nothing is traced: in one launch where both are projected, keys once, and cut into
+    sub-blocks of up to 16 tokens, else in two instead of four for prompts of up to ``MOST_TOKENS`` tokens.
 
     Args:
         q, k: ``[B, Hq, T, D]`` and ``[B, Hkv, T, D]``.
@@ -63,7 +63,7 @@ def encode_prompt(
         of_q, of_k = encodings
         assert of_k.linear is not None
         kinds, pitches = (of_q.kinds, of_k.kinds), (of_q.pitch, of_k.pitch)
-        if of_q.linear is not None and _at_once(encodings):
+        if of_q.linear is not None and _at_once(k, encodings):
             from .triton_prompt import pool_encode  # imported late: triton is an optional dependency
 
             return pool_encode(q, k, (of_q.linear, of_k.linear), (cos, sin), kinds, pitches)
@@ -102,13 +102,16 @@ def _together(
     alike = all(x is None or (x.dtype, x.device) == (k.dtype, k.device) for x in (q, k_linear, q_linear))
     if not fits or not alike or q.stride(3) != 1 or k.stride(3) != 1:
         return False
-    if q.shape[2] > MOST_TOKENS and not _at_once(encodings):
+    if q.shape[2] > MOST_TOKENS and not _at_once(k, encodings):
         return False
     if not may_launch("encode_blocks", implementation, k, k_linear, q_linear, q):
         return False
     return dispatch.choose_implementation("encode_blocks", implementation, q.device, IMPLEMENTATIONS) == "triton"
 
 
-def _at_once(encodings: tuple[Encoding, Encoding]) -> bool:
-    """Whether pooled sub-blocks are projected by the kernel that pools them."""
-    return all(how.linear is not None and how.pitch <= MOST_PITCH for how in encodings)
+def _at_once(k: Tensor, encodings: tuple[Encoding, Encoding]) -> bool:
+    """Whether pooled sub-blocks are projected by the kernel that pools them; where all query heads project the keys for
+    themselves it would pool them again for each."""
+    linear = encodings[1].linear
+    once = linear is not None and linear.shape[0] == k.shape[1]
+    return once and all(how.linear is not None and how.pitch <= MOST_PITCH for how in encodings)

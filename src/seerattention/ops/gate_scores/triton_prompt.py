@@ -24,7 +24,7 @@ from .triton_encode import channel_pairs, pairs_of, rotate_store, table_strides
 # Hopper GPUs fill the registers there, and do not fit those of others.
 SHAPE_HOPPER, SHAPE, SHAPE_FLOAT32 = (64, 64, 4), (32, 64, 4), (32, 16, 4)
 
-_SIZES = ["q_programs", "q_heads", "q_num", "k_heads", "k_group", "k_num", "length", "last"]
+_SIZES = ["q_programs", "q_heads", "q_num", "k_heads", "k_num", "length", "last"]
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _add_product(
 
 @triton.jit
 def _pool_encode(
-    i_bh, i_n, p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, length, width, half, middle, last, s_x_b, s_x_h,
+    i_bh, i_n, p_x, p_linear, p_cos, p_sin, p_out, heads, num, length, width, half, middle, last, s_x_b, s_x_h,
     s_x_t, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     MAX_SLOT: tl.constexpr, MIN_SLOT: tl.constexpr, AVG_SLOT: tl.constexpr, NUM_KINDS: tl.constexpr,
     PITCH: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,7 +69,7 @@ def _pool_encode(
     o_begin = o_n * PITCH
     o_pair = tl.arange(0, BLOCK_W)
     o_first, o_second, end_first = channel_pairs(o_pair, half, middle, width, PLAIN)
-    p_rows = p_x + i_b * s_x_b + i_h // group * s_x_h + o_begin[:, None] * s_x_t
+    p_rows = p_x + i_b * s_x_b + i_h * s_x_h + o_begin[:, None] * s_x_t
     p_own_linear = p_linear + i_h * NUM_KINDS * HEAD_DIM * width
     b_count = tl.minimum(length - o_begin, PITCH)
     whole = (i_n + 1) * BLOCK_N * PITCH <= length
@@ -115,7 +115,7 @@ def _pool_encode(
 
 @triton.jit(do_not_specialize=_SIZES)  # another length must not compile it again
 def pool_encode_kernel(
-    p_q, p_k, p_q_linear, p_k_linear, p_cos, p_sin, p_q_out, p_k_out, q_programs, q_heads, q_num, k_heads, k_group,
+    p_q, p_k, p_q_linear, p_k_linear, p_cos, p_sin, p_q_out, p_k_out, q_programs, q_heads, q_num, k_heads,
     k_num, length, width, half, middle, last, s_q_b, s_q_h, s_q_t, s_k_b, s_k_h, s_k_t,
     s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
     Q_MAX: tl.constexpr, Q_MIN: tl.constexpr, Q_AVG: tl.constexpr, Q_KINDS: tl.constexpr, Q_PITCH: tl.constexpr,
@@ -129,13 +129,13 @@ def pool_encode_kernel(
     if i_bh < q_programs:
         if i_n * BLOCK_N < q_num:
             _pool_encode(
-                i_bh, i_n, p_q, p_q_linear, p_cos, p_sin, p_q_out, q_heads, 1, q_num, length, width, half, middle,
+                i_bh, i_n, p_q, p_q_linear, p_cos, p_sin, p_q_out, q_heads, q_num, length, width, half, middle,
                 last, s_q_b, s_q_h, s_q_t, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
                 Q_MAX, Q_MIN, Q_AVG, Q_KINDS, Q_PITCH, HEAD_DIM, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
             )  # fmt: skip
     elif i_n * BLOCK_N < k_num:
         _pool_encode(
-            i_bh - q_programs, i_n, p_k, p_k_linear, p_cos, p_sin, p_k_out, k_heads, k_group, k_num, length, width,
+            i_bh - q_programs, i_n, p_k, p_k_linear, p_cos, p_sin, p_k_out, k_heads, k_num, length, width,
             half, middle, last, s_k_b, s_k_h, s_k_t, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
             K_MAX, K_MIN, K_AVG, K_KINDS, K_PITCH, HEAD_DIM, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
         )  # fmt: skip
@@ -149,8 +149,8 @@ def pool_encode(
     kinds: tuple[tuple[str, ...], tuple[str, ...]],
     pitches: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Encoded sub-blocks of queries and keys: ``[B, Hq, Nq, W]`` and ``[B, H, Nk, W]``, contiguous, H projections of
-    keys. Channels of q and k are contiguous."""
+    """Encoded sub-blocks of queries and keys: ``[B, Hq, Nq, W]`` and ``[B, Hkv, Nk, W]``, contiguous. A projection for
+    each head of either; channels of q and k are contiguous."""
     (cos, sin), width = tables, linears[1].shape[2]
     half, middle = pairs_of(cos, width)
     single = q.dtype == torch.float32
@@ -166,7 +166,7 @@ def pool_encode(
         constants |= {f"{name}_{kind.upper()}": slots.get(kind, -1) for kind in ("max", "min", "avg")}
         constants |= {f"{name}_KINDS": len(mine), f"{name}_PITCH": pitch}
     q_programs = q.shape[0] * q.shape[1]
-    programs = q_programs + k.shape[0] * linears[1].shape[0]
+    programs = q_programs + k.shape[0] * k.shape[1]
     launch(
         pool_encode_kernel,
         (programs, num_blocks(max(out.shape[2] for out in outs), block_n)),
@@ -180,8 +180,7 @@ def pool_encode(
         q_programs,
         q.shape[1],
         outs[0].shape[2],
-        linears[1].shape[0],
-        linears[1].shape[0] // k.shape[1],
+        k.shape[1],
         outs[1].shape[2],
         q.shape[2],
         width,
