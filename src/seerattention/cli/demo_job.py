@@ -57,7 +57,8 @@ class DemoResult:
         timing, retrieval, perplexity: one result a setting.
         maps: of the heads that look farthest, from the committed gates, or the fresh ones without those.
         inspection: block recall of all heads in that prompt.
-        rounds: how many rounds of evaluation the time allowed.
+        rounds, samples: how many rounds of evaluation the time allowed, with a document each; and samples of each task
+            in all of them.
         compared: the same gates beside training-free methods, on other prompts.
         seconds: of each stage.
         shown: the number that is shown beside block recall, of "committed" gates and the "oracle".
@@ -72,6 +73,7 @@ class DemoResult:
     maps: list[HeadMap]
     inspection: Inspection
     rounds: int
+    samples: int
     compared: Compared
     seconds: dict[str, float] = field(default_factory=dict)
     shown: dict[str, float | None] = field(default_factory=dict)
@@ -177,11 +179,13 @@ def run_demo(
     finally:
         hf.detach(model)
     clock.lap("maps")
-    rounds = int(next(iter(retrieval[0].correct.values())).shape[0])
+    samples = int(next(iter(retrieval[0].correct.values())).shape[0])
+    rounds = samples // plan.samples
     far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
     recalls, shown = (committed.block_recall(), oracle.block_recall()), {"committed": committed, "oracle": oracle}
     return DemoResult(
-        history, *recalls, timing, retrieval, perplexity, far, inspection, rounds, compared, clock.laps,
+        history, *recalls, timing, retrieval, perplexity, far, inspection, rounds, samples, compared,
+        clock.laps,
         {name: recall.numbers()[SHOWN] for name, recall in shown.items()},
     )  # fmt: skip
 
@@ -290,18 +294,18 @@ def _evaluate_rounds(
     started: float,
     progress: Progress,
 ) -> tuple[list[RetrievalResult], list[PerplexityResult]]:
-    """Rounds of a sample of each task and a document, each through every setting, as long as time allows (one at
+    """Rounds of some samples of each task and a document, each through every setting, as long as time allows (one at
     least).
     """
     retrieval: list[RetrievalResult] = []
     perplexity: list[PerplexityResult] = []
-    tokens = (len(plan.tasks) * plan.task_length + plan.length) * len(settings)
+    tokens = (len(plan.tasks) * plan.samples * plan.task_length + plan.length) * len(settings)
     slowest = 0.0
     for index in range(plan.max_rounds):
         begun = time.monotonic()
         if index and begun - started + slowest > plan.seconds:
             break
-        samples = make_samples(generator, plan.tasks, plan.task_length, 1, plan.questions)
+        samples = make_samples(generator, plan.tasks, plan.task_length, plan.samples, plan.questions)
         with progress(f"evaluating, round {index + 1} of up to {plan.max_rounds}", tokens) as advance:
             # By generation every question would take a prefill of its own.
             answered = evaluate_retrieval(model, samples, settings, advance=advance, method="teacher_forcing")

@@ -26,7 +26,8 @@ class DemoPlan:
         task_length: tokens of the retrieval samples.
         train_length, batch_size: tokens and sequences of a training step.
         max_steps: most steps of distillation; fewer where ``distill_share`` of ``seconds`` does not hold them.
-        max_rounds: most rounds of evaluation (a sample of each task and a document); fewer where the time is short.
+        max_rounds: most rounds of evaluation (samples of each task and a document); fewer where the time is short.
+        samples: of each task in a round.
         questions: questions a sample.
         repeats: timed prefills of each setting.
         seconds: what the whole demo may take.
@@ -46,6 +47,7 @@ class DemoPlan:
     max_steps: int = 60
     distill_share: float = 0.25
     max_rounds: int = 4
+    samples: int = 1
     questions: int = 16
     repeats: int = 2
     seconds: float = 60.0 * DEMO_MINUTES
@@ -87,8 +89,8 @@ class DemoPlan:
         """A token costs eight times as much as the testbed's. A share of each row's own blocks (top-k) drops the
         attention sink of early rows, which this model does not bear: it is there to compare fresh gates with untrained
         ones. Of many names, the model finds half in 2K tokens, and hardly any in more: questions are what counts, so a
-        CPU has fewer steps and rules than for the testbed, and more rounds. Gates that saw shorter texts than they are
-        used for are worth little here."""
+        CPU has few steps and rules and more samples. Gates that saw shorter texts than they are used for are worth
+        little here."""
         shared: dict[str, Any] = {
             "model": "smollm2",
             "seconds": seconds,
@@ -102,4 +104,6 @@ class DemoPlan:
         if device.startswith("cuda"):
             more: dict[str, Any] = {**shared, "committed": (STORED, TopP(0.9)), "distill_share": 0.4}
             return cls(task_length=2048, train_length=8192, batch_size=4, max_steps=200, max_rounds=12, **more)
-        return cls(length=4096, task_length=2048, train_length=2048, max_rounds=6, **shared)
+        return cls(
+            length=4096, task_length=2048, train_length=2048, max_rounds=6, samples=3, distill_share=0.1, **shared
+        )

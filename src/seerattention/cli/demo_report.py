@@ -48,9 +48,8 @@ def result_table(result: DemoResult, plan: DemoPlan) -> Table:
         f"{result.rounds} {_plural('document', result.rounds)}, lower is better. Retrieval: share of "
         + ", ".join(f"{count} {task}" for task, count in questions.items())
         + " questions answered exactly (teacher forcing). Every row of attention is sparse. ± is a standard error over "
-        + f"{result.rounds} "
-        + f"{_plural('sample', result.rounds)}"
-        + (" (none from a single sample)." if result.rounds == 1 else "; few samples make it rough.")
+        + f"{result.samples} {_plural('sample', result.samples)}, or as many documents as there are"
+        + (" (none from a single one)." if result.rounds == 1 else "; few make it rough.")
     )
     headers = ["setting", "density", "prefill", "speed", "perplexity", *plan.tasks]
     return Table(headers, rows, caption)
@@ -89,6 +88,7 @@ def demo_to_dict(result: DemoResult, plan: DemoPlan, seed: int) -> dict[str, Any
         "task_length": plan.task_length,
         "seed": seed,
         "rounds": result.rounds,
+        "samples": result.samples,
         "seconds": result.seconds,
         "distillation": {
             "steps": len(result.history.loss),
@@ -199,7 +199,7 @@ def build_report(result: DemoResult, plan: DemoPlan, *, seed: int, device: str, 
 
     report.section("How it was measured")
     report.text(
-        f"Retrieval: {result.rounds} {_plural('sample', result.rounds)} of each task with {plan.questions} questions "
+        f"Retrieval: {result.samples} {_plural('sample', result.samples)} of each task with {plan.questions} questions "
         "each, exact match by teacher forcing (one forward of a sample serves all its questions; seer eval generates "
         "the answers instead), the same samples for every row. "
         f"Perplexity: {result.rounds} {_plural('document', result.rounds)} from books held out from training. The "
