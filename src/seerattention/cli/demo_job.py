@@ -57,8 +57,6 @@ class DemoResult:
         timing, retrieval, perplexity: one result a setting.
         maps: of the heads that look farthest, from the committed gates, or the fresh ones without those.
         inspection: block recall of all heads in that prompt.
-        rounds, samples: how many rounds of evaluation the time allowed, with a document each; and samples of each task
-            in all of them.
         compared: the same gates beside training-free methods, on other prompts.
         seconds: of each stage.
         shown: the number that is shown beside block recall, of "committed" gates and the "oracle".
@@ -72,11 +70,19 @@ class DemoResult:
     perplexity: list[PerplexityResult]
     maps: list[HeadMap]
     inspection: Inspection
-    rounds: int
-    samples: int
     compared: Compared
     seconds: dict[str, float] = field(default_factory=dict)
     shown: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds of evaluation the time allowed, with a document each."""
+        return self.perplexity[0].losses.shape[0]
+
+    @property
+    def samples(self) -> int:
+        """Of each task, in all rounds."""
+        return int(next(iter(self.retrieval[0].correct.values())).shape[0])
 
     def fresh_recall(self) -> tuple[list[float], list[float]]:
         """Block recall of the fresh gates by layer, before and after distillation."""
@@ -179,13 +185,10 @@ def run_demo(
     finally:
         hf.detach(model)
     clock.lap("maps")
-    samples = int(next(iter(retrieval[0].correct.values())).shape[0])
-    rounds = samples // plan.samples
     far = sorted(inspection.maps, key=_far_share, reverse=True)[:3]
     recalls, shown = (committed.block_recall(), oracle.block_recall()), {"committed": committed, "oracle": oracle}
     return DemoResult(
-        history, *recalls, timing, retrieval, perplexity, far, inspection, rounds, samples, compared,
-        clock.laps,
+        history, *recalls, timing, retrieval, perplexity, far, inspection, compared, clock.laps,
         {name: recall.numbers()[SHOWN] for name, recall in shown.items()},
     )  # fmt: skip
 

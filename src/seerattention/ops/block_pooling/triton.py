@@ -179,6 +179,11 @@ def _blocks_at_once(block_size: int) -> tuple[int, int]:
     return (TOKENS // block_size if step == block_size else 1), step
 
 
+def kind_slots(kinds: Sequence[str]) -> dict[str, int]:
+    """The place of each kind of pooling among the concatenated results, -1 of those that are not asked for."""
+    return {kind.upper(): kinds.index(kind) if kind in kinds else -1 for kind in ("max", "min", "avg")}
+
+
 def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) -> Tensor:
     batch, heads, length, head_dim = x.shape
     if grid.table is not None:
@@ -186,7 +191,6 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
     out = torch.empty(batch, heads, grid.num, len(kinds) * head_dim, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    slots = {kind: index for index, kind in enumerate(kinds)}
     padded_dim = power_of_2(head_dim)
     heads_at_once, num_warps = _heads_at_once(x, heads)
     blocks, step = _blocks_at_once(block_size)
@@ -204,9 +208,7 @@ def block_pooling(x: Tensor, kinds: Sequence[str], block_size: int, grid: Grid) 
         *x.stride()[1:3],
         HAS_TABLE=grid.table is not None,
         CHUNK=grid.offset > 0 or (grid.table is not None and grid.align > 0),
-        MAX_SLOT=slots.get("max", -1),
-        MIN_SLOT=slots.get("min", -1),
-        AVG_SLOT=slots.get("avg", -1),
+        **{f"{kind}_SLOT": slot for kind, slot in kind_slots(kinds).items()},
         NUM_KINDS=len(kinds),
         BLOCK=block_size,
         ALIGN=grid.align,
@@ -235,8 +237,7 @@ def pool_both(
         num, (blocks, step) = num_blocks(x.shape[2], size), _blocks_at_once(size)
         outs.append(torch.empty(*x.shape[:2], num, len(mine) * head_dim, dtype=x.dtype, device=x.device))
         programs.append(x.shape[0] * num_blocks(num, blocks) * num_blocks(x.shape[1], heads_at_once))
-        slots = {kind: index for index, kind in enumerate(mine)}
-        constants |= {f"{name}_{kind.upper()}": slots.get(kind, -1) for kind in ("max", "min", "avg")}
+        constants |= {f"{name}_{kind}": slot for kind, slot in kind_slots(mine).items()}
         constants |= {f"{name}_KINDS": len(mine), f"{name}_BLOCK": size}
         constants |= {f"{name}_BLOCKS": blocks, f"{name}_STEP": step}
     launch(

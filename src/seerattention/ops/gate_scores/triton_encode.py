@@ -47,6 +47,19 @@ def channel_pairs(o_pair, half, middle, width, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def add_product(
+    b_x, p_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION: tl.constexpr
+):
+    """Add the product of channels ``b_x [BLOCK_N, BLOCK_C]`` with their rows ``o_c`` of a projection, in its two
+    halves."""
+    # [BLOCK_C, BLOCK_W]
+    b_linear = _columns(p_linear + o_c * width, o_first, m_c, end_first)
+    b_first = tl.dot(b_x, b_linear, b_first, input_precision=PRECISION)
+    b_linear = _columns(p_linear + o_c * width, o_second, m_c, width)
+    return b_first, tl.dot(b_x, b_linear, b_second, input_precision=PRECISION)
+
+
+@triton.jit
 def rotate_store(
     b_first, b_second, i_b, i_bh, o_n, m_n, o_pair, o_first, o_second, end_first, p_cos, p_sin, p_out, num, width, half,
     middle, pitch, offset, last, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d, ROTATE: tl.constexpr,
@@ -95,11 +108,9 @@ def _project_rotate(
             o_c = start + tl.arange(0, BLOCK_C)
             m_c = o_c < channels
             b_x = _columns(p_own_x, o_c, m_n, channels)  # [BLOCK_N, BLOCK_C]
-            # [BLOCK_C, BLOCK_W]
-            b_linear = _columns(p_own_linear + o_c * width, o_first, m_c, end_first)
-            b_first = tl.dot(b_x, b_linear, b_first, input_precision=PRECISION)
-            b_linear = _columns(p_own_linear + o_c * width, o_second, m_c, width)
-            b_second = tl.dot(b_x, b_linear, b_second, input_precision=PRECISION)
+            b_first, b_second = add_product(
+                b_x, p_own_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION
+            )
     else:
         # [BLOCK_N, BLOCK_W]
         b_first = _columns(p_own_x, o_first, m_n, end_first).to(tl.float32)

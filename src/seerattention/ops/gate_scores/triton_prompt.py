@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..block_pooling.triton import kind_slots
 from ..dispatch import power_of_2
 from ..indices import num_blocks
 from ..triton_launch import launch
-from .triton_encode import channel_pairs, pairs_of, rotate_store, table_strides
+from .triton_encode import add_product, channel_pairs, pairs_of, rotate_store, table_strides
 
 # Sub-blocks of a program, channels that it pools at a time, warps. Larger tiles read less of the projection; those of
 # Hopper GPUs fill the registers there, and do not fit those of others.
@@ -41,17 +42,18 @@ def _take(p_x, m_x, b_max, b_min, b_sum):
 
 
 @triton.jit
-def _add_product(
-    b_pooled, p_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION: tl.constexpr
-):
-    """Multiply one kind of pooling ``[BLOCK_N, BLOCK_C]`` with its rows ``o_c`` of the projection."""
-    b_pooled = b_pooled.to(p_linear.dtype.element_ty)
-    p_rows = p_linear + o_c[:, None] * width
-    m_first, m_second = m_c[:, None] & (o_first < end_first)[None, :], m_c[:, None] & (o_second < width)[None, :]
-    b_linear = tl.load(p_rows + o_first[None, :], mask=m_first, other=0.0)
-    b_first = tl.dot(b_pooled, b_linear, b_first, input_precision=PRECISION)
-    b_linear = tl.load(p_rows + o_second[None, :], mask=m_second, other=0.0)
-    return b_first, tl.dot(b_pooled, b_linear, b_second, input_precision=PRECISION)
+def _add_kind(
+    b_pooled, p_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION: tl.constexpr,
+    SLOT: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Add the product of one kind of pooling ``[BLOCK_N, BLOCK_C]``, if it is asked for, with its rows of the
+    projection."""
+    if SLOT >= 0:
+        b_first, b_second = add_product(
+            b_pooled.to(p_linear.dtype.element_ty), p_linear + SLOT * HEAD_DIM * width, o_c, m_c, o_first, o_second,
+            end_first, width, b_first, b_second, PRECISION,
+        )  # fmt: skip
+    return b_first, b_second
 
 
 @triton.jit
@@ -91,22 +93,19 @@ def _pool_encode(
                 b_max, b_min, b_sum = _take(p_token + i_t * s_x_t, m_x, b_max, b_min, b_sum)
             m_any = (b_count > 0)[:, None] & m_c[None, :]  # infinities of nothing would make the product one
             b_max, b_min = tl.where(m_any, b_max, 0.0), tl.where(m_any, b_min, 0.0)
-        if MAX_SLOT >= 0:
-            b_first, b_second = _add_product(
-                b_max, p_own_linear + MAX_SLOT * HEAD_DIM * width, o_c, m_c, o_first, o_second, end_first, width,
-                b_first, b_second, PRECISION,
-            )  # fmt: skip
-        if MIN_SLOT >= 0:
-            b_first, b_second = _add_product(
-                b_min, p_own_linear + MIN_SLOT * HEAD_DIM * width, o_c, m_c, o_first, o_second, end_first, width,
-                b_first, b_second, PRECISION,
-            )  # fmt: skip
-        if AVG_SLOT >= 0:
-            b_avg = b_sum / tl.maximum(b_count, 1).to(tl.float32)[:, None]
-            b_first, b_second = _add_product(
-                b_avg, p_own_linear + AVG_SLOT * HEAD_DIM * width, o_c, m_c, o_first, o_second, end_first, width,
-                b_first, b_second, PRECISION,
-            )  # fmt: skip
+        b_avg = b_sum / tl.maximum(b_count, 1).to(tl.float32)[:, None]
+        b_first, b_second = _add_kind(
+            b_max, p_own_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION,
+            MAX_SLOT, HEAD_DIM,
+        )  # fmt: skip
+        b_first, b_second = _add_kind(
+            b_min, p_own_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION,
+            MIN_SLOT, HEAD_DIM,
+        )  # fmt: skip
+        b_first, b_second = _add_kind(
+            b_avg, p_own_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION,
+            AVG_SLOT, HEAD_DIM,
+        )  # fmt: skip
     rotate_store(
         b_first, b_second, i_b, i_bh, o_n, o_n < num, o_pair, o_first, o_second, end_first, p_cos, p_sin, p_out, num,
         width, half, middle, PITCH, 0, last, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d, ROTATE,
@@ -162,8 +161,7 @@ def pool_encode(
     for name, x, linear, mine, pitch in zip("QK", (q, k), linears, kinds, pitches, strict=True):
         num = num_blocks(x.shape[2], pitch)
         outs.append(torch.empty(x.shape[0], linear.shape[0], num, width, dtype=x.dtype, device=x.device))
-        slots = {kind: index for index, kind in enumerate(mine)}
-        constants |= {f"{name}_{kind.upper()}": slots.get(kind, -1) for kind in ("max", "min", "avg")}
+        constants |= {f"{name}_{kind}": slot for kind, slot in kind_slots(mine).items()}
         constants |= {f"{name}_KINDS": len(mine), f"{name}_PITCH": pitch}
     q_programs = q.shape[0] * q.shape[1]
     programs = q_programs + k.shape[0] * k.shape[1]

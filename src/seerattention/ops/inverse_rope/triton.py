@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..block_pooling.triton import kind_slots
 from ..dispatch import power_of_2
 from ..indices import num_blocks
 from ..triton_launch import launch
@@ -197,7 +198,6 @@ def pooled_inverse_rope(
     tensors, sizes, strides, constants = _given(x, cos, sin, recent)
     tokens = max(POOLED_TOKENS, block_size)
     numbers = tokens * max(2 * constants["PADDED_HALF"], constants["PADDED_REST"])
-    slots = {f"{kind.upper()}_SLOT": kinds.index(kind) if kind in kinds else -1 for kind in ("max", "min", "avg")}
     launch(
         pooled_inverse_rope_kernel,
         (triton.cdiv(length, tokens) * sizes[0],),
@@ -210,7 +210,7 @@ def pooled_inverse_rope(
         BLOCK=block_size,
         NUM_KINDS=len(kinds),
         num_warps=max(1, min(8, numbers // NUMBERS_PER_WARP)),
-        **slots,
+        **{f"{kind}_SLOT": slot for kind, slot in kind_slots(kinds).items()},
         **constants,
     )
     return out
