@@ -45,6 +45,7 @@ FORMS: dict[str, Any] = {
     "gate, paper's form": PrefillGateConfig(),
     "gate, max, min and mean of queries": PrefillGateConfig(q_pooling=("max", "min", "avg")),
     "gate, 8x8 sub-blocks": SubBlockGateConfig(),
+    "gate, 8x8 sub-blocks, width 64": SubBlockGateConfig(width=64),
     "gate, 8x8 sub-blocks, mass": SubBlockGateConfig(reduce="mass"),
     "gate, 8x4 sub-blocks, mass": SubBlockGateConfig(k_pitch=4, reduce="mass"),
     "gate, 4x4 sub-blocks, mass": SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"),

@@ -21,15 +21,19 @@ def encode_blocks(module, target):
 
 
 def pool_encode(module, target):
+    """What the launcher leaves to other kernels, as GPUs with little shared memory do, has no variant here."""
     kinds = ("max", "min", "avg"), ("max", "avg")
     for width, head_dim, pitches, dtype in [
         (64, 128, (8, 8), torch.bfloat16),
-        *([(64, 256, (16, 4), torch.float16)] if target == "sm_90" else ()),
+        (64, 64, (4, 4), torch.bfloat16),
+        *([(128, 128, (8, 8), torch.bfloat16), (48, 96, (16, 4), torch.float16)] if target == "sm_90" else ()),
     ]:
-        x, table = torch.zeros(1, 4, 4096, head_dim, dtype=dtype), torch.zeros(1, 4096, width, dtype=dtype)
+        x, table = torch.zeros(1, 4, 4096, head_dim, dtype=dtype), torch.zeros(1, 4096, head_dim, dtype=dtype)
         linears = (torch.zeros(4, 3 * head_dim, width, dtype=dtype), torch.zeros(2, 2 * head_dim, width, dtype=dtype))
-        call = functools.partial(module.pool_encode, x, x[:, :2], linears, (table, table), kinds, pitches)
-        yield f"{head_dim} {width} {pitches} {dtype}", call
+        shape = module.shape_of(x, width, 3)
+        if shape is not None:
+            call = functools.partial(module.pool_encode, x, x[:, :2], linears, (table, table), kinds, pitches, shape)
+            yield f"{head_dim} {width} {pitches} {dtype}", call
 
 
 def gate_scores(module, target):
@@ -40,6 +44,12 @@ def gate_scores(module, target):
     for reduce in ("max", "logsumexp"):
         for name, q, k, scores, tiles in tile_scores(target, reduce):
             yield name, functools.partial(module.gate_scores, q, k, scores, tiles)
+    if target == "sm_90":
+        x, scores = torch.zeros(1, 2, 512, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 64, 64)
+        tiles, many = Tiles(64, 8, 8, 0.1, "max", True, None, 0, 0, 4096), module.MANY_COLUMNS
+        module.MANY_COLUMNS = 1
+        yield "max 128 8x8, many columns", functools.partial(module.gate_scores, x, x, scores, tiles)
+        module.MANY_COLUMNS = many
 
 
 def encodings(target):

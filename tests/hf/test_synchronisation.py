@@ -273,9 +273,10 @@ def test_launchers_of_gate_scores_do_not_wait(monkeypatch, masked):
     q, scores = (torch.ones(1, 4, 6, width, device="meta") for width in (64, 6))
     linear, table = torch.ones(4, 64, 64, device="meta"), torch.ones(1, 333, 64, device="meta")
     with Waits() as waits:
+        shape = at_once.shape_of(q, 64, 1)
         queries = encode.encode_blocks(q, None, table, table, 64)
         keys = encode.encode_blocks(q[:, :2], linear, table, table, 64)
-        at_once.pool_encode(q, q, (linear, linear), (table, table), (("avg",), ("max",)), (8, 8))
+        at_once.pool_encode(q, q, (linear, linear), (table, table), (("avg",), ("max",)), (8, 8), shape)
         for pitch, span_table in ((64, None), (8, torch.ones(1, 4, dtype=torch.int32, device="meta"))):
             tiles = Tiles(64, pitch, pitch, 0.1, "max", masked, None, 0, 0, 333, span_table)
             module.gate_scores(queries, keys, scores, tiles)

@@ -25,6 +25,8 @@ CASES = {
     "narrow": (2, 1, 2, 40, 20, ("min",), ALL, 64, 32, 40),
     "fine": (3, 1, 1, 16, 16, ("min", "max"), ("avg", "max"), 4, 4, 16),
     "padded_dim": (2, 2, 2, 80, 20, ALL, ALL, 8, 16, 80),
+    "half": (4, 2, 2, 32, 16, ALL, ALL, 8, 4, 32),  # every second entry of the rotary table
+    "half_own": (4, 2, 4, 32, 16, ALL, AVG, 64, 64, 32),
     "own_keys": (4, 2, 4, 32, 16, ALL, AVG, 8, 8, 16),
     "no_rope": (4, 2, 4, 16, 16, AVG, ("max", "min"), 32, 64, 0),
 }
@@ -70,7 +72,7 @@ def test_together_is_apart(case, length, monkeypatch):
     for x, y in zip(found, expected, strict=True):
         assert not x.isnan().any()
         assert x.dtype == torch.float16
-        if prompt._at_once(inputs[1], inputs[4]):  # products with the projection are added up in another order
+        if prompt._shape_at_once(*inputs[:2], inputs[4]):  # products with the projection are added up in another order
             torch.testing.assert_close(x, y, rtol=2e-3, atol=4e-3)
         else:
             assert torch.equal(x, y)
@@ -79,7 +81,7 @@ def test_together_is_apart(case, length, monkeypatch):
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("length", [1, 7, 33, 64, 131, 300])
-@pytest.mark.parametrize("case", ["sub_block", "pitches", "fine", "padded_dim"])
+@pytest.mark.parametrize("case", ["sub_block", "pitches", "fine", "padded_dim", "half"])
 def test_sub_blocks_are_pooled_and_encoded_at_once(case, length, dtype, monkeypatch):
     """Beside the reference in float32, over lengths that end inside of sub-blocks and of programs; two rows."""
     inputs = make(case, length, dtype, batch=2)
@@ -125,7 +127,7 @@ def test_where_no_kernel_runs_both_are_apart(case):
 
 @needs_interpreter
 def test_what_does_not_fit_together_is_apart(monkeypatch):
-    """Long prompts, strided channels, dtypes that differ."""
+    """Strided channels, dtypes that differ, long prompts."""
     q, k, cos, _, encodings = make("published", 65, torch.float16)
 
     def together(q=q, k=k, encodings=encodings):
@@ -137,5 +139,10 @@ def test_what_does_not_fit_together_is_apart(monkeypatch):
     assert not together(k=k.transpose(2, 3).contiguous().transpose(2, 3))
     assert not together(encodings=(encodings[0], encodings[1]._replace(linear=None)))
     assert not together(q=q[:, :, :64])
-    monkeypatch.setattr(prompt, "MOST_TOKENS", 64)
-    assert not together()
+    for most, launched in ((65, 0), (64, 2)):
+        apart = []
+        with monkeypatch.context() as changed:
+            changed.setattr(prompt, "MOST_TOKENS", most)
+            changed.setattr(prompt, "_encode", lambda *given, apart=apart: apart.append(given))
+            encode_prompt(*make("published", 65, torch.float16), implementation="triton")
+        assert len(apart) == launched

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 
 import pytest
 import torch
 
+from seerattention.ops import dispatch
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
 from seerattention.ops.gate_scores import gate_scores, reference
 from seerattention.ops.gate_scores.interface import REDUCTIONS
@@ -128,6 +130,25 @@ def test_triton_interpreted_sub_blocks_over_several_tiles(dtype, width, nan_fill
         loose = gate_scores(q, k, implementation="triton", masked=False, **options)
         causal = expected > -math.inf
         assert torch.equal(loose[causal], found[causal])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("length", [8 * 70 - 3, 8 * 129])
+def test_triton_interpreted_sub_blocks_of_many_columns(length, nan_filled_empty, monkeypatch):
+    """Wider tiles, which Hopper GPUs take from 128K tokens on, give bit for bit what the others do."""
+    module = importlib.import_module("seerattention.ops.gate_scores.triton")
+    monkeypatch.setattr(dispatch, "capability", lambda device: 9)
+    generator = torch.Generator().manual_seed(length)
+    q, k = (torch.randn(1, 2, num_blocks(length, pitch), 16, generator=generator).half() for pitch in (4, 8))
+    options = {"block_size": 8, "q_pitch": 4, "scale": 0.2, "reduce": "max", "span": Span(1, length, length)}
+    expected = gate_scores(q, k, implementation="triton", **options)
+    tiles, launch = [], module.launch
+    monkeypatch.setattr(
+        module, "launch", lambda *given, **named: tiles.append(named["BLOCK_N"]) or launch(*given, **named)
+    )
+    monkeypatch.setattr(module, "MANY_COLUMNS", 2)
+    assert torch.equal(gate_scores(q, k, implementation="triton", **options), expected)
+    assert tiles == [128]
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -10,6 +10,9 @@ from .. import dispatch
 from ..block_pooling import block_pooling
 from ..custom_op import tracing
 from .interface import IMPLEMENTATIONS, encode_blocks, may_launch
+
+if TYPE_CHECKING:
+    from .triton_prompt import Shape
 
 # Tokens up to which both share their launches. There the host is what a layer waits for; of longer prompts each of the
 # two is read by programs that suit it.
@@ -45,7 +48,8 @@ def encode_prompt(
     """``encode_blocks(block_pooling(x))`` of the queries and of the keys of whole prompts.
 
     Where Triton kernels run and nothing is traced: in one launch where both are projected, keys once, and cut into
-    sub-blocks of up to 16 tokens, else in two instead of four for prompts of up to ``MOST_TOKENS`` tokens.
+    sub-blocks of up to 16 tokens, and the GPU has the shared memory; else in two instead of four for prompts of up to
+    ``MOST_TOKENS`` tokens.
 
     Args:
         q, k: ``[B, Hq, T, D]`` and ``[B, Hkv, T, D]``.
@@ -63,14 +67,17 @@ def encode_prompt(
         of_q, of_k = encodings
         assert of_k.linear is not None
         kinds, pitches = (of_q.kinds, of_k.kinds), (of_q.pitch, of_k.pitch)
-        if of_q.linear is not None and _at_once(k, encodings):
+        shape = _shape_at_once(q, k, encodings)
+        if shape is not None:
             from .triton_prompt import pool_encode  # imported late: triton is an optional dependency
 
-            return pool_encode(q, k, (of_q.linear, of_k.linear), (cos, sin), kinds, pitches)
-        from ..block_pooling.triton import pool_both
-        from .triton_encode import encode_both
+            assert of_q.linear is not None
+            return pool_encode(q, k, (of_q.linear, of_k.linear), (cos, sin), kinds, pitches, shape)
+        if q.shape[2] <= MOST_TOKENS:
+            from ..block_pooling.triton import pool_both
+            from .triton_encode import encode_both
 
-        return encode_both(pool_both(q, k, kinds, pitches), (of_q.linear, of_k.linear), (cos, sin), pitches)
+            return encode_both(pool_both(q, k, kinds, pitches), (of_q.linear, of_k.linear), (cos, sin), pitches)
     queries, keys = (
         _encode(x, cos, sin, how, encodings[1].linear, implementation) for x, how in zip((q, k), encodings, strict=True)
     )
@@ -102,16 +109,19 @@ def _together(
     alike = all(x is None or (x.dtype, x.device) == (k.dtype, k.device) for x in (q, k_linear, q_linear))
     if not fits or not alike or q.stride(3) != 1 or k.stride(3) != 1:
         return False
-    if q.shape[2] > MOST_TOKENS and not _at_once(k, encodings):
-        return False
     if not may_launch("encode_blocks", implementation, k, k_linear, q_linear, q):
         return False
     return dispatch.choose_implementation("encode_blocks", implementation, q.device, IMPLEMENTATIONS) == "triton"
 
 
-def _at_once(k: Tensor, encodings: tuple[Encoding, Encoding]) -> bool:
-    """Whether pooled sub-blocks are projected by the kernel that pools them; where all query heads project the keys for
-    themselves it would pool them again for each."""
+def _shape_at_once(q: Tensor, k: Tensor, encodings: tuple[Encoding, Encoding]) -> Shape | None:
+    """Of programs that project sub-blocks while they pool them; None: others do. Where all query heads project the keys
+    for themselves it would pool them again for each."""
     linear = encodings[1].linear
-    once = linear is not None and linear.shape[0] == k.shape[1]
-    return once and all(how.linear is not None and how.pitch <= MOST_PITCH for how in encodings)
+    if linear is None or linear.shape[0] != k.shape[1]:
+        return None
+    if any(how.linear is None or how.pitch > MOST_PITCH for how in encodings):
+        return None
+    from .triton_prompt import shape_of
+
+    return shape_of(q, linear.shape[2], max(len(how.kinds) for how in encodings))

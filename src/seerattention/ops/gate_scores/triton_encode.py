@@ -27,10 +27,19 @@ def _columns(p_rows, o_column, m_rows, limit):
 
 
 @triton.jit
-def _rotary(p_table, o_row, o_channel, m_rows, m_channels, s_t, s_d, other):
-    """Entries of a rotary table in float32, ``other`` where a channel is not rotated."""
-    p_own_table = p_table + o_row[:, None] * s_t + (o_channel * s_d)[None, :]
-    return tl.load(p_own_table, mask=m_rows[:, None] & m_channels[None, :], other=other).to(tl.float32)
+def _rotary(p_table, o_row, o_channel, begin, m_rows, half, s_t, s_d, other, SECOND: tl.constexpr, PAIRS: tl.constexpr):
+    """Entries of a rotary table in float32, ``other`` where a channel is not rotated. SECOND: channels o_channel are
+    every second entry from entry ``begin`` on; those are read whole, as loads of two bytes each take far longer."""
+    p_rows = p_table + o_row.to(tl.int64)[:, None] * s_t
+    if SECOND:
+        o_entry = tl.arange(0, 2 * PAIRS)
+        m_entry = m_rows[:, None] & (o_entry < 2 * half)[None, :]
+        b_both = tl.load(p_rows + (begin + o_entry)[None, :], mask=m_entry, other=other)
+        b_table, _ = tl.split(tl.reshape(b_both, [b_both.shape[0], PAIRS, 2]))
+    else:
+        m_rotated = tl.arange(0, PAIRS) < half
+        b_table = tl.load(p_rows + (o_channel * s_d)[None, :], mask=m_rows[:, None] & m_rotated[None, :], other=other)
+    return b_table.to(tl.float32)
 
 
 @triton.jit
@@ -47,33 +56,21 @@ def channel_pairs(o_pair, half, middle, width, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def add_product(
-    b_x, p_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION: tl.constexpr
-):
-    """Add the product of channels ``b_x [BLOCK_N, BLOCK_C]`` with their rows ``o_c`` of a projection, in its two
-    halves."""
-    # [BLOCK_C, BLOCK_W]
-    b_linear = _columns(p_linear + o_c * width, o_first, m_c, end_first)
-    b_first = tl.dot(b_x, b_linear, b_first, input_precision=PRECISION)
-    b_linear = _columns(p_linear + o_c * width, o_second, m_c, width)
-    return b_first, tl.dot(b_x, b_linear, b_second, input_precision=PRECISION)
-
-
-@triton.jit
 def rotate_store(
     b_first, b_second, i_b, i_bh, o_n, m_n, o_pair, o_first, o_second, end_first, p_cos, p_sin, p_out, num, width, half,
     middle, pitch, offset, last, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d, ROTATE: tl.constexpr,
+    SECOND: tl.constexpr,
 ):  # fmt: skip
     """Rotate the two channels of each pair of vectors ``o_n``, and write them."""
     if ROTATE:
         # Each block is rotated at the position of its first token that is there. [BLOCK_N, BLOCK_W]
-        o_t, m_rotated = tl.minimum(tl.maximum(o_n * pitch - offset, 0), last), o_pair < half
+        o_t = tl.minimum(tl.maximum(o_n * pitch - offset, 0), last)
         p_own_cos, p_own_sin = p_cos + i_b * s_cos_b, p_sin + i_b * s_sin_b
-        b_cos = _rotary(p_own_cos, o_t, o_first, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
-        b_sin = _rotary(p_own_sin, o_t, o_first, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
+        b_cos = _rotary(p_own_cos, o_t, o_first, 0, m_n, half, s_cos_t, s_cos_d, 1.0, SECOND, o_pair.shape[0])
+        b_sin = _rotary(p_own_sin, o_t, o_first, 0, m_n, half, s_sin_t, s_sin_d, 0.0, SECOND, o_pair.shape[0])
         b_turned = b_first * b_cos - b_second * b_sin
-        b_cos = _rotary(p_own_cos, o_t, o_second, m_n, m_rotated, s_cos_t, s_cos_d, 1.0)
-        b_sin = _rotary(p_own_sin, o_t, o_second, m_n, m_rotated, s_sin_t, s_sin_d, 0.0)
+        b_cos = _rotary(p_own_cos, o_t, o_second, 2 * middle, m_n, half, s_cos_t, s_cos_d, 1.0, SECOND, o_pair.shape[0])
+        b_sin = _rotary(p_own_sin, o_t, o_second, 2 * middle, m_n, half, s_sin_t, s_sin_d, 0.0, SECOND, o_pair.shape[0])
         b_second = b_second * b_cos + b_first * b_sin
         b_first = b_turned
     p_own_out = (p_out + (i_bh.to(tl.int64) * num + o_n) * width)[:, None]
@@ -86,7 +83,7 @@ def rotate_store(
 def _project_rotate(
     i_n, i_bh, p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch,
     offset, last, s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
-    PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PROJECT: tl.constexpr, ROTATE: tl.constexpr, SECOND: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, N, W]`` = the rotated ``x [B, H / group, N, C] @ linear [H, C, W]``, or the rotated x itself.
@@ -108,16 +105,17 @@ def _project_rotate(
             o_c = start + tl.arange(0, BLOCK_C)
             m_c = o_c < channels
             b_x = _columns(p_own_x, o_c, m_n, channels)  # [BLOCK_N, BLOCK_C]
-            b_first, b_second = add_product(
-                b_x, p_own_linear, o_c, m_c, o_first, o_second, end_first, width, b_first, b_second, PRECISION
-            )
+            b_linear = _columns(p_own_linear + o_c * width, o_first, m_c, end_first)  # [BLOCK_C, BLOCK_W]
+            b_first = tl.dot(b_x, b_linear, b_first, input_precision=PRECISION)
+            b_linear = _columns(p_own_linear + o_c * width, o_second, m_c, width)
+            b_second = tl.dot(b_x, b_linear, b_second, input_precision=PRECISION)
     else:
         # [BLOCK_N, BLOCK_W]
         b_first = _columns(p_own_x, o_first, m_n, end_first).to(tl.float32)
         b_second = _columns(p_own_x, o_second, m_n, width).to(tl.float32)
     rotate_store(
         b_first, b_second, i_b, i_bh, o_n, m_n, o_pair, o_first, o_second, end_first, p_cos, p_sin, p_out, num, width,
-        half, middle, pitch, offset, last, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d, ROTATE,
+        half, middle, pitch, offset, last, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d, ROTATE, SECOND,
     )  # fmt: skip
 
 
@@ -125,14 +123,14 @@ def _project_rotate(
 def project_rotate_kernel(
     p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width, half, middle, pitch, offset, last,
     s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
-    PROJECT: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PROJECT: tl.constexpr, ROTATE: tl.constexpr, SECOND: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """See ``_project_rotate``."""
     _project_rotate(
         tl.program_id(0), tl.program_id(1), p_x, p_linear, p_cos, p_sin, p_out, heads, group, num, channels, width,
         half, middle, pitch, offset, last, s_x_b, s_x_h, s_x_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
-        PROJECT, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
+        PROJECT, ROTATE, SECOND, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
     )  # fmt: skip
 
 
@@ -141,7 +139,7 @@ def encode_both_kernel(
     p_q, p_k, p_q_linear, p_k_linear, p_cos, p_sin, p_q_out, p_k_out, programs, q_heads, q_num, q_channels, q_pitch,
     k_heads, k_group, k_num, k_channels, k_pitch, width, half, middle, last,
     s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
-    PROJECT_Q: tl.constexpr, ROTATE: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PROJECT_Q: tl.constexpr, ROTATE: tl.constexpr, SECOND: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """The first ``programs`` of the second dimension encode queries, the others keys."""
@@ -150,13 +148,13 @@ def encode_both_kernel(
         _project_rotate(
             i_n, i_bh, p_q, p_q_linear, p_cos, p_sin, p_q_out, q_heads, 1, q_num, q_channels, width, half, middle,
             q_pitch, 0, last, s_q_b, s_q_h, s_q_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
-            PROJECT_Q, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
+            PROJECT_Q, ROTATE, SECOND, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
         )  # fmt: skip
     else:
         _project_rotate(
             i_n, i_bh - programs, p_k, p_k_linear, p_cos, p_sin, p_k_out, k_heads, k_group, k_num, k_channels, width,
             half, middle, k_pitch, 0, last, s_k_b, s_k_h, s_k_n, s_cos_b, s_cos_t, s_cos_d, s_sin_b, s_sin_t, s_sin_d,
-            True, ROTATE, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
+            True, ROTATE, SECOND, PLAIN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_W,
         )  # fmt: skip
 
 
@@ -170,7 +168,7 @@ def encode_blocks(
     out = torch.empty(batch, heads, num, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    half, middle, constants = _encoding(x, cos, width)
+    half, middle, constants = _encoding(x, cos, sin, width)
     launch(
         project_rotate_kernel,
         (num_blocks(num, constants["BLOCK_N"]), batch * heads),
@@ -198,7 +196,7 @@ def encode_blocks(
     return out
 
 
-def _encoding(x: Tensor, cos: Tensor | None, width: int) -> tuple[int, int, dict[str, Any]]:
+def _encoding(x: Tensor, cos: Tensor | None, sin: Tensor | None, width: int) -> tuple[int, int, dict[str, Any]]:
     """Pairs of channels that are rotated, all pairs, and the shape of a program."""
     half, middle = pairs_of(cos, width)
     single, block_w = x.dtype == torch.float32, max(16, power_of_2(middle))
@@ -207,6 +205,7 @@ def _encoding(x: Tensor, cos: Tensor | None, width: int) -> tuple[int, int, dict
         middle,
         {
             "ROTATE": cos is not None,
+            "SECOND": second_entries(cos, sin, width),
             "PLAIN": half in (0, middle),
             "PRECISION": "ieee" if single else "tf32",
             "BLOCK_N": 32 if single else 64,
@@ -232,7 +231,7 @@ def encode_both(
         torch.empty(batch, mine, x.shape[2], width, dtype=x.dtype, device=x.device)
         for x, mine in ((q, q.shape[1]), (k, heads))
     ]
-    half, middle, constants = _encoding(k, cos, width)
+    half, middle, constants = _encoding(k, cos, sin, width)
     launch(
         encode_both_kernel,
         (num_blocks(max(q.shape[2], k.shape[2]), constants["BLOCK_N"]), batch * (q.shape[1] + heads)),
@@ -278,3 +277,12 @@ def table_strides(table: Tensor | None, width: int) -> tuple[int, int, int]:
         return 0, 0, 0
     step = max(1, table.shape[-1] // width)
     return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1), step * table.stride(2)
+
+
+def second_entries(cos: Tensor | None, sin: Tensor | None, width: int) -> bool:
+    """Whether all channels are rotated, by every second entry of the rows of the tables: gates of half the width."""
+    return (
+        cos is not None
+        and sin is not None
+        and all(table.shape[-1] == 2 * width and width % 2 == 0 and table.stride(-1) == 1 for table in (cos, sin))
+    )
