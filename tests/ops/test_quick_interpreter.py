@@ -28,6 +28,10 @@ def mixed_kernel(out, scale, many, size: tl.constexpr, other: tl.constexpr):
     narrow = (grid.to(tl.float32) / 7).to(tl.bfloat16).to(tl.float32) + grid.to(tl.float16).to(tl.float32) * scale
     chosen = tl.where((grid & 1) == 1, narrow, half_of(grid, 5).to(tl.float32))
     chosen += tl.sum(narrow, 0)[None, :] + tl.max(chosen, 1, keep_dims=True) + (wide % 1000).to(tl.float32)
+    halves = rows.to(tl.float16) / 2
+    chosen += tl.maximum(halves[:, None], columns[None, :]) - tl.minimum(columns, 3)[None, :]
+    chosen += tl.where(many > 0, 0.5, rows)[:, None] + tl.clamp(chosen, -2.0, halves[:, None].to(tl.float32))
+    chosen += tl.where(chosen == float("nan"), 1.0, 2.0) + ((wide.to(tl.uint32) >> 3) // 5 % 7).to(tl.float32)
     tl.store(out + rows[:, None] * other + columns[None, :], chosen, mask=grid < 20)
 
 
@@ -48,7 +52,8 @@ def test_numbers_are_those_of_triton():
     code = "import json, test_quick_interpreter as test; print(json.dumps(test.results()))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert str(results()) == done.stdout.strip()
+    for _ in range(2):  # of what the second launch needs, much is known from the first
+        assert str(results()) == done.stdout.strip()
 
 
 def test_wrong_shapes_are_refused_each_time():
