@@ -309,17 +309,19 @@ def correlations(cells: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    """Ranks from 1 along the last dimension, equal values sharing the mean of theirs."""
+    distinct, place = np.unique(values, return_inverse=True)
+    rows = place.reshape(-1, values.shape[-1])
+    size = len(distinct)
+    counts = np.stack([np.bincount(row, minlength=size) for row in rows])
+    return np.take_along_axis(counts.cumsum(-1) - (counts - 1) / 2, rows, -1).reshape(values.shape)
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation; 0 where one of them is constant."""
-    a, b = ranks(x), ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum() / scale) if scale else 0.0
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlations along the last dimension; 0 where one of two is constant."""
+    a, b = (each - each.mean(-1, keepdims=True) for each in (ranks(x), ranks(y)))
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def permutation(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
@@ -334,7 +336,7 @@ def spearman_interval(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[floa
     """Percentile bootstrap over cells, 95 %."""
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(x), (RESAMPLES, len(x)))
-    low, high = np.percentile([spearman(x[index], y[index]) for index in drawn], (2.5, 97.5))
+    low, high = np.percentile(spearman(x[drawn], y[drawn]), (2.5, 97.5))
     return float(low), float(high)
 
 
