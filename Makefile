@@ -66,7 +66,7 @@ LOWEST_TRANSFORMERS := $(shell sed -n 's/^ *"transformers>=\(.*\)",/\1/p' pyproj
 install-lowest: $(LOWEST)/.installed  ## the lowest supported transformers
 
 test-lowest: $(DEV_ENV) $(LOWEST)/.installed  ## the Hugging Face tests with the lowest supported transformers
-	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__)'
+	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'from importlib.metadata import version as v; print("transformers", v("transformers"))'
 	PYTHONPATH=$(LOWEST) $(PYTEST) -m "not newest" tests/hf tests/test_public_api.py --ignore tests/hf/test_golden.py $(ARGS)
 
 $(LOWEST)/.installed: $(VENV)/constraints.txt
