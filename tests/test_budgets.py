@@ -88,6 +88,12 @@ def test_the_shortest_prompts():
     assert [least_blocks(d, 64) for d in (0.5, 0.2, 0.1, 0.05)] == [64, 64, 64, 128]
     assert least_blocks(0.2, 32) == 128
     assert BUDGETS.holds_from(0.05) == 8192
+    assert [least_blocks(d, 64, 16384) for d in (0.5, 0.1, 0.02)] == [256, 256, 320]
+    assert [floor_of(d, 64, 16384) for d in (0.5, 0.1, 0.05)] == [4, 4, 4]
+    long = dataclasses.replace(BUDGETS, shortest=16384)
+    assert long.holds_from(0.1) == 16384
+    assert Budgets.from_dict(json.loads(json.dumps(long.to_dict()))) == long
+    assert "shortest" not in BUDGETS.to_dict()  # as files were written before it could be said
     assert [floor_of(d, 64) for d in (0.5, 0.2, 0.14, 0.1, 0.05)] == [4, 4, 3, 2, 2]
     for density in (0.03, 0.05, 0.1, 0.2, 0.5):
         rows = least_blocks(density, 64)

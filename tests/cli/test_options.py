@@ -82,6 +82,7 @@ WRONG = {
         "--length": LENGTHS,
         "--sequences": NOT_COUNTS,
         "--densities": [*DENSITIES, "1"],
+        "--shortest": [*LENGTHS, "2K", "64K"],
     },
     "eval": {
         **COMMON,

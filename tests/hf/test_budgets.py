@@ -60,6 +60,19 @@ def test_a_density_is_kept_on_other_prompts(calibrated, ids_of):
     seer.set_policy(model, density=0.2)
 
 
+def test_budgets_for_long_prompts_leave_more_to_short_ones(calibrated, model_of, ids_of):
+    """Held to 8,192 tokens and not to fewer, with the same gates."""
+    _, _, folder = calibrated
+    model = seer.attach(model_of("llama"), folder, min_context=0)
+    budgets = seer.calibrate(model, [ids_of(8192, seed=7)], densities=(0.1, 0.2), shortest=8192)
+    assert (budgets.shortest, budgets.holds_from(0.1)) == (8192, 8192)
+    assert budgets.curves[0].blocks == (1, 256)
+    assert budgets.curves[0].min_blocks == 4
+    seer.set_policy(model, density=0.1)
+    assert 0.88 * 0.1 < density_of(model, ids_of(8192, seed=1)) < 1.05 * 0.1
+    assert density_of(model, ids_of(4096, seed=1)) > 1.1 * 0.1
+
+
 def test_chunks_and_padding_change_nothing(calibrated, ids_of):
     model, _, _ = calibrated
     ids = ids_of(1536, seed=3)
@@ -148,6 +161,11 @@ def test_a_density_is_all_that_is_said(calibrated, model_of, ids_of):
         seer.set_policy(fresh, density=0.1)
     with pytest.raises(ValueError, match="got both"):
         seer.calibrate(fresh, [ids_of(64)], densities=(0.1,), density=0.1)
+    for wrong in (2048, 5000.5):
+        with pytest.raises(ValueError, match="shortest must be a whole number of tokens, 4096 or more"):
+            seer.calibrate(fresh, [ids_of(64)], shortest=wrong)
+    with pytest.raises(ValueError, match="shortest is for budgets"):
+        seer.calibrate(fresh, [ids_of(64)], density=0.1, shortest=8192)
     with pytest.raises(ValueError, match="for a single density"):
         seer.calibrate(fresh, [ids_of(64)], policy=RelativeThreshold(1.0))
     with pytest.raises(ValueError, match=r"too short to fit budgets of density 0\.2 \(needs 4096 tokens\)"):

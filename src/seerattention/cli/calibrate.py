@@ -25,6 +25,13 @@ def command(
     densities: Annotated[
         str | None, typer.Option(help="What to fit, as 0.1,0.2. Default: from 0.05 to 0.5, as far as prompts reach.")
     ] = None,
+    shortest: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of the shortest prompt that is held to a density, from 4K (the default) to --length. Shorter "
+            "ones are denser, and long ones lose less the longer it is."
+        ),
+    ] = None,
     text_field: TextField = "text",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -38,6 +45,9 @@ def command(
     with errors():
         terminal = Terminal(as_json)
         tokens = token_count(length, "--length")
+        least = 4096 if shortest is None else token_count(shortest, "--shortest", minimum=4096)
+        if shortest is not None and least > tokens:
+            raise ValueError(f"--shortest must not be longer than the prompts (--length {length}), got {shortest}")
         whole("--sequences", sequences)
         asked = None if densities is None else parse_list(densities, parse_target, "densities")
         folder = gates_for(check_model(model), gates)
@@ -55,7 +65,7 @@ def command(
         prompts = cut_documents(texts, tokens, sequences, bos=tokenizer.bos_token_id)
         hf.attach(loaded, folder, min_context=0)
         terminal.say(f"reading {sequences} prompts of {tokens} tokens, twice")
-        found = calibrate(loaded, list(prompts.split(1)), densities=asked)
+        found = calibrate(loaded, list(prompts.split(1)), densities=asked, shortest=least)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
         store_budgets(folder, output, found)
         known = ", ".join(f"{density:g}" for density in found.densities)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..blocks import BlockIndices
 from ..hf.state import state_of
 from ..policies import Budget, Budgets, causal_softmax
-from ..policies.budget import MAX_FLOOR, MIN_FLOOR, floor_of, least_blocks
+from ..policies.budget import MAX_FLOOR, MIN_FLOOR, SHORTEST, floor_of, least_blocks
 from ..selectors import LayerInputs
 from .passes import NOTHING_SEEN, put_in_force, read_prompts
 
@@ -207,7 +207,13 @@ class _Curve:
 
 @torch.no_grad()
 def fit_budgets(
-    model: nn.Module, prompts: Sequence[Mapping[str, Any]], densities: Sequence[float], *, passes: int, strict: bool
+    model: nn.Module,
+    prompts: Sequence[Mapping[str, Any]],
+    densities: Sequence[float],
+    *,
+    passes: int,
+    strict: bool,
+    shortest: int = SHORTEST,
 ) -> Budgets:
     """Fit budgets for the gates of an attached model, which is left with the default one in force in all layers.
 
@@ -217,6 +223,7 @@ def fit_budgets(
         densities: ascending.
         passes: the first goes along a dense forward, others along the sparse one of the default density found so far.
         strict: raise for densities that prompts of this length cannot have; False: leave them out.
+        shortest: tokens of the shortest prompt that is held to its density.
 
     Raises:
         ValueError: no gated layer read a prompt as a whole, or a density (strict), or each, is out of reach.
@@ -225,21 +232,21 @@ def fit_budgets(
     for _ in range(max(1, passes)):
         seen = Seen()
         read_prompts(model, prompts, seen, densely=budgets is None)
-        budgets = _budgets(seen, densities, strict)
+        budgets = _budgets(seen, densities, strict, shortest)
         put_in_force(model, budgets.policy())
     assert budgets is not None
     state_of(model).budgets = budgets
     return budgets
 
 
-def _budgets(seen: Seen, densities: Sequence[float], strict: bool) -> Budgets:
-    curves, wrong = [], []
+def _budgets(seen: Seen, densities: Sequence[float], strict: bool, shortest: int) -> Budgets:
+    curves, wrong, size = [], [], seen.block_size or 64
     for density in densities:
-        floor, first = floor_of(density, seen.block_size or 64), least_blocks(density, seen.block_size or 64)
+        floor, first = floor_of(density, size, shortest), least_blocks(density, size, shortest)
         above = seen.above(floor)
         curve = _Curve(above, _AIM * density, first) if first <= above.shape[0] else None
         if curve is None or not curve.fit():
-            wrong.append(f"{density:g} (needs {first * seen.block_size} tokens)")
+            wrong.append(f"{density:g} (needs {first * size} tokens)")
             continue
         curves.append(curve.budget(density, min_blocks=floor))
     if not curves or (wrong and strict):
@@ -248,4 +255,4 @@ def _budgets(seen: Seen, densities: Sequence[float], strict: bool) -> Budgets:
             "diagonal and the first block, which every row keeps, leave no choice; use longer ones or higher densities"
         )
     default = min((curve.density for curve in curves), key=lambda density: abs(math.log(density / DEFAULT_DENSITY)))
-    return Budgets(tuple(curves), default, seen.tokens, seen.block_size)
+    return Budgets(tuple(curves), default, seen.tokens, seen.block_size, shortest)

@@ -17,7 +17,7 @@ from ..hf.prompts import check_batch
 from ..hf.state import gated_layers, state_of
 from ..ops.indices import read_lists
 from ..policies import Budgets, Policy, RelativeThreshold, Threshold, causal_softmax
-from ..policies.budget import check_densities
+from ..policies.budget import SHORTEST, check_densities
 from ..selectors import LayerInputs
 from .budgets import DENSITIES, fit_budgets
 from .passes import NOTHING_SEEN, put_in_force, read_prompts
@@ -200,6 +200,7 @@ def calibrate(
     *,
     densities: Sequence[float] | None = None,
     passes: int = 2,
+    shortest: int = SHORTEST,
 ) -> Budgets: ...
 
 
@@ -223,6 +224,7 @@ def calibrate(
     density: float | None = None,
     passes: int = 2,
     policy: RelativeThreshold | None = None,
+    shortest: int = SHORTEST,
 ) -> Budgets | Threshold | RelativeThreshold:
     """Fit the budgets of a model's gates: what spends a density at every length of prompt.
 
@@ -249,13 +251,17 @@ def calibrate(
         density: the target of one threshold for everything, in (0, 1), instead.
         passes: forward passes over the batches; always two for a ``RelativeThreshold``.
         policy: whose factor is to be found for ``density``; what it keeps besides counts towards the density.
+        shortest: tokens of the shortest prompt that budgets hold to a density, 4,096 or more. Holding it in short
+            prompts takes blocks from the first rows, which long prompts pay for, too: whoever reads long ones only asks
+            for that (16,384, say), and loses less (``docs/experiments.md``). Shorter prompts are denser then.
 
     Returns:
         The budgets; or the policy that ``density`` asks for.
 
     Raises:
         ValueError: no gates, no batches, prompts that no gated layer reads as a whole, both density and densities, or
-            a density below that of the blocks that are always kept in prompts of this length.
+            a density below that of the blocks that are always kept in prompts of this length; a ``shortest`` below
+            4,096.
         TypeError: a batch of the wrong type.
     """
     if density is not None and densities is not None:
@@ -264,7 +270,12 @@ def calibrate(
         if policy is not None:
             raise ValueError("a policy is for a single density: calibrate(model, batches, density=..., policy=...)")
         asked = DENSITIES if densities is None else check_densities(densities)
-        return fit_budgets(model, _prompts(model, batches), asked, passes=passes, strict=densities is not None)
+        if not isinstance(shortest, int) or shortest < SHORTEST:
+            raise ValueError(f"shortest must be a whole number of tokens, {SHORTEST} or more, got {shortest!r}")
+        prompts, strict = _prompts(model, batches), densities is not None
+        return fit_budgets(model, prompts, asked, passes=passes, strict=strict, shortest=shortest)
+    if shortest != SHORTEST:
+        raise ValueError("shortest is for budgets (densities), and one density is for the length of the prompts alone")
     if not 0 < density < 1:
         raise ValueError(f"density must lie between 0 and 1, got {density}")
     state, prompts = state_of(model), _prompts(model, batches)

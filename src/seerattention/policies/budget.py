@@ -25,6 +25,8 @@ __all__ = ["Budget", "Budgets", "check_densities", "floor_of", "least_blocks"]
 
 # Blocks that every row of a fitted budget keeps, the diagonal among them: by density, between these.
 MIN_FLOOR, MAX_FLOOR = 2, 4
+# Tokens of the shortest prompt that a budget is held to, where nothing else is asked for.
+SHORTEST = 4096
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,20 @@ class Budgets:
         default: the density of gates that are attached without one.
         tokens: the longest prompt that they were fitted on. Longer ones go by what its last rows did.
         block_size: tokens a block.
+        shortest: tokens of the shortest prompt that they hold a density to; shorter ones are denser.
     """
 
     curves: tuple[Budget, ...]
     default: float
     tokens: int
     block_size: int
+    shortest: int = SHORTEST
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curves", tuple(self.curves))
         if not self.curves or any(a.density >= b.density for a, b in itertools.pairwise(self.curves)):
             raise ValueError(f"Budgets: densities must ascend and be at least one, got {list(self.densities)}")
-        for name in ("tokens", "block_size"):
+        for name in ("tokens", "block_size", "shortest"):
             check_count(name, getattr(self, name))
         self.policy(self.default)
 
@@ -112,7 +116,7 @@ class Budgets:
 
     def holds_from(self, density: float) -> int:
         """Tokens of the shortest prompt whose total density is about that; shorter ones are denser."""
-        return least_blocks(density, self.block_size) * self.block_size
+        return least_blocks(density, self.block_size, self.shortest) * self.block_size
 
     def policy(self, density: float | None = None) -> Budget | Dense:
         """The policy that spends a density (None: the default): between the two nearest of those that were fitted.
@@ -143,7 +147,8 @@ class Budgets:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; :meth:`from_dict` is the inverse."""
         curves = [curve.to_dict() for curve in self.curves]
-        return {"default": self.default, "tokens": self.tokens, "block_size": self.block_size, "curves": curves}
+        data = {"default": self.default, "tokens": self.tokens, "block_size": self.block_size, "curves": curves}
+        return data if self.shortest == SHORTEST else {**data, "shortest": self.shortest}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Budgets:
@@ -158,20 +163,20 @@ class Budgets:
             if arguments.pop("kind", None) != Budget.kind:
                 raise ValueError(f"budgets hold policies of kind {Budget.kind!r}, got {curve!r}")
             curves.append(Budget(**arguments))
-        return cls(tuple(curves), data["default"], data["tokens"], data["block_size"])
+        return cls(tuple(curves), data["default"], data["tokens"], data["block_size"], data.get("shortest", SHORTEST))
 
 
-def least_blocks(density: float, block_size: int) -> int:
-    """Blocks of the shortest prompt that a budget can hold to a density: at least 4,096 tokens, and rows that may read
+def least_blocks(density: float, block_size: int, shortest: int = SHORTEST) -> int:
+    """Blocks of the shortest prompt that a budget is held to: at least ``shortest`` tokens, and rows that may read
     three blocks each on average. The diagonal and the sink alone are two, so that shorter prompts cannot be so sparse.
     """
-    return max(-(-4096 // block_size), math.ceil(6.4 / density))
+    return max(-(-shortest // block_size), math.ceil(6.4 / density))
 
 
-def floor_of(density: float, block_size: int) -> int:
+def floor_of(density: float, block_size: int, shortest: int = SHORTEST) -> int:
     """How many blocks every row keeps: about two thirds of what rows of the shortest prompt may read on average, but
     the diagonal and another one at least, and not more than four, which is enough."""
-    return min(max(round(0.31 * density * least_blocks(density, block_size)), MIN_FLOOR), MAX_FLOOR)
+    return min(max(round(0.31 * density * least_blocks(density, block_size, shortest)), MIN_FLOOR), MAX_FLOOR)
 
 
 def check_densities(densities: Any) -> tuple[float, ...]:
