@@ -295,13 +295,13 @@ def with_policy(model: nn.Module, policy, run: Run, ids: Tensor, config: seer.Ga
 
 
 @pytest.mark.filterwarnings("ignore:seerattention.*fewer tokens than a block")
-@pytest.mark.parametrize(("name", "way"), cases(sorted(CONFIGS), OLDER_FAMILIES))
+@pytest.mark.parametrize(("name", "way"), list(cases(sorted(CONFIGS), OLDER_FAMILIES)))
 def test_what_is_promised(name, way):
     check_promise(name, way)
 
 
 @pytest.mark.filterwarnings("ignore:seerattention.*fewer tokens than a block")
-@pytest.mark.parametrize(("name", "way"), cases(SUB_BLOCK_FAMILIES, ()))
+@pytest.mark.parametrize(("name", "way"), list(cases(SUB_BLOCK_FAMILIES, ())))
 def test_what_is_promised_of_sub_block_gates(name, way):
     check_promise(name, way, SUB_BLOCKS)
 
