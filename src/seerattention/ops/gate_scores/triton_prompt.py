@@ -158,7 +158,7 @@ def shape_of(x: Tensor, width: int, num_kinds: int) -> Shape | None:
     hopper = dispatch.capability(x.device) == 9
     shape = Shape(32, 4, 6 if hopper else 3) if block_w <= 32 else Shape(64, 8, 4)
     # The projection, tokens on their way, and a tile that changes its layout.
-    channels = num_kinds * 2 * block_w + shape.stages * shape.block_n + shape.block_n
+    channels = num_kinds * 2 * block_w + (shape.stages + 1) * shape.block_n
     return shape if channels * block_c * x.element_size() <= dispatch.shared_memory(x.device) else None
 
 
