@@ -45,6 +45,13 @@ ReportEvery = Annotated[int, typer.Option(help="Steps between two lines of log.j
 Start = Annotated[
     Path | None, typer.Option(help="Folder of a model to train on, instead of a new one; its shape counts.")
 ]
+LookUp = Annotated[
+    str,
+    typer.Option(
+        help="Layers that may look far while the drills last, e.g. 2,3 (easy on gates) or 1 (hard). Default: all; then "
+        "chance decides where look-up forms."
+    ),
+]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
 Least = Annotated[
     float,
@@ -147,6 +154,7 @@ def train(
     key_mix: Mix = "",
     templates: Templates = None,
     retries: Retries = 1,
+    look_up: LookUp = "",
     start: Start = None,
     decay_from: Annotated[float, typer.Option(help="Share of the time after which the rate falls.")] = 0.68,
     report_every: ReportEvery = 50,
@@ -176,6 +184,7 @@ def train(
         drill_mix=json.loads(drill_mix) if drill_mix else None,
         key_mix=json.loads(key_mix) if key_mix else None,
         templates=_read(templates),
+        look_up=tuple(int(layer) for layer in look_up.split(",")) if look_up else None,
     )
     longest = max(phase.context for phase in config.phases)
     model: Any

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from seerattention.files import replacing
+from seerattention.tasks.words import ADJECTIVES, NOUNS
 
 BOS, PAD = "<|bos|>", "<|pad|>"
 SHORTEST_BOOK = 20_000  # tokens; shorter ones leave no room for a long haystack
@@ -22,7 +23,8 @@ SHORTEST_BOOK = 20_000  # tokens; shorter ones leave no room for a long haystack
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters: float = 30e6, seed: int = 7) -> Any:
     """A byte-level BPE whose numbers are groups of three digits, each group one token; saved for ``AutoTokenizer``.
 
-    ``texts`` is sampled in pieces until about ``characters`` characters were read.
+    The words that needles are named after are one token each, too, whatever the texts. ``texts`` is sampled in pieces
+    until about ``characters`` characters were read.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -40,9 +42,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
 
     def sample() -> Iterator[str]:
         numbers, seen = [f"{i:03d}" for i in range(1000)], 0
-        # Often enough, against that much text, that every three-digit group becomes one token.
+        # Often enough, against that much text, that every three-digit group and every word becomes one token.
         for _ in range(int(characters / 1e4)):
             yield " ".join(numbers)
+            yield " ".join(["", *ADJECTIVES, *NOUNS])
         for text in texts:
             if seen >= characters:
                 return
@@ -56,10 +59,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
             vocab_size=vocab_size, special_tokens=[BOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         ),
     )
-    missing = [i for i in range(1000) if len(bpe.encode(f"{i:03d}").ids) != 1]
-    if missing:
+    wanted = [*(f"{i:03d}" for i in range(1000)), *(f" {word}" for word in (*ADJECTIVES, *NOUNS))]
+    if missing := [text for text in wanted if len(bpe.encode(text).ids) != 1]:
         raise RuntimeError(
-            f"{len(missing)} three-digit groups are not single tokens; use a larger vocabulary than {vocab_size}"
+            f"{len(missing)} three-digit groups and words of needles are not single tokens ({missing[0]!r}); use a "
+            f"larger vocabulary than {vocab_size}"
         )
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]

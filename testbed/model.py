@@ -6,6 +6,7 @@ Mathematically the same as ``LlamaForCausalLM`` (a test compares them); :func:`e
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+#: Tokens of a piece: where a layer is kept near, a token sees its own piece and the one before.
+PIECE = 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,23 @@ def _qkv(x: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, 
     queries, keys, values = (F.linear(h, w.to(x.dtype)).view(n, -1, head_dim) for w in (q, k, v))
     cos, sin = cos[:, None], sin[:, None]
     return _rotate(queries, cos, sin).to(x.dtype), _rotate(keys, cos, sin).to(x.dtype), values
+
+
+def _near(q: Tensor, k: Tensor, v: Tensor, opens: Tensor) -> Tensor:
+    """Attention ``[N, H * D]`` of tokens ``[N, H, D]`` to their own piece, causally, and to the whole one before.
+
+    ``opens`` ``[N / PIECE]``: pieces that begin a sequence, and so have none before.
+    """
+    pieces, kv_heads, head_dim = len(opens), k.shape[1], q.shape[2]
+    q = q.reshape(pieces, PIECE, kv_heads, -1, head_dim)
+    k, v = (x.reshape(pieces, PIECE, kv_heads, head_dim) for x in (k, v))
+    k, v = (torch.cat([x.roll(1, 0), x], 1) for x in (k, v))
+    key = torch.arange(2 * PIECE, device=q.device)
+    seen = key <= torch.arange(PIECE, device=q.device)[:, None] + PIECE
+    seen = seen & ((key >= PIECE) | ~opens[:, None])[:, None]
+    scores = torch.einsum("pqhgd,pkhd->phgqk", q, k).float() / math.sqrt(head_dim)
+    shares = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
+    return torch.einsum("phgqk,pkhd->pqhgd", shares, v).reshape(pieces * PIECE, -1)
 
 
 def _mlp(
@@ -90,35 +112,45 @@ class FastLlama(nn.Module):
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.width) * 0.02)
         self.norm = nn.Parameter(torch.ones(config.width))
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
-        self._parts: tuple[Any, Any, Any] = (_qkv, _mlp, _loss)
+        self._parts: tuple[Any, Any, Any, Any] = (_qkv, _near, _mlp, _loss)
 
     def compile_parts(self) -> None:
         """Compile everything but attention; shapes depend on tokens a step only, so each token count compiles once."""
-        self._parts = tuple(torch.compile(part, dynamic=False) for part in (_qkv, _mlp, _loss))  # type: ignore[assignment]
+        self._parts = tuple(torch.compile(part, dynamic=False) for part in (_qkv, _near, _mlp, _loss))  # type: ignore[assignment]
 
     def forward(
-        self, ids: Tensor, labels: Tensor, weights: Tensor, positions: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        positions: Tensor | None = None,
+        far: Collection[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted mean loss, and the loss of each token ``[B * T]``, for ids, labels, weights ``[B, T]``.
 
-        ``positions`` (int64 ``[B, T]``, increasing) are those of RoPE; None: 0, 1, ... in every row.
+        ``positions`` (int64 ``[B, T]``, increasing) are those of RoPE; None: 0, 1, ... in every row. ``far``: the
+        layers that see all tokens before; the others see those near by (``PIECE``, of which T is a multiple). None: all
+        layers do, as the exported model's.
         """
         c = self.config
         batch, length = ids.shape
-        qkv, mlp, loss = self._parts
+        qkv, near, mlp, loss = self._parts
+        if far is not None:
+            opens = torch.arange(batch * length // PIECE, device=ids.device) % (length // PIECE) == 0
         inverse = 1.0 / (c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=ids.device).float() / c.head_dim))
         places = torch.arange(length, device=ids.device).repeat(batch) if positions is None else positions.reshape(-1)
         angles = places.float()[:, None] * inverse[None]
         angles = torch.cat([angles, angles], 1)
         cos, sin = angles.cos(), angles.sin()
         x = self.embedding[ids.reshape(-1)].to(self.dtype)
-        for layer in self.layers:
-            q, k, v = (
-                t.view(batch, length, -1, c.head_dim).transpose(1, 2)
-                for t in qkv(x, layer.norm1, layer.q, layer.k, layer.v, cos, sin, c.norm_eps)
-            )
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            attended = attended.transpose(1, 2).reshape(batch * length, -1)
+        for i, layer in enumerate(self.layers):
+            q, k, v = qkv(x, layer.norm1, layer.q, layer.k, layer.v, cos, sin, c.norm_eps)
+            if far is None or i in far:
+                q, k, v = (t.view(batch, length, -1, c.head_dim).transpose(1, 2) for t in (q, k, v))
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                attended = attended.transpose(1, 2).reshape(batch * length, -1)
+            else:
+                attended = near(q, k, v, opens)
             x = mlp(x, attended, layer.o, layer.norm2, layer.gate, layer.up, layer.down, c.norm_eps)
         return loss(x, self.norm, self.embedding, labels.reshape(-1), weights.reshape(-1), c.norm_eps)
 

@@ -46,6 +46,7 @@ class Phase:
         reach: positions are spread by random jumps to less than this many tokens (0: they are not), see ``spread``.
         task_mix, drill_mix, key_mix: what ``TrainingMix`` draws in this phase (None: as the run says, see
             ``TrainConfig``).
+        steered: the phase keeps layers near that ``TrainConfig.look_up`` does not name.
     """
 
     context: int
@@ -61,6 +62,7 @@ class Phase:
     task_mix: dict[str, float] | None = None
     drill_mix: dict[str, float] | None = None
     key_mix: dict[str, float] | None = None
+    steered: bool = False
 
 
 #: Dictionaries of numbers: where look-up forms at all, they are learnt first.
@@ -139,6 +141,8 @@ class TrainConfig:
         task_mix, drill_mix, key_mix: relative frequencies of the forms of tasks, drills and keys in the phases that do
             not say their own (None: the package's).
         templates: sentences of the needles (None: the package's).
+        look_up: the layers that see all tokens before while a phase is steered; the others see those near by alone, so
+            look-up can form in these only. None: all layers do.
     """
 
     seconds: float = 660.0
@@ -160,6 +164,7 @@ class TrainConfig:
     drill_mix: dict[str, float] | None = None
     key_mix: dict[str, float] | None = None
     templates: list[tuple[str, str]] | None = None
+    look_up: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
@@ -172,6 +177,8 @@ class TrainConfig:
         if (longest := sum(phase.most for phase in self.phases)) >= 1:
             raise ValueError(f"the phases with 'most' must leave time to the others, got {longest:g} of it for them")
         object.__setattr__(self, "phases", tuple(self._with_mixes(phase) for phase in self.phases))
+        if self.look_up is not None and (not self.look_up or min(self.look_up) < 0):
+            raise ValueError(f"look_up must name at least one layer, by numbers from 0 on, got {self.look_up}")
 
     def _with_mixes(self, phase: Phase) -> Phase:
         mixes: dict[str, Any] = {}
@@ -236,6 +243,11 @@ class Schedule:
             )
             self.phase, self.started, self.smooth, self.reports = self.phase + 1, elapsed, {}, 0
         return self.phase
+
+    @property
+    def far(self) -> tuple[int, ...] | None:
+        """The layers that see all tokens before in this phase (None: all layers do)."""
+        return self.config.look_up if self.config.phases[self.phase].steered else None
 
     def factor(self, elapsed: float, step: int) -> float:
         """Warm-up and decay of the learning rate."""

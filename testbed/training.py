@@ -103,17 +103,18 @@ def train(
         with attention:
             if on_gpu:
                 run.model.compile_parts()
-                _compile(run.model, config.phases, device)
+                _compile(run.model, config, device)
             return run.go(earlier)
     finally:
         run.batches.close()
 
 
-def _compile(model: FastLlama, phases: tuple[Phase, ...], device: str) -> None:
+def _compile(model: FastLlama, config: TrainConfig, device: str) -> None:
     """Run every shape once before the clock starts."""
-    for context, tokens in sorted({(p.context, p.tokens) for p in phases}):
+    steered = config.look_up or ()
+    for context, tokens, far in sorted({(p.context, p.tokens, steered if p.steered else ()) for p in config.phases}):
         ids = torch.randint(0, model.config.vocab_size, (tokens // context, context), device=device)
-        model(ids, ids, torch.ones_like(ids, dtype=torch.float32))[0].backward()
+        model(ids, ids, torch.ones_like(ids, dtype=torch.float32), far=far or None)[0].backward()
         model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -234,7 +235,7 @@ class _Run:
         state["rate"] += (phase.rate * (config.rate_scale if long else 1.0) - state["rate"]) * 0.02
         rate = state["rate"] * self.schedule.factor(state["elapsed"], state["step"])
         positions = spread(len(ids), ids.shape[1] - 1, phase.reach, self.device) if phase.reach else None
-        loss, each = self.model(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions)
+        loss, each = self.model(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions, self.schedule.far)
         loss.backward()
         self.optimizers.step(rate)
         self.model.zero_grad(set_to_none=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from testbed.model import FastLlama, ModelConfig, export, read, spread
+from testbed import model as model_file
+from testbed.model import PIECE, FastLlama, ModelConfig, export, read, spread
 from transformers import AutoModelForCausalLM
 
 SHAPE = ModelConfig(vocab_size=200, width=48, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_width=80, max_context=512)
@@ -43,9 +44,32 @@ def test_it_computes_what_llama_computes(model, batch, tmp_path, spread_out):
 
 def test_compiled_parts_compute_the_same(model, batch):
     ids, labels, weights = batch
-    expected = model(ids, labels, weights)[1]
+    expected = [model(ids, labels, weights, far=far)[1] for far in (None, (1,))]
     model._parts = tuple(torch.compile(part, backend="eager") for part in model._parts)
-    torch.testing.assert_close(model(ids, labels, weights)[1], expected)
+    for far, each in zip((None, (1,)), expected, strict=True):
+        torch.testing.assert_close(model(ids, labels, weights, far=far)[1], each)
+
+
+def test_layers_that_are_kept_near_see_two_pieces(model, batch, monkeypatch):
+    """Against attention with a mask, and where no layer is."""
+    ids, labels, weights = batch
+    piece = torch.arange(64) // PIECE
+    seen = (piece[:, None] - piece <= 1) & (torch.arange(64)[:, None] >= torch.arange(64))
+
+    def masked(q, k, v, opens):
+        assert opens.tolist() == [True, False, False, False] * 2
+        q, k, v = (x.view(2, 64, -1, SHAPE.head_dim).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        return out.transpose(1, 2).reshape(128, -1)
+
+    everywhere = model(ids, labels, weights)[1]
+    for far in ((0,), (1,), (0, 1)):
+        got = model(ids, labels, weights, far=far)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_parts", (model._parts[0], masked, *model._parts[2:]))
+            torch.testing.assert_close(got, model(ids, labels, weights, far=far)[1])
+        assert torch.equal(got, everywhere) == (far == (0, 1))
+    assert model._parts[1] is model_file._near
 
 
 def test_a_model_read_back_is_the_model(model, batch, tmp_path):
