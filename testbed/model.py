@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 #: Tokens of a piece: where a layer is kept near, a token sees its own piece and the one before.
 PIECE = 16
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from testbed import model as model_file
 from testbed.model import PIECE, FastLlama, ModelConfig, export, read, spread
 from transformers import AutoModelForCausalLM
+
+from testbed import model as model_file
 
 SHAPE = ModelConfig(vocab_size=200, width=48, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_width=80, max_context=512)
 
