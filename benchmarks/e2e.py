@@ -3,14 +3,16 @@
     python -m benchmarks.e2e --model llama-3.1-8b --lengths 32768 131072 --densities 0.1 --layers 8
     python -m benchmarks.e2e --model llama-3.1-8b qwen3-4b --lengths 1024 2048 4096 8192
     python -m benchmarks.e2e --model llama-3.1-8b --lengths 32768 131072 --chunk 2048 --layers 8
+    python -m benchmarks.e2e --model llama-3.1-8b --lengths 131072 --layers 8 --form paper sub_block_shared
     python -m benchmarks.e2e --device cpu --tiny                                     # a rehearsal, in seconds
 
 One prompt in one forward, logits of the last token only, no cache kept; with ``--chunk``, in forwards of so many tokens
 on a cache, and dense attention is then cuDNN's to the cached keys and to the chunk's own, merged by log-sum-exp:
 transformers' ``sdpa`` makes a mask in memory there and is slower. Weights are random, gates are fresh: times
-depend on shapes and densities, not on what a model has learned. Dense is transformers' own ``sdpa`` on cuDNN. With
-``--layers N`` only so many are built, and times are scaled: what the model takes without layers, measured, plus the
-rest times all layers over N. Peak memory is that of the layers that were built.
+depend on shapes and densities, not on what a model has learned. ``--form`` names the gates, one after another, each in
+turns with dense attention; ``over_paper`` is a form's time over that of the paper's. Dense is transformers' own
+``sdpa`` on cuDNN. With ``--layers N`` only so many are built, and times are scaled: what the model takes without
+layers, measured, plus the rest times all layers over N. Peak memory is that of the layers that were built.
 
 Two sparse runs: "sparse", where every prompt is, and "as shipped", with the default ``min_context``, below which
 prompts run dense. Before anything is timed ``TopK(1.0)``, every block through the sparse kernel, has to give what dense
@@ -21,6 +23,7 @@ not fail.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +43,7 @@ from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_pr
 from seerattention.hf.min_context import Shape, default_min_context
 
 from .command import PROMPT, ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup
+from .distill import FORMS
 from .models import lower_right, num_layers, random_tokens, without_layers
 from .results import own_arguments
 
@@ -83,10 +87,10 @@ def measure(name: str, model: Any, length: int, options: argparse.Namespace) -> 
     def scaled(result: TimingResult) -> float:
         return result.median if layers == whole else fixed + max(0.0, result.median - fixed) * whole / layers
 
-    results = []
+    results: list[dict[str, Any]] = []
     default = default_min_context(Shape.of(model.config), model.device)
-    for min_context in (0, default) if length <= 2 * default else (0,):
-        seer.attach(model, seer.GateConfig(), min_context=min_context)
+    for min_context, form in itertools.product((0, default) if length <= 2 * default else (0,), options.form):
+        seer.attach(model, seer.GateConfig(prefill=FORMS[form]), min_context=min_context)
         settings = [
             Setting(f"sparse {density:g}", policy=seer.TopK(density), min_context=None) for density in densities
         ]
@@ -112,7 +116,11 @@ def measure(name: str, model: Any, length: int, options: argparse.Namespace) -> 
                 "layers": layers,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 **({} if chunk is None else {"chunk": chunk}),
+                **({} if form == "paper" else {"form": form}),
             }
+            papers = [other for other in results if other["case"] == {k: v for k, v in case.items() if k != "form"}]
+            if papers and form != "paper":
+                metrics["over_paper"] = metrics["sparse_s"] / papers[0]["metrics"]["sparse_s"]
             timed = {"dense": dense.to_dict(), "sparse": result.to_dict(), "without_layers_s": fixed}
             results.append(
                 {"case": case, "metrics": metrics, "whole_layers": whole, "min_context": min_context, **timed}
@@ -178,18 +186,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = model_parser("benchmarks.e2e", __doc__, check_length=4096)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1])
     parser.add_argument("--chunk", type=int, help="tokens a forward; default: the whole prompt in one")
+    parser.add_argument("--form", nargs="+", default=["paper"], choices=list(FORMS), help="form of the gates")
     return parser.parse_args(arguments)
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         *PROMPT,
+        ("gates", lambda result: result["case"].get("form", "paper")),
         ("asked", case_of("density", "g")),
         ("run", as_asked),
         ("density", metric("density", ".3f")),
         ("dense ms", metric("dense_s", ".4g", 1e3)),
         ("sparse ms", metric("sparse_s", ".4g", 1e3)),
         ("speed-up", speedup),
+        ("over paper", lambda result: f"{result['metrics'].get('over_paper', 1.0):.3f}"),
         ("peak GiB", lambda result: gib(result["sparse"]["peak_bytes"])),
     ]
     return make_table(results, columns, "Time to first token, one prompt in one forward; scaled to all layers.")

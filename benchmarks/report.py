@@ -143,6 +143,7 @@ def _e2e_table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         ("model shape", _model_shape),
         ("tokens", tokens),
+        ("gates", lambda result: result["case"].get("form", "paper")),
         ("density", metric("density", ".3f")),
         ("run", as_asked),
         ("dense, ms", metric("dense_s", ".4g", 1e3)),
@@ -230,7 +231,8 @@ def _plots(device: str, results: dict[str, list[dict[str, Any]]], plots: Path) -
     for result in results["e2e"]:
         case = result["case"]
         if case["min_context"] == "0":
-            name = f"{case['model']}, density {case['density']:g}"
+            gates = f", {case['form']}" if "form" in case else ""
+            name = f"{case['model']}, density {case['density']:g}{gates}"
             speeds.setdefault(name, {})[case["length"]] = result["metrics"]["speedup"]
     made += _plot(f"{device}-prefill", "Time to first token.", speeds, "times faster than dense", plots)
     return made

@@ -48,8 +48,8 @@ Start = Annotated[
 LookUp = Annotated[
     str,
     typer.Option(
-        help="Layers that may look far while the drills last, e.g. 2,3 (easy on gates) or 1 (hard). Default: all; then "
-        "chance decides where look-up forms."
+        help="Layers that see far while the drills last, so that look-up forms there: 2,3 is easy on gates, 1 is hard; "
+        "all: chance decides."
     ),
 ]
 Retries = Annotated[int, typer.Option(help="Begin again with the next seed that often if look-up does not form.")]
@@ -100,6 +100,17 @@ def _stop(why: str) -> NoReturn:
     """End the program with a sentence."""
     typer.echo(f"error: {why}\n{SUPPORTED}", err=True)
     raise typer.Exit(1)
+
+
+def _layers(given: str) -> tuple[int, ...] | None:
+    """The layers that ``--look-up`` names; None: all."""
+    named = given.split(",")
+    if given != "all" and not all(layer.strip().isdecimal() for layer in named):
+        raise typer.BadParameter(
+            f"got {given!r}; it takes numbers of layers, from 0 on and with commas between, or all",
+            param_hint="--look-up",
+        )
+    return None if given == "all" else tuple(int(layer) for layer in named)
 
 
 def _embedded() -> Path:
@@ -154,7 +165,7 @@ def train(
     key_mix: Mix = "",
     templates: Templates = None,
     retries: Retries = 1,
-    look_up: LookUp = "",
+    look_up: LookUp = "2,3",
     start: Start = None,
     decay_from: Annotated[float, typer.Option(help="Share of the time after which the rate falls.")] = 0.68,
     report_every: ReportEvery = 50,
@@ -167,6 +178,7 @@ def train(
     from .card import STAGES
     from .model import ModelConfig, read
     from .schedule import PHASES, NotFormed, Phase, TrainConfig
+    from .training import NoSuchLayer
     from .training import train as run
 
     config = TrainConfig(
@@ -184,7 +196,7 @@ def train(
         drill_mix=json.loads(drill_mix) if drill_mix else None,
         key_mix=json.loads(key_mix) if key_mix else None,
         templates=_read(templates),
-        look_up=tuple(int(layer) for layer in look_up.split(",")) if look_up else None,
+        look_up=_layers(look_up),
     )
     longest = max(phase.context for phase in config.phases)
     model: Any
@@ -201,6 +213,8 @@ def train(
         summary = run(out, model, config, device, earlier)
     except NotFormed as error:
         _stop(str(error))
+    except NoSuchLayer as error:
+        raise typer.BadParameter(str(error), param_hint="--look-up") from error
     typer.echo(json.dumps({k: v for k, v in summary.items() if k != "settings"}))
 
 

@@ -25,7 +25,7 @@ WEIGHTS = "model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 GATES = ("README.md", "gate_config.json", "gates.safetensors")
-_PHASE = ("context", "share", "most", "until", "tokens", "rate", "tasks", "drills", "reach", *MIXES)
+_PHASE = ("context", "share", "most", "until", "tokens", "rate", "tasks", "drills", "reach", "steered", *MIXES)
 #: How answers were got; results of earlier versions do not say it.
 _HOW = {
     "generate": "answers are generated greedily from the prompt before them",
@@ -95,7 +95,7 @@ def stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that made a model, the last one last: seconds, steps, tokens and what of the settings a card tells."""
     train = summary["settings"]["train"]
     last = {name: summary[name] for name in ("elapsed", "step", "tokens")} | {"seed": _seed(summary)}
-    last |= {name: train[name] for name in ("optimizer", "rate_scale", "decay_from")}
+    last |= {name: train[name] for name in ("optimizer", "rate_scale", "decay_from", "look_up")}
     last["phases"] = [{name: phase[name] for name in _PHASE} for phase in train["phases"]]
     return [*summary.get("earlier", ()), last]
 
@@ -164,6 +164,10 @@ def _phases(stage: Mapping[str, Any]) -> str:
         for p, mix in zip(stage["phases"], mixes, strict=True)
     ]
     told = "".join(f"\nMix {number}: {mix}\n" for mix, number in numbers.items() if mix)
+    steered = ", ".join(f"{p['context']:,}" for p in stage["phases"] if p.get("steered"))
+    if steered and stage.get("look_up"):
+        layers = ", ".join(map(str, stage["look_up"]))
+        told += f"\nWhich layers see far in the phases of {steered} tokens: {layers}.\n"
     return Table(columns, rows).markdown() + told
 
 

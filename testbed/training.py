@@ -26,6 +26,10 @@ from .schedule import NotFormed, Phase, Schedule, TrainConfig
 log = logging.getLogger(__name__)
 
 
+class NoSuchLayer(ValueError):
+    """Look-up is to form in layers that the model does not have."""
+
+
 class _Optimizers:
     """AdamW for everything, or for everything but the matrices once Muon has taken those over."""
 
@@ -94,6 +98,7 @@ def train(
         NotFormed: the look-up circuits did not form in the drills, with the last seed that ``config.retries`` allows.
         RuntimeError: the loss is not finite.
         ValueError: the checkpoint in ``folder`` is of a model of another shape.
+        NoSuchLayer: ``config.look_up`` names layers that the model does not have.
     """
     torch.set_float32_matmul_precision("high")
     run = _Run(folder, model, config, device)
@@ -125,6 +130,11 @@ class _Run:
     def __init__(self, folder: Path, model: ModelConfig | FastLlama, config: TrainConfig, device: str) -> None:
         self.folder, self.config, self.device = folder, config, device
         shape = model.config if isinstance(model, FastLlama) else model
+        if any(p.steered for p in config.phases) and max(config.look_up or (0,)) >= shape.layers:
+            raise NoSuchLayer(
+                f"the model has {shape.layers} layers, numbered from 0, so look-up cannot form in layers "
+                f"{', '.join(map(str, config.look_up or ()))}; name others, or leave it to chance"
+            )
         self.settings = {"model": asdict(shape), "train": asdict(config)}
         self.state: dict[str, Any] = {
             "seed": config.seed,

@@ -50,6 +50,17 @@ def test_e2e(tmp_path, capsys):
     assert "as shipped" in capsys.readouterr().out
 
 
+def test_e2e_of_other_forms(tmp_path, capsys):
+    given = ["--layers", "1", "--densities", "0.5", "--form", "paper", "sub_block_shared", "--output", str(tmp_path)]
+    assert benchmarks.e2e.main([*TINY, *given]) == 0
+    results = results_of(tmp_path, "e2e")
+    assert [result["case"].get("form") for result in results] == [None, "sub_block_shared"] * 2
+    paper, other = (result["metrics"] for result in results[:2])
+    assert "over_paper" not in paper
+    assert other["over_paper"] == other["sparse_s"] / paper["sparse_s"]
+    assert "sub_block_shared" in capsys.readouterr().out
+
+
 def test_host(tmp_path, capsys):
     assert benchmarks.host.main([*TINY, "--layers", "2", "--densities", "0.5", "--output", str(tmp_path)]) == 0
     (result,) = results_of(tmp_path, "host")

@@ -84,11 +84,10 @@ def test_a_run_without_look_up_tries_another_seed_and_gives_up(run_folder):
 def test_the_default_stages_with_a_stop_in_the_second(run_folder, monkeypatch):
     """The phases of the default recipe at tiny size, by a clock that goes on by one second a step."""
     phases = tuple(
-        replace(p, context=min(512, max(128, p.context // 32)), tokens=1024, reach=p.reach // 32, stop_above=1e9)
-        for p in DEFAULT_PHASES
+        replace(p, context=min(512, max(128, p.context // 32)), tokens=1024, stop_above=1e9) for p in DEFAULT_PHASES
     )
-    second_stage = next(i for i, phase in enumerate(phases) if phase.reach)
-    config = settings(100, phases=phases, report_every=1, checkpoint_every=1.0)
+    second_stage = next(i for i, phase in enumerate(phases) if not phase.steered)
+    config = settings(100, phases=phases, report_every=1, checkpoint_every=1.0, look_up=(1,))
 
     class Stop(Exception):
         pass
@@ -114,16 +113,24 @@ def test_the_default_stages_with_a_stop_in_the_second(run_folder, monkeypatch):
     before, after = ([line for line in lines if (line["elapsed"] >= switch) == late] for late in (False, True))
     resumed = [line for line in after if line["resumed"]]
     assert resumed[0]["elapsed"] < switch + 6, "it goes on in the phase where it stopped"
-    assert [next(g)["context"] for _, g in itertools.groupby(before, lambda line: line["context"])] == [128, 512]
-    drills = [{name for line in part for name in line if "drill_" in name} for part in (before, after)]
-    shared = {"answers drill_alike", "answers drill_wordvalue", "answers drill_steps"}
-    assert {"answers drill_keyvalue", "answers drill_needles"} <= drills[0]
-    assert not shared & drills[0]
-    assert "answers drill_alike" in drills[1]
+    contexts = (
+        [context for context, _ in itertools.groupby(line["context"] for line in part)] for part in (before, after)
+    )
+    assert [*contexts] == [[128], [128, 512]]
+    assert {"answers drill_keyvalue", "answers drill_needles", "answers drill_alike"} <= {name for line in before for name in line}
     card = _phases(stages(summary)[0])
-    assert [row.split(" | ")[-1] for row in card.splitlines()[2:12]] == [*["1 |"] * 5, "2 |", *["3 |"] * 4]
+    assert [row.split(" | ")[-1] for row in card.splitlines()[2:8]] == ["1 |", "2 |", "2 |", "3 |", "3 |", "3 |"]
     assert "Mix 1: tasks multikey 3, " in card
-    assert "keys listed 0.85, loose 0.15." in card
+    assert "Which layers see far in the phases of 128, 128, 128 tokens: 1." in card
+
+
+def test_layers_that_the_model_does_not_have(run_folder):
+    phases = json.dumps([{"context": 128, "share": 1, "tokens": 512, "rate": 3e-3, "steered": True}])
+    given = ["train", "--out", str(run_folder), "--layers", "2", "--phases", phases, "--device", "cpu"]
+    for layers, said in (("1,2", "has 2 layers"), ("one", "numbers of layers"), ("", "numbers of layers")):
+        result = CliRunner().invoke(app, [*given, "--look-up", layers], env={"COLUMNS": "200"})
+        assert result.exit_code == 2
+        assert said in result.output
 
 
 def test_where_look_up_does_not_form_the_command_ends_with_a_sentence(run_folder, monkeypatch):
@@ -160,6 +167,7 @@ def test_everything_in_one_command(tmp_path):
         "--vocab-size": 2048,
         "--width": 64,
         "--layers": 2,
+        "--look-up": "all",
         "--heads": 2,
         "--kv-heads": 1,
         "--head-dim": 32,
