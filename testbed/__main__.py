@@ -60,7 +60,13 @@ Least = Annotated[
         "the shortest length of the evaluation; 0: go on anyway."
     ),
 ]
-Form = Annotated[str, typer.Option(help="Of the gates: sub_block, which looks more finely than its mask, or paper.")]
+Form = Annotated[
+    str,
+    typer.Option(
+        help="Of the gates: sub_block, which looks more finely than its mask; mass, of prompts, which looks more finely "
+        "still and is slower; or paper."
+    ),
+]
 GateBooks = Annotated[
     list[Path] | None,
     typer.Option(

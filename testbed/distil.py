@@ -92,6 +92,8 @@ def _share(name: str, value: float) -> float:
 FORMS = {
     "prefill": {
         "sub_block": seer.testbed.GATE_CONFIG,
+        # Loses least, and takes several times as long to choose blocks (docs/performance.md).
+        "mass": seer.GateConfig(prefill=seer.SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass")),
         # Queries by all three poolings: the average alone loses what a single question among 64 tokens asks for.
         "paper": seer.GateConfig(prefill=seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))),
     },
@@ -102,7 +104,8 @@ FORMS = {
         "paper": seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()),
     },
 }
-"""Forms of gates by phase and name, the default first: sub-blocks of 8 tokens, and what the papers publish."""
+"""Forms of gates by phase and name, the default first: sub-blocks of 8 tokens, of prompts those of 4 tokens whose tiles
+are scored by their mass, and what the papers publish."""
 
 POLICIES = {"prefill": seer.TopK(0.1), "decode": seer.TokenBudget(1600)}
 """What is stored with the gates; a tenth of 16K tokens both."""

@@ -105,6 +105,11 @@ def run_gates(*arguments):
         ),
         ("decode", "paper", seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig())),
         ("prefill", "sub_block", seer.testbed.GATE_CONFIG),
+        (
+            "prefill",
+            "mass",
+            seer.GateConfig(prefill=seer.SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass")),
+        ),
     ],
 )
 def test_gates_of_a_phase(model, prepared, tmp_path, phase, form, config):

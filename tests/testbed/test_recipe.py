@@ -117,7 +117,9 @@ def test_the_default_stages_with_a_stop_in_the_second(run_folder, monkeypatch):
         [context for context, _ in itertools.groupby(line["context"] for line in part)] for part in (before, after)
     )
     assert [*contexts] == [[128], [128, 512]]
-    assert {"answers drill_keyvalue", "answers drill_needles", "answers drill_alike"} <= {name for line in before for name in line}
+    assert {"answers drill_keyvalue", "answers drill_needles", "answers drill_alike"} <= {
+        name for line in before for name in line
+    }
     card = _phases(stages(summary)[0])
     assert [row.split(" | ")[-1] for row in card.splitlines()[2:8]] == ["1 |", "2 |", "2 |", "3 |", "3 |", "3 |"]
     assert "Mix 1: tasks multikey 3, " in card
