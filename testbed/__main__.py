@@ -63,8 +63,8 @@ Least = Annotated[
 Form = Annotated[
     str,
     typer.Option(
-        help="Of the gates: sub_block, which looks more finely than its mask; mass, of prompts, which looks more finely "
-        "still and is slower; or paper."
+        help="Of the gates: sub_block, which looks more finely than its mask; mass, of prompts, which looks more "
+        "finely still and is slower; or paper."
     ),
 ]
 GateBooks = Annotated[
