@@ -1,9 +1,9 @@
 """Runs the Python of a Gluon kernel on CPU tensors, one program after the other, to test its logic without a GPU.
 
-Covers what the Hopper kernel of block-sparse attention uses: pointers with bounds, TMA tiles with zero fill, barriers
-with phases, asynchronous products. Layouts are ignored, and so is how threads share the work. What a GPU would do at
-some unknown time happens as late as allowed, and until then shows: a buffer that is being filled holds NaN until its
-barrier is waited for, and a product is no tensor until it is waited for.
+Covers what the Hopper kernels use: pointers with bounds, TMA tiles with zero fill, barriers with phases, asynchronous
+products. Layouts are ignored, and so is how threads share the work. What a GPU would do at some unknown time happens as
+late as allowed, and until then shows: a buffer that is being filled holds NaN until its barrier is waited for, and a
+product is no tensor until it is waited for.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Shared:
 
     def __init__(self, tensor):
         self.tensor = tensor
+
+    @property
+    def shape(self):
+        return self.tensor.shape
 
     def reshape(self, shape):
         return Shared(self.tensor.view(shape))
@@ -145,11 +149,12 @@ def _copy(descriptor, coordinates, barrier, shared, pred=True):
         barrier.copies.append((shared, tile))
 
 
-def _wait(barrier, phase):
-    if int(phase) != barrier.phase:  # the phase before: it is over, and nothing is under way on a barrier never armed
-        assert barrier.phase == barrier.expected == 0, "waits for the wrong phase"
+def _wait(barrier, phase, pred=True):
+    if not pred:
         return
-    assert barrier.phase == int(phase), "waits for the wrong phase"
+    if int(phase) != barrier.phase:  # the phase before: it is over, and nothing may be under way
+        assert not barrier.expected, "waits for the wrong phase"
+        return
     assert barrier.expected == sum(tile.nbytes for _, tile in barrier.copies) > 0, "would wait for ever"
     for shared, tile in barrier.copies:
         shared.tensor.copy_(tile)
@@ -180,8 +185,14 @@ def _product(a, b, acc, *, use_acc=True, is_async=False):
     return Pending(acc + product if use_acc else product)
 
 
-def _extreme(function, a, b):
-    return function(torch.as_tensor(a), torch.as_tensor(b))
+def _wait_for_products(outstanding, deps):
+    """The first of ``deps`` is a product; other tensors only go through."""
+    done = deps[0].finish(outstanding)
+    return done if len(deps) == 1 else (done, *deps[1:])
+
+
+def _of_tensors(function, *values):
+    return function(*map(torch.as_tensor, values))
 
 
 def run(kernel, grid, args, constants):
@@ -213,14 +224,15 @@ def run(kernel, grid, args, constants):
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         convert_layout=lambda value, layout: value,
-        where=torch.where,
+        where=functools.partial(_of_tensors, torch.where),
         static_range=range,
         exp2=torch.exp2,
         log2=torch.log2,
+        sqrt=torch.sqrt,
         max=torch.amax,
         sum=torch.sum,
-        maximum=functools.partial(_extreme, torch.maximum),
-        minimum=functools.partial(_extreme, torch.minimum),
+        maximum=functools.partial(_of_tensors, torch.maximum),
+        minimum=functools.partial(_of_tensors, torch.minimum),
     )
     names = {
         **vars(__import__(kernel.fn.__module__, fromlist=["_"])),
@@ -238,7 +250,7 @@ def run(kernel, grid, args, constants):
         "thread_barrier": lambda: None,
         "range": _range,
         "warpgroup_mma": _product,
-        "warpgroup_mma_wait": lambda outstanding, deps: deps[0].finish(outstanding),
+        "warpgroup_mma_wait": _wait_for_products,
     }
     for name, value in list(names.items()):
         if type(value).__name__ == "GluonJITFunction":

@@ -29,7 +29,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from offline_driver import Compiling, Driver, describe
-from offline_gates import encode_blocks, gate_scores, mass_scores, pool_encode, token_scores
+from offline_gates import (
+    encode_blocks,
+    gate_scores,
+    gate_scores_hopper,
+    mass_scores,
+    pool_encode,
+    row_scores,
+    token_scores,
+)
 from seerattention.ops import dispatch
 from seerattention.ops.block_pooling.reference import Grid
 from seerattention.ops.block_selection.reference import Rule
@@ -300,6 +308,8 @@ JOBS = {
     "encode_blocks": (encode_blocks, "gate_scores.triton_encode", EVERYWHERE),
     "pool_encode": (pool_encode, "gate_scores.triton_prompt", EVERYWHERE),
     "gate_scores": (gate_scores, "gate_scores.triton", EVERYWHERE),
+    "gate_scores_hopper": (gate_scores_hopper, "gate_scores.hopper", ["sm_90"]),
+    "row_scores": (row_scores, "gate_scores.triton_row", ["sm_90"]),
     "mass_scores": (mass_scores, "gate_scores.triton_mass", EVERYWHERE),
     "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),
     "token_scores": (token_scores, "token_scores.triton", EVERYWHERE),

@@ -52,6 +52,28 @@ def gate_scores(module, target):
         module.MANY_COLUMNS = many
 
 
+def gate_scores_hopper(module, target):
+    for width, dtype, masked in [
+        (128, torch.bfloat16, False),
+        (128, torch.float16, True),
+        (64, torch.bfloat16, False),
+    ]:
+        q, scores = torch.zeros(1, 4, 512, width, dtype=dtype), torch.zeros(1, 4, 64, 64)
+        tiles = Tiles(64, 8, 8, 0.1, "max", masked)
+        yield (
+            f"{width} {dtype} masked={masked}",
+            functools.partial(module.gate_scores, q, q[:, :2], scores, tiles),
+        )
+
+
+def row_scores(module, target):
+    for width, dtype, group in [(128, torch.bfloat16, 4), (64, torch.float16, 1), (128, torch.bfloat16, 16)]:
+        q, scores = torch.zeros(1, group, 5, width, dtype=dtype), torch.zeros(1, group, 1, 64)
+        tiles = Tiles(64, 8, 8, 0.1, "max", True)._replace(first_row=63, end=64 * 64 - 21)
+        k = torch.zeros(1, 1, 512 - 3, width, dtype=dtype)
+        yield f"{width} {dtype} {group} heads", functools.partial(module.row_scores, q, k, scores, tiles)
+
+
 def encodings(target):
     num, more = 64, [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
     for width, dtype in [(128, torch.bfloat16), *(more if target == "sm_90" else ())]:

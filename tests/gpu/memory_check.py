@@ -16,6 +16,7 @@ import seerattention as seer
 from seerattention import ops
 from seerattention.gates import PrefillGate, build_gate
 from seerattention.ops import dispatch
+from seerattention.ops.gate_scores import gate_scores
 from seerattention.ops.gate_scores.interface import REDUCTIONS
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.inverse_rope import pooled_inverse_rope
@@ -40,6 +41,12 @@ def main() -> None:
         launch_attention(head_dim, queries, keys, dtype, implementation)
         synchronize()
         print(f"attention and targets: {implementation}, head_dim {head_dim}, {queries} queries on {keys} keys")
+    for implementation in ("hopper", "triton"):
+        if implementation == "hopper" and dispatch.hopper_unusable(torch.device(DEVICE)):
+            continue
+        launch_gate_scores(implementation)
+        synchronize()
+        print(f"scores of sub-blocks: {implementation}")
     for dtype in (torch.float16, torch.float32):
         launch_gate_path(dtype)
         synchronize()
@@ -103,6 +110,13 @@ def launch_gate_path(dtype: torch.dtype) -> None:
         for form in (gate.config, seer.PrefillGateConfig(), *fine):
             whole = build_gate(form, block_size=64, num_heads=8, num_kv_heads=2, head_dim=64).to(DEVICE, dtype)
             whole(draw(8, length, 64, dtype), draw(2, length, 64, dtype), angles.cos(), angles.sin())
+
+
+def launch_gate_scores(implementation: str) -> None:
+    """Keys and queries end where their memory does; the last row of tiles may lack sub-blocks."""
+    for width, num, first, masked in ((64, 8, 0, True), (128, 40, 2, True), (128, 8 * 66 - 3, 0, False)):
+        q, k = (draw(heads, num, width, torch.float16).contiguous() for heads in (4, 2))
+        gate_scores(q[:, :, 8 * first :], k, q_pitch=8, k_pitch=8, masked=masked, implementation=implementation)
 
 
 def launch_selection(num_keys: int) -> None:

@@ -103,12 +103,91 @@ def test_sub_blocks_equal_reference(q_pitch, k_pitch, width, reduce, dtype, nan_
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "width"), [(64 * 2048 + 40, 128), (64 * 2500, 64)])
 def test_many_columns_equal_few(length, width, dtype, nan_filled_empty, monkeypatch):
-    """The wider tiles of Hopper GPUs, bit for bit."""
+    """The wider tiles of Triton on Hopper GPUs, bit for bit."""
     q, k = (torch.randn(1, heads, num_blocks(length, 8), width, device="cuda").to(dtype) for heads in (2, 1))
     options = {"q_pitch": 8, "k_pitch": 8, "scale": width**-0.5, "span": Span(1, length, length)}
+    options["implementation"] = "triton"
     found = gate_scores(q, k, **options)
     monkeypatch.setattr(triton_scores, "MANY_COLUMNS", 1 << 30)
     assert torch.equal(found, gate_scores(q, k, **options))
+
+
+@pytest.fixture
+def needs_hopper():
+    if reason := dispatch.hopper_unusable(torch.device("cuda", 0)):
+        pytest.skip(reason)
+
+
+def check_hopper(q, k, **options):
+    """Against the reference in float32, and bit for bit against Triton. Scores masked and not."""
+    options |= {"q_pitch": 8, "k_pitch": 8, "scale": q.shape[3] ** -0.5}
+    found, loose = (gate_scores(q, k, implementation="hopper", masked=masked, **options) for masked in (True, False))
+    expected = gate_scores(q.float(), k.float(), implementation="reference", **options)
+    causal = expected > float("-inf")
+    assert torch.equal(found == float("-inf"), ~causal)
+    torch.testing.assert_close(found[causal], expected[causal], rtol=1e-4, atol=1e-4)
+    assert torch.equal(loose[causal], found[causal])
+    # Above the diagonal is what was there before, or -inf.
+    assert (loose[~causal].isnan() | (loose[~causal] == float("-inf"))).all()
+    assert torch.equal(found, gate_scores(q, k, implementation="triton", **options))
+    return found, loose
+
+
+def draw_encoded(num_q, num_k, heads, kv_heads, width, dtype, batch=1):
+    """With the strides of encodings that lie token by token."""
+    torch.manual_seed(num_q + heads)
+    shapes = (batch, num_q, heads, width), (batch, num_k, kv_heads, width)
+    return [torch.randn(shape, device="cuda").to(dtype).transpose(1, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 77, 130, 500])
+def test_hopper_on_prompts(rows, width, dtype, needs_hopper, nan_filled_empty):
+    """Whole rows, and some whose last row lacks tokens, or sub-blocks (that one is Triton's)."""
+    q, k = draw_encoded(8 * rows, 8 * rows, 8, 2, width, dtype, batch=2 if rows < 100 else 1)
+    _, loose = check_hopper(q, k)
+    assert loose.isnan().any() == (rows > 64)
+    for missing in (1, 5, 8, 37, 63):
+        length = 64 * rows - missing
+        span, num = Span(q.shape[0], length, length), num_blocks(length, 8)
+        if rows > 1 or num == 8:
+            check_hopper(q[:, :, :num], k[:, :, :num], span=span)
+            check_hopper(q, k[:, :, :num], span=span)  # sub-blocks behind the last token do not count
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_hopper_on_groups(group, needs_hopper, nan_filled_empty):
+    check_hopper(*draw_encoded(8 * 70, 8 * 70, 3 * group, 3, 128, torch.bfloat16, batch=2))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [(64, 128), (64 * 61, 64 * 64), (64 * 64, 64 * 130), (64 * 80, 64 * 150 - 1), (64 * 129 + 7, 64 * 200 - 20)],
+)
+def test_hopper_on_chunks(start, length, width, needs_hopper, nan_filled_empty):
+    span = Span(1, length - start, length)
+    q, k = draw_encoded(8 * span.num_rows(64), num_blocks(length, 8), 8, 2, width, torch.bfloat16)
+    check_hopper(q, k, span=span)
+    check_hopper(q.contiguous(), torch.stack((k, k), 2)[:, :, 0], span=span)
+
+
+def test_hopper_on_rows_that_see_some_columns(needs_hopper, nan_filled_empty):
+    q, k = draw_encoded(8 * 66, 8 * 300, 4, 2, 128, torch.float16)
+    for first in (0, 3, 64, 100, 234):
+        check_hopper(q, k, rows=first)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_hopper_at_real_sizes(width, needs_hopper, nan_filled_empty):
+    """All squares of 128K tokens, beside Triton, and some again: nothing depends on what runs beside it."""
+    q, k = draw_encoded(16384, 16384, 8, 2, width, torch.bfloat16)
+    options = {"q_pitch": 8, "k_pitch": 8, "scale": width**-0.5}
+    expected = gate_scores(q, k, implementation="triton", **options)
+    for _ in range(5):
+        assert torch.equal(gate_scores(q, k, implementation="hopper", **options), expected)
+        assert torch.equal(gate_scores(q, k, **options), expected)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

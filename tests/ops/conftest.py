@@ -20,7 +20,7 @@ def emulate(monkeypatch, op):
 
     class Kernel:
         def __getitem__(self, grid):
-            def launch(*args, num_warps, maxnreg, **constants):
+            def launch(*args, num_warps, maxnreg=None, **constants):
                 launches.append((num_warps, maxnreg, constants))
                 gluon_emulator.run(kernel, grid, args, constants)
 
@@ -42,3 +42,9 @@ def emulated_attention(monkeypatch):
 def emulated_pooled_attention(monkeypatch, nan_filled_empty):
     """Of pooled attention."""
     return emulate(monkeypatch, "pooled_attention")
+
+
+@pytest.fixture
+def emulated_gate_scores(monkeypatch, nan_filled_empty):
+    """Of gate scores."""
+    return emulate(monkeypatch, "gate_scores")

@@ -79,6 +79,22 @@ def test_hopper_kernel_of_the_target_fits_as_planned(report):
         assert kernel["tma"] == 8, kernel
 
 
+def test_hopper_kernel_of_gate_scores_fits_as_planned(report):
+    kernels = [kernel for kernel in report if kernel["op"] == "gate_scores_hopper"]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assert not kernel["spills"], kernel
+        assert not kernel["serialized"], kernel
+        assert -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"] * 2 <= REGISTERS, kernel
+        assert (kernel["shared"] + 1024) * 2 <= SHARED_MEMORY, kernel
+        # Four places of keys with two of queries before the diagonal, one on it; both in a loop and behind it.
+        steps = 4 if kernel["variant"].startswith("64 ") else 8
+        assert kernel["wgmma"] == 2 * 4 * (2 + 1) * steps, kernel
+        # The first two places of queries and four of keys, and one when the first is in registers; then one behind
+        # each place of queries, and four of keys.
+        assert kernel["tma"] == 2 + 4 + 1 + 2 * (2 + 1) + 2 * 4, kernel
+
+
 def test_all_kernels_compile(report):
     targets = {(kernel["op"], kernel["target"]) for kernel in report}
     ops = {
@@ -99,6 +115,8 @@ def test_all_kernels_compile(report):
     assert targets == {(op, target) for op in ops for target in ("sm_80", "sm_90", "gfx942")} | {
         ("hopper", "sm_90"),
         ("hopper_span", "sm_90"),
+        ("gate_scores_hopper", "sm_90"),
+        ("row_scores", "sm_90"),
         ("pooled_attention_hopper", "sm_90"),
         ("pooled_attention_wide", "sm_86"),
         ("pooled_attention_wide", "gfx942"),

@@ -15,13 +15,51 @@ from .reference import Tiles
 
 __all__ = ["encode_blocks", "gate_scores"]
 
-IMPLEMENTATIONS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 REDUCTIONS = ("max", "logsumexp", "mass")
 _ENCODED = Replays()
 # Rows of scores begin at multiples of this many elements, so that those who read them may load whole vectors.
 ROW_ALIGNMENT = 16
 # A Triton program holds whole encoded vectors.
 MAX_TRITON_WIDTH = 256
+
+
+def hopper_usable(q: Tensor, k: Tensor, tiles: Tiles) -> str | None:
+    """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
+
+    It needs what all Hopper kernels need (``dispatch.hopper_refuses``), maxima of blocks of 64 tokens in sub-blocks of
+    8 on both sides, vectors of 64 or 128 channels, and consecutive rows, the same ones in the whole batch, of which the
+    first begins with a sub-block that holds a query and at least one lacks nothing.
+    """
+    if reason := dispatch.hopper_refuses(q=q, k=k):
+        return reason
+    if tiles.reduce != "max" or tiles[:3] != (64, 8, 8):
+        return (
+            "it needs reduce='max' and blocks of 64 tokens in sub-blocks of 8, got "
+            f"{tiles.reduce!r}, {tiles.block_size}, {tiles.q_pitch} and {tiles.k_pitch}"
+        )
+    if q.shape[3] not in (64, 128) or q.stride(3) != 1 or k.stride(3) != 1:
+        return (
+            f"it needs contiguous vectors of 64 or 128 channels, got {q.shape[3]} with strides of {q.stride(3)} and "
+            f"{k.stride(3)} elements"
+        )
+    if tiles.rows is not None or tiles.table is not None:
+        return "it needs consecutive rows, the same ones in the whole batch"
+    if tiles.start >= tiles.first_row * tiles.block_size + tiles.q_pitch:
+        return (
+            f"it needs queries from the first sub-block on, got rows from block {tiles.first_row} on and queries from "
+            f"position {tiles.start} on"
+        )
+    if not tiles.whole_rows(q, k):
+        return "it needs a row of tiles whose sub-blocks are all there"
+    return None
+
+
+IMPLEMENTATIONS = {
+    "hopper": dispatch.Implementation("hopper", hopper_usable),
+    "triton": dispatch.Implementation("triton"),
+    "reference": dispatch.Implementation("reference"),
+}
+ENCODERS = {name: dispatch.Implementation(name) for name in ("triton", "reference")}
 
 
 def encode_blocks(
@@ -105,15 +143,18 @@ def gate_scores(
         span: the positions of queries and keys: sub-blocks that hold none of its queries, and keys behind a row's last
             one, do not count. None: whatever is given does.
         masked: False: what lies above the block diagonal may be left undefined, which saves writing it.
-        implementation: ``"reference"``, ``"triton"`` or None (automatic: Triton on CUDA devices, in float16 and
-            bfloat16, where no gradient is asked for).
+        implementation: ``"reference"``, ``"triton"``, ``"hopper"`` (maxima of 8 by 8 sub-blocks of blocks of 64 tokens,
+            vectors of 64 or 128 channels, on GPUs of compute capability 9.0; rows that lack sub-blocks run in Triton)
+            or None (automatic: of the two kernels, in float16 and bfloat16 and where no gradient is asked for, Hopper's
+            where it can run and Triton on other CUDA devices; the reference elsewhere).
 
     Returns:
         float32 ``[B, Hq, R, N]``, R = ceil(Nq / (block_size / q_pitch)), N likewise; -inf above the block diagonal and
         in rows that hold no query of the span. Rows may be padded in memory.
 
     Raises:
-        ValueError: shapes, pitches, rows or a span that do not fit each other; ``"triton"`` asked for with W above 256.
+        ValueError: shapes, pitches, rows or a span that do not fit each other; ``"triton"`` asked for with W above 256;
+            ``"hopper"`` where it cannot run.
         TypeError: dtypes that differ.
     """
     asked = Tiles(block_size, q_pitch or block_size, k_pitch or block_size, scale, reduce, masked)
@@ -142,7 +183,7 @@ def _encode_blocks(
     implementation: str | None,
 ) -> Tensor:
     """What needs no gradient; with one, tracers are to see the reference."""
-    name = dispatch.choose_implementation("encode_blocks", implementation, pooled.device, IMPLEMENTATIONS)
+    name = dispatch.choose_implementation("encode_blocks", implementation, pooled.device, ENCODERS)
     if name == "triton":
         from . import triton_encode  # imported late: triton is an optional dependency
 
@@ -159,17 +200,13 @@ def _fake_scores(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
 def _gate_scores(q: Tensor, k: Tensor, tiles: Tiles, implementation: str | None) -> Tensor:
     """As :func:`_encode_blocks`."""
     scores = empty_scores(q, *tiles.shape(q, k))
-    name = dispatch.choose_implementation("gate_scores", implementation, q.device, IMPLEMENTATIONS)
-    if name == "triton" and tiles.reduce == "mass":
-        from . import triton_mass
-
-        triton_mass.mass_scores(q, k, scores, tiles)
-    elif name == "triton":
-        from . import triton  # imported late: triton is an optional dependency
-
-        triton.gate_scores(q, k, scores, tiles)
-    else:
+    name = dispatch.choose_implementation("gate_scores", implementation, q.device, IMPLEMENTATIONS, q, k, tiles)
+    if name == "reference":
         scores.copy_(reference.gate_scores(q, k, tiles))
+    elif name == "triton" and tiles.reduce == "mass":
+        dispatch.load(__package__, "triton_mass", "mass_scores")(q, k, scores, tiles)
+    else:
+        dispatch.load(__package__, IMPLEMENTATIONS[name].module, "gate_scores")(q, k, scores, tiles)
     return scores
 
 

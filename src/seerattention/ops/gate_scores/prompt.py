@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import dispatch
 from ..block_pooling import block_pooling
 from ..custom_op import tracing
-from .interface import IMPLEMENTATIONS, encode_blocks, may_launch
+from .interface import ENCODERS, encode_blocks, may_launch
 
 if TYPE_CHECKING:
     from .triton_prompt import Shape
@@ -111,7 +111,7 @@ def _together(
         return False
     if not may_launch("encode_blocks", implementation, k, k_linear, q_linear, q):
         return False
-    return dispatch.choose_implementation("encode_blocks", implementation, q.device, IMPLEMENTATIONS) == "triton"
+    return dispatch.choose_implementation("encode_blocks", implementation, q.device, ENCODERS) == "triton"
 
 
 def _shape_at_once(q: Tensor, k: Tensor, encodings: tuple[Encoding, Encoding]) -> Shape | None:

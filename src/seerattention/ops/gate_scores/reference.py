@@ -68,6 +68,18 @@ class Tiles(NamedTuple):  # made in every call, so it must be cheap to make
             num_blocks(k.shape[2], self.block_size // self.k_pitch),
         )
 
+    def whole_rows(self, q: Tensor, k: Tensor) -> int:
+        """How many of consecutive rows, from the first on, lack nothing: all their query sub-blocks hold tokens, and
+        the keys up to their diagonal are there.
+
+        Where both pitches are equal, a query sub-block of such a row sees the key sub-blocks that begin where it does
+        or before, whatever ``end`` says: sub-blocks on both sides begin at multiples of the pitch, so those that begin
+        before the end of the last token do, even if the last query sub-block is not full of tokens.
+        """
+        per_q, per_k = self.block_size // self.q_pitch, self.block_size // self.k_pitch
+        behind = min(num_blocks(self.end, self.q_pitch) // per_q, k.shape[2] // per_k)
+        return max(0, min(q.shape[2] // per_q, behind - self.first_row))
+
     def row_blocks(self, num_rows: int, device: torch.device) -> Tensor:
         """Query block of each row, int64 ``[B or 1, R]``."""
         if self.rows is not None:

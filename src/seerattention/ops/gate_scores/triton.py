@@ -92,8 +92,8 @@ def _reduce_products(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def gate_scores_kernel(
-    p_q, p_k, p_rows, p_table, p_out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end, padded, width,
-    s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_r_b,
+    p_q, p_k, p_rows, p_table, p_out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end, s_out_h,
+    padded, width, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_r_b,
     HAS_ROWS: tl.constexpr, HAS_TABLE: tl.constexpr, SINGLE: tl.constexpr, MAX: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, Q_PITCH: tl.constexpr, K_PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, WHOLE: tl.constexpr,
@@ -158,14 +158,15 @@ def gate_scores_kernel(
                 # The largest product adds 1: a sum below that is one of none.
                 b_out = tl.where(b_sum > 0.0, (b_best + tl.log2(tl.maximum(b_sum, 1.0))) / LOG2E, float("-inf"))
         b_out = tl.where(o_n[None, :] <= o_m[:, None], b_out, float("-inf"))
-        store_scores(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
+        store_scores(p_out + i_bh.to(tl.int64) * s_out_h, b_out, o_r, o_n, num_rows, padded)
     elif MASKED:
         b_out = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        store_scores(p_out + i_bh.to(tl.int64) * num_rows * padded, b_out, o_r, o_n, num_rows, padded)
+        store_scores(p_out + i_bh.to(tl.int64) * s_out_h, b_out, o_r, o_n, num_rows, padded)
 
 
 def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
-    """Writes ``scores [B, Hq, R, N]``, whose rows are padded in memory (``interface.empty_scores``)."""
+    """Writes ``scores [B, Hq, R, N]``, whose rows are padded in memory: all rows of ``interface.empty_scores``, or its
+    last ones."""
     if scores.numel() == 0:
         return
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -221,6 +222,7 @@ def score_arguments(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> tuple
         tiles.first_row,
         tiles.start,
         tiles.end,
+        scores.stride(1),
         scores.stride(2),
         q.shape[3],
         *score_strides(q, k, tiles),

@@ -137,8 +137,8 @@ def _shares(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def mass_scores_kernel(
-    p_q, p_k, p_lse, p_rows, p_table, p_out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end, padded,
-    width, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_r_b,
+    p_q, p_k, p_lse, p_rows, p_table, p_out, scale, heads, group, num_q, num_k, num_rows, first_row, start, end,
+    s_out_h, padded, width, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, s_r_b,
     HAS_ROWS: tl.constexpr, HAS_TABLE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, Q_PITCH: tl.constexpr, K_PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr, WHOLE: tl.constexpr,
@@ -159,7 +159,7 @@ def mass_scores_kernel(
     if HAS_ROWS:
         o_m = tl.load(p_rows + i_b * s_r_b + o_r, mask=o_r < num_rows, other=0).to(tl.int32)  # [BLOCK_M]
         low, high = tl.min(o_m), tl.max(o_m)
-    p_own_out = p_out + i_bh.to(tl.int64) * num_rows * padded
+    p_own_out = p_out + i_bh.to(tl.int64) * s_out_h
     if i_n * BLOCK_N <= high:
         p_own_q = p_q + i_b * s_q_b + i_h * s_q_h
         p_own_k = p_k + i_b * s_k_b + i_h // group * s_k_h
