@@ -49,14 +49,15 @@ def test_more_heads_than_a_program_takes(heads, head_dim, dtype, nan_filled_empt
 
 
 def test_more_than_2_to_the_31_elements():
-    """Addresses past 2^31 elements: the last head of a large input equals the same head alone."""
+    """Addresses past 2^31 elements: the last heads of a large input equal the same heads alone, as many as a program
+    takes at a time: with fewer, sums are made in another order."""
     if torch.cuda.mem_get_info()[0] < 10 * 2**30:
         pytest.skip("needs 10 GiB of free GPU memory")
     x = torch.randn(1, 1, 1 << 18, 128, dtype=torch.bfloat16, device="cuda").repeat(1, 66, 1, 1)
     assert x.numel() > 2**31
     x[:, -1] *= 2
     pooled = block_pooling(x, ("max", "avg"), implementation="triton")
-    assert torch.equal(pooled[:, -1:], block_pooling(x[:, -1:].clone(), ("max", "avg"), implementation="triton"))
+    assert torch.equal(pooled[:, -8:], block_pooling(x[:, -8:].clone(), ("max", "avg"), implementation="triton"))
     assert torch.equal(pooled[:, -1], 2 * pooled[:, 0])
 
 
