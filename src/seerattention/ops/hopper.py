@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -18,11 +20,16 @@ def tile_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     ``dispatch.hopper_refuses`` says which tensors it takes. Rows and columns outside of x arrive as zeros. A tile
     lies in shared memory as TMA writes and wgmma reads it.
     """
+    return view_descriptor(x, x.shape, x.stride(), block)
+
+
+def view_descriptor(x: Tensor, sizes: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
+    """The same of what lies in the memory of x at ``strides``, the last of which is 1."""
     # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
-    strides = [step if size > 1 else block[-1] for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    steps = [step if size > 1 else block[-1] for size, step in zip(sizes[:-1], strides[:-1], strict=True)]
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    return TensorDescriptor(x, list(sizes), [*steps, 1], block, layout)
 
 
 @gluon.jit

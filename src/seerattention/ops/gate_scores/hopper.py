@@ -18,13 +18,13 @@ strides is checked by ``hopper_usable`` in ``interface.py``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..hopper import view_descriptor
 from ..indices import num_blocks
 from ..triton_launch import launch
 from .reference import Tiles
@@ -278,9 +278,5 @@ def _places(x: Tensor) -> TensorDescriptor:
     """
     batch, heads, num, width = x.shape
     s_b, s_h, s_n = x.stride()[:3]
-    sizes = [batch, heads, num // PLACES.value]
-    # The stride of a dimension of size 1 is arbitrary and never used, but TMA wants multiples of 16 bytes.
-    strides = [step if size > 1 else width for size, step in zip(sizes, (s_b, s_h, PLACES.value * s_n), strict=True)]
-    block = [1, 1, TILE.value, 1, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor(x, [*sizes, PLACES.value, width], [*strides, s_n, 1], block, layout)
+    sizes = [batch, heads, num // PLACES.value, PLACES.value, width]
+    return view_descriptor(x, sizes, [s_b, s_h, PLACES.value * s_n, s_n, 1], [1, 1, TILE.value, 1, width])
