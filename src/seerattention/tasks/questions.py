@@ -93,7 +93,7 @@ def load_questions(folder: str | None = None) -> QuestionSets:
 def _read(path: Path) -> Any:
     data = read_bytes(path)
     if path.suffix == ".zst":
-        import zstandard  # not needed for the sets that come with the package
+        import zstandard  # decoders load when a packed set is read, as the ones that come with the package are
 
         try:
             data = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
