@@ -180,6 +180,11 @@ def as_asked(result: Result) -> str:
     return "as shipped" if result["case"]["min_context"] == "default" else "sparse"
 
 
+def form_of(result: Result) -> str:
+    """The form of the gates; without a word about it the paper's."""
+    return str(result["case"].get("form", "paper"))
+
+
 def speedup(result: Result) -> str:
     """Times faster than dense."""
     return f"{result['metrics']['speedup']:.2f}x"

@@ -42,7 +42,7 @@ from seerattention.evaluate.tables import Table
 from seerattention.evaluate.timing import TimingResult, prefill_seconds, time_prefill
 from seerattention.hf.min_context import Shape, default_min_context
 
-from .command import PROMPT, ModelBenchmark, as_asked, case_of, gib, make_table, metric, model_parser, speedup
+from .command import PROMPT, ModelBenchmark, as_asked, case_of, form_of, gib, make_table, metric, model_parser, speedup
 from .distill import FORMS
 from .models import lower_right, num_layers, random_tokens, without_layers
 from .results import own_arguments
@@ -193,7 +193,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         *PROMPT,
-        ("gates", lambda result: result["case"].get("form", "paper")),
+        ("gates", form_of),
         ("asked", case_of("density", "g")),
         ("run", as_asked),
         ("density", metric("density", ".3f")),

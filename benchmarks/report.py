@@ -21,7 +21,7 @@ from seerattention.evaluate.figures import line_figure
 from seerattention.evaluate.tables import Table, format_length
 from seerattention.files import write_file
 
-from .command import as_asked, case_of, fits, gib, make_table, metric, speedup, tokens
+from .command import as_asked, case_of, fits, form_of, gib, make_table, metric, speedup, tokens
 from .registry import OPS
 from .results import ROOT, latest_results, merge_folder, own_arguments
 from .targets import TARGETS, Target
@@ -143,7 +143,7 @@ def _e2e_table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         ("model shape", _model_shape),
         ("tokens", tokens),
-        ("gates", lambda result: result["case"].get("form", "paper")),
+        ("gates", form_of),
         ("density", metric("density", ".3f")),
         ("run", as_asked),
         ("dense, ms", metric("dense_s", ".4g", 1e3)),

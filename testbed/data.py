@@ -39,13 +39,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
     )
     bpe.decoder = decoders.ByteLevel()
     rng = random.Random(seed)
+    numbers, words = [f"{i:03d}" for i in range(1000)], [f" {word}" for word in (*ADJECTIVES, *NOUNS)]
 
     def sample() -> Iterator[str]:
-        numbers, seen = [f"{i:03d}" for i in range(1000)], 0
+        seen = 0
         # Often enough, against that much text, that every three-digit group and every word becomes one token.
         for _ in range(int(characters / 1e4)):
             yield " ".join(numbers)
-            yield " ".join(["", *ADJECTIVES, *NOUNS])
+            yield "".join(words)
         for text in texts:
             if seen >= characters:
                 return
@@ -59,8 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, characters
             vocab_size=vocab_size, special_tokens=[BOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         ),
     )
-    wanted = [*(f"{i:03d}" for i in range(1000)), *(f" {word}" for word in (*ADJECTIVES, *NOUNS))]
-    if missing := [text for text in wanted if len(bpe.encode(text).ids) != 1]:
+    if missing := [text for text in (*numbers, *words) if len(bpe.encode(text).ids) != 1]:
         raise RuntimeError(
             f"{len(missing)} three-digit groups and words of needles are not single tokens ({missing[0]!r}); use a "
             f"larger vocabulary than {vocab_size}"

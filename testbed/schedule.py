@@ -186,6 +186,10 @@ class TrainConfig:
         if self.look_up is not None and (not self.look_up or min(self.look_up) < 0):
             raise ValueError(f"look_up must name at least one layer, by numbers from 0 on, got {self.look_up}")
 
+    def far(self, phase: Phase) -> tuple[int, ...] | None:
+        """The layers that see all tokens before in a phase (None: all layers do)."""
+        return self.look_up if phase.steered else None
+
     def _with_mixes(self, phase: Phase) -> Phase:
         mixes: dict[str, Any] = {}
         for name in MIXES:
@@ -249,11 +253,6 @@ class Schedule:
             )
             self.phase, self.started, self.smooth, self.reports = self.phase + 1, elapsed, {}, 0
         return self.phase
-
-    @property
-    def far(self) -> tuple[int, ...] | None:
-        """The layers that see all tokens before in this phase (None: all layers do)."""
-        return self.config.look_up if self.config.phases[self.phase].steered else None
 
     def factor(self, elapsed: float, step: int) -> float:
         """Warm-up and decay of the learning rate."""

@@ -116,8 +116,7 @@ def train(
 
 def _compile(model: FastLlama, config: TrainConfig, device: str) -> None:
     """Run every shape once before the clock starts."""
-    steered = config.look_up or ()
-    for context, tokens, far in sorted({(p.context, p.tokens, steered if p.steered else ()) for p in config.phases}):
+    for context, tokens, far in sorted({(p.context, p.tokens, config.far(p) or ()) for p in config.phases}):
         ids = torch.randint(0, model.config.vocab_size, (tokens // context, context), device=device)
         model(ids, ids, torch.ones_like(ids, dtype=torch.float32), far=far or None)[0].backward()
         model.zero_grad(set_to_none=True)
@@ -245,7 +244,7 @@ class _Run:
         state["rate"] += (phase.rate * (config.rate_scale if long else 1.0) - state["rate"]) * 0.02
         rate = state["rate"] * self.schedule.factor(state["elapsed"], state["step"])
         positions = spread(len(ids), ids.shape[1] - 1, phase.reach, self.device) if phase.reach else None
-        loss, each = self.model(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions, self.schedule.far)
+        loss, each = self.model(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions, config.far(phase))
         loss.backward()
         self.optimizers.step(rate)
         self.model.zero_grad(set_to_none=True)

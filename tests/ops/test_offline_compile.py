@@ -49,6 +49,14 @@ def report():
     return found["kernels"]
 
 
+def check_programs(kernel, programs):
+    """So many fit a multiprocessor, and products are not serialised."""
+    assert not kernel["serialized"], kernel  # ptxas C7512: products wait for each other for want of registers
+    # Registers are handed out 8 at a time; the hardware takes 1 KiB of shared memory for each program.
+    assert -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"] * programs <= REGISTERS, kernel
+    assert (kernel["shared"] + 1024) * programs <= SHARED_MEMORY, kernel
+
+
 def test_hopper_kernel_fits_as_planned(report):
     kernels = [kernel for kernel in report if kernel["op"] in ("hopper", "hopper_span")]
     assert len(kernels) == 14 + 12
@@ -56,10 +64,7 @@ def test_hopper_kernel_fits_as_planned(report):
         padded_dim = 64 if kernel["variant"].startswith("64 ") else 128
         programs = PROGRAMS[padded_dim]
         assert kernel["spills"] <= KNOWN_SPILLS.get((kernel["op"], "sm_90", kernel["variant"]), 0), kernel
-        assert not kernel["serialized"], kernel  # ptxas C7512: products wait for each other for want of registers
-        # Registers are handed out 8 at a time; the hardware takes 1 KiB of shared memory for each program.
-        assert -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"] * programs <= REGISTERS, kernel
-        assert (kernel["shared"] + 1024) * programs <= SHARED_MEMORY, kernel
+        check_programs(kernel, programs)
         # q k^T and p v in steps of 16, on the diagonal and in the loop; q, and k and v of the diagonal, those after it
         # (where it is on the list and where not), and in the loop.
         assert kernel["wgmma"] == 2 * (padded_dim // 16 + 64 // 16), kernel
@@ -71,9 +76,7 @@ def test_hopper_kernel_of_the_target_fits_as_planned(report):
     assert len(kernels) == 5
     for kernel in kernels:
         assert not kernel["spills"], kernel
-        assert not kernel["serialized"], kernel
-        assert -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"] * 2 <= REGISTERS, kernel
-        assert (kernel["shared"] + 1024) * 2 <= SHARED_MEMORY, kernel
+        check_programs(kernel, 2)
         # Four products with one tile of keys, in the loop and on the diagonal; four tiles of q, keys before and in it.
         assert kernel["wgmma"] == 2 * 4 * (4 if kernel["variant"].startswith("64 ") else 8), kernel
         assert kernel["tma"] == 8, kernel
@@ -84,9 +87,7 @@ def test_hopper_kernel_of_gate_scores_fits_as_planned(report):
     assert len(kernels) == 3
     for kernel in kernels:
         assert not kernel["spills"], kernel
-        assert not kernel["serialized"], kernel
-        assert -(-kernel["registers"] // 8) * 8 * 32 * kernel["num_warps"] * 2 <= REGISTERS, kernel
-        assert (kernel["shared"] + 1024) * 2 <= SHARED_MEMORY, kernel
+        check_programs(kernel, 2)
         # Four places of keys with two of queries before the diagonal, one on it; both in a loop and behind it.
         steps = 4 if kernel["variant"].startswith("64 ") else 8
         assert kernel["wgmma"] == 2 * 4 * (2 + 1) * steps, kernel

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from testbed.model import PIECE, FastLlama, ModelConfig, export, read, spread
+from testbed.model import PIECE, FastLlama, ModelConfig, _near, export, read, spread
 from transformers import AutoModelForCausalLM
-
-from testbed import model as model_file
 
 SHAPE = ModelConfig(vocab_size=200, width=48, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_width=80, max_context=512)
 
@@ -70,7 +68,7 @@ def test_layers_that_are_kept_near_see_two_pieces(model, batch, monkeypatch):
             patch.setattr(model, "_parts", (model._parts[0], masked, *model._parts[2:]))
             torch.testing.assert_close(got, model(ids, labels, weights, far=far)[1])
         assert torch.equal(got, everywhere) == (far == (0, 1))
-    assert model._parts[1] is model_file._near
+    assert model._parts[1] is _near
 
 
 def test_a_model_read_back_is_the_model(model, batch, tmp_path):

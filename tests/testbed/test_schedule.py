@@ -166,11 +166,9 @@ def test_the_default_stages():
 
 def test_layers_that_see_far_are_those_of_the_run_while_a_phase_is_steered():
     for look_up in ((1,), None):
-        plan = schedule(look_up=look_up)
-        assert plan.far is None
-        plan = Schedule(TrainConfig(seconds=100, phases=(replace(DRILLS, steered=True), *LONG), look_up=look_up))
-        assert plan.far == look_up
-        plan.at(50)
-        assert plan.far is None
+        config = TrainConfig(
+            seconds=100, phases=(replace(DRILLS, steered=True), *LONG, DRILLS, LONG[0]), look_up=look_up
+        )
+        assert [config.far(phase) for phase in config.phases] == [look_up, *[None] * 4]
     with pytest.raises(ValueError, match=r"at least one layer, .*got \(\)"):
         TrainConfig(look_up=())

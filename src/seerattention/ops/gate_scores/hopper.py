@@ -12,8 +12,8 @@ out, but not out of a loop: hence one of a single round (``_larger``). And it ma
 is under way where a loop begins anew: hence rounds of loops end with none (``_multiply``).
 
 Rows that lack sub-blocks (``Tiles.whole_rows``) are left to Triton: the last one of a prompt to ``triton_row.py``, as a
-square that is nearly empty would take as long as a full one. What TMA demands of addresses and
-strides is checked by ``hopper_usable`` in ``interface.py``.
+square that is nearly empty would take as long as a full one. What TMA demands of addresses and strides is checked by
+``hopper_usable`` in ``interface.py``.
 """
 
 from __future__ import annotations

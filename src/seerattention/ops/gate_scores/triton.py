@@ -40,6 +40,16 @@ def store_scores(p_out, b_out, o_r, o_n, num_rows, padded):
 
 
 @triton.jit
+def limit_of(o_q, o_begin, start, end, num_q, num_k, Q_PITCH: tl.constexpr, K_PITCH: tl.constexpr):
+    """Behind the last token that query sub-blocks may see, which begin at ``o_begin``; 0 where they hold no query.
+
+    Key sub-blocks count that begin before the end of the query sub-block, and of the tokens.
+    """
+    m_holds = (o_q < num_q) & (o_begin < end) & (o_begin + Q_PITCH > start)
+    return tl.where(m_holds, tl.minimum(tl.minimum(o_begin + Q_PITCH, end), num_k * K_PITCH), 0)
+
+
+@triton.jit
 def _reduce_products(
     b_best, b_sum, p_q, p_k, o_r, o_m, o_n, start, end, num_q, num_k, scale, width, s_q_n, s_k_n,
     EDGE: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, Q_PITCH: tl.constexpr,
@@ -76,10 +86,7 @@ def _reduce_products(
             if not MAX:
                 b_x *= scale * LOG2E
             if EDGE:
-                # Key sub-blocks count that begin before the end of the query sub-block, and of the tokens.
-                o_begin = o_m * BLOCK + i_q * Q_PITCH
-                m_holds = (o_q < num_q) & (o_begin < end) & (o_begin + Q_PITCH > start)
-                o_limit = tl.where(m_holds, tl.minimum(tl.minimum(o_begin + Q_PITCH, end), num_k * K_PITCH), 0)
+                o_limit = limit_of(o_q, o_m * BLOCK + i_q * Q_PITCH, start, end, num_q, num_k, Q_PITCH, K_PITCH)
                 b_x = tl.where((o_n * BLOCK)[None, :] < (o_limit - i_k * K_PITCH)[:, None], b_x, float("-inf"))
             if MAX:
                 b_best = tl.maximum(b_best, b_x)

@@ -19,22 +19,21 @@ from ..triton_launch import launch
 from ..triton_span import LOG2E
 from . import reference
 from .reference import Tiles
-from .triton import LOWEST, part_of, score_arguments, score_constants, score_strides, store_scores, warps_of
+from .triton import (
+    LOWEST,
+    limit_of,
+    part_of,
+    score_arguments,
+    score_constants,
+    score_strides,
+    store_scores,
+    warps_of,
+)
 
 LEAST_MASS = tl.constexpr(reference.LEAST_MASS)
 
 # Not specialised, so that a prompt of another length does not compile the kernels again.
 _COUNTS = ["heads", "group", "num_q", "num_k", "num_rows", "first_row", "start", "end"]
-
-
-@triton.jit
-def _limit(o_q, o_begin, start, end, num_q, num_k, Q_PITCH: tl.constexpr, K_PITCH: tl.constexpr):
-    """Behind the last token that query sub-blocks may see, which begin at ``o_begin``; 0 where they hold no query.
-
-    Key sub-blocks count that begin before the end of the query sub-block, and of the tokens.
-    """
-    m_holds = (o_q < num_q) & (o_begin < end) & (o_begin + Q_PITCH > start)
-    return tl.where(m_holds, tl.minimum(tl.minimum(o_begin + Q_PITCH, end), num_k * K_PITCH), 0)
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def query_lse_kernel(
     if HAS_ROWS:
         o_m = tl.load(p_rows + i_b * s_r_b + o_q // (BLOCK // Q_PITCH), mask=m_q, other=0).to(tl.int32)
     o_begin = o_m * BLOCK + o_q % (BLOCK // Q_PITCH) * Q_PITCH
-    o_limit = _limit(o_q, o_begin, start, end, num_q, num_k, Q_PITCH, K_PITCH)
+    o_limit = limit_of(o_q, o_begin, start, end, num_q, num_k, Q_PITCH, K_PITCH)
     p_q_rows = p_q + i_b * s_q_b + i_h * s_q_h + o_q.to(tl.int64)[:, None] * s_q_n
     p_own_k = p_k + i_b * s_k_b + i_h // group * s_k_h
     b_q = _queries(p_q_rows, m_q, width, BLOCK_W)
@@ -118,7 +117,7 @@ def _shares(
         p_q_rows = p_q + o_q.to(tl.int64)[:, None] * s_q_n
         b_q = _queries(p_q_rows, m_q, width, BLOCK_W)
         b_lse = tl.load(p_lse + o_q, mask=m_q, other=0.0)
-        o_limit = _limit(o_q, o_m * BLOCK + i_q * Q_PITCH, start, end, num_q, num_k, Q_PITCH, K_PITCH)
+        o_limit = limit_of(o_q, o_m * BLOCK + i_q * Q_PITCH, start, end, num_q, num_k, Q_PITCH, K_PITCH)
         b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i_k in tl.range(0, BLOCK // K_PITCH, num_stages=1 if EDGE else 3, disable_licm=EDGE):
             o_k = o_n * (BLOCK // K_PITCH) + i_k

@@ -15,6 +15,7 @@ from ..dispatch import power_of_2
 from ..indices import num_blocks
 from ..triton_launch import launch
 from .reference import Tiles
+from .triton import limit_of
 
 # A product of a warpgroup, so that it rounds as those of squares do.
 LEAST_ROWS = 64
@@ -41,9 +42,7 @@ def row_scores_kernel(
     b_q = tl.load(p_rows + o_w[None, :], mask=m_q[:, None], other=0.0)
     b_k = tl.load(p_own_k + (o_k.to(tl.int64) * s_k_n)[None, :] + o_w[:, None], mask=(o_k < num_k)[None, :], other=0.0)
     b_x = tl.dot(b_q, b_k)
-    # As in squares: key sub-blocks count that begin before the end of the query sub-block, and of the tokens.
-    o_begin = (row * PLACES + o_place) * PITCH
-    o_limit = tl.where(m_q & (o_begin < end), tl.minimum(tl.minimum(o_begin + PITCH, end), num_k * PITCH), 0)
+    o_limit = limit_of(o_place, (row * PLACES + o_place) * PITCH, 0, end, num_q, num_k, PITCH, PITCH)
     b_x = tl.where((o_k * PITCH)[None, :] < o_limit[:, None], b_x, float("-inf"))
     b_x = tl.reshape(b_x, [BLOCK_M // PLACES, PLACES, BLOCK_N // PLACES, PLACES])
     b_best = tl.max(tl.max(b_x, 3), 1) * scale  # [heads, tiles]
@@ -60,7 +59,7 @@ def row_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     wide; nothing of ``tiles`` but its sizes, ``scale``, ``first_row`` and ``end`` counts: the row has queries from its
     first sub-block on.
     """
-    batch, heads, _, padded = scores.shape[0], scores.shape[1], scores.shape[2], scores.stride(2)
+    (batch, heads), padded = scores.shape[:2], scores.stride(2)
     group, places = heads // k.shape[1], tiles.block_size // tiles.q_pitch
     launch(
         row_scores_kernel,
