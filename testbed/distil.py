@@ -195,6 +195,8 @@ def distil(
 ) -> dict[str, Any]:
     """Train fresh gates, save them in ``out`` with their history; returns a summary. Books: see :func:`read_books`.
 
+    Gates of prompts get budgets, fitted on the held-out sequences, if these are long enough (4,096 tokens).
+
     The state of the run is kept in ``out``, too: the same call goes on after an interruption, and ends with the same
     gates.
 
@@ -204,6 +206,7 @@ def distil(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from seerattention.cli.common import Terminal
+    from seerattention.cli.distill_results import fit_budgets
     from seerattention.distillation import distill
     from seerattention.distillation.saved import STATE_FILE
 
@@ -254,6 +257,8 @@ def distil(
             save_seconds=60.0,
             settings=told,
         )
+    if run.phase == "prefill":
+        fit_budgets(model, test, Terminal(False))
     seer.save_gates(model, out)
     summary = history.to_dict()
     (out / "history.json").write_text(json.dumps({**summary, "run": dataclasses.asdict(run)}))

@@ -125,11 +125,12 @@ def _load(pointer, mask=None, other=0):
 
 
 def _masked_load(pointer, mask, other):
+    mask = torch.as_tensor(mask)
     return torch.where(mask, pointer.memory[torch.where(mask, pointer.index(), 0)], other)
 
 
-def _store(pointer, value, mask):
-    index, mask, value = torch.broadcast_tensors(pointer.index(), mask, value)
+def _store(pointer, value, mask=True):
+    index, mask, value = torch.broadcast_tensors(pointer.index(), torch.as_tensor(mask), value)
     index = index[mask]
     assert bool((index >= 0).all()), "store before the memory"
     pointer.memory[index] = value[mask].to(pointer.memory.dtype)
@@ -207,7 +208,13 @@ def run(kernel, grid, args, constants):
 
     ignored = {
         name: lambda *args, **kwargs: None
-        for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
+        for name in (
+            "NVMMADistributedLayout",
+            "DotOperandLayout",
+            "SliceLayout",
+            "BlockedLayout",
+            "DistributedLinearLayout",
+        )
     }
     gl = types.SimpleNamespace(
         **ignored,
@@ -223,7 +230,9 @@ def run(kernel, grid, args, constants):
         arange=lambda start, end, layout: torch.arange(start, end, dtype=torch.int32),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        convert_layout=lambda value, layout: value,
+        convert_layout=lambda value, layout, assert_trivial=False: value,
+        split=lambda value: value.unbind(-1),
+        fma=lambda a, b, c: a * b + c,
         where=functools.partial(_of_tensors, torch.where),
         static_range=range,
         exp2=torch.exp2,

@@ -34,6 +34,7 @@ from offline_gates import (
     gate_scores,
     gate_scores_hopper,
     mass_scores,
+    mass_scores_hopper,
     pool_encode,
     row_scores,
     token_scores,
@@ -311,6 +312,7 @@ JOBS = {
     "gate_scores_hopper": (gate_scores_hopper, "gate_scores.hopper", ["sm_90"]),
     "row_scores": (row_scores, "gate_scores.triton_row", ["sm_90"]),
     "mass_scores": (mass_scores, "gate_scores.triton_mass", EVERYWHERE),
+    "mass_scores_hopper": (mass_scores_hopper, "gate_scores.hopper_mass", ["sm_90"]),
     "block_selection": (block_selection, "block_selection.triton", EVERYWHERE),
     "token_scores": (token_scores, "token_scores.triton", EVERYWHERE),
 }

@@ -66,6 +66,20 @@ def gate_scores_hopper(module, target):
         )
 
 
+def mass_scores_hopper(module, target):
+    for width, pitch, dtype, masked in [
+        (128, 4, torch.bfloat16, False),
+        (64, 4, torch.float16, False),
+        (128, 8, torch.bfloat16, True),
+    ]:
+        q, scores = torch.zeros(1, 4, 64 * (64 // pitch), width, dtype=dtype), torch.zeros(1, 4, 64, 64)
+        tiles = Tiles(64, pitch, pitch, 0.1, "mass", masked)
+        yield (
+            f"{width} {pitch}x{pitch} {dtype} masked={masked}",
+            functools.partial(module.mass_scores, q, q[:, :2], scores, tiles),
+        )
+
+
 def row_scores(module, target):
     for width, dtype, group in [(128, torch.bfloat16, 4), (64, torch.float16, 1), (128, torch.bfloat16, 16)]:
         q, scores = torch.zeros(1, group, 5, width, dtype=dtype), torch.zeros(1, group, 1, 64)

@@ -116,7 +116,11 @@ def launch_gate_scores(implementation: str) -> None:
     """Keys and queries end where their memory does; the last row of tiles may lack sub-blocks."""
     for width, num, first, masked in ((64, 8, 0, True), (128, 40, 2, True), (128, 8 * 66 - 3, 0, False)):
         q, k = (draw(heads, num, width, torch.float16).contiguous() for heads in (4, 2))
-        gate_scores(q[:, :, 8 * first :], k, q_pitch=8, k_pitch=8, masked=masked, implementation=implementation)
+        for pitch, reduce in ((8, "max"), (8, "mass"), (4, "mass")):  # with 4 they are half as many tiles
+            rows = q[:, :, 64 // pitch * first :]
+            options = {"q_pitch": pitch, "k_pitch": pitch, "reduce": reduce, "masked": masked}
+            if rows.shape[2] >= 64 // pitch:
+                gate_scores(rows, k, implementation=implementation, **options)
 
 
 def launch_selection(num_keys: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -188,6 +190,82 @@ def test_hopper_at_real_sizes(width, needs_hopper, nan_filled_empty):
     for _ in range(5):
         assert torch.equal(gate_scores(q, k, implementation="hopper", **options), expected)
         assert torch.equal(gate_scores(q, k, **options), expected)
+
+
+def check_mass(q, k, pitch, scale=None, **options):
+    """Of the Hopper kernel against the reference in float32, and near Triton's, which takes products twice."""
+    options |= {"q_pitch": pitch, "k_pitch": pitch, "scale": scale or q.shape[3] ** -0.5, "reduce": "mass"}
+    found, loose = (gate_scores(q, k, implementation="hopper", masked=masked, **options) for masked in (True, False))
+    expected = gate_scores(q.float(), k.float(), implementation="reference", **options)
+    causal = expected > float("-inf")
+    assert torch.equal(found == float("-inf"), ~causal)
+    # Powers of 2 are approximate (2 units in the last place each), products are in float32: of an exponent of 1000 an
+    # unit in the last place is 6e-5.
+    torch.testing.assert_close(found[causal], expected[causal], rtol=1e-4, atol=1e-3)
+    assert torch.equal(loose[causal], found[causal])
+    assert (loose[~causal].isnan() | (loose[~causal] == float("-inf"))).all()
+    portable = gate_scores(q, k, implementation="triton", **options)
+    torch.testing.assert_close(found[causal], portable[causal], rtol=1e-4, atol=1e-3)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("pitch", [4, 8])
+@pytest.mark.parametrize("rows", [1, 5, 31, 33, 77, 300])
+def test_hopper_mass_on_prompts(rows, pitch, width, dtype, needs_hopper, nan_filled_empty):
+    """Whole rows, and some whose last row lacks tokens, or sub-blocks (that one is Triton's)."""
+    places = 64 // pitch
+    q, k = draw_encoded(places * rows, places * rows, 8, 2, width, dtype, batch=2 if rows < 100 else 1)
+    check_mass(q, k, pitch)
+    for missing in (1, 5, 37, 63):
+        length = 64 * rows - missing
+        span, num = Span(q.shape[0], length, length), num_blocks(length, pitch)
+        if rows > 1 or num == places:
+            check_mass(q[:, :, :num], k[:, :, :num], pitch, span=span)
+            check_mass(q, k[:, :, :num], pitch, span=span)  # sub-blocks behind the last token do not count
+
+
+@pytest.mark.parametrize("group", [2, 4, 6, 8])
+def test_hopper_mass_on_groups(group, needs_hopper, nan_filled_empty):
+    check_mass(*draw_encoded(16 * 70, 16 * 70, 3 * group, 3, 128, torch.bfloat16, batch=2), 4)
+
+
+@pytest.mark.parametrize("pitch", [4, 8])
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [(64, 128), (64 * 61, 64 * 64), (64 * 64, 64 * 130), (64 * 80, 64 * 150 - 1), (64 * 129 + 1, 64 * 200 - 20)],
+)
+def test_hopper_mass_on_chunks(start, length, pitch, needs_hopper, nan_filled_empty):
+    span = Span(1, length - start, length)
+    places = 64 // pitch
+    q, k = draw_encoded(places * span.num_rows(64), num_blocks(length, pitch), 8, 2, 64, torch.bfloat16)
+    check_mass(q, k, pitch, span=span)
+    check_mass(q.contiguous(), torch.stack((k, k), 2)[:, :, 0], pitch, span=span)
+
+
+@pytest.mark.parametrize("pitch", [4, 8])
+@pytest.mark.parametrize(("width", "rows"), [(64, 40), (128, 130)])
+def test_hopper_mass_where_references_are_too_small(width, rows, pitch, needs_hopper, nan_filled_empty):
+    """Large products far from the diagonal: units are done again with exact maxima, other ones are not."""
+    q, k = draw_encoded(64 // pitch * rows, 64 // pitch * rows, 8, 2, width, torch.bfloat16)
+    k[:, :, : k.shape[2] // 3] *= 8
+    q[:, :, q.shape[2] // 2 :] *= 10
+    found = check_mass(q, k, pitch)
+    assert found[found > -math.inf].min().item() == pytest.approx(-100 * math.log(2))  # shares that nobody sees
+
+
+def test_hopper_mass_at_real_sizes(needs_hopper, nan_filled_empty):
+    """32K and 128K tokens beside Triton, and again: nothing depends on what runs beside it."""
+    for length, width, pitch in ((32768, 128, 4), (131072, 64, 8)):
+        q, k = draw_encoded(length // pitch, length // pitch, 8, 2, width, torch.bfloat16)
+        options = {"q_pitch": pitch, "k_pitch": pitch, "scale": width**-0.5, "reduce": "mass"}
+        expected = gate_scores(q, k, implementation="triton", **options)
+        found = gate_scores(q, k, implementation="hopper", **options)
+        assert torch.equal(found == -math.inf, expected == -math.inf)
+        torch.testing.assert_close(found.clamp(min=-1e9), expected.clamp(min=-1e9), rtol=1e-4, atol=1e-3)
+        for _ in range(3):
+            assert torch.equal(gate_scores(q, k, **options), found)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

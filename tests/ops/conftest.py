@@ -12,11 +12,14 @@ import gluon_emulator
 from seerattention.ops import dispatch
 
 
-def emulate(monkeypatch, op):
-    """implementation="hopper" of an op runs on CPU tensors, in the emulator. Returns the launches."""
+def emulate(monkeypatch, op, module="hopper", name=None):
+    """implementation="hopper" of an op runs on CPU tensors, in the emulator. Returns the launches.
+
+    name: of the kernel in the module; None: that of the op.
+    """
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-    hopper = importlib.import_module(f"seerattention.ops.{op}.hopper")
-    kernel, launches = getattr(hopper, f"{op}_hopper_kernel"), []
+    hopper, name = importlib.import_module(f"seerattention.ops.{op}.{module}"), name or f"{op}_hopper_kernel"
+    kernel, launches = getattr(hopper, name), []
 
     class Kernel:
         def __getitem__(self, grid):
@@ -26,7 +29,7 @@ def emulate(monkeypatch, op):
 
             return launch
 
-    monkeypatch.setattr(hopper, f"{op}_hopper_kernel", Kernel())
+    monkeypatch.setattr(hopper, name, Kernel())
     monkeypatch.setattr(dispatch, "hopper_unusable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return launches
@@ -48,3 +51,10 @@ def emulated_pooled_attention(monkeypatch, nan_filled_empty):
 def emulated_gate_scores(monkeypatch, nan_filled_empty):
     """Of gate scores."""
     return emulate(monkeypatch, "gate_scores")
+
+
+@pytest.fixture
+def emulated_mass_scores(monkeypatch, nan_filled_empty):
+    """Of gate scores by mass; on three multiprocessors, so that programs have several units, and not equally many."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 3)
+    return emulate(monkeypatch, "gate_scores", "hopper_mass", "mass_scores_hopper_kernel")

@@ -30,6 +30,10 @@ KNOWN_SPILLS = {
     ("block_pooling", "sm_90", "chunk 64"): 32,
     ("token_scores", "sm_90", "multiply 8 7 96 1 torch.float16"): 8,  # two registers, before the loop
     ("gate_scores", "sm_90", "max 128 8x8, many columns"): 120,  # with triton 3.7; faster all the same, with 3.6
+    # Two programs with all registers of a thread each, and faster than one that spills none; half of it with 3.6.
+    ("mass_scores_hopper", "sm_90", "128 4x4 torch.bfloat16 masked=False"): 788,
+    ("mass_scores_hopper", "sm_90", "64 4x4 torch.float16 masked=False"): 204,
+    ("mass_scores_hopper", "sm_90", "128 8x8 torch.bfloat16 masked=True"): 156,
     # 16 warps hold a row, with 128 registers a thread.
     ("block_selection", "sm_90", "topp 32768 True"): 880,
 }
@@ -96,6 +100,17 @@ def test_hopper_kernel_of_gate_scores_fits_as_planned(report):
         assert kernel["tma"] == 2 + 4 + 1 + 2 * (2 + 1) + 2 * 4, kernel
 
 
+def test_hopper_kernel_of_scores_by_mass_fits_as_planned(report):
+    kernels = [kernel for kernel in report if kernel["op"] == "mass_scores_hopper"]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        check_programs(kernel, 2)
+        # For each of two heads a product with each pair of places, on the diagonal and before it, where eight pairs are
+        # two rounds of a loop at most; and two in the search for maxima.
+        steps = 4 if kernel["variant"].startswith("64 ") else 8
+        assert kernel["wgmma"] % (2 * steps) == 0, kernel
+
+
 def test_all_kernels_compile(report):
     targets = {(kernel["op"], kernel["target"]) for kernel in report}
     ops = {
@@ -117,6 +132,7 @@ def test_all_kernels_compile(report):
         ("hopper", "sm_90"),
         ("hopper_span", "sm_90"),
         ("gate_scores_hopper", "sm_90"),
+        ("mass_scores_hopper", "sm_90"),
         ("row_scores", "sm_90"),
         ("pooled_attention_hopper", "sm_90"),
         ("pooled_attention_wide", "sm_86"),

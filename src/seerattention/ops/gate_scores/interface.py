@@ -21,22 +21,27 @@ _ENCODED = Replays()
 ROW_ALIGNMENT = 16
 # A Triton program holds whole encoded vectors.
 MAX_TRITON_WIDTH = 256
+# Tokens a tile, a query and a key sub-block that the Hopper kernels have, by reduction.
+HOPPER_TILES = {"max": ((64, 8, 8),), "mass": ((64, 4, 4), (64, 8, 8))}
 
 
 def hopper_usable(q: Tensor, k: Tensor, tiles: Tiles) -> str | None:
     """Why the Hopper kernel cannot run on these inputs, or None where it can; the one place that decides.
 
-    It needs what all Hopper kernels need (``dispatch.hopper_refuses``), maxima of blocks of 64 tokens in sub-blocks of
-    8 on both sides, vectors of 64 or 128 channels, and consecutive rows, the same ones in the whole batch, of which the
-    first begins with a sub-block that holds a query and at least one lacks nothing.
+    It needs what all Hopper kernels need (``dispatch.hopper_refuses``), blocks of 64 tokens and of these maxima in
+    sub-blocks of 8 on both sides, or mass in sub-blocks of 4 or 8 with an even number of query heads for each key head,
+    vectors of 64 or 128 channels, and consecutive rows, the same ones in the whole batch, of which the first begins
+    with a sub-block that holds a query and at least one lacks nothing.
     """
     if reason := dispatch.hopper_refuses(q=q, k=k):
         return reason
-    if tiles.reduce != "max" or tiles[:3] != (64, 8, 8):
+    if tiles[:3] not in HOPPER_TILES.get(tiles.reduce, ()):
         return (
-            "it needs reduce='max' and blocks of 64 tokens in sub-blocks of 8, got "
-            f"{tiles.reduce!r}, {tiles.block_size}, {tiles.q_pitch} and {tiles.k_pitch}"
+            "it needs blocks of 64 tokens in sub-blocks of 8 (reduce='max'), or of 4 or 8 (reduce='mass') on both "
+            f"sides, got {tiles.reduce!r}, {tiles.block_size}, {tiles.q_pitch} and {tiles.k_pitch}"
         )
+    if tiles.reduce == "mass" and q.shape[1] // k.shape[1] % 2:
+        return f"it needs an even number of query heads for each key head, got {q.shape[1]} for {k.shape[1]}"
     if q.shape[3] not in (64, 128) or q.stride(3) != 1 or k.stride(3) != 1:
         return (
             f"it needs contiguous vectors of 64 or 128 channels, got {q.shape[3]} with strides of {q.stride(3)} and "
@@ -203,8 +208,8 @@ def _gate_scores(q: Tensor, k: Tensor, tiles: Tiles, implementation: str | None)
     name = dispatch.choose_implementation("gate_scores", implementation, q.device, IMPLEMENTATIONS, q, k, tiles)
     if name == "reference":
         scores.copy_(reference.gate_scores(q, k, tiles))
-    elif name == "triton" and tiles.reduce == "mass":
-        dispatch.load(__package__, "triton_mass", "mass_scores")(q, k, scores, tiles)
+    elif tiles.reduce == "mass":
+        dispatch.load(__package__, f"{IMPLEMENTATIONS[name].module}_mass", "mass_scores")(q, k, scores, tiles)
     else:
         dispatch.load(__package__, IMPLEMENTATIONS[name].module, "gate_scores")(q, k, scores, tiles)
     return scores
