@@ -86,6 +86,25 @@ def test_rows_whose_reference_is_too_small(emulated, pitch):
     assert found[found > -math.inf].min() == pytest.approx(-100 * math.log(2))
 
 
+def test_products_that_are_no_numbers(emulated):
+    """Only rows with them have no score, and the kernel ends."""
+    q, k = draw(32, 32)
+    q[:, 1, 17] = math.nan
+    options = {"q_pitch": 4, "k_pitch": 4, "reduce": "mass"}
+    found = gate_scores(q, k, implementation="hopper", **options)
+    expected = gate_scores(q[:, :1], k, implementation="reference", **options)
+    torch.testing.assert_close(found[:, :1], expected, rtol=1e-4, atol=1e-4)
+    assert not found[:, 1, 1, :2].isfinite().any()
+
+
+def test_keys_of_the_future_may_be_anything(emulated):
+    q, k = draw(16 * 3, 16 * 40)
+    expected = check(q, k, 4, first=33)
+    k[:, :, 16 * 36 :] = math.nan
+    options = {"q_pitch": 4, "k_pitch": 4, "scale": 0.25, "reduce": "mass", "rows": 33}
+    assert torch.equal(gate_scores(q, k, implementation="hopper", **options), expected)
+
+
 @needs_interpreter
 @pytest.mark.parametrize("pitch", [4, 8])
 @pytest.mark.parametrize("length", [65, 64 * 5 - 7, 64 * 34 - 9])
@@ -144,4 +163,13 @@ def test_nothing_to_write(emulated):
     q, k = draw(32, 32)
     options = {"q_pitch": 4, "k_pitch": 4, "reduce": "mass", "implementation": "hopper"}
     assert gate_scores(q[:0], k[:0], **options).shape == (0, 2, 2, 2)
+    assert not emulated
+
+
+def test_gradients_are_those_of_the_reference(emulated, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_type", lambda device: "cuda")
+    q, k = draw(32, 32)
+    scores = gate_scores(q.requires_grad_(), k, q_pitch=4, k_pitch=4, reduce="mass")
+    scores.tril().nan_to_num(neginf=0).sum().backward()
+    assert q.grad.isfinite().all()
     assert not emulated

@@ -142,16 +142,18 @@ def gate_scores(
             ``"mass"``: each query sub-block normalises its products over all its keys, a tile's are added up, and the
             largest of these shares over the query sub-blocks counts, as its natural logarithm (at least that of
             2**-100). That is a row mass, as :func:`~seerattention.ops.pooled_attention` with ``reduce="row_sum"``
-            makes it of attention; products are made twice.
+            makes it of attention. Triton makes products twice; Hopper's kernel once, with scratch
+            memory: 66 MiB on an H200 at 32K tokens, as much again for each further 32K.
         rows: query blocks of the rows: int64 ``[R]`` or ``[B, R]`` in any order, or the first of consecutive ones.
             None: those of the span; without a span the last R of the N key blocks.
         span: the positions of queries and keys: sub-blocks that hold none of its queries, and keys behind a row's last
             one, do not count. None: whatever is given does.
         masked: False: what lies above the block diagonal may be left undefined, which saves writing it.
-        implementation: ``"reference"``, ``"triton"``, ``"hopper"`` (maxima of 8 by 8 sub-blocks of blocks of 64 tokens,
-            vectors of 64 or 128 channels, on GPUs of compute capability 9.0; rows that lack sub-blocks run in Triton)
-            or None (automatic: of the two kernels, in float16 and bfloat16 and where no gradient is asked for, Hopper's
-            where it can run and Triton on other CUDA devices; the reference elsewhere).
+        implementation: ``"reference"``, ``"triton"``, ``"hopper"`` (of blocks of 64 tokens, maxima where both pitches
+            are 8, mass where both are 8 or both 4 and query heads of a key head are even in number, vectors of 64 or
+            128 channels, on GPUs of compute capability 9.0; rows that lack sub-blocks run in Triton) or None
+            (automatic: of the two kernels, in float16 and bfloat16 and where no gradient is asked for, Hopper's where
+            it can run and Triton on other CUDA devices; the reference elsewhere).
 
     Returns:
         float32 ``[B, Hq, R, N]``, R = ceil(Nq / (block_size / q_pitch)), N likewise; -inf above the block diagonal and
