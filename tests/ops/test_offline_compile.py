@@ -30,7 +30,7 @@ KNOWN_SPILLS = {
     ("block_pooling", "sm_90", "chunk 64"): 32,
     ("token_scores", "sm_90", "multiply 8 7 96 1 torch.float16"): 8,  # two registers, before the loop
     ("gate_scores", "sm_90", "max 128 8x8, many columns"): 120,  # with triton 3.7; faster all the same, with 3.6
-    # Two programs with all registers of a thread each, and faster than one that spills less; around the loop over keys.
+    # Two programs with all registers of a thread each; faster than one that spills less.
     ("mass_scores_hopper", "sm_90", "128 4x4 torch.bfloat16 masked=False"): 924,  # with triton 3.6; 788 with 3.7
     ("mass_scores_hopper", "sm_90", "64 4x4 torch.float16 masked=False"): 204,  # with triton 3.7; 168 with 3.6
     ("mass_scores_hopper", "sm_90", "128 8x8 torch.bfloat16 masked=True"): 180,  # with triton 3.6; 156 with 3.7
