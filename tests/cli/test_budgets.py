@@ -49,6 +49,16 @@ def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
     assert found["gates 0.1"] == pytest.approx(0.114, abs=0.002)  # top-k rounds up
 
 
+def test_gates_without_budgets_are_said_to_have_none(seer_command, folder, texts):
+    options = ["--model", folder / "model", "--device", "cpu", "--data", texts, "--gates", folder / "gates"]
+    options += ["--measure", "perplexity", "--lengths", "512", "--documents", 1, "--json"]
+    result = seer_command("eval", *options, "--densities", "0.5")
+    assert result.exit_code == 0, result.stderr
+    said = f"no budgets are stored with {folder / 'gates'}: top-k selection, which loses more at the same density"
+    assert said in " ".join(result.stderr.split())
+    assert "no budgets" not in seer_command("eval", *options, "--densities", "1").stderr
+
+
 def test_calibrate_keeps_packed_weights_and_what_people_wrote_into_the_card(seer_command, folder, texts, tmp_path):
     saved, gates = read_checkpoint(folder / "gates"), tmp_path / "gates"
     write_checkpoint(gates, saved, packed=True, notes="## Scores\n\nGood ones.\n\n### By length\n\nAlso good.\n")

@@ -251,6 +251,11 @@ def spending(gates: Any, densities: Sequence[float], terminal: Terminal) -> dict
     budgets = None if gates is None else stored_budgets(gates)
     found: dict[float, Policy] = {density: TopK(density) for density in densities}
     if budgets is None:
+        if gates is not None and any(density != 1 for density in densities):
+            terminal.say(
+                f"no budgets are stored with {gates}: top-k selection, which loses more at the same density; "
+                "seer calibrate fits budgets"
+            )
         return found
     low, high = budgets.densities[0], budgets.densities[-1]
     spent = [density for density in densities if low <= density <= high]
