@@ -18,6 +18,7 @@ import seerattention as seer
 from seerattention.cli import common
 from seerattention.distillation.saved import STATE_FILE, load_state
 from seerattention.gates.checkpoint import read_checkpoint
+from seerattention.gates.sources import stored_budgets
 
 LENGTH = 512
 
@@ -129,6 +130,7 @@ def test_gates_of_a_phase(model, prepared, tmp_path, phase, form, config):
     assert history["recall_steps"] == [0, 3]
     saved = read_checkpoint(tmp_path / "gates")
     assert saved.gate_config == config
+    assert stored_budgets(tmp_path / "gates") is None
     if phase == "decode":
         assert saved.decode_policy == seer.TokenBudget(1600)
     else:
@@ -136,6 +138,19 @@ def test_gates_of_a_phase(model, prepared, tmp_path, phase, form, config):
     loaded = LlamaForCausalLM.from_pretrained(model)
     loaded.config._name_or_path = seer.testbed.NAME
     seer.attach(loaded, tmp_path / "gates", min_context=0)
+
+
+def test_gates_of_long_prompts_get_budgets(model, prepared, tmp_path):
+    """As ``seer distill`` gives them; prompts below 4,096 tokens (the test above) are too short for any."""
+    result = run_gates(
+        "--model", model, "--books", prepared / "train.u16", "--held-out", prepared / "train.u16", "--out", tmp_path,
+        "--steps", 1, "--length", 4096, "--batch-size", 1, "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    budgets = stored_budgets(tmp_path)
+    assert budgets is not None
+    assert budgets.tokens == 4096
+    assert 0.1 in budgets.densities
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_gates(model, prepared, tmp_path):
