@@ -239,8 +239,8 @@ def distil(
     )
     out.mkdir(parents=True, exist_ok=True)
     told = {name: getattr(run, name) for name in ("length", "batch_size", "lists", "templates", "form")}
-    done = 0
-    with Terminal(False).progress("distilling", run.steps) as advance:
+    done, terminal = 0, Terminal(False)
+    with terminal.progress("distilling", run.steps) as advance:
 
         def on_step(report: StepReport) -> None:
             nonlocal done
@@ -258,7 +258,7 @@ def distil(
             settings=told,
         )
     if run.phase == "prefill":
-        fit_budgets(model, test, Terminal(False))
+        fit_budgets(model, test, terminal)
     seer.save_gates(model, out)
     summary = history.to_dict()
     (out / "history.json").write_text(json.dumps({**summary, "run": dataclasses.asdict(run)}))

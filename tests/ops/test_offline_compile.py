@@ -105,10 +105,14 @@ def test_hopper_kernel_of_scores_by_mass_fits_as_planned(report):
     assert len(kernels) == 3
     for kernel in kernels:
         check_programs(kernel, 2)
-        # For each of two heads a product with each pair of places, on the diagonal and before it, where eight pairs are
-        # two rounds of a loop at most; and two in the search for maxima.
+        # For each of two heads a product with each pair of places, four in a loop on the diagonal and all before it,
+        # and one in the search for maxima.
+        pairs = 4 if " 8x8 " in kernel["variant"] else 8
         steps = 4 if kernel["variant"].startswith("64 ") else 8
-        assert kernel["wgmma"] % (2 * steps) == 0, kernel
+        assert kernel["wgmma"] == 2 * (4 + pairs + 1) * steps, kernel
+        # Queries of two heads, of the first unit and of the next one; four pairs of keys, twice, and one in the search;
+        # a pair behind each one that has passed.
+        assert kernel["tma"] == 2 * 2 + 2 * 4 + 1 + 4 + pairs, kernel
 
 
 def test_all_kernels_compile(report):

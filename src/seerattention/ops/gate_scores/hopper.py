@@ -248,8 +248,8 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     launch(
         gate_scores_hopper_kernel,
         (squares * batch * heads,),
-        _places(q),
-        _places(k),
+        by_places(q, PLACES.value, TILE.value, 1),
+        by_places(k, PLACES.value, TILE.value, 1),
         scores,
         tiles.scale,
         k.shape[1],
@@ -271,12 +271,12 @@ def gate_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
         write(q[:, :, whole * PLACES.value :], k, scores[:, :, whole:], rest)
 
 
-def _places(x: Tensor) -> TensorDescriptor:
-    """The whole tiles of ``x [B, H, N, W]`` for TMA, as ``[B, H, tiles, places, W]``: one place of 64 tiles a copy.
+def by_places(x: Tensor, places: int, tiles: int, at_once: int) -> TensorDescriptor:
+    """The whole tiles of ``x [B, H, N, W]`` for TMA, as ``[B, H, N // places, places, W]``.
 
-    Tiles that do not exist arrive as zeros.
+    A copy takes ``at_once`` places of ``tiles`` tiles; tiles that do not exist arrive as zeros.
     """
     batch, heads, num, width = x.shape
     s_b, s_h, s_n = x.stride()[:3]
-    sizes = [batch, heads, num // PLACES.value, PLACES.value, width]
-    return view_descriptor(x, sizes, [s_b, s_h, PLACES.value * s_n, s_n, 1], [1, 1, TILE.value, 1, width])
+    sizes = [batch, heads, num // places, places, width]
+    return view_descriptor(x, sizes, [s_b, s_h, places * s_n, s_n, 1], [1, 1, tiles, at_once, width])

@@ -37,6 +37,7 @@ from ..hopper import thread_barrier, view_descriptor
 from ..indices import num_blocks
 from ..triton_launch import launch
 from ..triton_span import LOG2E
+from .hopper import by_places
 from .reference import LEAST_MASS, Tiles
 from .triton_mass import mass_scores as triton_mass_scores
 
@@ -380,7 +381,7 @@ def mass_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     """
     if scores.numel() == 0:
         return
-    (batch, heads, num_rows, _), (num_kv, num_k, width) = scores.shape, k.shape[1:]
+    (batch, heads, num_rows, _), num_kv, width = scores.shape, k.shape[1], k.shape[3]
     pairs, places, whole = heads // num_kv // PARTS.value, tiles.block_size // tiles.q_pitch, tiles.whole_rows(q, k)
     low, high = tiles.first_row * places // ROWS.value, ((tiles.first_row + whole) * places - 1) // ROWS.value
     units = (high - low + 1) * batch * num_kv * pairs
@@ -389,9 +390,8 @@ def mass_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     sizes = [programs, PARTS.value, ROWS.value, columns * COLUMNS.value]
     scratch = torch.empty(sizes, dtype=torch.float32, device=q.device)
     # Whole rows of queries, and whole tiles of keys by places; what is not there arrives as zeros.
-    (s_b, s_h, s_n), by_places = k.stride()[:3], [batch, num_kv, num_k // places, places, width]
     d_q = view_descriptor(q, [batch, heads, whole * places, width], q.stride(), [1, 1, ROWS.value, width])
-    d_k = view_descriptor(k, by_places, [s_b, s_h, places * s_n, s_n, 1], [1, 1, TILES.value, PAIR.value, width])
+    d_k = by_places(k, places, TILES.value, PAIR.value)
     numbers = num_kv, pairs, units, low, high, whole, tiles.first_row, scores.stride(1), scores.stride(2), columns, 1
     factor, constants = tiles.scale * LOG2E.value, {"PLACES": places, "MASKED": tiles.masked, "num_warps": NUM_WARPS}
     launch(mass_scores_hopper_kernel, (programs,), d_q, d_k, scratch, scores, factor, *numbers, **constants)
