@@ -88,6 +88,23 @@ def row_scores(module, target):
         yield f"{width} {dtype} {group} heads", functools.partial(module.row_scores, q, k, scores, tiles)
 
 
+def mass_row_scores(module, target):
+    tiles = Tiles(64, 4, 4, 0.1, "mass", True)._replace(first_row=63, end=64 * 64 - 21)
+    for width, q_pitch, k_pitch, dtype, group in [
+        (128, 4, 4, torch.bfloat16, 4),
+        (64, 4, 4, torch.float16, 7),
+        (128, 8, 8, torch.bfloat16, 2),
+        (64, 8, 4, torch.bfloat16, 8),
+    ]:
+        q, k = (torch.zeros(1, *shape, width, dtype=dtype) for shape in ((group, 5), (1, 4096 // k_pitch)))
+        given = tiles._replace(q_pitch=q_pitch, k_pitch=k_pitch)
+        yield f"sums {width} {q_pitch}x{k_pitch} {dtype} {group} heads", functools.partial(module.row_sums, q, k, given)
+    for places in (8, 16):  # of queries and of keys
+        sums = torch.zeros(1, 4, places, 64), torch.zeros(1, 4, places, 64 * places // module.KEYS)
+        call = functools.partial(module.write_row_shares, *sums, torch.zeros(1, 4, 1, 64), tiles)
+        yield f"shares {places} places", call
+
+
 def encodings(target):
     num, more = 64, [(64, torch.float16), (64, torch.float32), (256, torch.bfloat16)]
     for width, dtype in [(128, torch.bfloat16), *(more if target == "sm_90" else ())]:

@@ -17,7 +17,9 @@ from seerattention import ops
 from seerattention.gates import PrefillGate, build_gate
 from seerattention.ops import dispatch
 from seerattention.ops.gate_scores import gate_scores
-from seerattention.ops.gate_scores.interface import REDUCTIONS
+from seerattention.ops.gate_scores.interface import REDUCTIONS, empty_scores
+from seerattention.ops.gate_scores.reference import Tiles
+from seerattention.ops.gate_scores.triton_mass_row import mass_row_scores
 from seerattention.ops.indices import BlockIndices
 from seerattention.ops.inverse_rope import pooled_inverse_rope
 
@@ -47,6 +49,9 @@ def main() -> None:
         launch_gate_scores(implementation)
         synchronize()
         print(f"scores of sub-blocks: {implementation}")
+    launch_mass_of_rows()
+    synchronize()
+    print("scores of one row by mass")
     for dtype in (torch.float16, torch.float32):
         launch_gate_path(dtype)
         synchronize()
@@ -121,6 +126,17 @@ def launch_gate_scores(implementation: str) -> None:
             options = {"q_pitch": pitch, "k_pitch": pitch, "reduce": reduce, "masked": masked}
             if rows.shape[2] >= 64 // pitch:
                 gate_scores(rows, k, implementation=implementation, **options)
+
+
+def launch_mass_of_rows() -> None:
+    """As above, of one row, in whatever chunks the keys are shared out; heads that fill no program."""
+    for width, num, group, pitch in ((64, 3, 1, 4), (128, 525, 7, 4), (64, 131, 9, 8)):
+        row = (num - 1) * pitch // 64
+        missing = -num % (64 // pitch)
+        shapes = (2 * group, 64 // pitch - missing), (2, num)
+        q, k = (draw(*shape, width, torch.float16).contiguous() for shape in shapes)
+        tiles = Tiles(64, pitch, pitch, 0.1, "mass", True, first_row=row, end=num * pitch - 1)
+        mass_row_scores(q, k, empty_scores(q, 1, row + 1), tiles)
 
 
 def launch_selection(num_keys: int) -> None:

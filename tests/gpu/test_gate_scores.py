@@ -11,9 +11,11 @@ import seerattention as seer
 from seerattention.evaluate.kernels import AttentionShape, make_gate, make_inputs
 from seerattention.gates import build_gate
 from seerattention.ops import dispatch
-from seerattention.ops.gate_scores import encode_blocks, gate_scores, prompt
+from seerattention.ops.gate_scores import encode_blocks, gate_scores, prompt, reference
 from seerattention.ops.gate_scores import triton as triton_scores
-from seerattention.ops.gate_scores.interface import MAX_TRITON_WIDTH, REDUCTIONS
+from seerattention.ops.gate_scores.interface import MAX_TRITON_WIDTH, REDUCTIONS, empty_scores
+from seerattention.ops.gate_scores.reference import Tiles
+from seerattention.ops.gate_scores.triton_mass_row import mass_row_scores
 from seerattention.ops.span import Span, num_blocks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -226,6 +228,30 @@ def test_hopper_mass_on_prompts(rows, pitch, width, dtype, needs_hopper, nan_fil
             check_mass(q, k[:, :, :num], pitch, span=span)  # sub-blocks behind the last token do not count
 
 
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
+@pytest.mark.parametrize(("q_pitch", "k_pitch"), [(4, 4), (8, 8), (8, 4)])
+@pytest.mark.parametrize("group", [1, 4, 9])
+def test_mass_of_one_row(group, q_pitch, k_pitch, width, dtype, nan_filled_empty):
+    """The kernels of a last row alone, beside the reference in float32, from short prompts to 128K tokens; nothing else
+    is written, and they give the same again."""
+    heads, kv_heads = 2 * group, 2
+    for length in (37, 64 * 17 + 1, 64 * 90 - 21, 32759, 131072 - 37):
+        row = (length - 1) // 64
+        tiles = Tiles(64, q_pitch, k_pitch, width**-0.5, "mass", False, first_row=row, end=length)
+        num_q, num_k = num_blocks(length - 64 * row, q_pitch), num_blocks(length, k_pitch)
+        q, k = draw_encoded(num_q, num_k, heads, kv_heads, width, dtype, batch=2 if length < 8192 else 1)
+        for larger in (1, 100):  # a key beside whose products those of others are nothing
+            k[:, :, k.shape[2] // 2] *= larger
+            expected = reference.gate_scores(q.float(), k.float(), tiles)
+            room = empty_scores(q, 2, row + 1)
+            mass_row_scores(q, k, room[:, :, 1:], tiles)
+            assert room[:, :, 0].isnan().all()
+            torch.testing.assert_close(room[:, :, 1:], expected, rtol=1e-4, atol=1e-3)
+            again = empty_scores(q, 1, row + 1)
+            mass_row_scores(q, k, again, tiles)
+            assert torch.equal(again, room[:, :, 1:])
+
+
 @pytest.mark.parametrize("group", [2, 4, 6, 8])
 def test_hopper_mass_on_groups(group, needs_hopper, nan_filled_empty):
     check_mass(*draw_encoded(16 * 70, 16 * 70, 3 * group, 3, 128, torch.bfloat16, batch=2), 4)
@@ -256,9 +282,10 @@ def test_hopper_mass_where_references_are_too_small(width, rows, pitch, needs_ho
 
 
 def test_hopper_mass_at_real_sizes(needs_hopper, nan_filled_empty):
-    """32K and 128K tokens beside Triton, and again: nothing depends on what runs beside it."""
-    for length, width, pitch in ((32768, 128, 4), (131072, 64, 8)):
-        q, k = draw_encoded(length // pitch, length // pitch, 8, 2, width, torch.bfloat16)
+    """32K and 128K tokens beside Triton, and again: nothing depends on what runs beside it. Of two prompts the last row
+    lacks sub-blocks."""
+    for length, width, pitch in ((32768, 128, 4), (32759, 128, 4), (131072, 64, 8), (131072 - 37, 64, 8)):
+        q, k = draw_encoded(*[num_blocks(length, pitch)] * 2, 8, 2, width, torch.bfloat16)
         options = {"q_pitch": pitch, "k_pitch": pitch, "scale": width**-0.5, "reduce": "mass"}
         expected = gate_scores(q, k, implementation="triton", **options)
         found = gate_scores(q, k, implementation="hopper", **options)

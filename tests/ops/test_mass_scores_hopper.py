@@ -10,7 +10,8 @@ import torch
 
 from seerattention.ops import dispatch
 from seerattention.ops.dispatch import triton_importable, triton_interpreted
-from seerattention.ops.gate_scores import gate_scores
+from seerattention.ops.gate_scores import gate_scores, reference
+from seerattention.ops.gate_scores.interface import empty_scores
 from seerattention.ops.gate_scores.reference import Tiles
 from seerattention.ops.span import Span, num_blocks
 
@@ -115,6 +116,73 @@ def test_rows_that_lack_sub_blocks(emulated, length, pitch):
     check(q, k, pitch)
     check(q, k, pitch, span=Span(1, length, length))
     assert len(emulated) == 4
+
+
+def test_squares_are_not_for_one_row(emulated, monkeypatch):
+    """Of a prompt's last row; where more rows lack something, squares are taken."""
+    module, rows, squares = importlib.import_module("seerattention.ops.gate_scores.hopper_mass"), [], []
+    for name, noted in (("mass_row_scores", rows), ("triton_mass_scores", squares)):
+
+        def note(q, k, scores, tiles, noted=noted):
+            noted.append((q.shape[2], scores.shape[2], tiles.first_row))
+
+        monkeypatch.setattr(module, name, note)
+    for num in (48, 55):
+        gate_scores(*draw(num, num), q_pitch=4, k_pitch=4, reduce="mass", implementation="hopper")
+    assert (rows, squares) == ([(7, 1, 3)], [])
+    q, k = draw(64, 64)
+    module.mass_scores(q, k, empty_scores(q, 4, 4), Tiles(64, 4, 4, 0.25, "mass", True, end=64 * 2 + 5))
+    assert (len(rows), squares) == (1, [(32, 2, 2)])
+
+
+def check_row(tiles, num_q, group, width, dtype=torch.float16, num_k=None, larger=1):
+    """The kernels of one row against the reference; nothing else is written. Keys behind the row are not read.
+
+    larger: factor of the first third of the keys; float32 holds their products that much less exactly.
+    """
+    row_scores = importlib.import_module("seerattention.ops.gate_scores.triton_mass_row").mass_row_scores
+    row, behind = tiles.first_row, (tiles.first_row + 1) * (64 // tiles.k_pitch)
+    num_k = num_k or num_blocks(tiles.end, tiles.k_pitch)
+    q, k = draw(num_q, num_k, heads=2 * group, kv_heads=2, batch=2, width=width, dtype=dtype, seed=group)
+    k[:, :, : k.shape[2] // 3] *= larger
+    expected = reference.gate_scores(q.float(), k.float(), tiles)
+    k[:, :, behind:] = math.nan
+    room = empty_scores(q, 2, max(row + 1, expected.shape[3]))
+    row_scores(q, k, room[:, :, 1:, : expected.shape[3]], tiles)
+    assert room[:, :, 0].isnan().all()
+    torch.testing.assert_close(room[:, :, 1:, : expected.shape[3]], expected, rtol=1e-5, atol=1e-5 * larger)
+    return expected
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("q_pitch", "k_pitch"), [(4, 4), (8, 8), (8, 4)])
+@pytest.mark.parametrize(
+    ("group", "width", "dtype"), [(1, 64, torch.float16), (4, 128, torch.float32), (9, 64, torch.float16)]
+)
+def test_a_last_row_that_lacks_sub_blocks(group, width, dtype, q_pitch, k_pitch, nan_filled_empty):
+    """Of several lengths, of keys that fill no whole number of chunks, and of heads that fill no program."""
+    for row, missing in ((0, 37), (11, 1), (17, 22), (17, 63)):
+        end = 64 * (row + 1) - missing
+        tiles = Tiles(64, q_pitch, k_pitch, 0.25, "mass", True, first_row=row, end=end)
+        check_row(tiles, num_blocks(end - 64 * row, q_pitch), group, width, dtype)
+
+
+@needs_interpreter
+def test_a_last_row_of_many_chunks(monkeypatch, nan_filled_empty):
+    """Read in several rounds, with shares of far chunks that nobody sees; more keys are there than the row sees, or
+    fewer, and more queries than hold tokens."""
+    module = importlib.import_module("seerattention.ops.gate_scores.triton_mass_row")
+    monkeypatch.setattr(module, "CHUNKS", 2)
+    monkeypatch.setattr(module, "COLUMNS", 16)
+    row = 40
+    tiles = Tiles(64, 4, 4, 0.25, "mass", False, first_row=row, end=64 * row + 33)
+    check_row(tiles, 9, 2, 64, num_k=16 * 45 - 3)
+    check_row(tiles, 14, 2, 64)
+    check_row(tiles._replace(end=1 << 30), 16, 2, 64, num_k=16 * row + 5)
+    found = check_row(tiles, 9, 2, 64, larger=30)
+    assert found[found > -math.inf].min() == pytest.approx(-100 * math.log(2))
+    # Sub-blocks without a token have no scores.
+    assert (check_row(tiles._replace(end=64 * row), 5, 2, 64, num_k=16 * (row + 1)) == -math.inf).all()
 
 
 @needs_interpreter

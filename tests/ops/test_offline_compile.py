@@ -138,6 +138,7 @@ def test_all_kernels_compile(report):
         ("gate_scores_hopper", "sm_90"),
         ("mass_scores_hopper", "sm_90"),
         ("row_scores", "sm_90"),
+        ("mass_row_scores", "sm_90"),
         ("pooled_attention_hopper", "sm_90"),
         ("pooled_attention_wide", "sm_86"),
         ("pooled_attention_wide", "gfx942"),

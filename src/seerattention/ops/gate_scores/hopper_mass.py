@@ -21,7 +21,7 @@ one thread holds both places of a tile.
 
 As in ``hopper.py``, what ptxas does shapes the code: arithmetic on a product is in a loop of a single round (``_add``),
 and no product is under way where a loop begins anew (``_chunk``). Rows that lack sub-blocks (``Tiles.whole_rows``) are
-left to Triton. What can run is decided by ``hopper_usable`` in ``interface.py``.
+left to Triton, a prompt's last one to ``triton_mass_row.py``. What can run is decided by ``hopper_usable``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ..triton_span import LOG2E
 from .hopper import by_places
 from .reference import LEAST_MASS, Tiles
 from .triton_mass import mass_scores as triton_mass_scores
+from .triton_mass_row import mass_row_scores
 
 ROWS = gl.constexpr(64)  # query sub-blocks of a head in a unit
 PARTS = gl.constexpr(2)  # heads of a unit
@@ -387,8 +388,7 @@ def mass_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     units = (high - low + 1) * batch * num_kv * pairs
     programs = min(units, PROGRAMS * dispatch.multiprocessors(q.device))
     columns = num_blocks((high + 1) * ROWS.value // places, COLUMNS.value)
-    sizes = [programs, PARTS.value, ROWS.value, columns * COLUMNS.value]
-    scratch = torch.empty(sizes, dtype=torch.float32, device=q.device)
+    scratch = q.new_empty(programs, PARTS.value, ROWS.value, columns * COLUMNS.value, dtype=torch.float32)
     # Whole rows of queries, and whole tiles of keys by places; what is not there arrives as zeros.
     d_q = view_descriptor(q, [batch, heads, whole * places, width], q.stride(), [1, 1, ROWS.value, width])
     d_k = by_places(k, places, TILES.value, PAIR.value)
@@ -396,5 +396,5 @@ def mass_scores(q: Tensor, k: Tensor, scores: Tensor, tiles: Tiles) -> None:
     factor, constants = tiles.scale * LOG2E.value, {"PLACES": places, "MASKED": tiles.masked, "num_warps": NUM_WARPS}
     launch(mass_scores_hopper_kernel, (programs,), d_q, d_k, scratch, scores, factor, *numbers, **constants)
     if whole < num_rows:
-        rest = tiles._replace(first_row=tiles.first_row + whole)
-        triton_mass_scores(q[:, :, whole * places :], k, scores[:, :, whole:], rest)
+        write = mass_row_scores if whole + 1 == num_rows else triton_mass_scores
+        write(q[:, :, whole * places :], k, scores[:, :, whole:], tiles._replace(first_row=tiles.first_row + whole))
