@@ -135,11 +135,9 @@ def join(prefill: str | os.PathLike[str], decode: str | os.PathLike[str], destin
             f"{first.source} and {second.source} are of different base models: "
             + "; ".join(f"{name}: {mine} and {other}" for name, other, mine in differ)
         )
-    config = GateConfig(
-        block_size=first.gate_config.block_size,
-        prefill=first.gate_config.prefill,
-        decode=second.gate_config.spec_of("decode"),
-    )
+    block_size, own = first.gate_config.block_size, second.gate_config
+    of_decoding = own.decode if own.block_size == block_size else own.spec_of("decode")  # which says its own
+    config = GateConfig(block_size=block_size, prefill=first.gate_config.prefill, decode=of_decoding)
     weights = {
         name: tensor
         for phase, checkpoint in phases.items()

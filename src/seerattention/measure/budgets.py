@@ -168,7 +168,7 @@ class _Curve:
 
     def _curve(self) -> Tensor:
         """Logarithms of the factors of all rows."""
-        budget = self.budget(0.5, beyond=False)
+        budget = self.budget(0.5)
         return torch.tensor([math.log(budget.factor(float(n))) for n in self.seen.tolist()], dtype=torch.float64)
 
     def _shift(self, place: int, logs: Tensor) -> float | None:
@@ -194,15 +194,10 @@ class _Curve:
         share = (place[:, None] - index).clamp(0, 1)
         return float((above.gather(1, index) * (1 - share) + above.gather(1, index + 1) * share).sum())
 
-    def budget(self, density: float, *, beyond: bool = True, min_blocks: int = MIN_FLOOR) -> Budget:
-        """Behind the last knot the factor goes on as over the (up to two) octaves before it, for four more of them."""
-        knots, logs = list(self.knots), self.logs.tolist()
-        back = max(2, len(knots) - 1 - 2 * _RANGES)
-        if beyond and len(knots) - 1 - back >= _RANGES:
-            slope = (logs[-1] - logs[back]) / math.log(knots[-1] / knots[back])
-            knots.append(16 * knots[-1])
-            logs.append(logs[-1] + min(max(slope, -1.0), 0.0) * math.log(16))
-        return Budget(density, tuple(knots), tuple(math.exp(log) for log in logs), min_blocks)
+    def budget(self, density: float, *, min_blocks: int = MIN_FLOOR) -> Budget:
+        """Behind the last knot its factor stays: scores of rows that gates have not been trained on spread more, so that
+        a factor that went on falling would spend a fifth more than was asked for at twice the length."""
+        return Budget(density, tuple(self.knots), tuple(self.logs.exp().tolist()), min_blocks)
 
 
 @torch.no_grad()
