@@ -195,8 +195,8 @@ class _Curve:
         return float((above.gather(1, index) * (1 - share) + above.gather(1, index + 1) * share).sum())
 
     def budget(self, density: float, *, min_blocks: int = MIN_FLOOR) -> Budget:
-        """Behind the last knot its factor stays: scores of rows that gates have not been trained on spread more, so that
-        a factor that went on falling would spend a fifth more than was asked for at twice the length."""
+        """Behind the last knot its factor stays: scores of rows that gates have not been trained on spread more, and a
+        factor that went on falling would spend up to a fifth more than was asked for at twice the length."""
         return Budget(density, tuple(self.knots), tuple(self.logs.exp().tolist()), min_blocks)
 
 
