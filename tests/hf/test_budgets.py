@@ -204,7 +204,8 @@ def test_histograms_count_what_a_threshold_would_keep(lengths, monkeypatch):
     assert causal_softmax(logits).shape == (2, 3, 20, 20)
 
 
-def test_one_curve_by_itself():
+@pytest.mark.parametrize("growth", [0.25, 0.5])
+def test_one_curve_by_itself(growth):
     """Fitted on what a synthetic map says, the budget has its density at every length of it."""
     from seerattention.measure.budgets import _Curve
 
@@ -216,7 +217,7 @@ def test_one_curve_by_itself():
         gate_logits=lambda masked=True: logits,
     )  # fmt: skip
     seen(inputs, None)
-    curve = _Curve(seen.above(2), 0.1, 64)
+    curve = _Curve(seen.above(2), 0.1, 64, growth)
     assert curve.fit()
     budget = curve.budget(0.1, min_blocks=2)
     assert isinstance(budget, Budget)
@@ -224,5 +225,6 @@ def test_one_curve_by_itself():
     for blocks in (64, 80, 100, 128, 200, 300):
         found = mask[:, :blocks].sum() / (blocks * (blocks + 1))
         assert 0.095 < found < 0.105, blocks
-    assert budget.factor(4 * num) <= budget.factor(num)
-    assert not _Curve(seen.above(4), 0.05, 32).fit()  # four blocks in each of 32 rows are more than that
+    assert budget.factors[1] == pytest.approx(budget.factors[0] * 64**growth)
+    assert budget.factor(4 * num) == budget.factor(num) == budget.factors[-1]
+    assert not _Curve(seen.above(4), 0.05, 32, growth).fit()  # four blocks in each of 32 rows are more than that

@@ -40,8 +40,9 @@ _RANKS = MAX_FLOOR - 1
 # Scores looked at at a time.
 _SLICE = 1 << 24
 # The power of n with which the factor grows within the shortest prompt: with 1, a plain threshold, later rows find too
-# little; with 0, a relative one, short rows lose more perplexity than they save.
-_GROWTH = 0.25
+# little; with 0, a relative one, short rows lose more perplexity than they save. The second is for those who ask for
+# longer prompts than the shortest that is usual, and so for the text as a whole.
+_GROWTH, _LONG_GROWTH = 0.25, 0.5
 # Ranges of rows with a factor of their own, in an octave, and rounds that fit them together.
 _RANGES, _ROUNDS = 2, 4
 
@@ -131,8 +132,8 @@ def _bins(values: Tensor) -> Tensor:
 class _Curve:
     """One density's factors by position, on the way to be right."""
 
-    def __init__(self, above: Tensor, density: float, first: int) -> None:
-        self.above = above
+    def __init__(self, above: Tensor, density: float, first: int, growth: float) -> None:
+        self.above, self.growth = above, growth
         rows = above.shape[0]
         self.wanted = density * above[:, 0]
         self.seen = torch.arange(1, rows + 1, dtype=torch.float64)
@@ -150,10 +151,10 @@ class _Curve:
     def fit(self) -> bool:
         """Whether the density can be reached by the least number of rows."""
         start, stop = self.ranges[0]
-        least = self._shift(0, _GROWTH * self.seen.log()[start:stop])
+        least = self._shift(0, self.growth * self.seen.log()[start:stop])
         if least is None:
             return False
-        self.logs[0], self.logs[1] = least, least + _GROWTH * math.log(self.knots[1])
+        self.logs[0], self.logs[1] = least, least + self.growth * math.log(self.knots[1])
         for place in range(1, len(self.ranges)):
             start, stop = self.ranges[place]
             found = self._shift(place, torch.zeros(stop - start, dtype=torch.float64))
@@ -236,10 +237,11 @@ def fit_budgets(
 
 def _budgets(seen: Seen, densities: Sequence[float], strict: bool, shortest: int) -> Budgets:
     curves, wrong, size = [], [], seen.block_size or 64
+    growth = _GROWTH if shortest <= SHORTEST else _LONG_GROWTH
     for density in densities:
         floor, first = floor_of(density, size, shortest), least_blocks(density, size, shortest)
         above = seen.above(floor)
-        curve = _Curve(above, _AIM * density, first) if first <= above.shape[0] else None
+        curve = _Curve(above, _AIM * density, first, growth) if first <= above.shape[0] else None
         if curve is None or not curve.fit():
             wrong.append(f"{density:g} (needs {first * size} tokens)")
             continue
