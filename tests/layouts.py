@@ -140,8 +140,7 @@ def check_attention_layout(implementation, layout, sizes, *, device="cpu", block
         assert_lse_close(mine_lse, exact_lse[0, :, first:])
         assert mine.dtype == baseline.dtype
         wholes.append((torch.cat((baseline[0, :, :first], mine), 1), baseline[0], exact[0]))
-    # What is allowed is the error over all prompts as a whole: that of a single query, or of a short prompt, is a matter
-    # of luck.
+    # What is allowed is the error over all prompts: that of a query, or of a short prompt, is a matter of luck.
     assert_as_accurate_as(*(torch.cat(parts, 1) for parts in zip(*wholes, strict=True)))
 
 
