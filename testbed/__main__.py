@@ -41,8 +41,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 SUPPORTED = (
     "Known to form its look-ups: width 384, 8 layers, vocabulary 8192 (the defaults) with --look-up 1 and seed 11 and "
-    "with seed 12; width 448, 10 layers, vocabulary 10240 with seed 13. Other choices may need more --minutes, another "
-    "--seed or more --retries: testbed/README.md, 'Which choices work'"
+    "with seed 12; width 448, 10 layers, vocabulary 10240 with seed 13; 576, 7 and 6144 with 14; 320, 9 and 12288 with "
+    "15. Other choices may need more --minutes, another --seed or more --retries: testbed/README.md, 'Which choices "
+    "work'"
 )
 
 

@@ -25,6 +25,7 @@ from ..triton_span import LOG2E
 from .reference import Tiles
 from .triton import LOWEST, limit_of
 from .triton_mass import LEAST_MASS
+from .triton_row import row_product
 
 # Query sub-blocks of all heads of a program: a product of a warpgroup. More heads are other programs, as twice the rows
 # would take twice the registers.
@@ -52,14 +53,10 @@ def row_sums_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_head, o_place = i_part * HEADS + o_m // PLACES, o_m % PLACES
     o_k = i_c * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_w = tl.arange(0, WIDTH)
-    m_q = (o_head < GROUP) & (o_place < num_q)
-    p_own_q = p_q + i_b.to(tl.int64) * s_q_b + i_kv.to(tl.int64) * GROUP * s_q_h
-    p_own_k = p_k + i_b.to(tl.int64) * s_k_b + i_kv.to(tl.int64) * s_k_h
-    p_rows = p_own_q + (o_head.to(tl.int64) * s_q_h + o_place.to(tl.int64) * s_q_n)[:, None]
-    b_q = tl.load(p_rows + o_w[None, :], mask=m_q[:, None], other=0.0)
-    b_k = tl.load(p_own_k + (o_k.to(tl.int64) * s_k_n)[None, :] + o_w[:, None], mask=(o_k < num_k)[None, :], other=0.0)
-    b_x = tl.dot(b_q, b_k) * (scale * LOG2E)
+    b_x = row_product(
+        p_q, p_k, i_b, i_kv, o_head, o_place, o_k, num_q, num_k, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, GROUP, WIDTH
+    )  # fmt: skip
+    b_x *= scale * LOG2E
     o_limit = limit_of(o_place, row * BLOCK + o_place * Q_PITCH, 0, end, num_q, num_k, Q_PITCH, K_PITCH)
     b_x = tl.where((o_k * K_PITCH)[None, :] < o_limit[:, None], b_x, float("-inf"))
     b_best = tl.maximum(tl.max(b_x, 1), LOWEST)

@@ -22,6 +22,23 @@ LEAST_ROWS = 64
 KEYS = 128  # key sub-blocks a program
 
 
+@triton.jit
+def row_product(
+    p_q, p_k, i_b, i_kv, o_head, o_place, o_k, num_q, num_k, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Products of the row's sub-blocks, of a KV head's query heads, and of some key sub-blocks; what is not there
+    counts as zeros."""
+    o_w = tl.arange(0, WIDTH)
+    m_q = (o_head < GROUP) & (o_place < num_q)
+    p_own_q = p_q + i_b.to(tl.int64) * s_q_b + i_kv.to(tl.int64) * GROUP * s_q_h
+    p_own_k = p_k + i_b.to(tl.int64) * s_k_b + i_kv.to(tl.int64) * s_k_h
+    p_rows = p_own_q + (o_head.to(tl.int64) * s_q_h + o_place.to(tl.int64) * s_q_n)[:, None]
+    b_q = tl.load(p_rows + o_w[None, :], mask=m_q[:, None], other=0.0)
+    b_k = tl.load(p_own_k + (o_k.to(tl.int64) * s_k_n)[None, :] + o_w[:, None], mask=(o_k < num_k)[None, :], other=0.0)
+    return tl.dot(b_q, b_k)
+
+
 @triton.jit(do_not_specialize=["kv_heads", "num_q", "num_k", "row", "end"])
 def row_scores_kernel(
     p_q, p_k, p_out, scale, kv_heads, num_q, num_k, row, end, s_out_h, padded, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n,
@@ -34,14 +51,9 @@ def row_scores_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_head, o_place = o_m // PLACES, o_m % PLACES
     o_k = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_w = tl.arange(0, WIDTH)
-    m_q = (o_head < GROUP) & (o_place < num_q)
-    p_own_q = p_q + i_b.to(tl.int64) * s_q_b + i_kv.to(tl.int64) * GROUP * s_q_h
-    p_own_k = p_k + i_b.to(tl.int64) * s_k_b + i_kv.to(tl.int64) * s_k_h
-    p_rows = p_own_q + (o_head.to(tl.int64) * s_q_h + o_place.to(tl.int64) * s_q_n)[:, None]
-    b_q = tl.load(p_rows + o_w[None, :], mask=m_q[:, None], other=0.0)
-    b_k = tl.load(p_own_k + (o_k.to(tl.int64) * s_k_n)[None, :] + o_w[:, None], mask=(o_k < num_k)[None, :], other=0.0)
-    b_x = tl.dot(b_q, b_k)
+    b_x = row_product(
+        p_q, p_k, i_b, i_kv, o_head, o_place, o_k, num_q, num_k, s_q_b, s_q_h, s_q_n, s_k_b, s_k_h, s_k_n, GROUP, WIDTH
+    )  # fmt: skip
     o_limit = limit_of(o_place, (row * PLACES + o_place) * PITCH, 0, end, num_q, num_k, PITCH, PITCH)
     b_x = tl.where((o_k * PITCH)[None, :] < o_limit[:, None], b_x, float("-inf"))
     b_x = tl.reshape(b_x, [BLOCK_M // PLACES, PLACES, BLOCK_N // PLACES, PLACES])
