@@ -99,7 +99,8 @@ def limit_memory(gib: float, device: torch.device) -> None:
     whole = torch.cuda.get_device_properties(device).total_memory
     if gib * 2**30 > whole:
         raise ValueError(f"--memory-limit {gib:g}: this GPU has {whole / 2**30:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole, device)
+    number = torch.cuda.current_device() if device.index is None else device.index  # a bare "cuda" is refused
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole, number)
 
 
 def measure_if_it_fits(
