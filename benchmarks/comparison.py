@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comparison = load_comparison(target)  # what is shown is what is committed
         found.append((name, comparison))
     text = between(options.document.read_text(), (BEGIN, END), [p for each in found for p in _parts(*each)])
-    for marks, table in ((OVERVIEW, overview(found)), (AGAINST, against_gates(found))):
+    for marks, tables in ((OVERVIEW, overview), (AGAINST, against_gates)):
         if marks[0] in text:
-            text = between(text, marks, [table.markdown().strip()])
+            text = between(text, marks, [part for each in found for part in tables(*each)])
     write_file(options.document, text)
     Terminal().say(f"written to {options.document}")
     if options.page:
@@ -85,49 +85,58 @@ def _shown(comparison: Comparison) -> list[str]:
     return [f"{name} rule {target:g}" for name in MAPS]
 
 
-def overview(found: Sequence[tuple[str, Comparison]]) -> Table:
-    """One row a method, a column for each model, length and density that was asked for: score, rise of perplexity."""
+def overview(name: str, comparison: Comparison) -> list[str]:
+    """One row a method, a column for each length and density that was asked for: score, rise of perplexity. Nothing of
+    comparisons without tasks."""
     columns = [
-        (name, comparison, length, target)
-        for name, comparison in found
+        (length, target)
         for length in comparison.lengths
         for target in sorted({entry.target for entry in comparison.at(length) if not entry.is_dense})
         if any(entry.tasks is not None for entry in comparison.at(length))
     ]
-    families: dict[str, None] = {}
-    for _, comparison, length, _ in columns:
-        families.update(dict.fromkeys(e.family for e in comparison.at(length) if not e.is_dense))
-    rows = [["dense", *(_cell(c, c.dense(length)) for _, c, length, _ in columns)]]
-    for family in sorted(families, key=lambda name: (not name.startswith("gates"), name)):
+    if not columns:
+        return []
+    families = {e.family for length, _ in columns for e in comparison.at(length) if not e.is_dense}
+    rows = [["dense", *(_cell(comparison, comparison.dense(length)) for length, _ in columns)]]
+    for family in sorted(families, key=_gates_first):
         entries = [
-            next((e for e in c.at(length) if e.family == family and e.target == target), None)
-            for _, c, length, target in columns
+            next((e for e in comparison.at(length) if e.family == family and e.target == target), None)
+            for length, target in columns
         ]
-        cells = [_cell(c, entry) for (_, c, _, _), entry in zip(columns, entries, strict=True)]
+        cells = [_cell(comparison, entry) for entry in entries]
         rows.append([f"**{family}**" if family.startswith("gates") else family, *cells])
-    return Table(["", *(f"{name}, {format_length(length)}, {target:g}" for name, _, length, target in columns)], rows)
+    return [f"`{name}`", Table(["", *_heads(columns)], rows).markdown().strip()]
 
 
-def against_gates(found: Sequence[tuple[str, Comparison]]) -> Table:
-    """Of comparisons of texts alone, at equal density: rise of perplexity under the gates; of others, over theirs."""
-    columns: list[str] = []
+def against_gates(name: str, comparison: Comparison) -> list[str]:
+    """Of a comparison of texts alone, at equal density: rise of perplexity under the gates; of others, over theirs."""
+    if any(entry.tasks is not None for entry in comparison.entries.values()):
+        return []
+    columns: list[tuple[int, float]] = []
     cells: list[dict[str, str]] = []
-    for name, comparison in found:
-        if any(entry.tasks is not None for entry in comparison.entries.values()):
-            continue
-        for length in comparison.lengths:
-            table = equal_density_table(comparison, length)
-            for i in range(1, 0 if table is None else len(table.headers), 2):
-                assert table is not None
-                density = table.headers[i].partition(":")[0]
-                columns.append(f"{name.removesuffix('-texts')}, {format_length(length)}, {density}")
-                cells.append({row[0]: row[i] if row[0] == REFERENCE else row[i + 1] for row in table.rows})
-    families = sorted({name: None for each in cells for name in each}, key=lambda n: (n != REFERENCE, "gates" not in n))
+    for length in comparison.lengths:
+        table = equal_density_table(comparison, length)
+        for i in range(1, 0 if table is None else len(table.headers), 2):
+            assert table is not None
+            columns.append((length, float(table.headers[i].partition(":")[0])))
+            cells.append({row[0]: row[i] if row[0] == REFERENCE else row[i + 1] for row in table.rows})
+    families = sorted({name: None for each in cells for name in each}, key=lambda n: (n != REFERENCE, _gates_first(n)))
     rows = [
         [f"**{name}, over dense**" if name == REFERENCE else name, *(each.get(name, "-") for each in cells)]
         for name in families
     ]
-    return Table(["perplexity over that of the gates", *columns], rows)
+    heads = ["perplexity over that of the gates", *_heads(columns)]
+    return [f"`{name}`", Table(heads, rows).markdown().strip()]
+
+
+def _gates_first(family: str) -> tuple[bool, str]:
+    return not family.startswith("gates"), family
+
+
+def _heads(columns: Sequence[tuple[int, float]]) -> list[str]:
+    """Lengths are said where there are several."""
+    several = len({length for length, _ in columns}) > 1
+    return [f"{format_length(length)}, {target:g}" if several else f"{target:g}" for length, target in columns]
 
 
 def _cell(comparison: Comparison, entry: Entry | None) -> str:
