@@ -25,7 +25,8 @@ SOURCES := src tests testbed benchmarks examples
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-lowest demo test test-cpu test-lowest test-lm-eval test-gpu lint format clean
+.PHONY: help install install-dev install-lowest install-browser demo test test-cpu test-lowest test-lm-eval test-bitsandbytes \
+	test-browser test-gpu lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -100,6 +101,22 @@ $(BITSANDBYTES)/.installed: $(DEV_ENV)
 	rm -rf $(BITSANDBYTES)
 	$(PIP) install -q $(PIP_ARGS) --no-deps --target $(BITSANDBYTES) "$(BITSANDBYTES_WANTED)"
 	touch $@
+
+# Chromium and what steers it, for the tests of the page of `seer report`; without it they skip and say why. Debian's where
+# it may be installed, as it is then found by all; playwright's own elsewhere.
+BROWSER_WANTED := $(shell sed -n 's/^browser = \["\(.*\)"\]/\1/p' pyproject.toml)
+
+install-browser: $(VENV)/.browser-installed  ## Chromium, for the tests of report pages
+
+test-browser: install-browser  ## the tests of report pages in Chromium
+	$(PYTEST) tests/evaluate/test_comparison_report.py $(ARGS)
+
+$(VENV)/.browser-installed: $(DEV_ENV)
+	$(PIP) install -q $(PIP_ARGS) -c $(VENV)/constraints.txt "$(BROWSER_WANTED)"
+	for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit 0; done; false \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		|| $(BIN)/playwright install chromium
+	@touch $@
 
 # The environment. A target is a stamp: once it exists, and until pyproject.toml or constraints.txt change, it costs nothing.
 # torch that lies outside the environment stays as it is, and so does the triton that belongs to it: neither is pinned then.
