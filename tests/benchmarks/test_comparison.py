@@ -5,6 +5,8 @@ import re
 
 import pytest
 from benchmarks.comparison import AGAINST, BEGIN, DOCUMENT, END, OVERVIEW, against_gates, main
+from benchmarks.comparison_picture import FAMILIES, MODELS, draw
+from benchmarks.comparison_picture import main as draw_main
 
 from seerattention.evaluate.comparison_file import load_comparison
 from seerattention.evaluate.comparison_report import build_comparison_report
@@ -113,3 +115,34 @@ def test_comparisons_of_texts_are_held_against_the_gates(committed):
                     assert rows[f"**{REFERENCE}, over dense**"][column] == row[i]
                 else:
                     assert rows[row[0]][column] == row[i + 1]
+
+
+def test_the_picture_shows_what_was_measured(committed, tmp_path):
+    """Every line is of points that the tables hold; every method is in the legend; the committed picture is there."""
+    pairs = {
+        title: tuple(load_comparison(COMMITTED / f"{name}.json") for name in names) for title, names in MODELS.items()
+    }
+    figure = draw(pairs)
+    above, below = figure.axes[:3], figure.axes[3:]
+    assert [axis.get_title() for axis in above] == list(MODELS)
+    for axis, (answers, _) in zip(above, pairs.values(), strict=True):
+        _, *lines = axis.lines  # the first is dense
+        for line, family in zip(lines, FAMILIES, strict=True):
+            entries = [e for e in answers.at(8192) if e.family == family and e.tasks is not None]
+            shown = sorted((float(x), float(y)) for x, y in zip(*line.get_data(), strict=True))
+            assert shown == sorted((e.tasks.density, 100 * answers.score(e)) for e in entries)
+    for axis, (_, texts) in zip(below, pairs.values(), strict=True):
+        gates = axis.lines[1]
+        entries = sorted(
+            (e for e in texts.at(8192) if e.family == "gates, project rule"), key=lambda e: e.perplexity.density
+        )
+        dense = texts.dense(8192).perplexity.perplexity
+        assert gates.get_ydata() == pytest.approx(
+            [100 * (e.perplexity.perplexity / dense - 1) for e in entries], rel=1e-5
+        )
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {
+        "dense",
+        *(name for name, _ in FAMILIES.values()),
+    }
+    assert draw_main([str(tmp_path / "models.png")]) == 0
+    assert (tmp_path / "models.png").read_bytes()[:4] == (PAGE.parent / "models.png").read_bytes()[:4] == b"\x89PNG"
