@@ -40,7 +40,9 @@ blocks of all layers, heads and rows. Answers are scored by teacher forcing (a s
 pictures."""
 
 _NAMES = """* **64x64**: the paper's form, with maximum, minimum and average of the queries. **8x8**: sub-blocks, keys
-  projected for each query head (own) or for each KV head (shared, what `seer distill` trains).
+  projected for each query head (own) or for each KV head (shared, what `seer distill` trains for models of 1 B
+  parameters and more). 4x4 sub-blocks by mass, which ship and are trained for smaller models, are in the
+  [README](../README.md) and the [comparison](comparison.md).
 * **relative**: `RelativeThreshold` of 0.5 to 4. **Threshold**: 0.005, 0.01. **TopP**: 0.9, 0.8. **TopK**: 0.2, 0.1."""
 
 

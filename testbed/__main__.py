@@ -239,14 +239,15 @@ def gates(
     books: GateBooks = None,
     held_out: GateBooks = None,
     phase: Annotated[str, typer.Option(help="prefill: gates of prompts; decode: of decoded tokens.")] = "prefill",
-    steps: Annotated[int | None, typer.Option(help="Default: 150; of --phase decode 300.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: 200; of --phase decode 300.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence. Default: 16384.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. Default: 8; of --phase decode 4.")] = None,
     rate: Annotated[float | None, typer.Option(help="Default: 8e-3; of --phase decode 3e-3.")] = None,
     rows: Annotated[
         float | None,
         typer.Option(
-            help="Share of rows in each step's loss. Default: all query blocks; of --phase decode 0.125 of the tokens."
+            help="Share of rows in each step's loss. Default: 0.25 of the query blocks; of --phase decode 0.125 of the "
+            "tokens."
         ),
     ] = None,
     lists: Annotated[
@@ -258,7 +259,7 @@ def gates(
     seed: Seed = 0,
     templates: Templates = None,
     device: str = "cuda",
-    form: Form = "sub_block",
+    form: Form = None,
     target: Annotated[str, typer.Option(help="What gates learn of a tile: max or row_mass.")] = "max",
 ) -> None:
     """Distil the gates of a trained testbed model, for prompts or for decoding."""
@@ -266,10 +267,13 @@ def gates(
 
     from .distil import distil, recipe
 
-    asked = {"steps": steps, "length": length, "batch_size": batch_size, "rate": rate, "rows": rows, "lists": lists}
+    asked = {
+        "steps": steps, "length": length, "batch_size": batch_size, "rate": rate, "rows": rows, "lists": lists,
+        "form": form,
+    }  # fmt: skip
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     try:
-        run = recipe(phase, **given, seed=seed, device=device, templates=_read(templates), form=form, target=target)
+        run = recipe(phase, **given, seed=seed, device=device, templates=_read(templates), target=target)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0]}") from error
     summary = distil(model or model_path(), books, held_out, out, run)
@@ -339,9 +343,9 @@ def everything(
     start: Start = None,
     lengths: Annotated[list[int] | None, typer.Option(help="Of the evaluation; default 16384 and 32768.")] = None,
     samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 512,
-    gate_steps: int = 150,
+    gate_steps: int | None = None,
     gate_length: int = 16_384,
-    form: Form = "sub_block",
+    form: Form = None,
     text_field: str = "text",
     device: str = "cuda",
     embed: Annotated[bool, typer.Option(help="Replace the model that the package embeds.")] = False,

@@ -91,9 +91,9 @@ def _share(name: str, value: float) -> float:
 
 FORMS = {
     "prefill": {
-        "sub_block": seer.testbed.GATE_CONFIG,
-        # Loses least, and takes several times as long to choose blocks (docs/performance.md).
-        "mass": seer.GateConfig(prefill=seer.SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass")),
+        # Loses least, and takes several times as long to choose blocks as the next (docs/performance.md).
+        "mass": seer.testbed.GATE_CONFIG,
+        "sub_block": seer.GateConfig(prefill=seer.SubBlockGateConfig()),
         # Queries by all three poolings: the average alone loses what a single question among 64 tokens asks for.
         "paper": seer.GateConfig(prefill=seer.PrefillGateConfig(q_pooling=("max", "min", "avg"))),
     },
@@ -104,8 +104,8 @@ FORMS = {
         "paper": seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig()),
     },
 }
-"""Forms of gates by phase and name, the default first: sub-blocks of 8 tokens, of prompts those of 4 tokens whose tiles
-are scored by their mass, and what the papers publish."""
+"""Forms of gates by phase and name, the default first: of prompts sub-blocks of 4 tokens whose tiles are scored by
+their mass, sub-blocks of 8 tokens, and what the papers publish."""
 
 POLICIES = {"prefill": seer.TopK(0.1), "decode": seer.TokenBudget(1600)}
 """What is stored with the gates; a tenth of 16K tokens both."""
@@ -152,7 +152,7 @@ class GateRun:
 
 
 RECIPES = {
-    "prefill": GateRun(steps=150, length=16_384, batch_size=8, rate=8e-3, rows=1.0),
+    "prefill": GateRun(steps=200, length=16_384, batch_size=8, rate=8e-3, rows=0.25, form="mass"),
     # A row is a query token: an eighth of them is eight times as many rows as there are query blocks.
     "decode": GateRun(steps=300, length=16_384, batch_size=4, rate=3e-3, rows=0.125, phase="decode", lists=0.25),
 }

@@ -50,10 +50,11 @@ Least = Annotated[
     ),
 ]
 Form = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Of the gates: sub_block, which looks more finely than its mask; mass, of prompts, which looks more "
-        "finely still and is slower; or paper."
+        help="Of the gates. Of prompts: mass (the default), sub-blocks of 4 tokens whose tiles are scored by their "
+        "mass; sub_block, of 8 tokens by their maximum, which choose faster; paper. Of decoding: sub_block (the "
+        "default), paper."
     ),
 ]
 GateBooks = Annotated[

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import seerattention as seer
+from seerattention.cli.opening import count_parameters
 from seerattention.distillation import progress
 from seerattention.distillation.saved import STATE_FILE, load_state, save_state
 
@@ -138,6 +140,32 @@ def test_sub_block_gates_are_distilled_and_go_on(run, tmp_path):
     assert "--form" not in said
 
 
+def test_sub_blocks_follow_the_size_of_the_model(run, folder, tmp_path, monkeypatch):
+    """Where nothing was said of them; a run knows them by what they are, so that it goes on whatever decided."""
+
+    def form(output):
+        spec = json.loads((output / "gate_config.json").read_text())["gates"]["prefill"]
+        return spec["q_pitch"], spec["k_pitch"], spec["reduce"]
+
+    small, said = tmp_path / "small", "M parameters: gates of {0} x {0} sub-blocks by {1}"
+    with interrupted_after(2):
+        assert said.format(4, "mass") in run(small).stderr
+    done = run(small, "--q-pitch", 4, "--k-pitch", 4, "--tile-score", "mass")
+    assert done.exit_code == 0, done.stderr
+    assert form(small) == (4, 4, "mass")
+    some = run(tmp_path / "some", "--k-pitch", 4)
+    assert "M parameters" not in some.stderr
+    assert form(tmp_path / "some") == (8, 4, "max")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert count_parameters(str(folder / "model")) == parameters
+    monkeypatch.setattr("seerattention.cli.gate_form.SMALL_MODEL", parameters)
+    assert said.format(8, "max") in run(tmp_path / "large").stderr
+    assert form(tmp_path / "large") == (8, 8, "max")
+    paper = run(tmp_path / "paper", "--form", "paper")
+    assert "M parameters" not in paper.stderr
+
+
 def test_the_target_is_part_of_a_run(run, tmp_path):
     """It trains other gates, is in the history, and an interrupted run goes on with its own only."""
     output, target = tmp_path / "out", ("--target", "row_mass")
@@ -198,8 +226,11 @@ def test_sequences_too_short_for_repeats(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "spec"),
-    [((), seer.SubBlockGateConfig()), (("--form", "paper"), seer.PrefillGateConfig())],
-    ids=["by default", "of the paper"],
+    [
+        (("--q-pitch", 8, "--k-pitch", 8, "--tile-score", "max"), seer.SubBlockGateConfig()),
+        (("--form", "paper"), seer.PrefillGateConfig()),
+    ],
+    ids=["of sub-blocks", "of the paper"],
 )
 def test_forms_are_those_of_the_configs(run, tmp_path, options, spec):
     result = run(tmp_path / "out", *options)
@@ -251,7 +282,7 @@ def test_decode_gates_are_distilled_and_go_on(run, tmp_path):
 def test_gates_of_both_phases(run, folder, tmp_path):
     """One command trains both, goes on where it was, and leaves one folder that has what two runs would have."""
     output = tmp_path / "both"
-    assert run(tmp_path / "prefill").exit_code == 0
+    assert run(tmp_path / "prefill", "--k-pitch", 8).exit_code == 0
     assert run(tmp_path / "decode", "--phase", "decode", "--k-pitch", 8, "--own-heads").exit_code == 0
     options = ("--phase", "both", "--k-pitch", 8, "--own-heads")
     with interrupted_after(2):

@@ -105,7 +105,7 @@ def run_gates(*arguments):
             seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig(k_pitch=8, merge_heads=False, query_window=8)),
         ),
         ("decode", "paper", seer.GateConfig(prefill=None, decode=seer.DecodeGateConfig())),
-        ("prefill", "sub_block", seer.testbed.GATE_CONFIG),
+        ("prefill", "sub_block", seer.GateConfig(prefill=seer.SubBlockGateConfig())),
         (
             "prefill",
             "mass",
@@ -180,14 +180,14 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_gates(model, prepared, tmp
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
-def test_the_recipe_of_decoding():
-    """The settings of the run that lost least in copying lists."""
+def test_the_recipes():
+    """The settings of the runs whose gates the package has."""
     found = RECIPES["decode"]
     assert (found.steps, found.length, found.batch_size, found.rows, found.rate) == (300, 16384, 4, 0.125, 3e-3)
     assert (found.lists, found.seed, found.form) == (0.25, 0, "sub_block")
     found = RECIPES["prefill"]
-    assert (found.steps, found.length, found.batch_size, found.rows, found.rate) == (150, 16384, 8, 1.0, 8e-3)
-    assert found.lists == 0.0
+    assert (found.steps, found.length, found.batch_size, found.rows, found.rate) == (200, 16384, 8, 0.25, 8e-3)
+    assert (found.lists, found.form) == (0.0, "mass")
 
 
 @pytest.mark.parametrize(

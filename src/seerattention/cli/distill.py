@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +12,20 @@ import typer
 
 from ..config import PHASES
 from .common import Terminal, errors, resolve_device, token_count
+from .distill_job import DistillJob, check_job, read_text, row_choice, same_run
 from .distill_results import fit_budgets, write_results
-from .gate_form import OPTION_OF, GateForm, KeyPitch, MergeHeads, Norms, QueryWindow, ShareKeys, say_what_gates_decide
-from .opening import load_model
+from .gate_form import (
+    GateForm,
+    KeyPitch,
+    MergeHeads,
+    Norms,
+    QueryPitch,
+    QueryWindow,
+    ShareKeys,
+    TileScore,
+    say_what_gates_decide,
+)
+from .opening import count_parameters, load_model
 from .options import (
     check_dtype,
     check_gates,
@@ -22,7 +33,6 @@ from .options import (
     check_output,
     check_seed,
     is_given,
-    named,
     real,
     say_unused,
     whole,
@@ -32,15 +42,12 @@ from .parameters import BlockSize, Dtype, ModelName, TextField
 if TYPE_CHECKING:
     from ..config import GateConfig
     from ..distillation import DistillConfig
-    from ..distillation.documents import Documents
-    from ..distillation.processes import Processes
 
 __all__ = ["command"]
 
 
 PREFILL, DECODE = PHASES
 BOTH = "both"
-_TEXT = "digest of the text"  # of the whole of it: what no step has read yet decides the rest of the run
 
 
 def command(
@@ -91,11 +98,9 @@ def command(
         str | None,
         typer.Option(help="Query poolings, of max, min and avg. Default: all three; of --form paper avg."),
     ] = None,
-    q_pitch: Annotated[int, typer.Option(help="Tokens a query sub-block, of --form sub_block.")] = 8,
+    q_pitch: QueryPitch = None,
     k_pitch: KeyPitch = None,
-    tile_score: Annotated[
-        str, typer.Option(help="Score of a tile's products, of --form sub_block: max, logsumexp or mass.")
-    ] = "max",
+    tile_score: TileScore = None,
     share_keys: ShareKeys = True,
     qk_norm: Norms = True,
     merge_heads: MergeHeads = True,
@@ -183,7 +188,7 @@ def command(
             )
             if phase != BOTH:  # where the other phase may have it
                 shape.say_unused(context, terminal)
-            job = _Job(
+            job = DistillJob(
                 model=check_model(model),
                 data=data,
                 length=token_count(length, "--length"),
@@ -202,7 +207,7 @@ def command(
                 "learning_rate": learning_rate,
                 "warmup": warmup,
                 "clip_norm": clip_norm or None,
-                "rows": _row_choice(rows),
+                "rows": row_choice(rows),
                 "skip_rows": skip_rows,
                 "last_rows": last_rows,
                 "reduction": reduction,
@@ -214,11 +219,12 @@ def command(
                 "eval_density": eval_density,
             }
             asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
-            runs[one] = job, _check(job, settings), asked  # of both phases before one is trained
+            by_size = shape if gates is None and shape.by_size else None
+            runs[one] = job, check_job(job, settings), asked, by_size  # of both phases before one is trained
         results = {}
-        for one, (job, configs, asked) in runs.items():
-            folder = output / one if phase == BOTH else output
-            results[one] = _distill(job, configs, folder, save_every or None, save_seconds, terminal, asked, budgets)
+        for one, (job, configs, asked, by_size) in runs.items():
+            folder, saving = output / one if phase == BOTH else output, (save_every or None, save_seconds)
+            results[one] = _distill(job, configs, folder, saving, terminal, asked, by_size, budgets)
         if phase == BOTH:
             from ..gates.sources import join
 
@@ -229,75 +235,28 @@ def command(
             terminal.emit(results[phase])
 
 
-def _row_choice(rows: float) -> float | int:
-    if rows > 1 and rows.is_integer():
-        return int(rows)
-    if not 0 < rows <= 1:  # NaN is no share either
-        raise ValueError(
-            f"--rows must be a share in (0, 1] of the query blocks or a whole number of them, got {rows:g}"
-        )
-    return rows
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is trained on what; all of it must be the same for a run to be continued."""
-
-    model: str
-    data: str
-    length: int
-    batch_size: int
-    text_field: str
-    document_tokens: int
-    repeats: float
-    eval_sequences: int
-    dtype: str
-    device: str
-    gates: str | None
-    gate: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the run is known by. Without repeats it says nothing of them, as runs of earlier versions do not."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("repeats", 0.0)}
-
-
-def _check(job: _Job, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:
-    """Of the run and of fresh gates: what can be wrong with the options is found before a model is loaded."""
-    from ..config import GateConfig
-    from ..distillation import DistillConfig, Repeats
-
-    with named({name: f"--{name.replace('_', '-')}" for name in settings}):
-        config = DistillConfig(**settings)
-    with named(OPTION_OF):
-        gate_config = GateConfig.from_dict(job.gate)
-    block_size = gate_config.block_size_of(config.phase)
-    if job.gates is None and job.length <= block_size:
-        raise ValueError(
-            f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
-            "to choose from there is nothing to learn"
-        )
-    with named({"repeats": "--repeats"}):
-        repeats = Repeats(job.repeats)
-        if repeats.share:
-            repeats.check_length(job.length)
-    return config, gate_config
-
-
 def _distill(
-    job: _Job,
+    job: DistillJob,
     configs: tuple[DistillConfig, GateConfig],
     output: Path,
-    save_every: int | None,
-    save_seconds: float,
+    saving: tuple[int | None, float],
     terminal: Terminal,
     asked: dict[str, Any],
+    by_size: GateForm | None,
     budgets: bool,
 ) -> dict[str, Any] | None:
-    """What ``--json`` prints, of the first process. ``asked``: what was said of the form of gates although they come
-    from ``job.gates``; ``budgets``: whether they are to be fitted."""
+    """What ``--json`` prints, of the first process.
+
+    Args:
+        saving: steps and seconds between states that are saved.
+        asked: what was said of the form of gates although they come from ``job.gates``.
+        by_size: the form of gates about which the size of the model decides; None: ``configs`` have it.
+        budgets: whether they are to be fitted.
+    """
     import torch
 
     from .. import hf
+    from ..config import GateConfig
     from ..distillation import DistillationError
     from ..distillation import distill as run_distillation
     from ..distillation.documents import open_documents
@@ -312,13 +271,19 @@ def _distill(
     processes = Processes.join(cpu=device == "cpu")
     if processes.world_size > 1 and device == "cuda":
         device = f"cuda:{processes.local_rank}"
+    if by_size is not None:
+        by_size = replace(by_size, parameters=count_parameters(job.model))
+        job = replace(job, gate=by_size.config())
+        gate_config = GateConfig.from_dict(job.gate)
+        if processes.is_main:
+            by_size.say_sub_blocks(terminal)
     output.mkdir(parents=True, exist_ok=True)
-    same_run = _same_run(job, documents, output / STATE_FILE)
+    identity = same_run(job, documents, output / STATE_FILE)
 
     model, tokenizer = load_model(job.model, device, job.dtype)
     torch.manual_seed(config.seed)
     hf.attach(model, gate_config if job.gates is None else job.gates, min_context=0)
-    batches, held_out = _text(job, documents, tokenizer, processes, config)
+    batches, held_out = read_text(job, documents, tokenizer, processes, config)
     main, result = processes.is_main, None
     if main:
         terminal.say(
@@ -336,9 +301,9 @@ def _distill(
                 eval_batches=held_out,
                 on_step=on_step,
                 state_path=output / STATE_FILE,
-                save_every=save_every,
-                save_seconds=save_seconds,
-                settings=same_run,
+                save_every=saving[0],
+                save_seconds=saving[1],
+                settings=identity,
             )
     except KeyboardInterrupt:
         if main and (output / STATE_FILE).exists():
@@ -352,48 +317,6 @@ def _distill(
         result = write_results(model, history, config, output, terminal, job.to_dict())
     processes.finish()
     return result
-
-
-def _same_run(job: _Job, documents: Documents, state: Path) -> dict[str, Any]:
-    """What must be the same for the run in ``state`` to go on. Runs of earlier versions do not know their text."""
-    from ..distillation.saved import load_state
-
-    if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
-        return job.to_dict()
-    return {**job.to_dict(), _TEXT: documents.fingerprint()}
-
-
-def _text(
-    job: _Job, documents: Documents, tokenizer: Any, processes: Processes, config: DistillConfig
-) -> tuple[Any, list[Any]]:
-    """Training batches, and the held-out ones: the first sequences of the text, which training leaves out.
-
-    Those are plain text whatever ``job.repeats`` says: budgets are fitted on them, and runs compared by them.
-    """
-    from itertools import islice
-
-    from ..distillation import Repeats
-    from ..distillation.data import PackedText, Position, tokenize_with
-
-    tokenize = tokenize_with(tokenizer)
-    common: dict[str, Any] = {"length": job.length, "document_tokens": job.document_tokens or None}
-    held_out, start = [], Position()
-    if job.eval_sequences:
-        first = PackedText(documents, tokenize, batch_size=1, prefetch=0, **common)
-        held_out = list(islice(first, job.eval_sequences))
-        start = first.position
-    batches = PackedText(
-        documents,
-        tokenize,
-        batch_size=job.batch_size,
-        start=start,
-        repeat=config.steps is not None,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        repeats=Repeats(job.repeats, seed=config.seed),
-        **common,
-    )
-    return batches, held_out
 
 
 if __name__ == "__main__":

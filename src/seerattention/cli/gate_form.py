@@ -21,15 +21,32 @@ __all__ = [
     "KeyPitch",
     "MergeHeads",
     "Norms",
+    "QueryPitch",
     "QueryWindow",
     "ShareKeys",
+    "TileScore",
     "say_what_gates_decide",
 ]
 
 KeyPitch = Annotated[
     int | None,
     typer.Option(
-        help="Tokens a key sub-block, of --form sub_block (default: 8) and of --phase decode (default: the block)."
+        help="Tokens a key sub-block, of --form sub_block (default: see --q-pitch) and of --phase decode (default: the "
+        "block)."
+    ),
+]
+QueryPitch = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens a query sub-block, of --form sub_block. Without this, --k-pitch and --tile-score the model's size "
+        "decides: 4 x 4 tokens and mass below 1 B parameters, which keeps more, 8 x 8 and max from there on, where "
+        "choosing blocks must be cheap. With one of them the others are 8, 8 and max."
+    ),
+]
+TileScore = Annotated[
+    str | None,
+    typer.Option(
+        help="Score of a tile's products, of --form sub_block: max, logsumexp or mass. Default: see --q-pitch."
     ),
 ]
 ShareKeys = Annotated[
@@ -67,12 +84,21 @@ _FIELDS = {"gate_hidden_size": "width", "tile_score": "reduce"}
 _DECODE = "seerattention_r"
 _FINE = "sub_block"
 _QUERY_POOLINGS = {"paper": "avg", _FINE: "max,min,avg"}
-_K_PITCH = 8
+_BY_SIZE = ("q_pitch", "k_pitch", "tile_score")
+_LARGE: dict[str, Any] = {"q_pitch": 8, "k_pitch": 8, "tile_score": "max"}
+_SMALL: dict[str, Any] = {"q_pitch": 4, "k_pitch": 4, "tile_score": "mass"}
+SMALL_MODEL = 10**9
+"""Parameters from which on gates are to cost little, not to keep the most: choosing blocks by 4 x 4 and mass takes an
+8B shape three quarters of its sparse attention at 32K, where 8 x 8 takes 22 %. What that loses was measured on models
+of at most 135 M parameters (docs/experiments.md, "Sub-blocks by the size of the model")."""
 
 
 @dataclass(frozen=True)
 class GateForm:
     """What was asked for, by the parameters of the command; None: as the form has it.
+
+    Attributes:
+        parameters: of the model, which decide about sub-blocks of which nothing was said; None: a large one.
 
     Raises:
         ValueError: an unknown form.
@@ -83,10 +109,11 @@ class GateForm:
     k_pooling: str
     q_pooling: str | None
     gate_hidden_size: int
-    q_pitch: int
+    q_pitch: int | None
     k_pitch: int | None
-    tile_score: str
+    tile_score: str | None
     share_keys: bool
+    parameters: int | None = None
     qk_norm: bool = True
     merge_heads: bool = True
     query_window: int = 1
@@ -99,14 +126,20 @@ class GateForm:
             DecodeGateConfig(query_window=self.query_window)
 
     def _fine(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in FINE_OPTIONS}
-        given["k_pitch"] = _K_PITCH if self.k_pitch is None else self.k_pitch
+        small = self.by_size and self.parameters is not None and self.parameters < SMALL_MODEL
+        given = {"share_keys": self.share_keys, **(_SMALL if small else _LARGE)}
+        given |= {name: value for name in _BY_SIZE if (value := getattr(self, name)) is not None}
         return {_FIELDS.get(name, name): value for name, value in given.items()}
 
     def _decode(self) -> dict[str, Any]:
         """What leads away from the published form; the rest is left to the defaults."""
         given, published = {name: getattr(self, name) for name in ("k_pitch", *DECODE_OPTIONS)}, DecodeGateConfig()
         return {name: value for name, value in given.items() if value != getattr(published, name)}
+
+    @property
+    def by_size(self) -> bool:
+        """Whether the size of the model decides: nothing was said of sub-blocks, and these gates have some."""
+        return self.fine and all(getattr(self, name) is None for name in _BY_SIZE)
 
     @property
     def fine(self) -> bool:
@@ -124,6 +157,14 @@ class GateForm:
             say_unused(context, terminal, DECODE_OPTIONS, "only gates of --phase decode have it")
         if not self.fine:
             say_unused(context, terminal, fine, "only --form sub_block has sub-blocks")
+
+    def say_sub_blocks(self, terminal: Terminal) -> None:
+        """Say which sub-blocks the size of the model made of it."""
+        fine = self.options()
+        terminal.say(
+            f"the model has {(self.parameters or 0) / 1e6:,.0f} M parameters: gates of {fine['q_pitch']} x "
+            f"{fine['k_pitch']} sub-blocks by {fine['tile_score']} (--q-pitch, --k-pitch, --tile-score)"
+        )
 
     def options(self) -> dict[str, Any]:
         """What decides, by the parameter of the command."""

@@ -76,6 +76,16 @@ def in_fast_precision(model: Any, device: str) -> Any:
     return model.bfloat16() if device.startswith("cuda") and model.dtype == torch.float32 else model
 
 
+def count_parameters(name: str) -> int:
+    """Of a model, from its config alone: weights are neither read nor made."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _read_config(name)
+    with _reading(name), torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def load_config(name: str) -> Any:
     """The config of a model, of the decoder where it has several."""
     return _read_config(name).get_text_config()

@@ -24,9 +24,9 @@ __all__ = ["GATE_CONFIG", "MODELS", "book_texts", "gates_path", "load", "model_p
 #: The models by name, which commands take as ``--model``.
 MODELS = ("testbed", "smollm2")
 NAME = "seerattention-testbed"
-#: The form of the models' prefill gates, and of those that ``seer distill`` trains unless told otherwise. A vector of
-#: 64 tokens loses what a single question among them asks for, one of 8 does not.
-GATE_CONFIG = GateConfig(prefill=SubBlockGateConfig())
+#: The form of the models' prefill gates, and of those that ``seer distill`` trains for models of their size unless told
+#: otherwise. A vector of 64 tokens loses what a single question among them asks for, one of 4 does not.
+GATE_CONFIG = GateConfig(prefill=SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"))
 _ROOT = Path(__file__).parent
 
 

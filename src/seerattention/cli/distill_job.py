@@ -1,0 +1,117 @@
+"""What ``seer distill`` trains on what: checked before a model is loaded, and known again when a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .gate_form import OPTION_OF
+from .options import named
+
+if TYPE_CHECKING:
+    from ..config import GateConfig
+    from ..distillation import DistillConfig
+    from ..distillation.documents import Documents
+    from ..distillation.processes import Processes
+
+__all__ = ["DistillJob", "check_job", "read_text", "row_choice", "same_run"]
+
+_TEXT = "digest of the text"  # of the whole of it: what no step has read yet decides the rest of the run
+
+
+def row_choice(rows: float) -> float | int:
+    """A share of the rows, or how many."""
+    if rows > 1 and rows.is_integer():
+        return int(rows)
+    if not 0 < rows <= 1:  # NaN is no share either
+        raise ValueError(
+            f"--rows must be a share in (0, 1] of the query blocks or a whole number of them, got {rows:g}"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """What is trained on what; all of it must be the same for a run to be continued."""
+
+    model: str
+    data: str
+    length: int
+    batch_size: int
+    text_field: str
+    document_tokens: int
+    repeats: float
+    eval_sequences: int
+    dtype: str
+    device: str
+    gates: str | None
+    gate: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the run is known by. Without repeats it says nothing of them, as runs of earlier versions do not."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("repeats", 0.0)}
+
+
+def check_job(job: DistillJob, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:
+    """Of the run and of fresh gates: what can be wrong with the options is found before a model is loaded."""
+    from ..config import GateConfig
+    from ..distillation import DistillConfig, Repeats
+
+    with named({name: f"--{name.replace('_', '-')}" for name in settings}):
+        config = DistillConfig(**settings)
+    with named(OPTION_OF):
+        gate_config = GateConfig.from_dict(job.gate)
+    block_size = gate_config.block_size_of(config.phase)
+    if job.gates is None and job.length <= block_size:
+        raise ValueError(
+            f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
+            "to choose from there is nothing to learn"
+        )
+    with named({"repeats": "--repeats"}):
+        repeats = Repeats(job.repeats)
+        if repeats.share:
+            repeats.check_length(job.length)
+    return config, gate_config
+
+
+def same_run(job: DistillJob, documents: Documents, state: Path) -> dict[str, Any]:
+    """What must be the same for the run in ``state`` to go on. Runs of earlier versions do not know their text."""
+    from ..distillation.saved import load_state
+
+    if state.exists() and _TEXT not in load_state(state)[1].get("settings", {}):
+        return job.to_dict()
+    return {**job.to_dict(), _TEXT: documents.fingerprint()}
+
+
+def read_text(
+    job: DistillJob, documents: Documents, tokenizer: Any, processes: Processes, config: DistillConfig
+) -> tuple[Any, list[Any]]:
+    """Training batches, and the held-out ones: the first sequences of the text, which training leaves out.
+
+    Those are plain text whatever ``job.repeats`` says: budgets are fitted on them, and runs compared by them.
+    """
+    from itertools import islice
+
+    from ..distillation import Repeats
+    from ..distillation.data import PackedText, Position, tokenize_with
+
+    tokenize = tokenize_with(tokenizer)
+    common: dict[str, Any] = {"length": job.length, "document_tokens": job.document_tokens or None}
+    held_out, start = [], Position()
+    if job.eval_sequences:
+        first = PackedText(documents, tokenize, batch_size=1, prefetch=0, **common)
+        held_out = list(islice(first, job.eval_sequences))
+        start = first.position
+    batches = PackedText(
+        documents,
+        tokenize,
+        batch_size=job.batch_size,
+        start=start,
+        repeat=config.steps is not None,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        repeats=Repeats(job.repeats, seed=config.seed),
+        **common,
+    )
+    return batches, held_out
