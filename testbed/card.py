@@ -216,7 +216,7 @@ def _look_up(dense: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows = [(f"{layer}", f"{head}", f"{share:.3f}") for layer, (head, share) in enumerate(best_heads(found["mass"]))]
-    said = verdict(found["mass"])
+    said = verdict(found["mass"], found.get("wide"))
     return (
         "## Where it looks up\n\nShare of the attention of a question's last token that lies on the needle, in the "
         f"best head of each layer; mean of {found['samples']} samples of {found['length']:,} tokens, one needle.\n\n"

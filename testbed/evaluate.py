@@ -42,10 +42,15 @@ def where_it_looks_up(
     """What :func:`look_up` measures on needles in ``texts``; prints the best head of each layer and the verdict."""
     generator = TaskGenerator(tokenizer, texts, split="test", seed=length, templates=templates)
     found = look_up(model, generator, length, samples)
-    best = enumerate(best_heads(found["mass"]))
-    rows = [[str(layer), str(head), f"{share:.3f}"] for layer, (head, share) in best]
-    caption = f"Attention of a question's last token. {verdict(found['mass'])}"
-    Terminal().table(Table(["layer", "best head", "on the needle"], rows, caption))
+    best = zip(best_heads(found["mass"]), best_heads(found["wide"]), strict=True)
+    rows = [
+        [str(layer), str(head), f"{share:.3f}", f"{wide:.3f}"] for layer, ((head, share), (_, wide)) in enumerate(best)
+    ]
+    caption = (
+        f"Attention of a question's last token; at most: of any of its tokens, on the needle and what is next to it. "
+        f"{verdict(found['mass'], found['wide'])}"
+    )
+    Terminal().table(Table(["layer", "best head", "on the needle", "at most"], rows, caption))
     return found
 
 

@@ -21,6 +21,9 @@ from seerattention.tasks.pieces import NOISE_WEIGHT
 LOOKS_UP = 0.5
 #: The first layer whose look-ups gates can follow.
 LOWEST_LAYER = 2
+#: Tokens at a prompt's end that are its question at most, and tokens on either side of a needle, for what is looked up
+#: from another token than the last one or next to the needle.
+_QUESTION, _AROUND = 24, 8
 
 
 @torch.inference_mode()
@@ -35,11 +38,13 @@ def look_up(model: Any, generator: TaskGenerator, length: int = 4096, samples: i
 
     Returns:
         ``length``, ``samples`` and ``mass``: for each layer, for each of its query heads, the mean share that lies on
-        the needle, from the first token of its name to the last of its number.
+        the needle, from the first token of its name to the last of its number. ``wide``: the same of the token of the
+        question (the last 24) that gives most to the needle and the 8 tokens on either side of it. A number may be
+        gathered in the full stop behind it, and looked up from the name in the question.
     """
     import seerattention as seer
 
-    masses: dict[int, list[Tensor]] = {}
+    masses: dict[str, dict[int, list[Tensor]]] = {"mass": {}, "wide": {}}
     seer.attach(model, seer.GateConfig())  # only what is attached can be observed; everything stays dense
     try:
         for _ in range(samples):
@@ -48,16 +53,22 @@ def look_up(model: Any, generator: TaskGenerator, length: int = 4096, samples: i
 
             def see(inputs: Any, _: Any, needle: slice = needle) -> None:
                 keys = inputs.k[0].repeat_interleave(inputs.q.shape[1] // inputs.k.shape[1], 0)
-                attention = (keys @ inputs.q[0, :, -1:].mT * inputs.scale).float().softmax(1)  # [heads, tokens, 1]
-                masses.setdefault(inputs.layer, []).append(attention[:, needle].sum((1, 2)).cpu())
+                logits = (inputs.q[0, :, -_QUESTION:] @ keys.mT * inputs.scale).float()  # [heads, queries, tokens]
+                future = torch.ones_like(logits, dtype=torch.bool).triu(logits.shape[2] - logits.shape[1] + 1)
+                attention = logits.masked_fill(future, -torch.inf).softmax(-1)
+                masses["mass"].setdefault(inputs.layer, []).append(attention[:, -1, needle].sum(-1).cpu())
+                around = slice(max(0, needle.start - _AROUND), needle.stop + _AROUND)
+                masses["wide"].setdefault(inputs.layer, []).append(attention[..., around].sum(-1).amax(-1).cpu())
 
             ids = torch.from_numpy(sample.input_ids[: asks + 1]).to(model.device)[None]
             with seer.dense(model), seer.observe(model, see):
                 model.model(input_ids=ids, use_cache=False)
     finally:
         seer.detach(model)
-    mass = [torch.stack(masses[layer]).mean(0).tolist() for layer in sorted(masses)]
-    return {"length": length, "samples": samples, "mass": mass}
+    means = {
+        name: [torch.stack(found[layer]).mean(0).tolist() for layer in sorted(found)] for name, found in masses.items()
+    }
+    return {"length": length, "samples": samples, **means}
 
 
 def _needle(sample: Sample) -> slice:
@@ -74,14 +85,25 @@ def best_heads(mass: Sequence[Sequence[float]]) -> list[tuple[int, float]]:
     return [max(enumerate(heads), key=lambda item: item[1]) for heads in mass]
 
 
-def verdict(mass: Sequence[Sequence[float]]) -> str:
-    """One sentence: which layers look things up, as a warning where gates cannot follow them."""
-    layers = [layer for layer, (_, share) in enumerate(best_heads(mass)) if share >= LOOKS_UP]
-    if not layers:
+def verdict(mass: Sequence[Sequence[float]], wide: Sequence[Sequence[float]] | None = None) -> str:
+    """One sentence: which layers look things up, as a warning where gates cannot follow them.
+
+    Args:
+        mass, wide: of :func:`look_up`; ``wide`` says where the last token and the needle alone show nothing. None: not
+            measured, as by earlier versions.
+    """
+    layers, elsewhere = _layers(mass), [] if wide is None else _layers(wide)
+    if not layers and not elsewhere:
         return f"Warning: no head has {LOOKS_UP:.0%} of its attention on the needle, so nothing is looked up."
+    where = "" if layers else ", from another token of the question or next to the needle"
+    layers = layers or elsewhere
     if layers[0] < LOWEST_LAYER:
         return (
-            f"Warning: look-up begins in layer {layers[0]}, where gates of one vector a block cannot follow "
+            f"Warning: look-up begins in layer {layers[0]}{where}, where gates of one vector a block cannot follow "
             '(docs/experiments.md, "A model that looks up in its second layer").'
         )
-    return f"It looks things up in layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}."
+    return f"It looks things up in layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}{where}."
+
+
+def _layers(mass: Sequence[Sequence[float]]) -> list[int]:
+    return [layer for layer, (_, share) in enumerate(best_heads(mass)) if share >= LOOKS_UP]

@@ -31,6 +31,11 @@ def test_the_embedded_model_looks_up_in_layers_2_and_3(embedded, generator):
     assert min(found["mass"][2]) > 0.9, "every head of layer 2"
     assert max(max(heads) for heads in found["mass"]) <= 1 + 1e-5
     assert verdict(found["mass"]) == "It looks things up in layers 2 and 3."
+    assert verdict(found["mass"], found["wide"]) == "It looks things up in layers 2 and 3."
+    # The last token is one of the question's, and the needle is part of what is around it.
+    for narrow, wide in zip(found["mass"], found["wide"], strict=True):
+        assert all(a <= b + 1e-5 for a, b in zip(narrow, wide, strict=True))
+        assert max(wide) <= 1 + 1e-5
     with pytest.raises(ValueError, match="attach"):
         seer.detach(embedded[0])  # it was left as it came
 
@@ -43,6 +48,18 @@ def test_the_needle_is_name_and_number(embedded, generator):
         question = embedded[1].decode(sample.input_ids[:stop])[-70:]
         assert said.endswith(embedded[1].decode(sample.input_ids[start:stop]))
         assert " ".join(said.split()[:2]) in question
+
+
+def test_what_is_looked_up_from_elsewhere_is_said():
+    """Seen once: a model that answers everything, and whose last tokens do not look at the needle."""
+    nothing, layer_3 = [[0.05], [0.0], [0.04], [0.02]], [[0.1], [0.2], [0.3], [0.8]]
+    said = ", from another token of the question or next to the needle"
+    assert verdict(nothing, layer_3) == f"It looks things up in layer 3{said}."
+    assert verdict(nothing, layer_3[::-1]).startswith(f"Warning: look-up begins in layer 0{said}")
+    assert verdict(nothing, nothing) == verdict(nothing)
+    assert f"in layer 3{said}" in _look_up(
+        {"look_up": {"length": 4096, "samples": 16, "mass": nothing, "wide": layer_3}}
+    )
 
 
 @pytest.mark.parametrize(
