@@ -7,7 +7,7 @@ those of a layer would be ``R * N * Hq * (block_size / q_pitch) * (block_size / 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ..indices import num_blocks
 from ..span import LENGTH, START
 
-# Products that exist at a time, of all heads and of one query sub-block a tile: on the CPU as many as caches hold, on
-# GPUs enough to keep them busy.
+# Products that are made at a time: of all heads, of one query sub-block a tile in as many rows as fit, and of several
+# sub-blocks where the rows are few, so that short prompts do not wait for launches. On the CPU as many as caches hold,
+# on GPUs enough to keep them busy.
 MAX_PRODUCTS = 1 << 20
 MAX_PRODUCTS_GPU = 1 << 24
 # A share of a query's attention below which all are alike; its logarithm is the lowest score of "mass".
@@ -144,9 +145,10 @@ def _reduce_tiles(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, columns: int
     parts = []
     for begin in range(0, max(1, rows.shape[1]), step):
         some = slice(begin, min(begin + step, rows.shape[1]))
+        places = max(1, step // max(1, some.stop - begin))
         consecutive = tiles.rows is None and tiles.table is None
         seen = min(columns, tiles.first_row + some.stop) if consecutive else columns
-        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some])
+        given = (q[..., some, :], k[..., :seen], tiles, rows[:, some], limit[:, some], places)
         reduce_rows: Callable[..., Tensor] = _reduce_rows
         if tiles.reduce == "mass":
             reduce_rows = partial(_mass_rows, past=min(seen, tiles.first_row + begin) if consecutive else 0)
@@ -172,40 +174,53 @@ def _limits(tiles: Tiles, rows: Tensor, num_q: int, num_k: int) -> Tensor:
     return torch.where(holds, behind.clamp(max=num_k * tiles.k_pitch).minimum(torch.as_tensor(end)), 0)
 
 
-def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor) -> Tensor:
-    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores."""
+def _reduce_rows(q: Tensor, k: Tensor, tiles: Tiles, rows: Tensor, limit: Tensor, places: int) -> Tensor:
+    """q ``[B, Hk, G, per_q, R, W]``, k ``[B, Hk, 1, W, per_k, N]``, limit ``[B or 1, R, per_q]`` -> scores; of so many
+    places of query sub-blocks in their tiles at a time."""
     per_k, columns = k.shape[-2:]
     # Before the diagonal (the last column, where that comes first) all key sub-blocks of a tile are seen.
-    last = rows.clamp(max=columns - 1)[:, None, None, :, None]  # [B or 1, 1, 1, R, 1]
+    last = rows.clamp(max=columns - 1)[:, None, None, None, :, None]  # [B or 1, 1, 1, 1, R, 1]
     begin = last * tiles.block_size + torch.arange(per_k, device=k.device) * tiles.k_pitch
     parts = []
-    for place in range(q.shape[3]):
-        products = (q[:, :, :, place] @ k.flatten(-2)).unflatten(-1, (per_k, columns))  # [B, Hk, G, R, per_k, N]
+    for some, seen in _places(limit, places):
+        products = _products(q[:, :, :, some], k)
         part = _reduce(products, -2, tiles.reduce)
         at = last.expand(*part.shape[:-1], 1)
         diagonal = products.gather(-1, at[..., None].expand(*at.shape[:-1], per_k, 1))[..., 0]
-        seen = limit[:, None, None, :, place, None]
         diagonal = diagonal.masked_fill(begin >= seen, float("-inf"))
         part = part.scatter(-1, at, _reduce(diagonal, -1, tiles.reduce)[..., None])
         parts.append(part.masked_fill(seen == 0, float("-inf")))
-    return _reduce(torch.stack(parts), 0, tiles.reduce).flatten(1, 2)
+    return _reduce(torch.cat(parts, 3), 3, tiles.reduce).flatten(1, 2)
 
 
-def _mass_rows(q: Tensor, k: Tensor, tiles: Tiles, _rows: Tensor, limit: Tensor, past: int) -> Tensor:
+def _mass_rows(q: Tensor, k: Tensor, tiles: Tiles, _rows: Tensor, limit: Tensor, places: int, past: int) -> Tensor:
     """As :func:`_reduce_rows`; the first ``past`` columns are seen by every query."""
     per_k, columns = k.shape[-2:]
-    places = torch.arange(per_k, device=k.device) * tiles.k_pitch
-    begin = torch.arange(past, columns, device=k.device) * tiles.block_size + places[:, None]  # [per_k, N - past]
+    starts = torch.arange(per_k, device=k.device) * tiles.k_pitch
+    begin = torch.arange(past, columns, device=k.device) * tiles.block_size + starts[:, None]  # [per_k, N - past]
     parts = []
-    for place in range(q.shape[3]):
-        products = (q[:, :, :, place] @ k.flatten(-2)).unflatten(-1, (per_k, columns))  # [B, Hk, G, R, per_k, N]
-        seen = limit[:, None, None, :, place, None]
+    for some, seen in _places(limit, places):
+        products = _products(q[:, :, :, some], k)
         # Rows without a query see something, too, so that nothing is divided by zero.
         products[..., past:].masked_fill_(begin >= seen[..., None].clamp(min=1), _HIDDEN)
         shares = products.flatten(-2).softmax(-1).unflatten(-1, (per_k, columns))
-        mass = shares.sum(-2).clamp(min=LEAST_MASS)  # [B, Hk, G, R, N]
+        mass = shares.sum(-2).clamp(min=LEAST_MASS)  # [B, Hk, G, P, R, N]
         parts.append(mass.log().masked_fill(seen == 0, float("-inf")))
-    return torch.stack(parts).amax(0).flatten(1, 2)
+    return torch.cat(parts, 3).amax(3).flatten(1, 2)
+
+
+def _places(limit: Tensor, places: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some places after others, and what they see: limits ``[B or 1, 1, 1, P, R, 1]``."""
+    for first in range(0, limit.shape[2], places):
+        some = slice(first, first + places)
+        yield some, limit[..., some].transpose(1, 2)[:, None, None, ..., None]
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """``[B, Hk, G, P, R, W]`` and ``[B, Hk, 1, W, per_k, N]`` -> ``[B, Hk, G, P, R, per_k, N]``; keys are not repeated
+    for the heads that share them."""
+    products = q.flatten(2, 4) @ k[:, :, 0].flatten(-2)
+    return products.unflatten(-1, k.shape[-2:]).unflatten(2, q.shape[2:5])
 
 
 def _reduce(x: Tensor, dim: int, kind: str) -> Tensor:
