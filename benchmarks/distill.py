@@ -57,6 +57,7 @@ FORMS = {
     "paper": seer.PrefillGateConfig(),
     "sub_block": seer.SubBlockGateConfig(share_keys=False),
     "sub_block_shared": seer.SubBlockGateConfig(share_keys=True),
+    "sub_block_mass": seer.SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"),
 }
 _SKIP_ROWS = 0.0  # every row, so that "rows" is the share of all of them
 

@@ -158,6 +158,7 @@ def _e2e_table(results: Sequence[dict[str, Any]]) -> Table:
 def _distill_table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         ("model shape", _model_shape),
+        ("gates", lambda result: str(result["case"].get("form", "paper"))),
         ("tokens", tokens),
         ("rows", case_of("rows", "g")),
         ("tokens/s", metric("tokens_per_s", ".0f")),
