@@ -1,8 +1,8 @@
 """``seer distill`` killed from outside, again and again: nothing breaks, and the gates come out bit for bit the same.
 
-SEER_KILLS says how often (default 4). Half of the kills come at random moments, the other half while a file is being
-written: as soon as a temporary file shows up beside the outputs. Each run is a process of its own, but a fork of one
-that has imported everything: imports would be nine tenths of the test.
+SEER_KILLS says how often at least (default 4), one of them while a file is being written: half of the kills come at
+random moments, the other half as soon as a temporary file shows up beside the outputs. Each run is a process of its
+own, but a fork of one that has imported everything: imports would be nine tenths of the test.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def test_killed_runs_end_like_an_unbroken_one(start, inputs, tmp_path):
     rng = random.Random(20)
     output = tmp_path / "killed"
     kills = inside = attempts = 0
-    while kills < KILLS:
+    while kills < KILLS or not inside:  # on a busy machine a write may end between being seen and the kill
         attempts += 1
         assert attempts <= 3 * KILLS, "the run ends too early to be killed so often"
         process = start(*inputs, output)
@@ -140,13 +140,12 @@ def test_killed_runs_end_like_an_unbroken_one(start, inputs, tmp_path):
             process.kill()
             process.join()
         else:
-            kill_at(process, output, delay=rng.uniform(0.0, 0.15), inside_write=kills % 2 == 0)
+            aimed = kills % 2 == 0 or not inside
+            kill_at(process, output, delay=rng.uniform(0.0, 0.15), inside_write=aimed)
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             inside += bool(temporary_files(output / STATE_FILE))
         assert check_every_file_loads(output) < STEPS, "the run ended before all kills were done"
-    assert inside >= 1, "no kill fell into a write"
-
     # Once more at the very end, while the results are written.
     process = start(*inputs, output)
     while process.is_alive() and not list(output.glob("*gate*")):
