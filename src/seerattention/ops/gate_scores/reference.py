@@ -21,7 +21,7 @@ from ..span import LENGTH, START
 # Products that are made at a time: of all heads, of one query sub-block a tile in as many rows as fit, and of several
 # sub-blocks where the rows are few, so that short prompts do not wait for launches. On the CPU as many as caches hold,
 # on GPUs enough to keep them busy.
-MAX_PRODUCTS = 1 << 20
+MAX_PRODUCTS = 5 << 17
 MAX_PRODUCTS_GPU = 1 << 24
 # A share of a query's attention below which all are alike; its logarithm is the lowest score of "mass".
 LEAST_MASS = 2.0**-100
