@@ -165,6 +165,14 @@ def test_sub_blocks_follow_the_size_of_the_model(run, folder, tmp_path, monkeypa
     paper = run(tmp_path / "paper", "--form", "paper")
     assert "M parameters" not in paper.stderr
 
+    def refuses(config):
+        raise TypeError("it wants more than a config")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", refuses)
+    unknown = run(tmp_path / "unknown")
+    assert unknown.exit_code == 0, unknown.stderr
+    assert "no size that its config tells: gates of 8 x 8 sub-blocks by max" in unknown.stderr
+
 
 def test_the_target_is_part_of_a_run(run, tmp_path):
     """It trains other gates, is in the history, and an interrupted run goes on with its own only."""

@@ -161,9 +161,12 @@ class GateForm:
     def say_sub_blocks(self, terminal: Terminal) -> None:
         """Say which sub-blocks the size of the model made of it."""
         fine = self.options()
+        size = (
+            "no size that its config tells" if self.parameters is None else f"{self.parameters / 1e6:,.0f} M parameters"
+        )
         terminal.say(
-            f"the model has {(self.parameters or 0) / 1e6:,.0f} M parameters: gates of {fine['q_pitch']} x "
-            f"{fine['k_pitch']} sub-blocks by {fine['tile_score']} (--q-pitch, --k-pitch, --tile-score)"
+            f"the model has {size}: gates of {fine['q_pitch']} x {fine['k_pitch']} sub-blocks by {fine['tile_score']} "
+            "(--q-pitch, --k-pitch, --tile-score)"
         )
 
     def options(self) -> dict[str, Any]:
