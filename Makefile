@@ -113,7 +113,7 @@ test-browser: install-browser  ## the tests of report pages in Chromium
 
 $(VENV)/.browser-installed: $(DEV_ENV)
 	$(PIP) install -q $(PIP_ARGS) -c $(VENV)/constraints.txt "$(BROWSER_WANTED)"
-	for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit 0; done; false \
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
 		|| $(BIN)/playwright install chromium
 	@touch $@

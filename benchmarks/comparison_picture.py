@@ -8,18 +8,17 @@ Reads what is committed under ``benchmarks/results/h200/comparison``; nothing is
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from seerattention.cli.common import Terminal
 from seerattention.evaluate.comparison import Comparison
 from seerattention.evaluate.comparison_file import load_comparison
-from seerattention.evaluate.figures import COLORS, new_figure
-from seerattention.files import write_file
+from seerattention.evaluate.figures import COLORS, new_figure, reference_line
+from seerattention.files import replacing
 
 from .results import own_arguments
 
@@ -30,20 +29,27 @@ MODELS: Mapping[str, tuple[str, str]] = {
     "embedded model": ("testbed", "testbed-texts"),
     "a model that looks up in layer 1": ("layer-1-steered", "layer-1-steered-texts"),
 }
-#: Family -> what the legend calls it, and whether the rule is the project's (a full line) or its own (a broken one).
-FAMILIES: Mapping[str, tuple[str, bool]] = {
-    "gates, project rule": ("gates (default rule)", True),
-    "gates, own rule": ("gates, plain threshold", False),
-    "xattention, project rule": ("XAttention's score, this project's rule", True),
-    "xattention, own rule": ("XAttention", False),
-    "cosa, own rule": ("CoSA", False),
-    "flashprefill_v2, own rule": ("FlashPrefill V2", False),
-    "minference_exact (token by token), own rule": ("MInference, token by token", False),
-    "streaming, own rule": ("sink and window", False),
+
+
+class Line(NamedTuple):
+    """How a family is drawn: rules of one score in one color, the project's as a full line, others broken."""
+
+    called: str
+    color: int
+    marker: str
+    style: str = "--"
+
+
+FAMILIES: Mapping[str, Line] = {
+    "gates, project rule": Line("gates (default rule)", 0, "o", "-"),
+    "gates, own rule": Line("gates, plain threshold", 0, "o"),
+    "xattention, project rule": Line("XAttention's score, this project's rule", 1, "s", "-"),
+    "xattention, own rule": Line("XAttention", 1, "v"),
+    "cosa, own rule": Line("CoSA", 2, "^"),
+    "flashprefill_v2, own rule": Line("FlashPrefill V2", 3, "D"),
+    "minference_exact (token by token), own rule": Line("MInference, token by token", 4, "P"),
+    "streaming, own rule": Line("sink and window", 5, "X"),
 }
-#: Methods of one score have one color.
-_COLOR_OF = (0, 0, 1, 1, 2, 3, 4, 5)
-_MARKERS = "oosv^DPX"
 _HIGHEST = 30.0  # percent of perplexity that is shown; what loses more is beyond
 
 
@@ -56,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         title: (load_comparison(RESULTS / f"{answers}.json"), load_comparison(RESULTS / f"{texts}.json"))
         for title, (answers, texts) in MODELS.items()
     }
-    kept = io.BytesIO()
-    draw(pairs).savefig(kept, format="png", dpi=130, bbox_inches="tight")
-    write_file(options.output, kept.getvalue())
+    with replacing(options.output) as temporary:
+        draw(pairs).savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     Terminal().say(f"written to {options.output}")
     return 0
 
@@ -72,19 +77,19 @@ def draw(pairs: Mapping[str, tuple[Comparison, Comparison]]) -> Any:
         above.set_title(title, fontsize=11)
         dense = answers.dense(length)
         if dense is not None:
-            above.axhline(100 * answers.score(dense), color="#6b7680", linewidth=1.2, linestyle=(0, (4, 3)))
-        below.axhline(0, color="#6b7680", linewidth=1.2, linestyle=(0, (4, 3)), label="dense" if not column else None)
-        for place, (family, (called, full)) in enumerate(FAMILIES.items()):
+            reference_line(above, 100 * answers.score(dense))
+        reference_line(below, 0, None if column else "dense")
+        for family, line in FAMILIES.items():
             style: dict[str, Any] = {
-                "color": COLORS[_COLOR_OF[place]],
-                "linestyle": "-" if full else "--",
-                "marker": _MARKERS[place],
+                "color": COLORS[line.color],
+                "linestyle": line.style,
+                "marker": line.marker,
                 "markersize": 4.5,
                 "linewidth": 2.4 if family.startswith("gates, project") else 1.3,
                 "zorder": 3 if family.startswith("gates") else 2,
             }
             above.plot(*scores(answers, length, family), **style)
-            below.plot(*rises(texts, answers, length, family), **style, label=None if column else called)
+            below.plot(*rises(texts, answers, length, family), **style, label=None if column else line.called)
         above.set_ylim(-3, 103)
         below.set_yscale("symlog", linthresh=0.3)
         below.set_ylim(-0.1, _HIGHEST)
@@ -115,8 +120,10 @@ def rises(texts: Comparison, answers: Comparison, length: int, family: str) -> t
     for comparison in (texts, answers):
         found = []
         for entry in comparison.at(length):
-            change = comparison.loss_change(entry) if entry.family == family and entry.perplexity is not None else None
-            if change is not None and entry.perplexity is not None:
+            if entry.family != family or entry.perplexity is None:
+                continue
+            change = comparison.loss_change(entry)
+            if change is not None:
                 found.append((entry.perplexity.density, 100 * math.expm1(change.mean)))
         if found:
             found.sort()

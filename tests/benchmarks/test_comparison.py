@@ -142,7 +142,7 @@ def test_the_picture_shows_what_was_measured(committed, tmp_path):
         )
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {
         "dense",
-        *(name for name, _ in FAMILIES.values()),
+        *(line.called for line in FAMILIES.values()),
     }
     assert draw_main([str(tmp_path / "models.png")]) == 0
     assert (tmp_path / "models.png").read_bytes()[:4] == (PAGE.parent / "models.png").read_bytes()[:4] == b"\x89PNG"

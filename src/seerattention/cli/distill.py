@@ -223,8 +223,10 @@ def command(
             runs[one] = job, check_job(job, settings), asked, by_size  # of both phases before one is trained
         results = {}
         for one, (job, configs, asked, by_size) in runs.items():
-            folder, saving = output / one if phase == BOTH else output, (save_every or None, save_seconds)
-            results[one] = _distill(job, configs, folder, saving, terminal, asked, by_size, budgets)
+            folder = output / one if phase == BOTH else output
+            results[one] = _distill(
+                job, configs, folder, save_every or None, save_seconds, terminal, asked, by_size, budgets
+            )
         if phase == BOTH:
             from ..gates.sources import join
 
@@ -239,7 +241,8 @@ def _distill(
     job: DistillJob,
     configs: tuple[DistillConfig, GateConfig],
     output: Path,
-    saving: tuple[int | None, float],
+    save_every: int | None,
+    save_seconds: float,
     terminal: Terminal,
     asked: dict[str, Any],
     by_size: GateForm | None,
@@ -248,7 +251,6 @@ def _distill(
     """What ``--json`` prints, of the first process.
 
     Args:
-        saving: steps and seconds between states that are saved.
         asked: what was said of the form of gates although they come from ``job.gates``.
         by_size: the form of gates about which the size of the model decides; None: ``configs`` have it.
         budgets: whether they are to be fitted.
@@ -301,8 +303,8 @@ def _distill(
                 eval_batches=held_out,
                 on_step=on_step,
                 state_path=output / STATE_FILE,
-                save_every=saving[0],
-                save_seconds=saving[1],
+                save_every=save_every,
+                save_seconds=save_seconds,
                 settings=identity,
             )
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..config import DecodeGateConfig, SubBlockGateConfig
+from ..testbed import GATE_CONFIG
 from .options import named, say_unused
 
 if TYPE_CHECKING:
@@ -85,8 +86,6 @@ _DECODE = "seerattention_r"
 _FINE = "sub_block"
 _QUERY_POOLINGS = {"paper": "avg", _FINE: "max,min,avg"}
 _BY_SIZE = ("q_pitch", "k_pitch", "tile_score")
-_LARGE: dict[str, Any] = {"q_pitch": 8, "k_pitch": 8, "tile_score": "max"}
-_SMALL: dict[str, Any] = {"q_pitch": 4, "k_pitch": 4, "tile_score": "mass"}
 SMALL_MODEL = 10**9
 """Parameters from which on gates are to cost little, not to keep the most: choosing blocks by 4 x 4 and mass takes an
 8B shape three quarters of its sparse attention at 32K, where 8 x 8 takes 22 %. What that loses was measured on models
@@ -127,9 +126,10 @@ class GateForm:
 
     def _fine(self) -> dict[str, Any]:
         small = self.by_size and self.parameters is not None and self.parameters < SMALL_MODEL
-        given = {"share_keys": self.share_keys, **(_SMALL if small else _LARGE)}
-        given |= {name: value for name in _BY_SIZE if (value := getattr(self, name)) is not None}
-        return {_FIELDS.get(name, name): value for name, value in given.items()}
+        otherwise = GATE_CONFIG.prefill if small else SubBlockGateConfig()
+        fields = {name: _FIELDS.get(name, name) for name in FINE_OPTIONS}
+        said = {fields[name]: value for name in FINE_OPTIONS if (value := getattr(self, name)) is not None}
+        return {field: getattr(otherwise, field) for field in fields.values()} | said
 
     def _decode(self) -> dict[str, Any]:
         """What leads away from the published form; the rest is left to the defaults."""

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..measure.kept import RECALLS, SHOWN
 
-__all__ = ["COLORS", "bar_figure", "learning_curves", "line_figure", "new_figure", "over_density"]
+__all__ = ["COLORS", "bar_figure", "learning_curves", "line_figure", "new_figure", "over_density", "reference_line"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -72,7 +72,7 @@ def line_figure(
             label=name,
         )
     if reference is not None:
-        axis.axhline(reference[1], color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label=reference[0])
+        reference_line(axis, reference[1], reference[0])
     if log_x:
         axis.set_xscale("log", base=2)
     if x_ticks:
@@ -91,6 +91,11 @@ def line_figure(
         else:
             axis.legend(frameon=False, fontsize=9)
     return figure
+
+
+def reference_line(axis: Axes, value: float, label: str | None = None) -> None:
+    """A horizontal line that others are held against (the dense model)."""
+    axis.axhline(value, color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
 
 
 def over_density(
