@@ -15,7 +15,7 @@ import torch
 import seerattention as seer
 from seerattention.distillation import StepReport
 from seerattention.distillation.data import in_background
-from seerattention.tasks import TASKS, TaskGenerator, TrainingMix
+from seerattention.tasks import TaskGenerator, TrainingMix, like_evaluation
 
 from .data import load_books
 
@@ -76,11 +76,8 @@ class TaskBatches:
         if self.lists and rng.random() < self.lists:  # asked first: without lists the draws are those of before
             count = min(int(rng.integers(*LIST_TOKENS)), self.length // 4)
             return generator.list_copy(self.length, LIST_CUE, count).input_ids
-        if mix is not None and rng.random() < 0.5:
-            return mix.sequence(self.length, tasks=0.7).input_ids
-        task = TASKS[int(rng.integers(len(TASKS)))]
-        most = 1 if task == "single" else min(8, self.length // 512)  # a question with its answers needs that much room
-        return generator.sample(task, self.length, int(rng.integers(1, most + 1))).input_ids
+        made = like_evaluation(generator, self.length) if mix is None else mix.distilling(self.length)
+        return made.input_ids
 
 
 def _share(name: str, value: float) -> float:

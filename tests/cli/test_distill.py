@@ -206,7 +206,7 @@ def test_passages_said_again_go_on(run, tmp_path):
     assert "a share of 0.5 with passages said again" in done.stderr
     assert run(tmp_path / "unbroken", *repeats).exit_code == 0
     assert same(gates(output), gates(tmp_path / "unbroken"))
-    assert run(tmp_path / "plain").exit_code == 0
+    assert run(tmp_path / "plain", "--repeats", 0).exit_code == 0
     assert not same(gates(output), gates(tmp_path / "plain"))
     recall = [
         json.loads((tmp_path / name / "history.json").read_text())["history"]["recall"] for name in ("out", "plain")
@@ -215,20 +215,90 @@ def test_passages_said_again_go_on(run, tmp_path):
         assert repeated[0] == plain[0], "what is held out is plain text"
 
 
-def test_runs_without_repeats_are_those_of_earlier_versions(run, tmp_path):
-    output = tmp_path / "out"
+def test_runs_of_earlier_defaults_go_on_with_them_only(run, tmp_path):
+    """No passages, at half the rate: what such a run differs by is named, and said it goes on."""
+    output, earlier = tmp_path / "out", ("--repeats", 0, "--learning-rate", 1e-3)
     with interrupted_after(1):
-        run(output)
+        run(output, *earlier)
     meta = load_state(output / STATE_FILE)[1]
     assert "repeats" not in meta["settings"]
-    refused = run(output, "--repeats", 1)
-    assert "(repeats: was None, now 1.0)" in refused.stderr
+    assert "tasks" not in meta["settings"]
+    refused = run(output)
+    assert refused.exit_code == 1
+    assert "(learning_rate: was 0.001, now 0.002; repeats: was None, now 1.0)" in refused.stderr
+    assert run(output, *earlier).exit_code == 0
 
 
-def test_sequences_too_short_for_repeats(run, tmp_path):
-    result = run(tmp_path / "out", "--repeats", 0.5, "--length", 127)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), {"prefill": (1.0, 2e-3)}),
+        (("--phase", "decode"), {"decode": (0.0, 1e-3)}),
+        (("--phase", "both"), {"prefill": (1.0, 2e-3), "decode": (0.0, 1e-3)}),
+        (("--phase", "both", "--repeats", 0.5), {"prefill": (0.5, 2e-3), "decode": (0.5, 1e-3)}),
+        (("--phase", "both", "--learning-rate", 4e-3), {"prefill": (1.0, 4e-3), "decode": (0.0, 4e-3)}),
+    ],
+)
+def test_each_phase_has_its_own_defaults(run, tmp_path, options, expected):
+    done = run(tmp_path / "out", "--json", "--steps", 1, *options)
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout)
+    found = {}
+    for phase in expected:
+        settings = (printed[phase] if len(expected) > 1 else printed)["settings"]
+        found[phase] = settings.get("repeats", 0.0), settings["learning_rate"]
+    assert found == expected
+
+
+def test_sequences_too_short_for_repeats(run, folder, tmp_path):
+    """Which only gates that are there allow. Asked for they are refused, and else left out, which is said."""
+    short = ("--gates", folder / "gates", "--length", 31, "--steps", 1)
+    result = run(tmp_path / "out", *short, "--repeats", 0.5)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: --repeats: repeats need sequences of at least 128 tokens")
+    assert result.stderr.startswith("error: --repeats: repeats need sequences of at least 32 tokens")
+    assert not (tmp_path / "out").exists()
+    result = run(tmp_path / "out", *short, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "no passages are said again: repeats need sequences of at least 32 tokens" in result.stderr
+    assert "repeats" not in json.loads(result.stdout)["settings"]
+    assert "no passages" not in run(tmp_path / "none", *short, "--repeats", 0).stderr
+
+
+def test_tasks_go_on(run, tmp_path):
+    """They are part of the run as passages are, and what is held out stays plain text."""
+    output, tasks = tmp_path / "out", ("--tasks", 0.5, "--length", 512)
+    with interrupted_after(2):
+        run(output, *tasks)
+    refused = run(output, "--length", 512)
+    assert refused.exit_code == 1
+    assert "belongs to a run with other settings (tasks: was 0.5, now None)" in refused.stderr
+    done = run(output, *tasks, "--json")
+    assert done.exit_code == 0, done.stderr
+    settings = json.loads(done.stdout)["settings"]
+    assert (settings["tasks"], settings["repeats"]) == (0.5, 1.0)
+    said = "a share of 0.5 with tasks woven in, a share of 1 of the others with passages said again"
+    assert said in done.stderr
+    assert run(tmp_path / "unbroken", *tasks).exit_code == 0
+    assert same(gates(output), gates(tmp_path / "unbroken"))
+    assert run(tmp_path / "plain", "--length", 512).exit_code == 0
+    assert not same(gates(output), gates(tmp_path / "plain"))
+    recall = [
+        json.loads((tmp_path / name / "history.json").read_text())["history"]["recall"] for name in ("out", "plain")
+    ]
+    for woven, plain in zip(*(layers.values() for layers in recall), strict=True):
+        assert woven[0] == plain[0]
+
+
+def test_tasks_for_gates_of_decoding(run, tmp_path):
+    result = run(tmp_path / "out", "--tasks", 1, "--length", 512, "--phase", "decode", "--steps", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "a share of 1 with tasks woven in\n" in result.stderr
+
+
+def test_sequences_too_short_for_tasks(run, tmp_path):
+    result = run(tmp_path / "out", "--tasks", 0.5, "--length", 511)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --tasks: tasks need sequences of at least 512 tokens, got 511")
     assert not (tmp_path / "out").exists()
 
 

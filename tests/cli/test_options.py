@@ -71,6 +71,7 @@ WRONG = {
         "--gate-hidden-size": ["-2", "7", "1000000000"],
         "--document-tokens": NOT_OPTIONAL_COUNTS,
         "--repeats": ["-0.1", "1.1", "nan", "inf", "half"],
+        "--tasks": ["-0.1", "1.1", "nan", "inf", "half"],
         "--eval-sequences": NOT_OPTIONAL_COUNTS,
         "--eval-every": NOT_OPTIONAL_COUNTS,
         "--eval-density": ["0", "2", "nan"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import seerattention as seer
-from seerattention.tasks import TASKS, TaskGenerator
+from seerattention.tasks import TASKS, TaskGenerator, TrainingMix, like_evaluation
 from seerattention.tasks.generator import VALUES_PER_NAME
 from seerattention.tasks.words import ADJECTIVES, NOUNS, is_test_key
 
@@ -51,6 +51,33 @@ def test_a_seed_gives_the_same_sample_and_another_seed_another_one(tokenizer, bo
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_a_generator_begins_anew(tokenizer, books):
+    """With other books and draws, as a fresh one: nothing of what was drawn before is left, loose words among it."""
+    maker = generator(tokenizer, books, split="train")
+    mix = TrainingMix(maker)
+    for seed in (3, 8):
+        mix.sequence(LENGTH, tasks=1.0)
+        maker.begin(books[1:], np.random.default_rng(seed))
+        fresh = TrainingMix(generator(tokenizer, books[1:], seed, split="train"))
+        for _ in range(4):
+            assert np.array_equal(mix.distilling(LENGTH).input_ids, fresh.distilling(LENGTH).input_ids)
+    with pytest.raises(ValueError, match="at least one non-empty book"):
+        maker.begin([np.zeros(0, np.int64)], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("length", [300, 512, LENGTH])
+def test_samples_like_those_of_evaluation(tokenizer, books, length):
+    maker, found = generator(tokenizer, books), set()
+    for _ in range(60):
+        sample = like_evaluation(maker, length)
+        assert len(sample.input_ids) == length
+        assert 1 <= len(sample.questions) <= max(1, length // 512)
+        assert sample.questions[0].answers[0][0] > 0.2 * length
+        found.add((sample.task, len(sample.questions)))
+    assert {task for task, _ in found} == set(TASKS)
+    assert length < LENGTH or max(count for _, count in found) == 4
 
 
 def test_statements_lie_anywhere_in_the_text(tokenizer, books):

@@ -12,7 +12,7 @@ import typer
 
 from ..config import PHASES
 from .common import Terminal, errors, resolve_device, token_count
-from .distill_job import DistillJob, check_job, read_text, row_choice, same_run
+from .distill_job import DistillJob, check_job, learning_rate_of, read_text, repeats_of, row_choice, same_run
 from .distill_results import fit_budgets, write_results
 from .gate_form import (
     GateForm,
@@ -65,7 +65,9 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Sequences a step, process and accumulation step.")] = 1,
     accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps; 0: one pass over the data.")] = 500,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: 2e-3; for gates of decoding 1e-3.")
+    ] = None,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm of a layer; 0: no clipping.")] = 1.0,
     rows: Annotated[float, typer.Option(help="Query blocks a step: a share (at most 1) or a whole number.")] = 0.25,
@@ -109,16 +111,27 @@ def command(
     gates: Annotated[
         str | None, typer.Option(help="Start from these gates instead of fresh ones; they decide block size and form.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides fresh gates, the rows drawn and the passages of --repeats.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Decides fresh gates, the rows drawn, what --repeats and --tasks draw.")
+    ] = 0,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     text_field: TextField = "text",
     document_tokens: Annotated[int, typer.Option(help="Use at most so many tokens of each document; 0: all.")] = 0,
     repeats: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training sequences, from 0 to 1, whose last quarter is replaced by passages of 8 to "
+            "128 tokens from random places before it: rows that look something up, of which plain text has few. "
+            "Default: 1; for gates of decoding, where it is not measured, 0."
+        ),
+    ] = None,
+    tasks: Annotated[
         float,
         typer.Option(
-            help="Share of the training sequences, from 0 to 1, whose last quarter is replaced by passages of 32 to "
-            "256 tokens from random places before it: rows that look something up, of which plain text has few."
+            help="Share of the training sequences, from 0 to 1, that have retrieval tasks woven in: sentences and "
+            "dictionaries in the text, asked for near its end. For models that know such tasks, as those that follow "
+            "instructions do; no passages are said again in these."
         ),
     ] = 0.0,
     eval_sequences: Annotated[int, typer.Option(help="First sequences, held out for block recall; 0: no recall.")] = 4,
@@ -152,7 +165,8 @@ def command(
             ("--save-every", save_every, 0),
         ):
             whole(option, number, least)
-        real("--learning-rate", learning_rate, exclusive=True)
+        if learning_rate is not None:
+            real("--learning-rate", learning_rate, exclusive=True)
         real("--clip-norm", clip_norm)
         real("--save-seconds", save_seconds)
         check_seed(seed)
@@ -188,14 +202,16 @@ def command(
             )
             if phase != BOTH:  # where the other phase may have it
                 shape.say_unused(context, terminal)
+            tokens = token_count(length, "--length")
             job = DistillJob(
                 model=check_model(model),
                 data=data,
-                length=token_count(length, "--length"),
+                length=tokens,
                 batch_size=batch_size,
                 text_field=text_field,
                 document_tokens=document_tokens,
-                repeats=repeats,
+                repeats=repeats_of(one, tokens, terminal) if repeats is None else repeats,
+                tasks=tasks,
                 eval_sequences=eval_sequences,
                 dtype=dtype,
                 device=device,
@@ -204,7 +220,7 @@ def command(
             )
             settings = {
                 "steps": steps or None,
-                "learning_rate": learning_rate,
+                "learning_rate": learning_rate_of(one) if learning_rate is None else learning_rate,
                 "warmup": warmup,
                 "clip_norm": clip_norm or None,
                 "rows": row_choice(rows),
@@ -290,7 +306,7 @@ def _distill(
     if main:
         terminal.say(
             f"distilling {config.phase} gates of {job.model} on {device}: {job.length} tokens a sequence, text from "
-            f"{job.data}" + (f", a share of {job.repeats:g} with passages said again" if job.repeats else "")
+            f"{job.data}{job.says_of_sequences()}"
         )
         if job.gates is not None:
             say_what_gates_decide(terminal, job.gates, state_of(model).gate_config, config.phase, asked)

@@ -14,8 +14,15 @@ if TYPE_CHECKING:
     from ..distillation import DistillConfig
     from ..distillation.documents import Documents
     from ..distillation.processes import Processes
+    from .common import Terminal
 
-__all__ = ["DistillJob", "check_job", "read_text", "row_choice", "same_run"]
+__all__ = ["DistillJob", "check_job", "learning_rate_of", "read_text", "repeats_of", "row_choice", "same_run"]
+
+# Where nothing is said of them. Prompts, text alone, 500 steps: a model that looks up in layer 1 keeps 97.7 / 78.4 % of
+# its answers at a density of 0.1 / 0.05, and 92.0 / 65.5 % without passages at 1e-3; the embedded model 91.7 / 81.9 for
+# 92.1 / 84.2 %, at +2.6 for +2.7 % of perplexity. For decoding nothing was measured.
+_LEARNING_RATE = {"prefill": 2e-3}
+_REPEATS = {"prefill": 1.0}
 
 _TEXT = "digest of the text"  # of the whole of it: what no step has read yet decides the rest of the run
 
@@ -42,6 +49,7 @@ class DistillJob:
     text_field: str
     document_tokens: int
     repeats: float
+    tasks: float
     eval_sequences: int
     dtype: str
     device: str
@@ -49,14 +57,41 @@ class DistillJob:
     gate: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the run is known by. Without repeats it says nothing of them, as runs of earlier versions do not."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("repeats", 0.0)}
+        """What the run is known by. Of shares of 0 it says nothing, as runs of earlier versions do not."""
+        added = (("repeats", 0.0), ("tasks", 0.0))
+        return {name: value for name, value in asdict(self).items() if (name, value) not in added}
+
+    def says_of_sequences(self) -> str:
+        """What the sequences are besides text, in words that follow others; nothing where they are text alone."""
+        woven = f", a share of {self.tasks:g} with tasks woven in" if self.tasks else ""
+        others = " of the others" if self.tasks else ""
+        again = f", a share of {self.repeats:g}{others} with passages said again" if self.repeats else ""
+        return woven + again
+
+
+def learning_rate_of(phase: str) -> float:
+    """The peak learning rate where none is given."""
+    return _LEARNING_RATE.get(phase, 1e-3)
+
+
+def repeats_of(phase: str, length: int, terminal: Terminal) -> float:
+    """The share of ``--repeats`` where none is given: what is not asked for breaks no run, it is said instead."""
+    from ..distillation import Repeats
+
+    share = _REPEATS.get(phase, 0.0)
+    try:
+        if share:
+            Repeats(share).check_length(length)
+    except ValueError as error:
+        terminal.say(f"no passages are said again: {error}")
+        return 0.0
+    return share
 
 
 def check_job(job: DistillJob, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:
     """Of the run and of fresh gates: what can be wrong with the options is found before a model is loaded."""
     from ..config import GateConfig
-    from ..distillation import DistillConfig, Repeats
+    from ..distillation import DistillConfig, Repeats, Woven
 
     with named({name: f"--{name.replace('_', '-')}" for name in settings}):
         config = DistillConfig(**settings)
@@ -68,10 +103,10 @@ def check_job(job: DistillJob, settings: dict[str, Any]) -> tuple[DistillConfig,
             f"--length must be more than one block ({block_size} tokens), got {job.length}: with one block "
             "to choose from there is nothing to learn"
         )
-    with named({"repeats": "--repeats"}):
-        repeats = Repeats(job.repeats)
-        if repeats.share:
-            repeats.check_length(job.length)
+    with named({"repeats": "--repeats", "tasks": "--tasks"}):
+        for changed in (Repeats(job.repeats), Woven(None, job.tasks)):
+            if changed.share:
+                changed.check_length(job.length)
     return config, gate_config
 
 
@@ -89,11 +124,12 @@ def read_text(
 ) -> tuple[Any, list[Any]]:
     """Training batches, and the held-out ones: the first sequences of the text, which training leaves out.
 
-    Those are plain text whatever ``job.repeats`` says: budgets are fitted on them, and runs compared by them.
+    Those are plain text whatever ``job`` says of repeats and tasks: budgets are fitted on them, and runs compared by
+    them.
     """
     from itertools import islice
 
-    from ..distillation import Repeats
+    from ..distillation import Repeats, Woven
     from ..distillation.data import PackedText, Position, tokenize_with
 
     tokenize = tokenize_with(tokenizer)
@@ -112,6 +148,7 @@ def read_text(
         rank=processes.rank,
         world_size=processes.world_size,
         repeats=Repeats(job.repeats, seed=config.seed),
+        tasks=Woven(tokenizer, job.tasks, seed=config.seed),
         **common,
     )
     return batches, held_out

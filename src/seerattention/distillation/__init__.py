@@ -6,6 +6,7 @@ from .history import DistillHistory
 from .repeats import Repeats
 from .run import StepReport, distill
 from .trainer import DistillationError
+from .woven import Woven
 
 __all__ = [
     "DistillConfig",
@@ -13,6 +14,7 @@ __all__ = [
     "DistillationError",
     "Repeats",
     "StepReport",
+    "Woven",
     "data",
     "distill",
     "documents",

@@ -15,6 +15,7 @@ from torch import Tensor
 from .documents import Documents
 from .identity import text_digest
 from .repeats import Repeats
+from .woven import Woven
 
 __all__ = ["PackedText", "Position", "in_background", "tokenize_with"]
 
@@ -72,9 +73,11 @@ class PackedText:
             is. What it draws follows from its seed and from where the sequence ends in the documents (pass, document,
             token), so it is the same for any number of processes and after an interruption, and another one in every
             pass. The state holds it: nothing continues with others.
+        tasks: weaves retrieval tasks into a share of the sequences; None: into none. Drawn as ``repeats`` are, and held
+            by the state in the same way. A sequence that was chosen for it says no passages again.
 
     Raises:
-        ValueError: a length or count below 1, or sequences too short for ``repeats``.
+        ValueError: a length or count below 1, or sequences too short for ``repeats`` or ``tasks``.
     """
 
     def __init__(
@@ -91,14 +94,17 @@ class PackedText:
         world_size: int = 1,
         prefetch: int = 2,
         repeats: Repeats | None = None,
+        tasks: Woven | None = None,
     ):
         if length < 1 or batch_size < 1:
             raise ValueError(f"length and batch_size must be at least 1, got {length} and {batch_size}")
         if document_tokens is not None and document_tokens < 1:
             raise ValueError(f"document_tokens must be at least 1 or None, got {document_tokens}")
-        if repeats is not None and repeats.share:
-            repeats.check_length(length)
         self.repeats = repeats if repeats is not None and repeats.share else None
+        self.tasks = tasks if tasks is not None and tasks.share else None
+        for changed in (self.repeats, self.tasks):
+            if changed is not None:
+                changed.check_length(length)
         self.documents, self.tokenize = documents, tokenize
         self.length, self.batch_size = length, batch_size
         self.start = start or Position()
@@ -149,6 +155,7 @@ class PackedText:
             "document_tokens": self.document_tokens,
             "start": [self.start.document, self.start.token],
             "repeats": None if self.repeats is None else self.repeats.to_dict(),
+            "tasks": None if self.tasks is None else self.tasks.to_dict(),
         }
 
     def _and(self, read: _Read, text: str) -> _Read:
@@ -185,8 +192,9 @@ class PackedText:
             position = Position(position.epoch + 1, self.start.document, self.start.token)
 
     def _as_trained_on(self, row: list[int], after: Position) -> Tensor:
-        ids = torch.tensor(row, dtype=torch.long)
-        return ids if self.repeats is None else self.repeats.apply(ids, after.epoch, after.document, after.token)
+        ids, place = torch.tensor(row, dtype=torch.long), (after.epoch, after.document, after.token)
+        made = ids if self.tasks is None else self.tasks.apply(ids, *place)
+        return made if self.repeats is None or made is not ids else self.repeats.apply(ids, *place)
 
     def _sequences(self, position: Position, read: _Read) -> Iterator[tuple[list[int], Position, _Read]]:
         """Sequences of one pass, from ``position`` on, each with the position that follows it and what was read."""

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .records import LONGEST, say_records
-
 __all__ = ["Repeats", "say_again"]
 
 
@@ -57,8 +55,6 @@ class Repeats:
         part: share of a sequence that its last part has, in (0, 1).
         shortest, longest: tokens a passage.
         seed: of the draws, an integer of at least 0.
-        records: share of the changed sequences, in [0, 1], that say records again instead of passages: look-ups among
-            look-alikes, as in tables and dictionaries (:func:`~seerattention.distillation.records.say_records`).
 
     Raises:
         ValueError: a value that is out of these ranges.
@@ -66,16 +62,13 @@ class Repeats:
 
     share: float
     part: float = 0.25
-    shortest: int = 32
-    longest: int = 256
+    shortest: int = 8
+    longest: int = 128
     seed: int = 0
-    records: float = 0.0
 
     def __post_init__(self) -> None:
         if not (_is_number(self.share) and 0 <= self.share <= 1):  # NaN is no share either
             raise ValueError(f"repeats must be a share of the sequences, from 0 to 1, got {self.share!r}")
-        if not (_is_number(self.records) and 0 <= self.records <= 1):
-            raise ValueError(f"records must be a share of the changed sequences, from 0 to 1, got {self.records!r}")
         if not (_is_number(self.part) and 0 < self.part < 1):
             raise ValueError(f"part must be a share of a sequence between 0 and 1, got {self.part!r}")
         sizes = (self.shortest, self.longest)
@@ -104,7 +97,7 @@ class Repeats:
 
     def _fits(self, length: int) -> bool:
         last = math.floor(self.part * length)
-        return last >= self.shortest and length - last > (max(self.shortest, 2 * LONGEST) if self.records else self.shortest)
+        return last >= self.shortest and length - last > self.shortest
 
     def apply(self, ids: Tensor, *place: int) -> Tensor:
         """The sequence as it is trained on: ``ids`` themselves, or a copy that says passages again.
@@ -121,8 +114,6 @@ class Repeats:
         if rng.random() >= self.share:
             return ids
         first = len(ids) - math.floor(self.part * len(ids))
-        if self.records and rng.random() < self.records:
-            return say_records(ids, first, rng)
         return say_again(ids, first, self._passages(rng, first))
 
     def _passages(self, rng: np.random.Generator, first: int) -> Iterator[tuple[int, int]]:
@@ -132,8 +123,8 @@ class Repeats:
             yield int(rng.integers(1, first - size + 1)), size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; without records nothing of them, as in runs of earlier versions."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("records", 0.0)}
+        """Plain JSON types."""
+        return asdict(self)
 
 
 def _is_number(value: Any) -> bool:

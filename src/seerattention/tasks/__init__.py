@@ -4,7 +4,7 @@ them, for comparisons."""
 from .generator import TASKS, Question, Sample, TaskGenerator
 from .scoring import copied_share, score_answer
 from .text import RULER_TASKS, TEXT_TASKS, TextSample, TextTasks
-from .training import DRILL_MIX, MIXES, TASK_MIX, TrainingMix, checked_mix
+from .training import DRILL_MIX, MIXES, TASK_MIX, TrainingMix, checked_mix, like_evaluation
 
 __all__ = [
     "DRILL_MIX",
@@ -21,5 +21,6 @@ __all__ = [
     "TrainingMix",
     "checked_mix",
     "copied_share",
+    "like_evaluation",
     "score_answer",
 ]

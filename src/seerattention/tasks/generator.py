@@ -75,13 +75,26 @@ class TaskGenerator:
         seed: int = 0,
         templates: Sequence[tuple[str, str]] | None = None,
     ) -> None:
+        self._take(books)
+        self.rng = np.random.default_rng(seed)
+        self.pieces = Pieces(tokenizer, split, self.rng, templates)
+        self.bos = getattr(tokenizer, "bos_token_id", None)
+
+    def begin(self, books: Sequence[np.ndarray], rng: np.random.Generator) -> None:
+        """Go on with other books and as ``rng`` would draw; what the tokenizer has encoded so far is kept.
+
+        Args:
+            books: as for the generator itself.
+            rng: one of ``numpy.random.default_rng``; its state is copied.
+        """
+        self._take(books)
+        self.rng.bit_generator.state = rng.bit_generator.state  # pieces and mixes draw from the same one
+
+    def _take(self, books: Sequence[np.ndarray]) -> None:
         books = [np.asarray(book) for book in books if len(book)]
         if not books:
             raise ValueError("TaskGenerator needs at least one non-empty book as the haystack")
-        self.rng = np.random.default_rng(seed)
-        self.pieces = Pieces(tokenizer, split, self.rng, templates)
         self.books = books
-        self.bos = getattr(tokenizer, "bos_token_id", None)
         self._book_weights = np.array([len(book) for book in books], dtype=np.float64)
         self._book_weights /= self._book_weights.sum()
 

@@ -274,13 +274,16 @@ class Pieces:
         return event.add(self.encode(end))
 
     def dictionary(self, pairs: list[tuple[list[int], list[int]]]) -> Event:
-        opening, item, end, _ = DICTIONARY
+        opening, _, end, _ = DICTIONARY
         event = Event().add(self.encode(opening))
         for key, value in pairs:
-            entry = self.fill(item, key=_noise(key), value=_noise(value))
+            entry = self.entry(key, value)
             event.tokens += entry.tokens
             event.weights += entry.weights
         return event.add(self.encode(end))
+
+    def entry(self, key: list[int], value: list[int]) -> Event:
+        return self.fill(DICTIONARY[1], key=_noise(key), value=_noise(value))
 
     def dictionary_question(self, key: list[int], value: list[int]) -> Event:
         return self.fill(DICTIONARY[3], key=_noise(key), value=_answer(value))

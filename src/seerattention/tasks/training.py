@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .generator import Sample, TaskGenerator
+from .generator import TASKS, Sample, TaskGenerator
 from .pieces import COPY_WEIGHT, NOISE_WEIGHT, VARIABLE_TEMPLATES, Event
 from .words import NOUNS
 
@@ -70,6 +70,14 @@ def checked_mix(name: str, mix: Mapping[str, float] | None) -> dict[str, float]:
     return mix
 
 
+def like_evaluation(generator: TaskGenerator, length: int) -> Sample:
+    """A sample of any task, as in evaluation: one question to eight near its end, as many as have room."""
+    rng = generator.rng
+    task = TASKS[int(rng.integers(len(TASKS)))]
+    most = 1 if task == "single" else max(1, min(8, length // 512))  # a question with its answers needs that much room
+    return generator.sample(task, length, int(rng.integers(1, most + 1)))
+
+
 class TrainingMix:
     """Draws weighted training sequences.
 
@@ -105,6 +113,15 @@ class TrainingMix:
             return self._woven("text", length, [])
         kind = self._draw(self.task_mix)
         return self._woven(kind, length, getattr(self, f"_{kind}")(length))
+
+    def distilling(self, length: int) -> Sample:
+        """A sequence that gates are trained on: as often one of this mix as one that evaluation could ask.
+
+        A gate must find the few rows that ask among many that do not, so a mix that is all questions is not enough.
+        """
+        if self.rng.random() < 0.5:
+            return self.sequence(length, tasks=0.7)
+        return like_evaluation(self.generator, length)
 
     def _draw(self, mix: dict[str, float]) -> str:
         names = list(mix)
@@ -186,7 +203,9 @@ class TrainingMix:
         return events
 
     def _keyvalue(self, length: int) -> list[Event]:
-        most = min(1500, length // 20)
+        # 20 tokens for each entry leave room for questions; where characters are tokens, an entry alone takes more.
+        entry = len(self.pieces.entry(self.pieces.number(0), self.pieces.number(0)).tokens)
+        most = min(1500, length // max(20, math.ceil(entry / 0.9)))
         count = int(self.rng.integers(6, max(7, most))) if length <= 1024 else self._count(4, most)
         pairs = [(key, self.pieces.value()) for key in self.pieces.dictionary_keys(count)]
         dictionary = self.pieces.dictionary(pairs)
