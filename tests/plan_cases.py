@@ -19,11 +19,12 @@ from seerattention.hf import history
 from seerattention.hf.plan import PromptPlan
 from seerattention.hf.state import state_of
 from seerattention.ops import block_sparse_attention, dispatch, inverse_rope, replay
-from seerattention.ops.indices import BlockIndices
+from seerattention.ops.indices import BlockIndices, num_blocks
 from seerattention.ops.span import Span
 from tiny_models import attach, logits_of, make_ids, make_model
 
 LAYERS, LENGTH = 3, 70
+BY_LAYER = seer.RelativeThreshold(1.0, min_blocks=1, first_blocks=0, dense_rows=0, layers=(0.3, 1.0, 3.0))
 ODD = 2  # the layer in which something differs
 
 
@@ -65,6 +66,7 @@ def on_a_gpu(monkeypatch, request):
     def mix(q, k, v, chosen, scale):
         inputs, policy = chosen
         tensors = [q, k, v, inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *inputs.gate.replayed()[0]]
+        tensors += policy.tensors(inputs.layer, num_blocks(k.shape[2], inputs.gate.block_size), q.device)
         tensors.append(torch.empty_like(q))
         number = scale * sum(map(ord, repr(policy))) / 1000
         views = [(x.shape, x.stride()) for x in tensors]

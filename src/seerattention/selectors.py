@@ -217,7 +217,7 @@ class GateSelector(Selector):
 
         parameters, settings = replayed
         cached = () if inputs.holds_all else (inputs.k,)
-        tensors = (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters, *cached)
+        tensors = (inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters, *self._tensors(inputs), *cached)
         indices, counts = _LISTS.call(select, tensors, *settings, self.policy, inputs.span)
         if chosen is not None:
             return chosen
@@ -239,8 +239,8 @@ class GateSelector(Selector):
         return _replays_of(inputs).call(attend, tensors, *settings)[0]
 
     def recording(self, inputs: LayerInputs) -> Recording | None:
-        """What :meth:`attend_at_once` replays, of the tensors q, k, v, q_pre, k_pre, cos, sin and the gate's
-        parameters; None: it calls, or is no replay."""
+        """What :meth:`attend_at_once` replays, of the tensors q, k, v, q_pre, k_pre, cos, sin, the gate's parameters
+        and what the policy has for the layer; None: it calls, or is no replay."""
         at_once = self._at_once(inputs)
         return None if at_once is None else _replays_of(inputs).recorded(at_once[0], *at_once[1])
 
@@ -251,8 +251,13 @@ class GateSelector(Selector):
         if replayed is None or long or dispatch.device_type(inputs.q.device) != "cuda":
             return None
         parameters, settings = replayed
-        tensors = (inputs.q, inputs.k, inputs.v, inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin, *parameters)
-        return tensors, (*settings, self.policy, inputs.scale, dispatch.hopper_automatic())
+        given = (inputs.q, inputs.k, inputs.v, inputs.q_pre, inputs.k_pre, inputs.cos, inputs.sin)
+        return (*given, *parameters, *self._tensors(inputs)), (
+            *settings,
+            self.policy,
+            inputs.scale,
+            dispatch.hopper_automatic(),
+        )
 
     def _replayed(self, inputs: LayerInputs) -> tuple[tuple[Tensor, ...], tuple[Hashable, ...]] | None:
         """Parameters and settings of the gate where all launches follow from shapes, as those of rows without padding
@@ -263,11 +268,19 @@ class GateSelector(Selector):
         replayed = inputs.gate.replayed()
         return replayed and (replayed[0], (*replayed[1], inputs.span is None))
 
+    def _tensors(self, inputs: LayerInputs) -> tuple[Tensor, ...]:
+        """What the policy has for this layer alone."""
+        assert inputs.gate is not None
+        columns = num_blocks(inputs.k.shape[2], inputs.gate.block_size)
+        return self.policy.tensors(inputs.layer, columns, inputs.q.device)
+
     def _select(self, inputs: LayerInputs) -> BlockIndices:
         logits = inputs.gate_logits(masked=False)
         assert inputs.gate is not None
         lengths = inputs.lengths if inputs.span is None else None  # the span knows them
-        return self.policy.select(logits, block_size=inputs.gate.block_size, lengths=lengths, span=inputs.span)
+        return self.policy.of_layer(inputs.layer).select(
+            logits, block_size=inputs.gate.block_size, lengths=lengths, span=inputs.span
+        )
 
     def scores(self, inputs: LayerInputs) -> Tensor:
         return inputs.gate_logits()

@@ -32,6 +32,9 @@ def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
     told, budgets = json.loads(result.stdout), stored_budgets(tmp_path / "gates")
     assert budgets.densities == (0.2, 0.4)
     assert told["curves"][0]["density"] == 0.2
+    assert told["layers"] == list(budgets.layers)
+    assert len(set(budgets.layers)) == 2
+    assert f"of 4096 tokens, {2 + 2 + 3} times" in " ".join(result.stderr.split())
     before, after = (load_file(place / "gates" / "gates.safetensors") for place in (folder, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
@@ -47,6 +50,16 @@ def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
     found = {row["setting"]: row["density"] for row in json.loads(result.stdout)["perplexity"]}
     assert 0.85 * 0.3 < found["gates 0.3"] < 1.05 * 0.3
     assert found["gates 0.1"] == pytest.approx(0.114, abs=0.002)  # top-k rounds up
+
+
+def test_one_factor_for_all_layers(seer_command, folder, texts, tmp_path):
+    result = seer_command(
+        "calibrate", "--model", folder / "model", "--device", "cpu", "--data", texts, "--gates", folder / "gates",
+        "--length", "4K", "--sequences", 1, "--densities", "0.3", "--output", tmp_path / "gates", "--no-by-layer",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "of 4096 tokens, 2 times" in " ".join(result.stderr.split())
+    assert stored_budgets(tmp_path / "gates").layers == ()
 
 
 def test_gates_without_budgets_are_said_to_have_none(seer_command, folder, texts):

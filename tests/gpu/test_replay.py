@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from tiny_models import make_ids, make_model
 POLICIES = [seer.TopK(0.3), seer.TokenBudget(128), seer.Threshold(0.05), seer.TopP(0.7), seer.RelativeThreshold(1.5)]
 POLICIES.append(seer.RelativeThreshold(0.4, exponent=0.5))
 POLICIES.append(seer.Budget(0.3, blocks=(2.0, 9.0), factors=(0.5, 1.5)))
+POLICIES.append(seer.Budget(0.2, blocks=(2.0, 9.0), factors=(0.5, 1.5), layers=(0.5, 2.0)))
+POLICIES.append(seer.RelativeThreshold(1.2, layers=(2.0, 0.5)))
 SUB_BLOCKS = seer.GateConfig(prefill=seer.SubBlockGateConfig())
 MASS = seer.GateConfig(prefill=seer.SubBlockGateConfig(q_pitch=4, k_pitch=4, reduce="mass"))
 
@@ -103,6 +107,38 @@ def test_layers_repeat_what_the_first_one_did(family, use_cache, repeated, monke
             changed.setattr(attention, "make_plan", lambda *given: None)
             assert torch.equal(found, logits_of(model, ids, use_cache=use_cache))
     assert again == {"glm4": [], "gemma3_text": [2]}.get(family, [1, 2])
+
+
+@pytest.mark.parametrize("config", [None, MASS], ids=["paper", "mass"])
+@pytest.mark.parametrize(
+    "policy", [seer.RelativeThreshold(1.2, dense_rows=2), seer.Budget(0.3, (2.0, 9.0), (0.7, 1.5))]
+)
+def test_layers_with_factors_of_their_own_repeat_what_the_first_one_did(policy, config, repeated):
+    """Each by its own table: as with a policy for each layer, and not as with one for all."""
+    torch.manual_seed(0)
+    model = make_model("llama", dtype=torch.bfloat16, head_dim=64, num_hidden_layers=3).cuda()
+    seer.attach(model, config or seer.GateConfig(), prefill=policy, min_context=0)
+    times, num = (0.4, 1.0, 2.5), 3
+    by_layer = dataclasses.replace(policy, layers=times)
+    own = {i: dataclasses.replace(by_layer, layers=(times[i],) * num) for i in range(num)}
+    for seed in range(4):
+        ids = make_ids(1000, seed=seed).cuda()
+        alike = logits_of(model, ids)
+        seer.set_policy(model, policy, layers=own)
+        expected = logits_of(model, ids)
+        seer.set_policy(model, by_layer, layers=dict.fromkeys(own))
+        repeated.clear()
+        with seer.record(model) as stats:
+            found = logits_of(model, ids)
+        assert torch.equal(found, expected)
+        assert torch.equal(logits_of(model, ids), expected)
+        assert not torch.equal(found, alike)
+        assert stats.per_layer[0] > stats.per_layer[1] > stats.per_layer[2]
+        seer.set_policy(model, policy)
+    seer.set_policy(model, by_layer)
+    repeated.clear()
+    assert torch.equal(logits_of(model, ids), expected)
+    assert repeated == [1, 2]
 
 
 def test_a_layer_with_something_of_its_own_repeats_nothing(repeated):

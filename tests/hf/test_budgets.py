@@ -177,21 +177,23 @@ def test_fresh_gates_have_the_relative_threshold(model_of):
     assert state_of(seer.attach(model_of(), seer.GateConfig())).policy == RelativeThreshold(1.0)
 
 
+@pytest.mark.parametrize("layers", [(), (0.5, 2.0)])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([20 * 32, 11 * 32 - 5])])
-def test_histograms_count_what_a_threshold_would_keep(lengths, monkeypatch):
+def test_histograms_count_what_a_threshold_would_keep(lengths, layers, monkeypatch):
     """Of two layers, in slices of rows; exact at the edges of bins."""
     monkeypatch.setattr("seerattention.measure.budgets._SLICE", 1000)
-    seen, kept, causal = Seen(), {}, 0
+    seen, kept, causal = Seen(layers), {}, 0
     for seed in (0, 1):
         logits = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(seed)) * 2
         inputs = SimpleNamespace(
-            gate=SimpleNamespace(block_size=32), lengths=lengths, q=torch.zeros(2, 3, 640, 8),
+            gate=SimpleNamespace(block_size=32), lengths=lengths, q=torch.zeros(2, 3, 640, 8), layer=seed,
             gate_logits=lambda masked=True, logits=logits: logits,
         )  # fmt: skip
         seen(inputs, None)
         for floor in (1, 2, 4):
             for edge in (0.25, 1.0, 4.0):
-                policy = RelativeThreshold(edge, min_blocks=floor, first_blocks=1, dense_rows=0)
+                policy = RelativeThreshold(edge, min_blocks=floor, first_blocks=1, dense_rows=0, layers=layers)
+                policy = policy.of_layer(seed)
                 counts = policy.select(logits, block_size=32, lengths=lengths).counts
                 kept[floor, edge] = kept.get((floor, edge), 0) + counts.sum((0, 1)).double()
         causal = causal + policy.select(logits, block_size=32, lengths=lengths).counts.ge(1).sum((0, 1))
@@ -213,7 +215,7 @@ def test_one_curve_by_itself(growth):
     num = 300
     logits = torch.randn(1, 2, num, num, generator=torch.Generator().manual_seed(5)) * 2.5
     inputs = SimpleNamespace(
-        gate=SimpleNamespace(block_size=64), lengths=None, q=torch.zeros(1, 2, num * 64, 8),
+        gate=SimpleNamespace(block_size=64), lengths=None, q=torch.zeros(1, 2, num * 64, 8), layer=0,
         gate_logits=lambda masked=True: logits,
     )  # fmt: skip
     seen(inputs, None)

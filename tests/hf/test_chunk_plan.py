@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import seerattention as seer
-from plan_cases import LAYERS, LENGTH, in_chunks, make, same
+from plan_cases import BY_LAYER, LAYERS, LENGTH, in_chunks, make, same
 from seerattention import selectors
 from seerattention.hf import gates_of
 from seerattention.hf.forward import present_plan
@@ -31,9 +31,10 @@ def warm(model, ids, cuts):
         in_chunks(model, ids, cuts)
 
 
+@pytest.mark.parametrize("policy", [None, BY_LAYER], ids=["alike", "by layer"])
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_layers_repeat_what_the_first_one_did(cuts, repeated, ordinary):
-    model = make()
+def test_layers_repeat_what_the_first_one_did(cuts, policy, repeated, ordinary):
+    model = make(policy=policy)
     warm(model, make_ids(170), cuts)
     for seed in (3, 4):
         ids = make_ids(170, seed=seed)

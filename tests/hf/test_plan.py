@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -11,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import seerattention as seer
-from plan_cases import LAYERS, LENGTH, ODD, attention_of, make, same
+from plan_cases import BY_LAYER, LAYERS, LENGTH, ODD, attention_of, make, same
 from seerattention.gates.state import HISTORY
 from seerattention.hf import gates_of
 from seerattention.hf.forward import present_plan
@@ -37,12 +38,28 @@ def test_layers_repeat_what_the_first_one_did(family, use_cache, repeated, ordin
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("policy", [seer.TopK(0.4), seer.RelativeThreshold(1.0)], ids=str)
+@pytest.mark.parametrize("policy", [seer.TopK(0.4), seer.RelativeThreshold(1.0), BY_LAYER], ids=str)
 def test_kernels_of_the_package_are_repeated(policy, repeated, ordinary, real_kernels):
     model = make(policy=policy)
     repeated.clear()
     same(logits_of(model, make_ids(LENGTH)), ordinary(lambda: logits_of(model, make_ids(LENGTH))))
     assert repeated == [1, 2]
+
+
+@pytest.mark.newest
+def test_each_layer_by_factors_of_its_own(repeated, real_kernels):
+    """What is repeated is the launches, and not the factors of the layer that left them."""
+    model, ids = make(policy=BY_LAYER), make_ids(LENGTH)
+    repeated.clear()
+    found = logits_of(model, ids)
+    assert repeated == [1, 2]
+    for index, times in enumerate(BY_LAYER.layers):
+        alike = dataclasses.replace(BY_LAYER, layers=(times,) * LAYERS)
+        seer.set_policy(model, layers={index: alike})
+    same(found, logits_of(model, ids))
+    for index in range(LAYERS):
+        seer.set_policy(model, layers={index: dataclasses.replace(BY_LAYER, layers=(1.0,) * LAYERS)})
+    assert not torch.equal(found, logits_of(model, ids))
 
 
 def test_another_length_begins_anew(repeated, ordinary):

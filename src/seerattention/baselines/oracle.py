@@ -50,7 +50,7 @@ class Oracle(Selector):
         span = inputs.span
         if span is None:
             return self(inputs.q, inputs.k, layer=inputs.layer, scale=inputs.scale, lengths=inputs.lengths)
-        return self.policy.select(self.scores(inputs), block_size=self.block_size, span=span)
+        return self.policy.of_layer(inputs.layer).select(self.scores(inputs), block_size=self.block_size, span=span)
 
     def scores(self, inputs: LayerInputs) -> Tensor:
         """Logarithm of the map."""
@@ -66,7 +66,7 @@ class Oracle(Selector):
         self, q: Tensor, k: Tensor, *, layer: int, scale: float, lengths: Tensor | None = None
     ) -> BlockIndices:
         """The same from plain tensors: q ``[B, Hq, T, D]`` and k ``[B, Hkv, T, D]`` after RoPE, int64 lengths ``[B]``;
-        ``layer`` makes no difference."""
+        ``layer`` matters to policies that are not the same in all of them."""
         reduce = _REDUCTIONS[self.reduce]
         target = pooled_attention(q, k, block_size=self.block_size, scale=scale, lengths=lengths, reduce=reduce)
-        return self.policy.select(target.log_(), block_size=self.block_size, lengths=lengths)
+        return self.policy.of_layer(layer).select(target.log_(), block_size=self.block_size, lengths=lengths)

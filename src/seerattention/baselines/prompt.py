@@ -238,7 +238,7 @@ def scores_to_lists(
     """
     logits = rows_of_scores(inputs, block_size, score, heads)
     lengths = inputs.lengths if inputs.span is None else None  # the span knows them
-    return policy.select(logits, block_size=block_size, lengths=lengths, span=inputs.span)
+    return policy.of_layer(inputs.layer).select(logits, block_size=block_size, lengths=lengths, span=inputs.span)
 
 
 @torch.no_grad()

@@ -32,6 +32,13 @@ def command(
             "ones are denser, and long ones lose less the longer it is."
         ),
     ] = None,
+    by_layer: Annotated[
+        bool,
+        typer.Option(
+            help="Also find out what a block is worth in each layer, and spend more where it is more: less is lost at "
+            "the same density. Each prompt is read once more for each layer."
+        ),
+    ] = True,
     text_field: TextField = "text",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -39,8 +46,8 @@ def command(
 ) -> None:
     """Fit budgets, so that seerattention.attach(model, OUTPUT, density=0.1) spends that density at every length.
 
-    The prompts are read twice, densely and sparsely. seer distill does this by itself at its end, at the length that it
-    trains at; do it again for longer prompts, or on texts like yours.
+    The prompts are read twice, densely and sparsely, and once for each layer. seer distill does this by itself at its
+    end, at the length that it trains at; do it again for longer prompts, or on texts like yours.
     """
     with errors():
         terminal = Terminal(as_json)
@@ -59,13 +66,16 @@ def command(
         from .. import hf
         from ..evaluate.perplexity import cut_documents
         from ..gates.sources import store_budgets
+        from ..hf.state import gated_layers, state_of
         from ..measure import calibrate
 
         texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
         prompts = cut_documents(texts, tokens, sequences, bos=tokenizer.bos_token_id)
         hf.attach(loaded, folder, min_context=0)
-        terminal.say(f"reading {sequences} prompts of {tokens} tokens, twice")
-        found = calibrate(loaded, list(prompts.split(1)), densities=asked, shortest=least)
+        layers = sum(1 for _ in gated_layers(state_of(loaded))) if by_layer else 0
+        times = 2 + (layers + 3 if layers else 0)
+        terminal.say(f"reading {sequences} prompts of {tokens} tokens, {times} times")
+        found = calibrate(loaded, list(prompts.split(1)), densities=asked, shortest=least, by_layer=by_layer)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
         store_budgets(folder, output, found)
         known = ", ".join(f"{density:g}" for density in found.densities)

@@ -20,7 +20,7 @@ def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> No
     from ..measure import calibrate
 
     try:
-        found = calibrate(model, held_out)
+        found = calibrate(model, held_out, by_layer=True)
     except ValueError as error:
         terminal.say(f"no budgets are stored with these gates: {error}")
         return

@@ -15,6 +15,8 @@ _LISTS = Replays()
 
 def check_by_token(policy: Policy) -> None:
     """Raise ValueError for a policy that looks at a whole sequence: each token would be the end of one."""
+    if getattr(policy, "layers", ()):
+        raise ValueError(f"factors by layer are for prompts; a policy of decoding has none, got {policy}")
     if not policy.rowwise:
         raise ValueError(f"a policy of decoding must decide token by token, which {policy} does not")
 

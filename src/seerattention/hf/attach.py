@@ -128,6 +128,7 @@ def attach(
         head_rank=head_rank(model),
     )
     layers: Any = decoder.layers
+    _check_layers(state.phases[PREFILL].policy, len(layers))
     state.layers = [LayerState(state, index, layer) for index, layer in enumerate(layers)]
     if gate_config is not None:
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
@@ -229,6 +230,7 @@ def set_policy(
     for policies in ({PREFILL: prefill, DECODE: decode}, *own.values()):
         for phase, policy in policies.items():
             _check_policy(phase, policy)
+            _check_layers(policy, len(state.layers))
         _check_phases({DECODE: policies.get(DECODE)}, state.phases)
     if query_window is not None:
         state.set_query_window(query_window)
@@ -328,6 +330,13 @@ def _check_policy(phase: str, policy: Any) -> None:
         )
     if phase == DECODE and policy is not None:
         check_by_token(policy)
+
+
+def _check_layers(policy: Policy | None, count: int) -> None:
+    """Raise where a policy that differs by layer is not for so many."""
+    known = len(getattr(policy, "layers", ()))
+    if known not in (0, count):
+        raise ValueError(f"{policy!r} has numbers for {known} layers, and this model has {count}; fit them to it")
 
 
 def _check_phases(policies: Mapping[str, Policy | None], phases: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.indices import num_blocks
 from ..ops.replay import Recording, current_stream, is_current
 from ..policies import Policy
 from ..selectors import GateSelector, LayerInputs
@@ -166,6 +167,8 @@ class PromptPlan(Plan):
         self.phase = model.phases[PREFILL]
         self.policy: Policy = layer.phases[PREFILL].policy or self.phase.policy
         parameters, self.gate_settings = gate.replayed() or ((), ())
+        self.columns = num_blocks(inputs.k.shape[2], gate.block_size)
+        parameters = (*parameters, *self.policy.tensors(layer.index, self.columns, inputs.q.device))
         # Tensors: as the attention function and as the hooks of the two submodules get them, and the gate's.
         tensors = (arguments.query, arguments.key, arguments.value, *captured, *parameters)
         self.geometry = [(x.shape, x.stride(), x.dtype) for x in tensors]
@@ -220,7 +223,8 @@ class PromptPlan(Plan):
         return out if self.joined else out.transpose(1, 2).contiguous()
 
     def _parameters(self, layer: LayerState) -> tuple[Tensor, ...] | None:
-        """Of the gate of a layer that decides as that of the plan did; None: it does not."""
+        """Of the gate of a layer that decides as that of the plan did, and what the policy has for the layer; None: it
+        does not."""
         mine = layer.phases.get(PREFILL)
         if mine is None or self.model.phases.get(PREFILL) is not self.phase:
             return None
@@ -231,7 +235,7 @@ class PromptPlan(Plan):
         if replayed is None or replayed[1] != self.gate_settings or replayed[0][0].device != self.device:
             return None
         layer.heads = self.heads
-        return replayed[0]
+        return (*replayed[0], *policy.tensors(layer.index, self.columns, self.device))
 
 
 def make_plan(

@@ -20,6 +20,7 @@ from ..hf.state import state_of
 from ..policies import Budget, Budgets, causal_softmax
 from ..policies.budget import MAX_FLOOR, MIN_FLOOR, SHORTEST, floor_of, least_blocks
 from ..selectors import LayerInputs
+from .layers import LAYERS_DENSITY, fit_layers
 from .passes import NOTHING_SEEN, put_in_force, read_prompts
 
 DENSITIES = (0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)
@@ -51,9 +52,13 @@ class Seen:
     """Histograms of ``p n`` by row, of all layers with a gate, heads and prompts.
 
     Beside that of all blocks there is one for the best of each row, for the second best and so on: floors take these.
+
+    Args:
+        layers: what factors are multiplied by in each layer, so that ``p n`` counts as so much less there; (): nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[float] = ()) -> None:
+        self.layers = layers
         self.block_size = 0
         self.tokens = 0
         self._counts: dict[torch.device, Tensor] = {}
@@ -70,13 +75,13 @@ class Seen:
         step = max(1, _SLICE // (batch * heads * keys))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            self._count(counts, logits[:, :, start:stop, : keys - rows + stop], start, ends)
+            self._count(counts, logits[:, :, start:stop, : keys - rows + stop], start, ends, inputs.layer)
 
-    def _count(self, counts: Tensor, logits: Tensor, start: int, ends: Tensor | None) -> None:
+    def _count(self, counts: Tensor, logits: Tensor, start: int, ends: Tensor | None, layer: int) -> None:
         rows, keys = logits.shape[2:]
         own = torch.arange(start, start + rows, device=logits.device)[:, None]
         block = torch.arange(keys, device=logits.device)
-        values = causal_softmax(logits) * (own + 1)
+        values = causal_softmax(logits) * ((own + 1) / (self.layers[layer] if self.layers else 1.0))
         known = block <= own
         if ends is not None:
             known = known & (own < ends[:, None, None, None])
@@ -210,6 +215,7 @@ def fit_budgets(
     passes: int,
     strict: bool,
     shortest: int = SHORTEST,
+    by_layer: bool = False,
 ) -> Budgets:
     """Fit budgets for the gates of an attached model, which is left with the default one in force in all layers.
 
@@ -220,18 +226,38 @@ def fit_budgets(
         passes: the first goes along a dense forward, others along the sparse one of the default density found so far.
         strict: raise for densities that prompts of this length cannot have; False: leave them out.
         shortest: tokens of the shortest prompt that is held to its density.
+        by_layer: find out what a block is worth in each layer (:func:`~seerattention.measure.layers.fit_layers`), at
+            the density nearest to :data:`LAYERS_DENSITY`, and fit again with factors by layer.
 
     Raises:
         ValueError: no gated layer read a prompt as a whole, or a density (strict), or each, is out of reach.
     """
+    budgets = _fit(model, prompts, densities, strict, shortest, passes=passes)
+    if by_layer:
+        put_in_force(model, budgets.policy(_nearest(budgets.densities, LAYERS_DENSITY)))
+        budgets = _fit(model, prompts, densities, strict, shortest, passes=1, layers=fit_layers(model, prompts))
+    state_of(model).budgets = budgets
+    return budgets
+
+
+def _fit(
+    model: nn.Module,
+    prompts: Sequence[Mapping[str, Any]],
+    densities: Sequence[float],
+    strict: bool,
+    shortest: int,
+    *,
+    passes: int,
+    layers: tuple[float, ...] = (),
+) -> Budgets:
+    """Budgets, whose default is then in force. With ``layers`` no pass is dense: the policy in force is near."""
     budgets = None
     for _ in range(max(1, passes)):
-        seen = Seen()
-        read_prompts(model, prompts, seen, densely=budgets is None)
+        seen = Seen(layers)
+        read_prompts(model, prompts, seen, densely=budgets is None and not layers)
         budgets = _budgets(seen, densities, strict, shortest)
         put_in_force(model, budgets.policy())
     assert budgets is not None
-    state_of(model).budgets = budgets
     return budgets
 
 
@@ -251,5 +277,9 @@ def _budgets(seen: Seen, densities: Sequence[float], strict: bool, shortest: int
             f"prompts of up to {seen.tokens} tokens are too short to fit budgets of density {', '.join(wrong)}: the "
             "diagonal and the first block, which every row keeps, leave no choice; use longer ones or higher densities"
         )
-    default = min((curve.density for curve in curves), key=lambda density: abs(math.log(density / DEFAULT_DENSITY)))
-    return Budgets(tuple(curves), default, seen.tokens, seen.block_size, shortest)
+    default = _nearest([curve.density for curve in curves], DEFAULT_DENSITY)
+    return Budgets(tuple(curves), default, seen.tokens, seen.block_size, shortest, tuple(seen.layers))
+
+
+def _nearest(densities: Sequence[float], wanted: float) -> float:
+    return min(densities, key=lambda density: abs(math.log(density / wanted)))

@@ -20,6 +20,7 @@ from ..policies import Budgets, Policy, RelativeThreshold, Threshold, causal_sof
 from ..policies.budget import SHORTEST, check_densities
 from ..selectors import LayerInputs
 from .budgets import DENSITIES, fit_budgets
+from .layers import fit_layers
 from .passes import NOTHING_SEEN, put_in_force, read_prompts
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
@@ -134,7 +135,8 @@ class _Factors:
         else:
             valid = rows <= -(-inputs.lengths // size)[:, None]
             self.causal += int((rows * valid).sum()) * logits.shape[1]
-        lists = [policy.select(logits, block_size=size, lengths=inputs.lengths) for policy in self.policies]
+        tried = [policy.of_layer(inputs.layer) for policy in self.policies]
+        lists = [policy.select(logits, block_size=size, lengths=inputs.lengths) for policy in tried]
         self.kept += torch.stack([read_lists(found)[1].sum() for found in lists]).double().cpu()
 
     def policy(self, density: float) -> RelativeThreshold:
@@ -163,14 +165,15 @@ def _one_policy(
     density: float,
     begin: Callable[[Found | None], _Pass[Found]],
     passes: int,
+    found: Found | None = None,
 ) -> Found:
     """The policy of a density for all rows and layers, which is then in force.
 
     Args:
         begin: what looks at a pass, from what was found by the pass before; None: it is the first.
         passes: the first goes along a dense forward, others along the sparse one of what was found so far.
+        found: what is in force and near; no pass is dense then.
     """
-    found: Found | None = None
     for _ in range(max(1, passes)):
         seen = begin(found)
         read_prompts(model, prompts, seen, densely=found is None)
@@ -201,6 +204,7 @@ def calibrate(
     densities: Sequence[float] | None = None,
     passes: int = 2,
     shortest: int = SHORTEST,
+    by_layer: bool = False,
 ) -> Budgets: ...
 
 
@@ -212,6 +216,7 @@ def calibrate(
     density: float,
     passes: int = 2,
     policy: RelativeThreshold | None = None,
+    by_layer: bool = False,
 ) -> Threshold | RelativeThreshold: ...
 
 
@@ -225,6 +230,7 @@ def calibrate(
     passes: int = 2,
     policy: RelativeThreshold | None = None,
     shortest: int = SHORTEST,
+    by_layer: bool = False,
 ) -> Budgets | Threshold | RelativeThreshold:
     """Fit the budgets of a model's gates: what spends a density at every length of prompt.
 
@@ -254,6 +260,9 @@ def calibrate(
         shortest: tokens of the shortest prompt that budgets hold to a density, 4,096 or more. Holding it in short
             prompts takes blocks from the first rows, which long prompts pay for, too: whoever reads long ones only asks
             for that (16,384, say), and loses less (``docs/experiments.md``). Shorter prompts are denser then.
+        by_layer: also find out what a block is worth in each layer (:func:`~seerattention.measure.layers.fit_layers`),
+            and give factors of their own to layers: less is lost at the same density. It takes two forwards of each
+            prompt and one for each layer with a gate, besides; of ``densities`` and of a ``policy``.
 
     Returns:
         The budgets; or the policy that ``density`` asks for.
@@ -273,7 +282,8 @@ def calibrate(
         if not isinstance(shortest, int) or shortest < SHORTEST:
             raise ValueError(f"shortest must be a whole number of tokens, {SHORTEST} or more, got {shortest!r}")
         prompts, strict = _prompts(model, batches), densities is not None
-        return fit_budgets(model, prompts, asked, passes=passes, strict=strict, shortest=shortest)
+        how: dict[str, Any] = {"passes": passes, "strict": strict, "shortest": shortest, "by_layer": by_layer}
+        return fit_budgets(model, prompts, asked, **how)
     if shortest != SHORTEST:
         raise ValueError("shortest is for budgets (densities), and one density is for the length of the prompts alone")
     if not 0 < density < 1:
@@ -282,6 +292,14 @@ def calibrate(
     if policy is not None:
         if not isinstance(policy, RelativeThreshold):
             raise TypeError(f"calibrate finds the factor of a RelativeThreshold, got {policy!r}")
-        return _one_policy(model, prompts, density, functools.partial(_Factors, policy), passes=2)
+        begin = functools.partial(_Factors, policy)
+        found = _one_policy(model, prompts, density, begin, passes=2)
+        if not by_layer:
+            return found
+        found = dataclasses.replace(found, layers=fit_layers(model, prompts))
+        put_in_force(model, found)
+        return _one_policy(model, prompts, density, begin, passes=2, found=found)
+    if by_layer:
+        raise ValueError("a Threshold is the same in all layers; by_layer is for budgets, or policy=RelativeThreshold")
     last_blocks_dense = getattr(state.policy, "last_blocks_dense", 0)
     return _one_policy(model, prompts, density, lambda found: _Probabilities(last_blocks_dense), passes)

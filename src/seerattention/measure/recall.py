@@ -171,7 +171,8 @@ def compare_recall(
 
 def _lists(inputs: LayerInputs, policy: Policy) -> BlockIndices:
     assert inputs.gate is not None
-    return policy.select(inputs.gate_logits(), block_size=inputs.gate.block_size, lengths=inputs.lengths)
+    chooser = policy.of_layer(inputs.layer)
+    return chooser.select(inputs.gate_logits(), block_size=inputs.gate.block_size, lengths=inputs.lengths)
 
 
 class _Map(NamedTuple):

@@ -10,16 +10,16 @@ import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..ops.block_selection import select_threshold
 from ..ops.indices import BlockIndices
-from .by_row import factors_by_row
-from .policy import check_count, check_number
-from .rules import Dense, How, ScorePolicy
+from .by_row import ByLayer, factors_by_row
+from .policy import How, check_count, check_number
+from .rules import Dense
 
 __all__ = ["Budget", "Budgets", "check_densities", "floor_of", "least_blocks"]
 
@@ -30,7 +30,7 @@ SHORTEST = 4096
 
 
 @dataclass(frozen=True)
-class Budget(ScorePolicy):
+class Budget(ByLayer):
     """Keep the blocks that get more than ``factor(n)`` times what uniform attention gives, in a row that may see n.
 
     Under one factor for all rows (:class:`RelativeThreshold`) the density falls with the length. Here the factor is a
@@ -46,6 +46,7 @@ class Budget(ScorePolicy):
         min_blocks: a row keeps at least so many blocks, its best ones.
         first_blocks: the first this many blocks, the attention sink, are kept by every row.
         last_blocks_dense: the last this many query blocks of each sequence read everything.
+        layers: what the factors are multiplied by in each layer of the model; (): the same in all.
     """
 
     density: float
@@ -54,6 +55,7 @@ class Budget(ScorePolicy):
     min_blocks: int = 2
     first_blocks: int = 1
     last_blocks_dense: int = 0
+    layers: tuple[float, ...] = field(default=(), repr=False)
     kind: ClassVar[str] = "budget"
 
     def __post_init__(self) -> None:
@@ -68,6 +70,7 @@ class Budget(ScorePolicy):
             raise ValueError(f"Budget: blocks must ascend from 1 or more, got {self.blocks}")
         for name in ("min_blocks", "first_blocks", "last_blocks_dense"):
             check_count(name, getattr(self, name))
+        self._set_layers()
 
     def factor(self, blocks: float) -> float:
         """The factor of a row that may see so many blocks."""
@@ -78,9 +81,14 @@ class Budget(ScorePolicy):
         return math.exp(y0 + (y1 - y0) * (math.log(blocks) - x0) / (x1 - x0))
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
-        floors: How = {"min_blocks": self.min_blocks, "first_blocks": self.first_blocks}
-        table = factors_by_row(self.blocks, self.factors, logits)
-        return select_threshold(logits, table, softmax=True, relative=True, **floors, **how)
+        table = factors_by_row(self.blocks, self.factors, logits.shape[-1], logits.device)
+        return select_threshold(logits, table, softmax=True, relative=True, **{**dict(self._floors()), **how})
+
+    def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.blocks, self.factors
+
+    def _floors(self) -> tuple[tuple[str, int], ...]:
+        return (("min_blocks", self.min_blocks), ("first_blocks", self.first_blocks))
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Budgets:
         tokens: the longest prompt that they were fitted on. Longer ones go by what its last rows did.
         block_size: tokens a block.
         shortest: tokens of the shortest prompt that they hold a density to; shorter ones are denser.
+        layers: what the factors are multiplied by in each layer of the model, whatever the density; (): nothing.
     """
 
     curves: tuple[Budget, ...]
@@ -100,9 +109,11 @@ class Budgets:
     tokens: int
     block_size: int
     shortest: int = SHORTEST
+    layers: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curves", tuple(self.curves))
+        object.__setattr__(self, "layers", _numbers("Budgets", "layers", self.layers))
         if not self.curves or any(a.density >= b.density for a, b in itertools.pairwise(self.curves)):
             raise ValueError(f"Budgets: densities must ascend and be at least one, got {list(self.densities)}")
         for name in ("tokens", "block_size", "shortest"):
@@ -137,18 +148,19 @@ class Budgets:
         place = bisect.bisect_left(self.densities, density)
         above = self.curves[place]
         if above.density == density:
-            return above
+            return replace(above, layers=self.layers) if self.layers else above
         below = self.curves[place - 1]
         share = math.log(density / below.density) / math.log(above.density / below.density)
         blocks = tuple(sorted({*below.blocks, *above.blocks}))
         factors = tuple(below.factor(n) ** (1 - share) * above.factor(n) ** share for n in blocks)
-        return Budget(density, blocks, factors, below.min_blocks, below.first_blocks)
+        return Budget(density, blocks, factors, below.min_blocks, below.first_blocks, layers=self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; :meth:`from_dict` is the inverse."""
         curves = [curve.to_dict() for curve in self.curves]
         data = {"default": self.default, "tokens": self.tokens, "block_size": self.block_size, "curves": curves}
-        return data if self.shortest == SHORTEST else {**data, "shortest": self.shortest}
+        newer = {"shortest": self.shortest} if self.shortest != SHORTEST else {}
+        return {**data, **newer, **({"layers": list(self.layers)} if self.layers else {})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Budgets:
@@ -163,7 +175,8 @@ class Budgets:
             if arguments.pop("kind", None) != Budget.kind:
                 raise ValueError(f"budgets hold policies of kind {Budget.kind!r}, got {curve!r}")
             curves.append(Budget(**arguments))
-        return cls(tuple(curves), data["default"], data["tokens"], data["block_size"], data.get("shortest", SHORTEST))
+        newer = {name: data[name] for name in ("shortest", "layers") if name in data}
+        return cls(tuple(curves), data["default"], data["tokens"], data["block_size"], **newer)
 
 
 def least_blocks(density: float, block_size: int, shortest: int = SHORTEST) -> int:

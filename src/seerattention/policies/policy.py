@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..ops.indices import BlockIndices
@@ -17,6 +18,9 @@ from ..ops.span import Span
 MOST_TOKENS = (1 << 31) - 1
 
 T = TypeVar("T")
+
+How = dict[str, Any]
+"""What all selections take: block_size, lengths, span, last_blocks_dense."""
 
 # By the kind in their dicts.
 KINDS: dict[str, type[Policy]] = {}
@@ -57,6 +61,19 @@ class Policy(ABC):
             BlockIndices on the device of the logits, with the span.
         """
 
+    def of_layer(self, layer: int) -> Policy:
+        """What chooses in the layer of that index: itself, unless it is not the same in all layers.
+
+        Raises:
+            ValueError: it knows no such layer.
+        """
+        return self
+
+    def tensors(self, layer: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What the layer of that index has of its own on the device, to choose among so many columns of scores. What
+        is launched for one layer is launched for another with that one's tensors (``ops/replay.py``)."""
+        return ()
+
     @property
     def rowwise(self) -> bool:
         """Whether it decides row by row: what a query block reads would be the same if the sequence ended with it."""
@@ -65,6 +82,21 @@ class Policy(ABC):
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ``{"kind": ..., <arguments>}``, which :func:`policy_from_dict` turns back into the policy."""
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+class ScorePolicy(Policy):
+    """A policy that looks at the scores, and may leave the last query blocks dense."""
+
+    last_blocks_dense: int
+
+    @abstractmethod
+    def _select(self, logits: Tensor, how: How) -> BlockIndices: ...
+
+    def select(
+        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
+    ) -> BlockIndices:
+        how = {"block_size": block_size, "lengths": lengths, "span": span, "last_blocks_dense": self.last_blocks_dense}
+        return self._select(logits, how)
 
 
 def policy_from_dict(data: Mapping[str, Any]) -> Policy:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,30 +14,12 @@ from ..ops.block_selection.interface import select_counted
 from ..ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of, share_of_causal
 from ..ops.indices import BlockIndices
 from ..ops.span import Span
-from .by_row import factors_by_row
-from .policy import MOST_TOKENS, Policy, check_count, check_number, check_share
+from .by_row import ByLayer, factors_by_row
+from .policy import MOST_TOKENS, How, Policy, ScorePolicy, check_count, check_number, check_share
 
 __all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]
 
-How = dict[str, Any]
-"""What all selections take: block_size, lengths, span, last_blocks_dense."""
-
 _MOST_BLOCKS = 1 << 20  # of a row
-
-
-class ScorePolicy(Policy):
-    """A policy that looks at the scores, and may leave the last query blocks dense."""
-
-    last_blocks_dense: int
-
-    @abstractmethod
-    def _select(self, logits: Tensor, how: How) -> BlockIndices: ...
-
-    def select(
-        self, logits: Tensor, *, block_size: int, lengths: Tensor | None = None, span: Span | None = None
-    ) -> BlockIndices:
-        how = {"block_size": block_size, "lengths": lengths, "span": span, "last_blocks_dense": self.last_blocks_dense}
-        return self._select(logits, how)
 
 
 @dataclass(frozen=True)
@@ -67,7 +48,7 @@ class Threshold(ScorePolicy):
 
 
 @dataclass(frozen=True)
-class RelativeThreshold(ScorePolicy):
+class RelativeThreshold(ByLayer):
     """Keep the blocks that get more than ``factor`` times what uniform attention would give them.
 
     A row that may see n blocks keeps those of softmax probability above ``factor / n``: rows and heads whose attention
@@ -82,6 +63,7 @@ class RelativeThreshold(ScorePolicy):
         last_blocks_dense: the last this many query blocks of each sequence read everything.
         exponent: how much the number of blocks counts, from 0 to 1: those above ``factor / n**exponent`` are kept. At 0
             all rows have the same threshold, and among those of one prompt late ones get fewer blocks.
+        layers: what the factor is multiplied by in each layer of the model (:class:`ByLayer`); (): the same in all.
     """
 
     factor: float
@@ -90,6 +72,7 @@ class RelativeThreshold(ScorePolicy):
     dense_rows: int = 16
     last_blocks_dense: int = 0
     exponent: float = 1.0
+    layers: tuple[float, ...] = field(default=(), repr=False)
     kind: ClassVar[str] = "relative_threshold"
 
     def __post_init__(self) -> None:
@@ -101,6 +84,9 @@ class RelativeThreshold(ScorePolicy):
         check_number("RelativeThreshold", "exponent", self.exponent)
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"exponent must lie in [0, 1], got {self.exponent}")
+        if self.layers and self.factor == 0:
+            raise ValueError("a factor of 0 keeps everything in all layers; leave layers out")
+        self._set_layers()
 
     def to_dict(self) -> dict[str, Any]:
         """As other policies, without an exponent of 1: it came later, and results are found again by what they say."""
@@ -114,12 +100,17 @@ class RelativeThreshold(ScorePolicy):
         return float(self.factor * blocks ** (1 - self.exponent))
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
-        floors = {name: getattr(self, name) for name in ("min_blocks", "first_blocks", "dense_rows")}
         factor: float | Tensor = self.factor
         if self.exponent < 1 and self.factor > 0:
-            ends = (1.0, float(_MOST_BLOCKS))
-            factor = factors_by_row(ends, [self.factor_of(n) for n in ends], logits)
-        return select_threshold(logits, factor, softmax=True, relative=True, **floors, **how)
+            factor = factors_by_row(*self._curve(), logits.shape[-1], logits.device)
+        return select_threshold(logits, factor, softmax=True, relative=True, **{**dict(self._floors()), **how})
+
+    def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        ends = (1.0, float(_MOST_BLOCKS))
+        return ends, tuple(self.factor_of(n) for n in ends)
+
+    def _floors(self) -> tuple[tuple[str, int], ...]:
+        return tuple((name, getattr(self, name)) for name in ("min_blocks", "first_blocks", "dense_rows"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""What a block more is worth in each layer: how much nearer it brings the model's output to that of dense attention.
+
+One factor for all layers spends blocks where attention is. Layers differ by more than ten times in what the same
+density of blocks changes in what the model says next. So one layer after the other is made sparser, and what it loses
+is compared with what it saves (``docs/experiments.md``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hf.contexts import dense
+from ..hf.prompts import last_hidden_states
+from ..hf.state import gated_layers, state_of
+from ..policies import Budget, RelativeThreshold
+from .passes import put_in_force
+from .stats import record
+
+LAYERS_DENSITY = 0.1
+"""At which layers are compared, or the nearest that is fitted: where blocks are few, it matters which."""
+
+# A layer is made sparser by this factor.
+_NUDGE = 2.0
+# Exponent of a layer's worth in its factor, and bounds of the logarithm of worth over the mean: a nudge says little of
+# what is far away. Rounds that follow find a tenth of what the first one does.
+_EXPONENT, _BOUND = -0.5, 1.4
+# Of the largest worth, below which none is told from noise.
+_LEAST = 0.05
+# Positions of a prompt whose next token is looked at, evenly spread.
+_POSITIONS = 512
+
+
+@torch.no_grad()
+def fit_layers(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """What the factor of the policy in force is best multiplied by in each layer, 1 on geometric average.
+
+    The policy stays in force. It takes two forwards of each prompt, and one more for each layer with a gate.
+
+    Args:
+        model: attached with gates, a ``Budget`` or a ``RelativeThreshold`` in force; it has an LM head.
+        prompts: as :func:`~seerattention.hf.prompts.check_batch` gives them.
+
+    Returns:
+        One number for each layer of the model, 1 where there is no gate: the lower, the more blocks it gets.
+
+    Raises:
+        ValueError: another policy is in force, or the model has no LM head.
+    """
+    state = state_of(model)
+    policy, count = state.policy, len(state.layers)
+    if not isinstance(policy, Budget | RelativeThreshold):
+        raise ValueError(f"factors by layer are for a Budget or a RelativeThreshold, got {policy!r}")
+    output = _Output(model, prompts)
+    whole = replace(policy, layers=())
+    put_in_force(model, whole)
+    loss, density = output.changed()
+    worth: dict[int, float] = {}
+    for layer in gated_layers(state):
+        nudged = [_NUDGE if index == layer.index else 1.0 for index in range(count)]
+        put_in_force(model, replace(whole, layers=tuple(nudged)))
+        more, less = output.changed()
+        if density - less > 1e-4 * density / count:  # else its blocks are floors, and there is nothing to compare
+            worth[layer.index] = (more - loss) / (density - less)
+    put_in_force(model, policy)
+    return _multipliers(worth, count)
+
+
+def _multipliers(worth: Mapping[int, float], count: int) -> tuple[float, ...]:
+    """From the worth of a unit of density in some layers."""
+    top = max(worth.values(), default=0.0)
+    if top <= 0:
+        return (1.0,) * count
+    logs = {layer: math.log(max(value, _LEAST * top)) for layer, value in worth.items()}
+    mean = sum(logs.values()) / len(logs)
+    found = {layer: _EXPONENT * min(max(log - mean, -_BOUND), _BOUND) for layer, log in logs.items()}
+    middle = sum(found.values()) / len(found)
+    return tuple(math.exp(found[layer] - middle) if layer in found else 1.0 for layer in range(count))
+
+
+class _Output:
+    """What a model says next at some positions of prompts when its attention is dense, to compare with.
+
+    The hidden states are kept, not the distributions, which are a hundred times larger.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, nn.Module):
+            raise ValueError(
+                f"factors by layer compare what the model says next, and {type(model).__name__} has no LM head; give "
+                "the model with its head, or by_layer=False"
+            )
+        self.model, self.head, self.prompts = model, head, prompts
+        with dense(model):
+            self.dense = list(self._states())
+
+    def changed(self) -> tuple[float, float]:
+        """Mean divergence of the next token's distribution from the dense one's in nats, and total density."""
+        total = weights = 0.0
+        with record(self.model) as seen:
+            for (states, counts), (wanted, _) in zip(self._states(), self.dense, strict=True):
+                found = self._distribution(states)
+                target = self._distribution(wanted)
+                divergence = (target.exp() * (target - found)).sum(-1)
+                total += float((divergence * counts).sum())
+                weights += float(counts.sum())
+        return total / weights, float(seen.prompt_density)
+
+    def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each prompt ``[B, positions, hidden]``, and which of these are tokens, float32 ``[B, positions]``."""
+        for prompt in self.prompts:
+            states = last_hidden_states(self.model, prompt)
+            length = states.shape[1]
+            index = torch.linspace(0, length - 1, min(length, _POSITIONS)).round().long()
+            mask = prompt.get("attention_mask")
+            counts = torch.ones(states.shape[0], length) if mask is None else mask.float()
+            yield states[:, index.to(states.device)], counts[:, index.to(counts.device)].to(states.device)
+
+    def _distribution(self, states: Tensor) -> Tensor:
+        weight = getattr(self.head, "weight", states)
+        return self.head(states.to(weight.dtype)).float().log_softmax(-1)
