@@ -34,7 +34,7 @@ def test_calibrate_and_eval(seer_command, folder, texts, tmp_path):
     assert told["curves"][0]["density"] == 0.2
     assert told["layers"] == list(budgets.layers)
     assert len(set(budgets.layers)) == 2
-    assert f"of 4096 tokens, {2 + 2 + 3} times" in " ".join(result.stderr.split())
+    assert f"of 4096 tokens, {2 + 2 * 2 + 3} times" in " ".join(result.stderr.split())
     before, after = (load_file(place / "gates" / "gates.safetensors") for place in (folder, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)

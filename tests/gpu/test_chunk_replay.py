@@ -21,7 +21,10 @@ from tiny_models import make_ids, make_model
 # into parts.
 CUTS = [[1000], [1024, 2048], [1000, 2000, 2100], [64, 191]]
 TOKENS = 2200
-POLICIES = [*POLICIES, seer.TopK(0.2, uniform=True), seer.TopK(0.3, last_blocks_dense=1)]
+POLICIES = [policy for policy in POLICIES if not getattr(policy, "layers", ())]
+POLICIES += [seer.TopK(0.2, uniform=True), seer.TopK(0.3, last_blocks_dense=1)]
+POLICIES.append(seer.RelativeThreshold(1.1, dense_rows=2, layers=(0.5, 1.0, 2.0)))
+POLICIES.append(seer.Budget(0.4, blocks=(2.0, 9.0), factors=(0.6, 1.4), layers=(0.5, 1.0, 2.0)))
 
 
 def make(family="llama", policy=None, config=None, layers=3, dtype=torch.bfloat16, **options):

@@ -133,7 +133,7 @@ def test_layers_with_factors_of_their_own_repeat_what_the_first_one_did(policy, 
         assert torch.equal(found, expected)
         assert torch.equal(logits_of(model, ids), expected)
         assert not torch.equal(found, alike)
-        assert stats.per_layer[0] > stats.per_layer[1] > stats.per_layer[2]
+        assert stats.per_layer[0] > stats.per_layer[2]
         seer.set_policy(model, policy)
     seer.set_policy(model, by_layer)
     repeated.clear()

@@ -117,11 +117,11 @@ def test_dense_attention_changes_nothing():
     padded = {"input_ids": make_ids(300, seed=2, batch=2), "attention_mask": mask}
     output = _Output(model, [{"input_ids": make_ids(300, seed=1)}, padded])
     seer.set_policy(model, seer.TopK(1.0))
-    loss, density = output.changed()
+    loss, density = output.changed(1)
     assert density == 1
     assert abs(loss) < 1e-6
     seer.set_policy(model, seer.TopK(0.2))
-    loss, density = output.changed()
+    loss, density = output.changed(1)
     assert 0.2 < density < 0.5
     assert loss > 1e-4
 

@@ -36,7 +36,7 @@ def command(
         bool,
         typer.Option(
             help="Also find out what a block is worth in each layer, and spend more where it is more: less is lost at "
-            "the same density. Each prompt is read once more for each layer."
+            "the same density. Each prompt is read twice more for each layer."
         ),
     ] = True,
     text_field: TextField = "text",
@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Fit budgets, so that seerattention.attach(model, OUTPUT, density=0.1) spends that density at every length.
 
-    The prompts are read twice, densely and sparsely, and once for each layer. seer distill does this by itself at its
+    The prompts are read twice, densely and sparsely, and twice for each layer. seer distill does this by itself at its
     end, at the length that it trains at; do it again for longer prompts, or on texts like yours.
     """
     with errors():
@@ -73,7 +73,7 @@ def command(
         prompts = cut_documents(texts, tokens, sequences, bos=tokenizer.bos_token_id)
         hf.attach(loaded, folder, min_context=0)
         layers = sum(1 for _ in gated_layers(state_of(loaded))) if by_layer else 0
-        times = 2 + (layers + 3 if layers else 0)
+        times = 2 + (2 * layers + 3 if layers else 0)
         terminal.say(f"reading {sequences} prompts of {tokens} tokens, {times} times")
         found = calibrate(loaded, list(prompts.split(1)), densities=asked, shortest=least, by_layer=by_layer)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.

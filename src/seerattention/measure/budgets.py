@@ -235,7 +235,7 @@ def fit_budgets(
     budgets = _fit(model, prompts, densities, strict, shortest, passes=passes)
     if by_layer:
         put_in_force(model, budgets.policy(_nearest(budgets.densities, LAYERS_DENSITY)))
-        budgets = _fit(model, prompts, densities, strict, shortest, passes=1, layers=fit_layers(model, prompts))
+        budgets = _fit(model, prompts, densities, strict, shortest, passes=2, layers=fit_layers(model, prompts))
     state_of(model).budgets = budgets
     return budgets
 

@@ -261,8 +261,8 @@ def calibrate(
             prompts takes blocks from the first rows, which long prompts pay for, too: whoever reads long ones only asks
             for that (16,384, say), and loses less (``docs/experiments.md``). Shorter prompts are denser then.
         by_layer: also find out what a block is worth in each layer (:func:`~seerattention.measure.layers.fit_layers`),
-            and give factors of their own to layers: less is lost at the same density. It takes two forwards of each
-            prompt and one for each layer with a gate, besides; of ``densities`` and of a ``policy``.
+            and give factors of their own to layers: less is lost at the same density. It takes three forwards of each
+            prompt and two for each layer with a gate, besides; of ``densities`` and of a ``policy``.
 
     Returns:
         The budgets; or the policy that ``density`` asks for.
