@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..ops.block_selection import select_threshold
 from ..ops.indices import BlockIndices
-from .by_row import ByLayer, factors_by_row
-from .policy import How, check_count, check_number
+from .by_layer import ByLayer
+from .by_row import factors_by_row
+from .policy import How, check_count, check_number, check_numbers
 from .rules import Dense
 
 __all__ = ["Budget", "Budgets", "check_densities", "floor_of", "least_blocks"]
@@ -61,7 +62,7 @@ class Budget(ByLayer):
     def __post_init__(self) -> None:
         _check_density("Budget", self.density)
         for name in ("blocks", "factors"):
-            object.__setattr__(self, name, _numbers("Budget", name, getattr(self, name)))
+            object.__setattr__(self, name, check_numbers("Budget", name, getattr(self, name)))
         if len(self.blocks) != len(self.factors) or not self.blocks:
             raise ValueError(
                 f"Budget: needs a factor for each of blocks, got {len(self.factors)} for {len(self.blocks)}"
@@ -113,7 +114,7 @@ class Budgets:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curves", tuple(self.curves))
-        object.__setattr__(self, "layers", _numbers("Budgets", "layers", self.layers))
+        object.__setattr__(self, "layers", check_numbers("Budgets", "layers", self.layers))
         if not self.curves or any(a.density >= b.density for a, b in itertools.pairwise(self.curves)):
             raise ValueError(f"Budgets: densities must ascend and be at least one, got {list(self.densities)}")
         for name in ("tokens", "block_size", "shortest"):
@@ -211,13 +212,3 @@ def _check_density(owner: str, density: Any) -> None:
     check_number(owner, "density", density)
     if not 0 < density < 1:
         raise ValueError(f"{owner}: density must lie between 0 and 1, got {density}")
-
-
-def _numbers(owner: str, name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list | tuple):
-        raise TypeError(f"{owner}: {name} must be a sequence of numbers, got {type(values).__name__}")
-    for value in values:
-        check_number(owner, name, value)
-        if value <= 0:
-            raise ValueError(f"{owner}: {name} must be above 0, got {value}")
-    return tuple(float(value) for value in values)

@@ -149,3 +149,18 @@ def check_share(policy: str, name: str, value: Any, meaning: str) -> None:
 def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TOKENS:
         raise ValueError(f"{name} must be an integer from 0 to {MOST_TOKENS}, got {value!r}")
+
+
+def check_numbers(policy: str, name: str, values: Any) -> tuple[float, ...]:
+    """Numbers above 0, as a tuple.
+
+    Raises:
+        ValueError, TypeError: they are none.
+    """
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{policy}: {name} must be a sequence of numbers, got {type(values).__name__}")
+    for value in values:
+        check_number(policy, name, value)
+        if value <= 0:
+            raise ValueError(f"{policy}: {name} must be above 0, got {value}")
+    return tuple(float(value) for value in values)

@@ -14,7 +14,8 @@ from ..ops.block_selection.interface import select_counted
 from ..ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of, share_of_causal
 from ..ops.indices import BlockIndices
 from ..ops.span import Span
-from .by_row import ByLayer, factors_by_row
+from .by_layer import ByLayer
+from .by_row import factors_by_row
 from .policy import MOST_TOKENS, How, Policy, ScorePolicy, check_count, check_number, check_share
 
 __all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]

@@ -12,9 +12,9 @@ from ..replay import capturing, current_stream, facts_of_capture, unrecorded
 
 # Slack against the rounding of density * (i + 1): 0.1 * 30 is 3.0000000000000004 in floating point and must give 3.
 CEIL_SLACK = 1e-9
-# Of the latest shapes, by all that they follow from.
+# Of the latest shapes, by all that they follow from; policies that differ by layer have one for each, of some KB.
 _KEPT: dict[Hashable, Tensor] = {}
-_MOST_KEPT = 64
+_MOST_KEPT = 512
 
 
 def share_of_causal(density: float, num_rows: int, num_keys: int, device: torch.device) -> Tensor:
