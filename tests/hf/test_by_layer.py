@@ -139,6 +139,7 @@ def test_budgets_by_layer_hold_the_density_and_are_kept(tmp_path):
         assert 0.88 * density < float(stats.total_density) < 1.05 * density
         assert stats.per_layer[0] < stats.per_layer[1]
     seer.save_gates(model, tmp_path)
+    assert f"| {budgets.layers[0]:.2f}, {budgets.layers[1]:.2f} |" in (tmp_path / "README.md").read_text()
     other = seer.attach(make_model("llama"), tmp_path, density=0.2, min_context=0)
     assert state_of(other).policy == budgets.policy(0.2)
 

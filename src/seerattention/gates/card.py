@@ -68,6 +68,9 @@ def _rows(phase: str, description: dict[str, Any]) -> str:
     policy = description["policies"].get(phase)
     rows = [f"| {phase} | `{json.dumps(description['gates'][phase])}` |"]
     if policy is not None:
-        policy = {name: value for name, value in policy.items() if not isinstance(value, list | tuple)}  # of budgets
-        rows.append(f"| {phase} policy | `{json.dumps(policy)}` |")
+        numbers = {name: value for name, value in policy.items() if not isinstance(value, list | tuple)}  # of budgets
+        rows.append(f"| {phase} policy | `{json.dumps(numbers)}` |")
+        if policy.get("layers"):
+            by_layer = ", ".join(f"{times:.2f}" for times in policy["layers"])
+            rows.append(f"| factors of its layers | {by_layer} |")
     return "\n".join(rows)
