@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import seerattention as seer
 from seerattention.hf.state import state_of
+from seerattention.measure.calibrate import readings
 from seerattention.measure.layers import _multipliers, _Output, fit_layers
 from seerattention.policies import Budget, Budgets, RelativeThreshold, policy_from_dict
 from tiny_models import attach, logits_of, make_ids, make_model
@@ -142,6 +143,15 @@ def test_budgets_by_layer_hold_the_density_and_are_kept(tmp_path):
     assert f"| {budgets.layers[0]:.2f}, {budgets.layers[1]:.2f} |" in (tmp_path / "README.md").read_text()
     other = seer.attach(make_model("llama"), tmp_path, density=0.2, min_context=0)
     assert state_of(other).policy == budgets.policy(0.2)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_each_reading_of_a_prompt_is_told(by_layer):
+    model, told = sharp_model(), []
+    prompts = [make_ids(LENGTH, seed=seed) for seed in (1, 2)]
+    seer.calibrate(model, prompts, densities=(0.3,), by_layer=by_layer, advance=told.append)
+    assert told == [1] * 2 * readings(model, by_layer=by_layer)
+    assert len(told) == 2 * (2 + (3 + 2 * 2) * by_layer)
 
 
 def test_a_single_factor_by_layer():

@@ -66,16 +66,17 @@ def command(
         from .. import hf
         from ..evaluate.perplexity import cut_documents
         from ..gates.sources import store_budgets
-        from ..hf.state import gated_layers, state_of
-        from ..measure import calibrate
+        from ..measure.calibrate import calibrate, readings
 
         texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
         prompts = cut_documents(texts, tokens, sequences, bos=tokenizer.bos_token_id)
         hf.attach(loaded, folder, min_context=0)
-        layers = sum(1 for _ in gated_layers(state_of(loaded))) if by_layer else 0
-        times = 2 + (2 * layers + 3 if layers else 0)
-        terminal.say(f"reading {sequences} prompts of {tokens} tokens, {times} times")
-        found = calibrate(loaded, list(prompts.split(1)), densities=asked, shortest=least, by_layer=by_layer)
+        times = readings(loaded, by_layer=by_layer)
+        with terminal.progress(
+            f"reading {sequences} prompts of {tokens} tokens, {times} times", sequences * times
+        ) as on:
+            how: dict[str, Any] = {"densities": asked, "shortest": least, "by_layer": by_layer, "advance": on}
+            found = calibrate(loaded, list(prompts.split(1)), **how)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
         store_budgets(folder, output, found)
         known = ", ".join(f"{density:g}" for density in found.densities)

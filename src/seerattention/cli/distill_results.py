@@ -17,10 +17,11 @@ __all__ = ["fit_budgets", "write_results"]
 
 def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> None:
     """Fit the budgets that are saved with the gates, or say why not: of short texts gates are good without them."""
-    from ..measure import calibrate
+    from ..measure.calibrate import calibrate, readings
 
     try:
-        found = calibrate(model, held_out, by_layer=True)
+        with terminal.progress("fitting budgets", len(held_out) * readings(model, by_layer=True)) as advance:
+            found = calibrate(model, held_out, by_layer=True, advance=advance)
     except ValueError as error:
         terminal.say(f"no budgets are stored with these gates: {error}")
         return

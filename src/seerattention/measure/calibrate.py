@@ -21,7 +21,7 @@ from ..policies.budget import SHORTEST, check_densities
 from ..selectors import LayerInputs
 from .budgets import DENSITIES, fit_budgets
 from .layers import fit_layers
-from .passes import NOTHING_SEEN, put_in_force, read_prompts
+from .passes import NOTHING_SEEN, Prompts, put_in_force, read_prompts
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
@@ -185,7 +185,15 @@ def _one_policy(
     return found
 
 
-def _prompts(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> list[dict[str, Any]]:
+def readings(model: nn.Module, *, by_layer: bool) -> int:
+    """How many times :func:`calibrate` reads each prompt to fit budgets."""
+    layers = sum(1 for _ in gated_layers(state_of(model)))
+    return 2 + (3 + 2 * layers if by_layer else 0)
+
+
+def _prompts(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], advance: Callable[[int], None] | None
+) -> Sequence[Mapping[str, Any]]:
     """All of them, checked before any work."""
     state = state_of(model)
     if state.phases[PREFILL].selector is not None or not any(True for _ in gated_layers(state)):
@@ -193,7 +201,7 @@ def _prompts(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) ->
     prompts = [check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model) for batch in batches]
     if not prompts:
         raise ValueError("calibrate needs at least one batch")
-    return prompts
+    return prompts if advance is None else Prompts(prompts, advance)
 
 
 @overload
@@ -205,6 +213,7 @@ def calibrate(
     passes: int = 2,
     shortest: int = SHORTEST,
     by_layer: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> Budgets: ...
 
 
@@ -217,6 +226,7 @@ def calibrate(
     passes: int = 2,
     policy: RelativeThreshold | None = None,
     by_layer: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> Threshold | RelativeThreshold: ...
 
 
@@ -231,6 +241,7 @@ def calibrate(
     policy: RelativeThreshold | None = None,
     shortest: int = SHORTEST,
     by_layer: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> Budgets | Threshold | RelativeThreshold:
     """Fit the budgets of a model's gates: what spends a density at every length of prompt.
 
@@ -263,6 +274,7 @@ def calibrate(
         by_layer: also find out what a block is worth in each layer (:func:`~seerattention.measure.layers.fit_layers`),
             and give factors of their own to layers: less is lost at the same density. It takes three forwards of each
             prompt and two for each layer with a gate, besides; of ``densities`` and of a ``policy``.
+        advance: called with 1 for each prompt that has been read (for progress bars), :func:`readings` times for each.
 
     Returns:
         The budgets; or the policy that ``density`` asks for.
@@ -281,14 +293,14 @@ def calibrate(
         asked = DENSITIES if densities is None else check_densities(densities)
         if not isinstance(shortest, int) or shortest < SHORTEST:
             raise ValueError(f"shortest must be a whole number of tokens, {SHORTEST} or more, got {shortest!r}")
-        prompts, strict = _prompts(model, batches), densities is not None
+        prompts, strict = _prompts(model, batches, advance), densities is not None
         how: dict[str, Any] = {"passes": passes, "strict": strict, "shortest": shortest, "by_layer": by_layer}
         return fit_budgets(model, prompts, asked, **how)
     if shortest != SHORTEST:
         raise ValueError("shortest is for budgets (densities), and one density is for the length of the prompts alone")
     if not 0 < density < 1:
         raise ValueError(f"density must lie between 0 and 1, got {density}")
-    state, prompts = state_of(model), _prompts(model, batches)
+    state, prompts = state_of(model), _prompts(model, batches, advance)
     if policy is not None:
         if not isinstance(policy, RelativeThreshold):
             raise TypeError(f"calibrate finds the factor of a RelativeThreshold, got {policy!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,29 @@ NOTHING_SEEN = (
     "calibrate saw no prompt in any gated layer; prompts must be longer than one token and not longer than the model's "
     "sliding window"
 )
+
+
+class Prompts(Sequence[Mapping[str, Any]]):
+    """Prompts that tell when one of them has been read, by whoever goes through them.
+
+    Args:
+        prompts: as :func:`~seerattention.hf.prompts.check_batch` gives them.
+        advance: called with 1 for each.
+    """
+
+    def __init__(self, prompts: Sequence[Mapping[str, Any]], advance: Callable[[int], None]) -> None:
+        self.prompts, self.advance = prompts, advance
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for prompt in self.prompts:
+            yield prompt
+            self.advance(1)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.prompts[index]
 
 
 def read_prompts(model: nn.Module, prompts: Sequence[Mapping[str, Any]], look: Observer, *, densely: bool) -> None:
