@@ -101,7 +101,7 @@ def test_calibrate_says_that_prompts_are_too_short(seer_command, folder, texts, 
     assert not (tmp_path / "gates").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--no-budgets"], ["--length", "512"]])
+@pytest.mark.parametrize("options", [[], ["--no-by-layer"], ["--no-budgets"], ["--length", "512"]])
 def test_distill_fits_them_at_its_end(seer_command, folder, texts, tmp_path, options):
     result = seer_command(
         "distill", "--model", folder / "model", "--data", texts, "--output", tmp_path, "--device", "cpu",
@@ -109,8 +109,9 @@ def test_distill_fits_them_at_its_end(seer_command, folder, texts, tmp_path, opt
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     said, budgets = " ".join(result.stderr.split()), stored_budgets(tmp_path)
-    if not options:
+    if options in ([], ["--no-by-layer"]):
         assert budgets.tokens == 4096
+        assert len(set(budgets.layers)) == (0 if options else 2)
         assert "fitted budgets on the held-out sequences, for densities" in said
     else:
         assert budgets is None

@@ -8,8 +8,10 @@ import pytest
 import seerattention as seer
 from seerattention.baselines import Oracle
 from seerattention.evaluate import MEASURES, Journal, Setting, Subject, register, run_measures
+from seerattention.evaluate.cases import _plain
 from seerattention.files import temporary_files
 from seerattention.policies import TopK
+from seerattention.selectors import GateSelector
 
 from .toy import Toy
 
@@ -218,3 +220,17 @@ def test_what_is_on_disk_is_taken_after_the_time_is_up(toy, subject, tmp_path):
     journal = Journal(tmp_path)
     again = run_measures(subject, [TOY], [DENSE, SPARSE], [256], journal=journal, identity=IDENTITY, stop=lambda: True)
     assert numbers_of(again) == expected
+
+
+def test_policies_with_many_numbers_are_told_apart():
+    """A ``repr`` that leaves them out must not give the results of others."""
+    budget = seer.Budget(0.1, blocks=(2.0, 9.0), factors=(0.5, 1.5))
+    rule = seer.RelativeThreshold(0.6)
+    for one, other in (
+        (budget, dataclasses.replace(budget, factors=(0.5, 1.6))),
+        (budget, dataclasses.replace(budget, layers=(0.5, 2.0))),
+        (rule, dataclasses.replace(rule, layers=(0.5, 2.0))),
+    ):
+        assert _plain(one) != _plain(other)
+        assert _plain(GateSelector(one)) != _plain(GateSelector(other))
+    assert _plain(rule) == f"seerattention.policies.rules.{rule!r}"  # as in results of before

@@ -127,6 +127,67 @@ def test_dense_attention_changes_nothing():
     assert loss > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("granite", {"logits_scaling": 8.0}), ("gemma3_text", {"final_logit_softcapping": 5.0})],
+)
+@torch.no_grad()
+def test_what_is_compared_is_what_the_model_says(family, changes):
+    model = attach(make_model(family))
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+        if hasattr(model, name):
+            setattr(model, name, value)
+    output = _Output(model, [{"input_ids": make_ids(200)}])
+    ((states, _),) = output.dense
+    with seer.dense(model):
+        said = model(input_ids=make_ids(200)).logits.float().log_softmax(-1)
+    torch.testing.assert_close(output.head(states), said, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_in_force(error):
+    """In the middle of the layers, and in the fit that follows: budgets for all layers alike are there to use."""
+    policy, own = RelativeThreshold(1.2, min_blocks=2, dense_rows=2), seer.TopK(0.5)
+    model, prompts = sharp_model(), [{"input_ids": make_ids(500)}]
+    seer.set_policy(model, policy, layers={1: own})
+    calls = []
+
+    def fail(module, *_):
+        calls.append(module)
+        if len(calls) == 4:
+            raise error("stop")
+
+    hook = model.model.register_forward_hook(fail)
+    with pytest.raises(error, match="stop"):
+        fit_layers(model, prompts)
+    assert state_of(model).policy == policy
+    assert [layer.policy for layer in state_of(model).layers] == [None, own]
+    calls.clear()
+    with pytest.raises(error, match="stop"):
+        seer.calibrate(model, [make_ids(LENGTH)], densities=(0.3,), by_layer=True)
+    hook.remove()
+    budgets = state_of(model).budgets
+    assert budgets.layers == ()
+    assert state_of(model).policy == budgets.policy()
+    assert [layer.policy for layer in state_of(model).layers] == [None, None]
+
+
+def test_prompts_that_are_dense_anyway_say_nothing_of_layers():
+    model = seer.attach(make_model("llama"), seer.GateConfig(), min_context=10_000)
+    seer.set_policy(model, RelativeThreshold(1.0))
+    with pytest.warns(UserWarning, match="no factors by layer were fitted.*min_context=0"):
+        assert fit_layers(model, [{"input_ids": make_ids(300)}]) == ()
+
+
+def test_numbers_that_are_not_finite_are_an_error():
+    model = sharp_model()
+    seer.set_policy(model, RelativeThreshold(1.0))
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="not finite on these prompts"):
+        fit_layers(model, [{"input_ids": make_ids(300)}])
+
+
 def test_budgets_by_layer_hold_the_density_and_are_kept(tmp_path):
     model = sharp_model()
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()

@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Fit budgets, so that seerattention.attach(model, OUTPUT, density=0.1) spends that density at every length.
 
-    The prompts are read twice, densely and sparsely, and twice for each layer. seer distill does this by itself at its
+    The prompts are read five times, and twice for each layer (--no-by-layer: twice). seer distill does this at its
     end, at the length that it trains at; do it again for longer prompts, or on texts like yours.
     """
     with errors():

@@ -142,6 +142,9 @@ def command(
     budgets: Annotated[
         bool, typer.Option(help="At the end, fit on the held-out sequences what spends a density (prefill gates).")
     ] = True,
+    by_layer: Annotated[
+        bool, typer.Option(help="Budgets spend more in layers in which a block is worth more, see seer calibrate.")
+    ] = True,
     save_every: Annotated[int, typer.Option(help="Save the state every so many steps; 0: by time only.")] = 0,
     save_seconds: Annotated[float, typer.Option(help="Save the state every so many seconds.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -175,7 +178,7 @@ def command(
         if gates is not None:
             check_gates(gates)
         if not eval_sequences:
-            unused = ("eval_every", "eval_density", "budgets")
+            unused = ("eval_every", "eval_density", "budgets", "by_layer")
             say_unused(context, terminal, unused, "no sequences are held out for block recall and budgets")
         if phase == BOTH and gates is not None:
             raise ValueError("--phase both trains fresh gates; to go on from --gates train one phase at a time")
@@ -241,7 +244,7 @@ def command(
         for one, (job, configs, asked, by_size) in runs.items():
             folder = output / one if phase == BOTH else output
             results[one] = _distill(
-                job, configs, folder, save_every or None, save_seconds, terminal, asked, by_size, budgets
+                job, configs, folder, save_every or None, save_seconds, terminal, asked, by_size, budgets, by_layer
             )
         if phase == BOTH:
             from ..gates.sources import join
@@ -263,13 +266,14 @@ def _distill(
     asked: dict[str, Any],
     by_size: GateForm | None,
     budgets: bool,
+    by_layer: bool,
 ) -> dict[str, Any] | None:
     """What ``--json`` prints, of the first process.
 
     Args:
         asked: what was said of the form of gates although they come from ``job.gates``.
         by_size: the form of gates about which the size of the model decides; None: ``configs`` have it.
-        budgets: whether they are to be fitted.
+        budgets, by_layer: whether they are to be fitted, and for layers apart.
     """
     import torch
 
@@ -329,11 +333,12 @@ def _distill(
         raise
     except DistillationError as error:
         raise ValueError(str(error)) from error
+    processes.finish()  # the others do not wait: what follows may take longer than a collective operation may
     if main:
         if budgets and held_out and config.phase == "prefill":
-            fit_budgets(model, held_out, terminal)
+            hf.save_gates(model, output)  # nothing is lost if that fails
+            fit_budgets(model, held_out, terminal, by_layer=by_layer)
         result = write_results(model, history, config, output, terminal, job.to_dict())
-    processes.finish()
     return result
 
 

@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["fit_budgets", "write_results"]
 
 
-def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal) -> None:
+def fit_budgets(model: nn.Module, held_out: list[Any], terminal: Terminal, *, by_layer: bool) -> None:
     """Fit the budgets that are saved with the gates, or say why not: of short texts gates are good without them."""
+    from ..hf.state import state_of
     from ..measure.calibrate import calibrate, readings
 
+    state_of(model).budgets = None  # of gates that training went on from
     try:
-        with terminal.progress("fitting budgets", len(held_out) * readings(model, by_layer=True)) as advance:
-            found = calibrate(model, held_out, by_layer=True, advance=advance)
+        with terminal.progress("fitting budgets", len(held_out) * readings(model, by_layer=by_layer)) as advance:
+            found = calibrate(model, held_out, by_layer=by_layer, advance=advance)
     except ValueError as error:
-        terminal.say(f"no budgets are stored with these gates: {error}")
-        return
+        alike = state_of(model).budgets
+        if alike is None:
+            terminal.say(f"no budgets are stored with these gates: {error}")
+            return
+        terminal.say(f"budgets have one factor for all layers: {error}")
+        found = alike
     known = ", ".join(f"{density:g}" for density in found.densities)
     terminal.say(f"fitted budgets on the held-out sequences, for densities {known}; the default is {found.default:g}")
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..gates.sources import load_gates
 from ..gates.tensors import digest as gates_digest
+from ..policies import Budget, Policy, RelativeThreshold
 from .forward import prompt_device
 from .journal import Journal
 from .measure import Advance, Measure, Prompts, Subject
@@ -287,6 +288,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    policy: Any = value if isinstance(value, Policy) else getattr(value, "policy", None)
+    if isinstance(policy, Budget) or (isinstance(policy, RelativeThreshold) and policy.layers):
+        return _plain(value.to_dict())  # their numbers are too many for what they say of themselves
     said = repr(value)
     if re.search(r"\bat 0x[0-9a-fA-F]+", said):  # where it lies in memory, not what it is
         raise _Unknown

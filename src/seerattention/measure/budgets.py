@@ -230,13 +230,22 @@ def fit_budgets(
             the density nearest to :data:`LAYERS_DENSITY`, and fit again with factors by layer.
 
     Raises:
-        ValueError: no gated layer read a prompt as a whole, or a density (strict), or each, is out of reach.
+        ValueError: no gated layer read a prompt as a whole, or a density (strict), or each, is out of reach; or as
+            :func:`~seerattention.measure.layers.fit_layers`, after which budgets without factors by layer are in force.
     """
-    budgets = _fit(model, prompts, densities, strict, shortest, passes=passes)
-    if by_layer:
-        put_in_force(model, budgets.policy(_nearest(budgets.densities, LAYERS_DENSITY)))
-        budgets = _fit(model, prompts, densities, strict, shortest, passes=2, layers=fit_layers(model, prompts))
-    state_of(model).budgets = budgets
+    state, alike = state_of(model), _fit(model, prompts, densities, strict, shortest, passes=passes)
+    state.budgets = alike
+    if not by_layer:
+        return alike
+    try:
+        put_in_force(model, alike.policy(_nearest(alike.densities, LAYERS_DENSITY)))
+        layers = fit_layers(model, prompts)
+        budgets = _fit(model, prompts, densities, strict, shortest, passes=2, layers=layers) if layers else alike
+    except BaseException:
+        put_in_force(model, alike.policy())  # which holds without factors by layer, too
+        raise
+    put_in_force(model, budgets.policy())
+    state.budgets = budgets
     return budgets
 
 

@@ -186,7 +186,7 @@ def _one_policy(
 
 
 def readings(model: nn.Module, *, by_layer: bool) -> int:
-    """How many times :func:`calibrate` reads each prompt to fit budgets."""
+    """How many times :func:`calibrate` reads each prompt to fit budgets, in its usual two passes."""
     layers = sum(1 for _ in gated_layers(state_of(model)))
     return 2 + (3 + 2 * layers if by_layer else 0)
 
@@ -274,7 +274,7 @@ def calibrate(
         by_layer: also find out what a block is worth in each layer (:func:`~seerattention.measure.layers.fit_layers`),
             and give factors of their own to layers: less is lost at the same density. It takes three forwards of each
             prompt and two for each layer with a gate, besides; of ``densities`` and of a ``policy``.
-        advance: called with 1 for each prompt that has been read (for progress bars), :func:`readings` times for each.
+        advance: called with 1 for each prompt that has been read (for progress bars).
 
     Returns:
         The budgets; or the policy that ``density`` asks for.
@@ -282,7 +282,8 @@ def calibrate(
     Raises:
         ValueError: no gates, no batches, prompts that no gated layer reads as a whole, both density and densities, or
             a density below that of the blocks that are always kept in prompts of this length; a ``shortest`` below
-            4,096.
+            4,096; with ``by_layer`` a model without an LM head, after which budgets without factors by layer are in
+            force.
         TypeError: a batch of the wrong type.
     """
     if density is not None and densities is not None:
@@ -308,7 +309,10 @@ def calibrate(
         found = _one_policy(model, prompts, density, begin, passes=2)
         if not by_layer:
             return found
-        found = dataclasses.replace(found, layers=fit_layers(model, prompts))
+        layers = fit_layers(model, prompts)
+        if not layers:
+            return found
+        found = dataclasses.replace(found, layers=layers)
         put_in_force(model, found)
         return _one_policy(model, prompts, density, begin, passes=2, found=found)
     if by_layer:

@@ -9,6 +9,7 @@ of other layers, some seem to lose nothing, those of look-ups among them (``docs
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,10 @@ _NUDGE = 2.0
 _EXPONENT, _BOUND = -0.5, 1.4
 # Of the largest worth, below which none is told from noise.
 _LEAST = 0.01
-# Positions of a prompt whose next token is looked at, evenly spread.
-_POSITIONS = 512
+# Positions of a prompt whose next token is looked at, evenly spread, and logits that exist at a time: 128 MB.
+_POSITIONS, _CHUNK = 512, 1 << 25
+# What families do to logits that is not done here; logits_scaling and final_logit_softcapping are.
+_UNKNOWN = ("logit_scale", "lm_head_multiplier")
 
 
 @torch.no_grad()
@@ -48,27 +51,39 @@ def fit_layers(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> tuple[
         prompts: as :func:`~seerattention.hf.prompts.check_batch` gives them.
 
     Returns:
-        One number for each layer of the model, 1 where there is no gate: the lower, the more blocks it gets.
+        One number for each layer of the model, 1 where there is no gate: the lower, the more blocks it gets. None at
+        all, with a warning, where a higher factor leaves out no block of any layer.
 
     Raises:
-        ValueError: another policy is in force, or the model has no LM head.
+        ValueError: another policy is in force, the model has no LM head or changes its logits in a way that is not
+            known here, or what it says is not finite.
     """
     state = state_of(model)
     policy, own, count = state.policy, {layer.index: layer.policy for layer in state.layers}, len(state.layers)
     if not isinstance(policy, Budget | RelativeThreshold):
         raise ValueError(f"factors by layer are for a Budget or a RelativeThreshold, got {policy!r}")
-    output = _Output(model, prompts)
-    worth: dict[int, float] = {}
-    for layer in gated_layers(state):
-        found = []
-        for times in (1.0, _NUDGE):
-            alone = {index: Dense() if index != layer.index else None for index in range(count)}
-            set_policy(model, replace(policy, layers=(times,) * count), layers=alone)
-            found.append(output.changed(layer.index))
-        (less, dense_as), (more, sparse_as) = found
-        if dense_as - sparse_as > 1e-4 * dense_as:  # else its blocks are floors, and there is nothing to compare
-            worth[layer.index] = (more - less) / (dense_as - sparse_as)
-    set_policy(model, policy, layers=own)
+    output, worth = _Output(model, prompts), {}
+    try:
+        for layer in gated_layers(state):
+            found = []
+            for times in (1.0, _NUDGE):
+                others = {index: Dense() if index != layer.index else None for index in range(count)}
+                set_policy(model, replace(policy, layers=(times,) * count), layers=others)
+                found.append(output.changed(layer.index))
+            (less, dense_as), (more, sparse_as) = found
+            if dense_as - sparse_as > 1e-4 * dense_as:  # else its blocks are floors, and there is nothing to compare
+                worth[layer.index] = (more - less) / (dense_as - sparse_as)
+    finally:
+        set_policy(model, policy, layers=own)
+    if not worth:
+        warnings.warn(
+            "seerattention: no factors by layer were fitted, as no layer reads fewer blocks of these prompts with a "
+            "higher factor: prompts must be longer than min_context (attach with min_context=0) and than what is kept "
+            "anyway",
+            UserWarning,
+            stacklevel=2,
+        )
+        return ()
     return _multipliers(worth, count)
 
 
@@ -91,13 +106,7 @@ class _Output:
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if not isinstance(head, nn.Module):
-            raise ValueError(
-                f"factors by layer compare what the model says next, and {type(model).__name__} has no LM head; give "
-                "the model with its head, or by_layer=False"
-            )
-        self.model, self.head, self.prompts = model, head, prompts
+        self.model, self.prompts, self.head = model, prompts, _Head(model)
         with dense(model):
             self.dense = list(self._states())
 
@@ -106,11 +115,17 @@ class _Output:
         total = weights = 0.0
         with record(self.model) as seen:
             for (states, counts), (wanted, _) in zip(self._states(), self.dense, strict=True):
-                found = self._distribution(states)
-                target = self._distribution(wanted)
-                divergence = (target.exp() * (target - found)).sum(-1)
-                total += float((divergence * counts).sum())
+                step = max(1, _CHUNK // (self.head.vocabulary * len(states)))
+                for found, target, some in zip(*(x.split(step, 1) for x in (states, wanted, counts)), strict=True):
+                    dense_as, sparse_as = self.head(target), self.head(found)
+                    divergence = (dense_as.exp() * (dense_as - sparse_as)).sum(-1)
+                    total += float((divergence * some.to(divergence.device)).sum())
                 weights += float(counts.sum())
+        if not math.isfinite(total):
+            raise ValueError(
+                "factors by layer compare what the model says next, which is not finite on these prompts; does it "
+                "overflow in float16? Load it in bfloat16 or float32, or leave by_layer out"
+            )
         return total / weights, seen.per_layer[layer]
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,6 +138,27 @@ class _Output:
             counts = torch.ones(states.shape[0], length) if mask is None else mask.float()
             yield states[:, index.to(states.device)], counts[:, index.to(counts.device)].to(states.device)
 
-    def _distribution(self, states: Tensor) -> Tensor:
-        weight = getattr(self.head, "weight", states)
-        return self.head(states.to(weight.dtype)).float().log_softmax(-1)
+
+class _Head:
+    """Logarithms of the next token's probabilities, float32 ``[..., vocabulary]``, from states ``[..., hidden]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        unknown = [name for name in _UNKNOWN if getattr(config, name, None) not in (None, 1, 1.0, False)]
+        if head is None or unknown:
+            what = f"changes its logits ({', '.join(unknown)})" if unknown else "has no LM head"
+            raise ValueError(
+                f"factors by layer compare what the model says next, and {type(model).__name__} {what}; leave by_layer "
+                "out (--no-by-layer)"
+            )
+        self.head, self.vocabulary = head, int(head.weight.shape[0])
+        self.scale = float(getattr(config, "logits_scaling", None) or 1)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        logits = self.head(states.to(self.head.weight.dtype)).float() / self.scale
+        if self.cap:
+            logits = (logits / self.cap).tanh() * self.cap
+        return logits.log_softmax(-1)

@@ -53,7 +53,7 @@ def kept_for_device(make: Callable[[], Tensor], device: torch.device, *arguments
             found = make()
         if type(found) is Tensor:  # not a stand-in of a tracer
             if kept is _KEPT and len(kept) >= _MOST_KEPT:
-                kept.clear()
+                kept.pop(next(iter(kept)), None)  # the oldest: what a layer has just asked for stays
             kept[key] = found
     return found
 
