@@ -255,7 +255,7 @@ def distil(
             settings=told,
         )
     if run.phase == "prefill":
-        fit_budgets(model, test, terminal)
+        fit_budgets(model, test, terminal, by_layer=True)
     seer.save_gates(model, out)
     summary = history.to_dict()
     (out / "history.json").write_text(json.dumps({**summary, "run": dataclasses.asdict(run)}))
