@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..hf import prompts
 from ..hf.architectures import find_decoder
+from ..hf.head import logit_changes, token_logits
 
 __all__ = [
     "check_batch_size",
@@ -25,8 +26,6 @@ __all__ = [
     "token_logits",
 ]
 
-# Output transformations that families apply after the LM head; this package's families have none of them.
-_UNSUPPORTED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _CHUNK_ELEMENTS = 1 << 26  # logits held at a time: 256 MiB in float32
 
 
@@ -40,13 +39,11 @@ def decoder_states(model: nn.Module, input_ids: Tensor) -> Tensor:
         NotImplementedError: the model transforms its logits after the LM head (softcapping, scaling).
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    for name in _UNSUPPORTED_HEADS:
-        if getattr(config, name, None) not in (None, 1, 1.0, False):
-            raise NotImplementedError(
-                f"{type(model).__name__} changes its logits after the LM head ({name}={getattr(config, name)}), which "
-                "evaluation "
-                "does not reproduce; supported are models whose logits are the LM head of the last hidden states"
-            )
+    for name, value in logit_changes(config).items():
+        raise NotImplementedError(
+            f"{type(model).__name__} changes its logits after the LM head ({name}={value}), which evaluation "
+            "does not reproduce; supported are models whose logits are the LM head of the last hidden states"
+        )
     if _is_supported(model):
         return prompts.last_hidden_states(model, {"input_ids": input_ids})
     decoder = model.get_decoder()  # type: ignore[operator]
@@ -98,12 +95,6 @@ def check_documents(documents: Any, what: str = "documents") -> None:
         raise TypeError(f"{what} must hold token ids, int64 or int32, got {documents.dtype}")
     if documents.dim() != 2 or documents.shape[0] < 1 or documents.shape[1] < 2:
         raise ValueError(f"{what} must be [{what}, T] with T >= 2, got {tuple(documents.shape)}")
-
-
-def token_logits(model: nn.Module, states: Tensor) -> Tensor:
-    """Float32 logits ``[..., vocabulary]`` of hidden states ``[..., hidden]``."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return head(states.to(head.weight.dtype)).float()
 
 
 def iterate_token_losses(model: nn.Module, input_ids: Tensor) -> Iterator[Tensor]:

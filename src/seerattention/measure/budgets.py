@@ -240,13 +240,11 @@ def fit_budgets(
     try:
         put_in_force(model, alike.policy(_nearest(alike.densities, LAYERS_DENSITY)))
         layers = fit_layers(model, prompts)
-        budgets = _fit(model, prompts, densities, strict, shortest, passes=2, layers=layers) if layers else alike
-    except BaseException:
-        put_in_force(model, alike.policy())  # which holds without factors by layer, too
-        raise
-    put_in_force(model, budgets.policy())
-    state.budgets = budgets
-    return budgets
+        if layers:
+            state.budgets = _fit(model, prompts, densities, strict, shortest, passes=2, layers=layers)
+    finally:
+        put_in_force(model, state.budgets.policy())  # those for all layers alike where that failed
+    return state.budgets
 
 
 def _fit(

@@ -21,7 +21,7 @@ from ..policies.budget import SHORTEST, check_densities
 from ..selectors import LayerInputs
 from .budgets import DENSITIES, fit_budgets
 from .layers import fit_layers
-from .passes import NOTHING_SEEN, Prompts, put_in_force, read_prompts
+from .passes import NOTHING_SEEN, ToldPrompts, put_in_force, read_prompts
 
 # The histogram of block probabilities is logarithmic from 1 down to this; smaller ones share the last bin.
 _SMALLEST = 1e-8
@@ -201,7 +201,7 @@ def _prompts(
     prompts = [check_batch({"input_ids": batch} if isinstance(batch, Tensor) else batch, model) for batch in batches]
     if not prompts:
         raise ValueError("calibrate needs at least one batch")
-    return prompts if advance is None else Prompts(prompts, advance)
+    return prompts if advance is None else ToldPrompts(prompts, advance)
 
 
 @overload

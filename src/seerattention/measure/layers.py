@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..hf.attach import set_policy
 from ..hf.contexts import dense
+from ..hf.head import logit_changes, token_logits
 from ..hf.prompts import last_hidden_states
 from ..hf.state import gated_layers, state_of
 from ..policies import Budget, Dense, RelativeThreshold
@@ -36,8 +37,6 @@ _EXPONENT, _BOUND = -0.5, 1.4
 _LEAST = 0.01
 # Positions of a prompt whose next token is looked at, evenly spread, and logits that exist at a time: 128 MB.
 _POSITIONS, _CHUNK = 512, 1 << 25
-# What families do to logits that is not done here; logits_scaling and final_logit_softcapping are.
-_UNKNOWN = ("logit_scale", "lm_head_multiplier")
 
 
 @torch.no_grad()
@@ -146,19 +145,19 @@ class _Head:
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        unknown = [name for name in _UNKNOWN if getattr(config, name, None) not in (None, 1, 1.0, False)]
-        if head is None or unknown:
-            what = f"changes its logits ({', '.join(unknown)})" if unknown else "has no LM head"
+        changes = logit_changes(config)
+        self.scale = float(changes.pop("logits_scaling", 1))
+        self.cap = changes.pop("final_logit_softcapping", None)
+        if head is None or changes:
+            what = f"changes its logits ({', '.join(changes)})" if changes else "has no LM head"
             raise ValueError(
                 f"factors by layer compare what the model says next, and {type(model).__name__} {what}; leave by_layer "
                 "out (--no-by-layer)"
             )
-        self.head, self.vocabulary = head, int(head.weight.shape[0])
-        self.scale = float(getattr(config, "logits_scaling", None) or 1)
-        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.model, self.vocabulary = model, int(head.weight.shape[0])
 
     def __call__(self, states: Tensor) -> Tensor:
-        logits = self.head(states.to(self.head.weight.dtype)).float() / self.scale
+        logits = token_logits(self.model, states) / self.scale
         if self.cap:
             logits = (logits / self.cap).tanh() * self.cap
         return logits.log_softmax(-1)

@@ -20,7 +20,7 @@ NOTHING_SEEN = (
 )
 
 
-class Prompts(Sequence[Mapping[str, Any]]):
+class ToldPrompts(Sequence[Mapping[str, Any]]):
     """Prompts that tell when one of them has been read, by whoever goes through them.
 
     Args:

@@ -15,10 +15,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..ops.block_selection import select_threshold
 from ..ops.indices import BlockIndices
 from .by_layer import ByLayer
-from .by_row import factors_by_row
 from .policy import How, check_count, check_number, check_numbers
 from .rules import Dense
 
@@ -82,8 +80,7 @@ class Budget(ByLayer):
         return math.exp(y0 + (y1 - y0) * (math.log(blocks) - x0) / (x1 - x0))
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
-        table = factors_by_row(self.blocks, self.factors, logits.shape[-1], logits.device)
-        return select_threshold(logits, table, softmax=True, relative=True, **{**dict(self._floors()), **how})
+        return self._rules[0]._select(logits, how)
 
     def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.blocks, self.factors

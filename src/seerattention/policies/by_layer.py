@@ -51,6 +51,7 @@ class ByLayer(ScorePolicy):
     """
 
     layers: tuple[float, ...]
+    _rules: tuple[LayerThreshold, ...]  # of each layer, or the one for all
 
     @abstractmethod
     def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -63,22 +64,20 @@ class ByLayer(ScorePolicy):
     def _set_layers(self) -> None:
         """Check the numbers, and find the rules of single layers once: layers ask in every forward."""
         object.__setattr__(self, "layers", check_numbers(type(self).__name__, "layers", self.layers))
-        if not self.layers:
-            return
-        (blocks, factors), floors = self._curve(), self._floors()
-        own = [
-            LayerThreshold(blocks, tuple(factor * times for factor in factors), floors, self.last_blocks_dense)
-            for times in self.layers
-        ]
-        object.__setattr__(self, "_own", tuple(own))
+        object.__setattr__(self, "_rules", tuple(self._times(times) for times in self.layers or (1.0,)))
+
+    def _times(self, times: float) -> LayerThreshold:
+        """The rule with its factors multiplied by that."""
+        blocks, factors = self._curve()
+        scaled = tuple(factor * times for factor in factors)
+        return LayerThreshold(blocks, scaled, self._floors(), self.last_blocks_dense)
 
     def of_layer(self, layer: int) -> Policy:
         if not self.layers:
             return self
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"{self} is for models of {len(self.layers)} layers, and this is layer {layer}")
-        own: LayerThreshold = self._own[layer]  # type: ignore[attr-defined]
-        return own
+        return self._rules[layer]
 
     def tensors(self, layer: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         own = self.of_layer(layer)

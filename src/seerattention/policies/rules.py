@@ -15,7 +15,6 @@ from ..ops.block_selection.shares import CEIL_SLACK, number_of_blocks, share_of,
 from ..ops.indices import BlockIndices
 from ..ops.span import Span
 from .by_layer import ByLayer
-from .by_row import factors_by_row
 from .policy import MOST_TOKENS, How, Policy, ScorePolicy, check_count, check_number, check_share
 
 __all__ = ["Dense", "PublishedDecode", "RelativeThreshold", "Threshold", "TokenBudget", "TopK", "TopP"]
@@ -101,10 +100,9 @@ class RelativeThreshold(ByLayer):
         return float(self.factor * blocks ** (1 - self.exponent))
 
     def _select(self, logits: Tensor, how: How) -> BlockIndices:
-        factor: float | Tensor = self.factor
         if self.exponent < 1 and self.factor > 0:
-            factor = factors_by_row(*self._curve(), logits.shape[-1], logits.device)
-        return select_threshold(logits, factor, softmax=True, relative=True, **{**dict(self._floors()), **how})
+            return self._rules[0]._select(logits, how)
+        return select_threshold(logits, self.factor, softmax=True, relative=True, **{**dict(self._floors()), **how})
 
     def _curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ends = (1.0, float(_MOST_BLOCKS))
