@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
+
+from .changed import Changed, is_count, is_number
 
 __all__ = ["Repeats", "say_again"]
 
@@ -38,7 +40,7 @@ def say_again(ids: Tensor, place: int, passages: Iterable[tuple[int, int]]) -> T
 
 
 @dataclass(frozen=True)
-class Repeats:
+class Repeats(Changed):
     """Which sequences say passages again, and how.
 
     With probability ``share`` a sequence of T tokens is changed, each for itself: its last ``floor(part T)`` tokens are
@@ -65,20 +67,18 @@ class Repeats:
     shortest: int = 8
     longest: int = 128
     seed: int = 0
+    what: ClassVar[str] = "repeats"
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.share) and 0 <= self.share <= 1):  # NaN is no share either
-            raise ValueError(f"repeats must be a share of the sequences, from 0 to 1, got {self.share!r}")
-        if not (_is_number(self.part) and 0 < self.part < 1):
+        self._check_draws()
+        if not (is_number(self.part) and 0 < self.part < 1):
             raise ValueError(f"part must be a share of a sequence between 0 and 1, got {self.part!r}")
         sizes = (self.shortest, self.longest)
-        if not all(_is_count(size) for size in sizes) or not 1 <= self.shortest <= self.longest:
+        if not all(is_count(size) for size in sizes) or not 1 <= self.shortest <= self.longest:
             raise ValueError(
                 f"shortest and longest must be numbers of tokens with 1 <= shortest <= longest, got {sizes[0]!r} and "
                 f"{sizes[1]!r}"
             )
-        if not (_is_count(self.seed) and self.seed >= 0):
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
     def check_length(self, length: int) -> None:
         """Raise unless each part of a sequence of so many tokens has room for the shortest passage.
@@ -99,20 +99,7 @@ class Repeats:
         last = math.floor(self.part * length)
         return last >= self.shortest and length - last > self.shortest
 
-    def apply(self, ids: Tensor, *place: int) -> Tensor:
-        """The sequence as it is trained on: ``ids`` themselves, or a copy that says passages again.
-
-        Args:
-            ids: token ids ``[T]`` of any integer dtype.
-            place: numbers of at least 0 that name the sequence, such as its place in the text.
-
-        Raises:
-            ValueError: too short a sequence, see :meth:`check_length`.
-        """
-        self.check_length(len(ids))
-        rng = np.random.default_rng([self.seed, *place])
-        if rng.random() >= self.share:
-            return ids
+    def _change(self, ids: Tensor, rng: np.random.Generator) -> Tensor:
         first = len(ids) - math.floor(self.part * len(ids))
         return say_again(ids, first, self._passages(rng, first))
 
@@ -125,11 +112,3 @@ class Repeats:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from ..tasks import Sample, TaskGenerator, TrainingMix
+from .changed import Changed
 
 __all__ = ["Woven"]
 
 # With fewer tokens a task with its questions leaves no text around them.
 _LEAST = 512
-# Apart from the draws of passages that are said again: which sequences are chosen must not depend on each other.
-_STREAM = (1,)
 
 
-class Woven:
+class Woven(Changed):
     """Which sequences have retrieval tasks woven in, and how.
 
     With probability ``share`` a sequence becomes another one of the same length, each for itself. Its own text, less
@@ -47,13 +46,13 @@ class Woven:
         ValueError: a value that is out of these ranges.
     """
 
+    what = "tasks"
+    # Apart from the draws of passages that are said again: which sequences are chosen must not depend on each other.
+    stream = (1,)
+
     def __init__(self, tokenizer: Any, share: float, seed: int = 0) -> None:
-        is_number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not (is_number and 0 <= share <= 1):  # NaN is no share either
-            raise ValueError(f"tasks must be a share of the sequences, from 0 to 1, got {share!r}")
-        if isinstance(seed, bool) or not (isinstance(seed, int) and seed >= 0):
-            raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         self.tokenizer, self.share, self.seed = tokenizer, share, seed
+        self._check_draws()
         self._lock = Lock()
 
     def check_length(self, length: int) -> None:
@@ -65,21 +64,7 @@ class Woven:
         if length < _LEAST:
             raise ValueError(f"tasks need sequences of at least {_LEAST} tokens, got {length}")
 
-    def apply(self, ids: Tensor, *place: int) -> Tensor:
-        """The sequence as it is trained on: ``ids`` themselves where it is not chosen, else a new one.
-
-        Args:
-            ids: token ids ``[T]`` of any integer dtype.
-            place: numbers of at least 0 that name the sequence, such as its place in the text.
-
-        Raises:
-            ValueError: too short a sequence, see :meth:`check_length`.
-        """
-        self.check_length(len(ids))
-        seeds = np.random.SeedSequence([self.seed, *place], spawn_key=_STREAM)
-        rng = np.random.default_rng(seeds)
-        if rng.random() >= self.share:
-            return ids
+    def _change(self, ids: Tensor, rng: np.random.Generator) -> Tensor:
         # A thread that was left behind may still be at work on a sequence of before.
         with self._lock:
             sample = self._sample(ids[1:].numpy(), rng)
