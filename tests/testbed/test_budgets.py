@@ -35,7 +35,8 @@ def test_total_density_on_a_held_out_book(model_and_book, length, density):
 def test_what_is_stored_beside_the_budgets(model_and_book):
     """Prompts by the rule that measured best; decoding is dense unless it is asked for, as it loses answers."""
     budgets = state_of(model_and_book[0]).budgets
-    assert budgets.tokens >= 16384
+    assert budgets.tokens >= 32768
+    assert len(budgets.layers) == 8 and max(budgets.layers) > 1.5 * min(budgets.layers)  # a factor for each layer
     fresh, _ = testbed.load("cpu", torch.float32)
     phases = state_of(seer.attach(fresh, testbed.gates_path())).phases
     assert phases["prefill"].policy == seer.RelativeThreshold(1.0)
