@@ -105,7 +105,13 @@ def draw(model: Mapping[str, Any]) -> Figure:
             if not points:
                 continue
             x, scores, losses = zip(*points, strict=True)
-            how = {"color": COLORS[i], "marker": marker, "markersize": 5, "linewidth": 1.3, "linestyle": STYLES[form]}
+            how: dict[str, Any] = {
+                "color": COLORS[i],
+                "marker": marker,
+                "markersize": 5,
+                "linewidth": 1.3,
+                "linestyle": STYLES[form],
+            }
             score.plot(x, scores, label=f"{form}, {rule}", **how)
             loss.plot(x, [100 * (value - 1) for value in losses], **how)
     score.axhline(100 * sum(dense[task] for task in tasks) / len(tasks), color="#5b6670", linewidth=1, label="dense")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -49,7 +49,7 @@ class Candidate:
         return f"{self.kind}: {self.name}"
 
 
-def our_implementations(names: tuple[str, ...], device: torch.device) -> list[str | None]:
+def our_implementations(names: Iterable[str], device: torch.device) -> list[str | None]:
     """What an op offers here: the automatic choice (None), then every implementation but the reference by name."""
     on_cpu = device.type == "cpu"
     fitting = [name for name in names if name != "reference" and name.startswith("cpu") == on_cpu]

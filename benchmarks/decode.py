@@ -71,7 +71,7 @@ def measure(
     else:
         k, v = (make(batch, context, kv_heads, head_dim).transpose(1, 2) for _ in range(2))
     blocks = draw_lists(batch, kv_heads, context, options.block_size, density, device)
-    sparse: dict[str, Callable[[], Tensor]] = {OURS: partial(block_sparse_decode, q, k, v, blocks)}
+    sparse: dict[str, Callable[[], Any]] = {OURS: partial(block_sparse_decode, q, k, v, blocks)}
     if context % options.block_size == 0:
         pages, values, span = paged(k, v, options.block_size)
         sparse[OURS_PAGED] = partial(block_sparse_decode, q, pages, values, blocks, span=span)
@@ -169,7 +169,7 @@ def dense_candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], 
         out = (queries @ k.transpose(-1, -2)).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
         return out.unflatten(2, (group, 1)).flatten(1, 2)
 
-    found: dict[str, Callable[[], Tensor]] = {"dense: sdpa": sdpa, "dense: sdpa, grouped": grouped}
+    found: dict[str, Callable[[], Any]] = {"dense: sdpa": sdpa, "dense: sdpa, grouped": grouped}
     found["dense: products"] = products
     if q.device.type == "cuda":
         for name, backend in (

@@ -216,7 +216,8 @@ def _config(rows: float, target: str) -> seer.DistillConfig:
 
 def _bytes_per_layer(model: Any, trainer: Trainer) -> int:
     """What one more layer holds: its weights, its gate, and in float32 the master, its gradient and two moments."""
-    weights = sum(p.numel() * p.element_size() for p in find_decoder(model).layers[0].parameters())
+    decoder: Any = find_decoder(model)
+    weights = sum(p.numel() * p.element_size() for p in decoder.layers[0].parameters())
     gate = next(iter(trainer.gates.values()))
     return weights + sum(p.numel() * (p.element_size() + 4 * 4) for p in gate.parameters())
 

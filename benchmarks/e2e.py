@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare=lambda model: model,
         check=lambda model, name, length: _checked(check_model(model, random_tokens(name, length), dtype)),
         cases=lambda options, lengths: [(length,) for length in lengths],
-        measure=lambda name, model, case, options: measure(name, model, *case, options),
+        measure=lambda name, model, case, options: measure(name, model, case[0], options),
         table=_table,
     )
     return benchmark.run(given, options, dtype)

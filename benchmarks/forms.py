@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = recalls[title].numbers()
         known = {**facts.get(name, {}), "recalls": {recall: kept[recall] for recall in RECALLS}}
         for density in options.densities:
-            policy = policies[name, exponent][density]
+            policy: Any = policies[name, exponent][density]
             setting = Setting(title, selector=Trial(scorers[name], policy))
             (read,) = evaluate_perplexity(model, documents, [setting])
             asked = samples if density in options.task_densities else {}
@@ -174,7 +174,7 @@ def shipped_gates(model: Any, options: Any) -> list[BlockGate]:
     """The gates that come with the model (or ``--gates``), apart from it."""
     name = "smollm2" if model.config.num_hidden_layers == 30 else "testbed"
     hf.attach(model, options.gates or seer.testbed.gates_path(name), min_context=0)
-    found = [copy.deepcopy(gate) for gate in gates_of(model, "prefill")]
+    found = [copy.deepcopy(gate) for gate in gates_of(model, "prefill") if gate is not None]
     hf.detach(model)
     return found
 
@@ -232,8 +232,8 @@ def _cost(gates: Sequence[BlockGate]) -> dict[str, float]:
     parameters = sum(p.numel() for gate in gates for p in gate.parameters())
     encoded = 0.0
     for gate in gates:
-        width = gate.width
-        encoded += 2 * width * (gate.num_heads / gate.q_pitch + gate.k_linear.shape[0] / gate.k_pitch)
+        width, keys = gate.width, cast(Tensor, gate.k_linear)
+        encoded += 2 * width * (gate.num_heads / gate.q_pitch + keys.shape[0] / gate.k_pitch)
     products = sum(gate.num_heads * gate.width / (gate.q_pitch * gate.k_pitch) for gate in gates)
     return {
         "parameters": parameters,

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare=lambda model: model,
         check=check,
         cases=lambda options, lengths: [(lengths,)],
-        measure=lambda name, model, case, options: _measure(name, model, *case, options),
+        measure=lambda name, model, case, options: _measure(name, model, case[0], options),
         table=_table,
     )
     return benchmark.run(given, options, dtype)
@@ -106,7 +106,7 @@ def _measure(name: str, model: Any, lengths: Sequence[int], options: argparse.Na
         except (RuntimeError, WrongResultError) as error:
             Terminal().say(f"{case} failed: {error}")
             continue
-        facts = {"whole_layers": num_layers(name), "without_layers_s": fixed}
+        facts: dict[str, Any] = {"whole_layers": num_layers(name), "without_layers_s": fixed}
         if sides.way == "shipped":
             facts |= {"min_context": sides.min_context, "is_sparse": sides.is_sparse}
         yield {"case": case, "metrics": {**_metrics(case, times, fixed, num_layers(name)), **over_dense}, **facts}

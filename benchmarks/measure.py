@@ -6,7 +6,7 @@ Each function returns ``{"implementations": {key: times, error, rate}, "refused"
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -172,7 +172,7 @@ def _measure_target(
     case: Case,
     options: Options,
     op: Callable[..., Tensor],
-    implementations: tuple[str, ...],
+    implementations: Iterable[str],
     shares: dict[str, tuple[str, Tensor]],
     heads: int,
 ) -> dict[str, Any]:
@@ -199,13 +199,13 @@ def _measure_target(
             checked.add(f"with LSE: {name}", with_lse, partial(check_attention, with_lse, q, k, v, lists))
         if given is None and f"with LSE: {name}" in checked.functions:
             given = with_lse()[1]
-    for name in our_implementations(implementations, device):
+    for ours in our_implementations(implementations, device):
         for share, (_, rows) in shares.items():
             for suffix, lse in (("", given), (", alone", None)):
-                key = f"ours: {name or AUTOMATIC}, {share}{suffix}"
+                key = f"ours: {ours or AUTOMATIC}, {share}{suffix}"
                 if not options.wants(key) or (not suffix and lse is None):
                     continue
-                function = partial(op, q, k, block_size=shape.block_size, rows=rows, lse=lse, implementation=name)
+                function = partial(op, q, k, block_size=shape.block_size, rows=rows, lse=lse, implementation=ours)
                 checked.add(key, function, partial(_target_error, op, function, q, k, rows, shape.block_size))
     found = checked.time(options)
     metrics: dict[str, Any] = {}
@@ -283,7 +283,7 @@ def measure_gate_path(case: Case, options: Options) -> dict[str, Any]:
     attend = partial(block_sparse_attention, q, k, v, lists["TopK"])
     checked.add("ours: sparse attention", attend, partial(check_attention, attend, q, k, v, lists["TopK"]))
     checked.add("part: gate logits", partial(gate.logits, q, k), gate_error)
-    module = gate.gate
+    module: Any = gate.gate
     pooled = ((q, module.config.q_pooling, module.q_pitch), (k, module.config.k_pooling, module.k_pitch))
 
     def pool() -> list[Tensor]:

@@ -40,7 +40,8 @@ class ModelShape:
         entries = dict(self.entries)
         if layers is not None:
             entries["num_hidden_layers"] = layers
-        return self.config_class(max_position_embeddings=_MAX_TOKENS, use_cache=False, **entries)
+        make: Any = self.config_class
+        return make(max_position_embeddings=_MAX_TOKENS, use_cache=False, **entries)
 
 
 def _qwen2(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:

@@ -154,22 +154,22 @@ def measure(
         name: partial(one.selector.select, one.inputs) for name, one in timed.items()
     }
     lists = next(iter(timed.values())).lists
-    scale = {
+    scale: dict[str, Callable[[], Any]] = {
         "attention, dense": next(iter(dense_kernels(q, k, v).values())),
         "attention, sparse": partial(block_sparse_attention, q, k, v, lists),
     }
     times = time_functions({**functions, **scale}, device, seconds=seconds, min_repeats=3, max_repeats=50)
     results = []
     for name, function in {**functions, **scale}.items():
-        one = timed.get(name)
+        method = timed.get(name)
         numbers = times[name].to_dict()
         costs = {
             "selector": name,
             "length": length,
             "median_s": numbers["median_s"],
-            "density": one.lists.density() if one else 1.0 if name.endswith("dense") else lists.density(),
-            "implementation": one.how if one else "kernels" if q.is_cuda else "plain torch",
-            "decides": "" if one is None else "whole prompt" if not one.selector.rowwise else "row by row",
+            "density": method.lists.density() if method else 1.0 if name.endswith("dense") else lists.density(),
+            "implementation": method.how if method else "kernels" if q.is_cuda else "plain torch",
+            "decides": "" if method is None else "row by row" if method.selector.rowwise else "whole prompt",
         }
         case = {"op": "selection", "selector": name, "length": length, "density": density, "heads": shape.heads}
         peak = {"peak_bytes": peak_memory(function, device)}

@@ -7,8 +7,8 @@
 A case is a kind of stretching with its factor, as ``seer eval --rope-scaling`` takes it, and a length. The model is
 loaded with it, and the same gates are attached; nothing is trained. Of each case, dense and sparse: answers of three
 retrieval tasks, generated greedily, and perplexity of documents; of the lists that the gates give along a dense
-forward: block recall, and needle recall. The gates' budget for ``--density`` was fitted at the length that they were
-trained on, so the density is what comes of it.
+forward: block recall, and needle recall. The gates' budget for ``--density`` was fitted at shorter lengths, so the
+density is what comes of it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """The metrics of both kinds of attention, with the model as it is loaded."""
     generator = TaskGenerator(tokenizer, books, split="test", seed=options.seed)
-    samples = {}
+    samples: dict[str, Any] = {}
     for task in TASKS:
         count = options.count if task == "single" else -(-options.count // options.questions)
         samples |= make_samples(generator, [task], length, count, options.questions)

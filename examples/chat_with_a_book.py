@@ -57,12 +57,12 @@ def answer(model, tokenizer, ids, cache):
     return output, f"{ids.shape[1] - known} new tokens, first after {first:.2f} s, then {speed:.0f} tokens/s: {text!r}"
 
 
-def main(model: str | None = None, gates: str | None = None) -> None:
-    if model is None:
+def main(name: str | None = None, gates=None) -> None:
+    if name is None:
         (model, tokenizer), gates = seer.testbed.load(), seer.testbed.gates_path()
     else:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto").eval()
     seer.attach(model, gates, prefill=seer.TopK(DENSITY))
     for way in ("dense", "sparse"):
         cache, ids = DynamicCache(), torch.empty(1, 0, dtype=torch.int64, device=model.device)
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", help="a model folder or hub id; it needs --gates")
     parser.add_argument("--gates", help="its trained gates, see `seer distill`")
-    main(**vars(parser.parse_args()))
+    main(*vars(parser.parse_args()).values())

@@ -232,7 +232,7 @@ def test_stored_budgets_are_run_as_they_are(subject, tmp_path, monkeypatch):
     assert entry.perplexity.density == pytest.approx(cost.prompt_density)
     assert 0 < entry.perplexity.density < 1
     caption = summary_table(found, LENGTH).caption
-    assert "Budget rule: as the gates are shipped" in caption
+    assert "Budget rule: by the factors stored with the gates" in caption
     assert "out of reach" not in caption
 
 

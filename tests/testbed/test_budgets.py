@@ -36,7 +36,8 @@ def test_what_is_stored_beside_the_budgets(model_and_book):
     """Prompts by the rule that measured best; decoding is dense unless it is asked for, as it loses answers."""
     budgets = state_of(model_and_book[0]).budgets
     assert budgets.tokens >= 32768
-    assert len(budgets.layers) == 8 and max(budgets.layers) > 1.5 * min(budgets.layers)  # a factor for each layer
+    assert len(budgets.layers) == 8
+    assert max(budgets.layers) > 1.5 * min(budgets.layers)
     fresh, _ = testbed.load("cpu", torch.float32)
     phases = state_of(seer.attach(fresh, testbed.gates_path())).phases
     assert phases["prefill"].policy == seer.RelativeThreshold(1.0)

@@ -65,7 +65,7 @@ def summary_table(comparison: Comparison, length: int) -> Table:
         caption += f" The density was out of reach for: {'; '.join(missed)}."
     if any(entry.contender.get("rule") == BUDGET for entry in comparison.at(length)):
         caption += (
-            " Budget rule: as the gates are shipped, by the factors stored with them; nothing was searched for it, so "
+            " Budget rule: by the factors stored with the gates; nothing was searched for it, so "
             "that its density is what it came to."
         )
     caption += "".join(f" {NOTES[mark]}" for mark in _attentions(comparison.at(length)))
