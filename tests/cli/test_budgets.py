@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import seerattention as seer
 from seerattention.gates.checkpoint import read_checkpoint, write_checkpoint
 from seerattention.gates.sources import stored_budgets
 
@@ -60,6 +62,31 @@ def test_one_factor_for_all_layers(seer_command, folder, texts, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "of 4096 tokens, 2 times" in " ".join(result.stderr.split())
     assert stored_budgets(tmp_path / "gates").layers == ()
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_one_rule_for_one_length(seer_command, folder, texts, tmp_path, by_layer):
+    options = ["--model", folder / "model", "--device", "cpu", "--data", texts, "--length", "4K"]
+    some = ["calibrate", *options, "--sequences", 1, "--output", tmp_path / "gates"]
+    assert seer_command(*some, "--gates", folder / "gates", "--densities", "0.3").exit_code == 0
+    result = seer_command(
+        *some, "--gates", tmp_path / "gates", "--relative-threshold", "0.2", "--json",
+        "--by-layer" if by_layer else "--no-by-layer",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    told, found = json.loads(result.stdout), read_checkpoint(tmp_path / "gates")
+    assert isinstance(found.policy, seer.RelativeThreshold)
+    assert told["factor"] == found.policy.factor
+    assert len(set(found.policy.layers)) == (2 if by_layer else 0)
+    assert found.budgets.densities == (0.3,)  # stay
+    said = f"RelativeThreshold({found.policy.factor:.3g}){' with factors by layer' if by_layer else ''} is the default"
+    assert said in " ".join(result.stderr.split())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    seer.attach(model, tmp_path / "gates", min_context=0)
+    ids = torch.randint(5, 100, (1, 4096), generator=torch.Generator().manual_seed(0))
+    with seer.record(model) as stats, torch.no_grad():
+        model(ids)
+    assert 0.15 < float(stats.total_density) < 0.25
 
 
 def test_gates_without_budgets_are_said_to_have_none(seer_command, folder, texts):

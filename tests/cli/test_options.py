@@ -84,6 +84,7 @@ WRONG = {
         "--sequences": NOT_COUNTS,
         "--densities": [*DENSITIES, "1"],
         "--shortest": [*LENGTHS, "2K", "64K"],
+        "--relative-threshold": [*DENSITIES, "1", "0.1,0.2"],
     },
     "eval": {
         **COMMON,

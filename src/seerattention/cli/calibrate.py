@@ -1,4 +1,4 @@
-"""``seer calibrate``: fit budgets for trained gates on text, and store them with the gates."""
+"""``seer calibrate``: fit budgets, or one rule, for trained gates on text, and store them with the gates."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def command(
             "ones are denser, and long ones lose less the longer it is."
         ),
     ] = None,
+    relative_threshold: Annotated[
+        str | None,
+        typer.Option(
+            help="A density: fit not budgets but the one RelativeThreshold that has it in prompts of --length. The "
+            "gates are attached with it then where nothing else is asked for; budgets that they have stay."
+        ),
+    ] = None,
     by_layer: Annotated[
         bool,
         typer.Option(
@@ -48,6 +55,9 @@ def command(
 
     The prompts are read five times, and twice for each layer (--no-by-layer: twice). seer distill does this at its
     end, at the length that it trains at; do it again for longer prompts, or on texts like yours.
+
+    With --relative-threshold one rule is fitted for one length instead, which loses less of a text as a whole and more
+    of what its last rows look up (docs/density.md).
     """
     with errors():
         terminal = Terminal(as_json)
@@ -57,15 +67,23 @@ def command(
             raise ValueError(f"--shortest must not be longer than the prompts (--length {length}), got {shortest}")
         whole("--sequences", sequences)
         asked = None if densities is None else parse_list(densities, parse_target, "densities")
+        rule = (
+            None if relative_threshold is None else parse_list(relative_threshold, parse_target, "relative-threshold")
+        )
+        if rule is not None and (len(rule) != 1 or densities is not None or shortest is not None):
+            raise ValueError(
+                "--relative-threshold takes one density, for one length, without --densities and --shortest, which are "
+                f"for budgets; got --relative-threshold {relative_threshold}"
+            )
         folder = gates_for(check_model(model), gates)
         check_dtype(dtype)
         check_output(output)
         documents = open_data(data, model, text_field)
         loaded, tokenizer = open_model(terminal, model, device, dtype)
 
-        from .. import hf
+        from .. import RelativeThreshold, hf
         from ..evaluate.perplexity import cut_documents
-        from ..gates.sources import store_budgets
+        from ..gates.sources import store_budgets, store_policy
         from ..measure.calibrate import calibrate, readings
 
         texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
@@ -75,11 +93,19 @@ def command(
         with terminal.progress(
             f"reading {sequences} prompts of {tokens} tokens, {times} times", sequences * times
         ) as on:
-            how: dict[str, Any] = {"densities": asked, "shortest": least, "by_layer": by_layer, "advance": on}
-            found = calibrate(loaded, list(prompts.split(1)), **how)
+            how: dict[str, Any] = {"by_layer": by_layer, "advance": on}
+            how |= {"densities": asked, "shortest": least} if rule is None else {"density": rule[0]}
+            how |= {} if rule is None else {"policy": RelativeThreshold(1.0)}
+            found: Any = calibrate(loaded, list(prompts.split(1)), **how)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
-        store_budgets(folder, output, found)
-        known = ", ".join(f"{density:g}" for density in found.densities)
-        terminal.say(f"wrote {output}: budgets for densities {known}; the default is {found.default:g}")
+        if rule is None:
+            store_budgets(folder, output, found)
+            known = ", ".join(f"{density:g}" for density in found.densities)
+            said = f"budgets for densities {known}; the default is {found.default:g}"
+        else:
+            store_policy(folder, output, found)
+            layers = " with factors by layer" if found.layers else ""
+            said = f"RelativeThreshold({found.factor:.3g}){layers} is the default, {rule[0]:g} of prompts of {length}"
+        terminal.say(f"wrote {output}: {said}")
         emitted: dict[str, Any] = {"model": model, "gates": folder, "output": str(output), **found.to_dict()}
         terminal.emit(emitted)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import PHASES, GateConfig
 from ..files import packed_path
-from ..policies import Budgets
+from ..policies import Budgets, Policy
 from . import published
 from .card import card_notes
 from .checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, GateCheckpoint, read_checkpoint, write_checkpoint
@@ -64,8 +64,20 @@ def store_budgets(source: str | os.PathLike[str], destination: str | os.PathLike
     Raises:
         FileNotFoundError, DamagedFileError: as :func:`load_gates`.
     """
-    folder, checkpoint = locate(source), _read(source)
-    fitted = dataclasses.replace(checkpoint, policy=budgets.policy(), budgets=budgets)
+    return _store(source, destination, policy=budgets.policy(), budgets=budgets)
+
+
+def store_policy(source: str | os.PathLike[str], destination: str | os.PathLike[str], policy: Policy) -> Path:
+    """Write the gates of a source with this policy of prompts; the rest, stored budgets too, as :func:`store_budgets`.
+
+    Raises:
+        FileNotFoundError, DamagedFileError: as :func:`load_gates`.
+    """
+    return _store(source, destination, policy=policy)
+
+
+def _store(source: str | os.PathLike[str], destination: str | os.PathLike[str], **changed: Any) -> Path:
+    folder, fitted = locate(source), dataclasses.replace(_read(source), **changed)
     packed = not (folder / WEIGHTS_FILE).is_file() and packed_path(folder / WEIGHTS_FILE).is_file()
     return write_checkpoint(destination, fitted, packed=packed, notes=notes_of(folder))
 
