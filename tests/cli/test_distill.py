@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import seerattention as seer
+from seerattention import distillation
 from seerattention.cli.opening import count_parameters
-from seerattention.distillation import progress
+from seerattention.distillation import TargetChoice, progress
 from seerattention.distillation.saved import STATE_FILE, load_state, save_state
 
 from ..evaluate.tiny import make_text
@@ -174,15 +175,44 @@ def test_sub_blocks_follow_the_size_of_the_model(run, folder, tmp_path, monkeypa
     assert "no size that its config tells: gates of 8 x 8 sub-blocks by max" in unknown.stderr
 
 
+def test_the_model_decides_about_the_target_once(run, tmp_path, monkeypatch):
+    output, asked = tmp_path / "out", []
+
+    def choose(model, batches, *, block_size):
+        asked.append((len(batches), block_size))
+        return TargetChoice("row_mass", {"max": 0.031, "row_mass": 0.0149}, 0.15)
+
+    monkeypatch.setattr(distillation, "choose_target", choose)
+    with interrupted_after(2):
+        stopped = run(output)
+    said = " ".join(stopped.stderr.split())
+    assert "--target row_mass: the best 0.15 of the blocks of true maps change the next token's distribution by" in said
+    assert "by 0.031 (max) and 0.015 (row_mass) nats" in said
+    assert asked == [(1, 64)]
+    assert run(output).exit_code == 0  # goes on, and asks no more
+    assert json.loads((output / "history.json").read_text())["settings"]["target"] == "row_mass"
+    assert run(tmp_path / "max", "--target", "max").exit_code == 0
+    assert run(tmp_path / "decode", "--phase", "decode").exit_code == 0
+    assert len(asked) == 1
+
+
+def test_where_the_model_cannot_decide_the_papers_target_is_taken(run, tmp_path):
+    short = run(tmp_path / "short")
+    assert "--target max: prompts are too short to compare targets" in " ".join(short.stderr.split())
+    assert "target" not in json.loads((tmp_path / "short" / "history.json").read_text())["settings"]
+    none = run(tmp_path / "none", "--eval-sequences", 0)
+    assert "--target max: no sequences are held out" in " ".join(none.stderr.split())
+
+
 def test_the_target_is_part_of_a_run(run, tmp_path):
-    """It trains other gates, is in the history, and an interrupted run goes on with its own only."""
+    """It trains other gates, is in the history, and an interrupted run goes on with its own only, named or not."""
     output, target = tmp_path / "out", ("--target", "row_mass")
     with interrupted_after(2):
         run(output, *target)
-    other = run(output)
+    other = run(output, "--target", "max")
     assert other.exit_code == 1
     assert "belongs to a run with other settings (target: was 'row_mass'" in other.stderr
-    done = run(output, *target)
+    done = run(output)
     assert done.exit_code == 0, done.stderr
     assert json.loads((output / "history.json").read_text())["settings"]["target"] == "row_mass"
     assert run(tmp_path / "max", "--target", "max").exit_code == 0

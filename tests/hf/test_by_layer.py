@@ -12,7 +12,8 @@ from transformers import DynamicCache
 import seerattention as seer
 from seerattention.hf.state import state_of
 from seerattention.measure.calibrate import readings
-from seerattention.measure.layers import _multipliers, _Output, fit_layers
+from seerattention.measure.layers import _multipliers, fit_layers
+from seerattention.measure.output import DenseOutput
 from seerattention.policies import Budget, Budgets, RelativeThreshold, policy_from_dict
 from tiny_models import attach, logits_of, make_ids, make_model
 
@@ -116,14 +117,14 @@ def test_dense_attention_changes_nothing():
     mask = torch.ones(2, 300, dtype=torch.int64)
     mask[1, 200:] = 0
     padded = {"input_ids": make_ids(300, seed=2, batch=2), "attention_mask": mask}
-    output = _Output(model, [{"input_ids": make_ids(300, seed=1)}, padded])
+    output = DenseOutput(model, [{"input_ids": make_ids(300, seed=1)}, padded])
     seer.set_policy(model, seer.TopK(1.0))
-    loss, density = output.changed(1)
-    assert density == 1
+    loss, seen = output.changed()
+    assert seen.per_layer[1] == 1
     assert abs(loss) < 1e-6
     seer.set_policy(model, seer.TopK(0.2))
-    loss, density = output.changed(1)
-    assert 0.2 < density < 0.5
+    loss, seen = output.changed()
+    assert 0.2 < seen.per_layer[1] < 0.5
     assert loss > 1e-4
 
 
@@ -138,7 +139,7 @@ def test_what_is_compared_is_what_the_model_says(family, changes):
         setattr(model.config, name, value)
         if hasattr(model, name):
             setattr(model, name, value)
-    output = _Output(model, [{"input_ids": make_ids(200)}])
+    output = DenseOutput(model, [{"input_ids": make_ids(200)}])
     ((states, _),) = output.dense
     with seer.dense(model):
         said = model(input_ids=make_ids(200)).logits.float().log_softmax(-1)

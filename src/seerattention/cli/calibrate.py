@@ -81,10 +81,11 @@ def command(
         documents = open_data(data, model, text_field)
         loaded, tokenizer = open_model(terminal, model, device, dtype)
 
-        from .. import RelativeThreshold, hf
+        from .. import hf
         from ..evaluate.perplexity import cut_documents
         from ..gates.sources import store_budgets, store_policy
         from ..measure.calibrate import calibrate, readings
+        from ..policies import RelativeThreshold
 
         texts = book_tokens(documents, model, tokenizer, limit=2 * sequences * tokens, split="train")
         prompts = cut_documents(texts, tokens, sequences, bos=tokenizer.bos_token_id)

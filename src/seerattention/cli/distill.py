@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,17 @@ import typer
 
 from ..config import PHASES
 from .common import Terminal, errors, resolve_device, token_count
-from .distill_job import DistillJob, check_job, learning_rate_of, read_text, repeats_of, row_choice, same_run
+from .distill_job import (
+    AUTO,
+    DistillJob,
+    check_job,
+    learning_rate_of,
+    read_text,
+    repeats_of,
+    row_choice,
+    same_run,
+    target_of,
+)
 from .distill_results import fit_budgets, write_results
 from .gate_form import (
     GateForm,
@@ -84,9 +94,10 @@ def command(
         str,
         typer.Option(
             help="What gates learn of a tile of the attention map: max, its largest probability (the papers; keeps "
-            "look-ups), or row_mass, the most that one query gives to the whole tile (better perplexity of plain text)."
+            "look-ups), or row_mass, the most that one query gives to the whole tile (better perplexity of plain "
+            "text). auto: what the true maps of this model lose less by, on two held-out sequences; of decoding max."
         ),
-    ] = "max",
+    ] = AUTO,
     block_size: BlockSize = 64,
     form: Annotated[
         str,
@@ -230,7 +241,7 @@ def command(
                 "skip_rows": skip_rows,
                 "last_rows": last_rows,
                 "reduction": reduction,
-                "target": target,
+                "target": "max" if target == AUTO else target,
                 "accumulation": accumulation,
                 "seed": seed,
                 "phase": one,
@@ -239,12 +250,13 @@ def command(
             }
             asked = {} if gates is None else {k: v for k, v in shape.options().items() if is_given(context, k)}
             by_size = shape if gates is None and shape.by_size else None
-            runs[one] = job, check_job(job, settings), asked, by_size  # of both phases before one is trained
+            by_model = _ByModel(by_size, target == AUTO and one == PREFILL)
+            runs[one] = job, check_job(job, settings), asked, by_model  # of both phases before one is trained
         results = {}
-        for one, (job, configs, asked, by_size) in runs.items():
+        for one, (job, configs, asked, by_model) in runs.items():
             folder = output / one if phase == BOTH else output
             results[one] = _distill(
-                job, configs, folder, save_every or None, save_seconds, terminal, asked, by_size, budgets, by_layer
+                job, configs, folder, save_every or None, save_seconds, terminal, asked, by_model, budgets, by_layer
             )
         if phase == BOTH:
             from ..gates.sources import join
@@ -256,6 +268,19 @@ def command(
             terminal.emit(results[phase])
 
 
+@dataclass(frozen=True)
+class _ByModel:
+    """What the model decides.
+
+    Attributes:
+        form: the form of gates, by its size; None: ``--gates`` or options have said all of it.
+        target: whether it decides about the target.
+    """
+
+    form: GateForm | None
+    target: bool
+
+
 def _distill(
     job: DistillJob,
     configs: tuple[DistillConfig, GateConfig],
@@ -264,7 +289,7 @@ def _distill(
     save_seconds: float,
     terminal: Terminal,
     asked: dict[str, Any],
-    by_size: GateForm | None,
+    by_model: _ByModel,
     budgets: bool,
     by_layer: bool,
 ) -> dict[str, Any] | None:
@@ -272,7 +297,7 @@ def _distill(
 
     Args:
         asked: what was said of the form of gates although they come from ``job.gates``.
-        by_size: the form of gates about which the size of the model decides; None: ``configs`` have it.
+        by_model: what is left to the model, of which ``configs`` say nothing or anything.
         budgets, by_layer: whether they are to be fitted, and for layers apart.
     """
     import torch
@@ -293,8 +318,8 @@ def _distill(
     processes = Processes.join(cpu=device == "cpu")
     if processes.world_size > 1 and device == "cuda":
         device = f"cuda:{processes.local_rank}"
-    if by_size is not None:
-        by_size = replace(by_size, parameters=count_parameters(job.model))
+    if by_model.form is not None:
+        by_size = replace(by_model.form, parameters=count_parameters(job.model))
         job = replace(job, gate=by_size.config())
         gate_config = GateConfig.from_dict(job.gate)
         if processes.is_main:
@@ -303,9 +328,12 @@ def _distill(
     identity = same_run(job, documents, output / STATE_FILE)
 
     model, tokenizer = load_model(job.model, device, job.dtype)
+    batches, held_out = read_text(job, documents, tokenizer, processes, config)
+    if by_model.target:
+        size = gate_config.block_size_of(PREFILL)
+        config = replace(config, target=target_of(model, held_out, output / STATE_FILE, size, processes, terminal))
     torch.manual_seed(config.seed)
     hf.attach(model, gate_config if job.gates is None else job.gates, min_context=0)
-    batches, held_out = read_text(job, documents, tokenizer, processes, config)
     main, result = processes.is_main, None
     if main:
         terminal.say(

@@ -5,6 +5,7 @@ from .config import DistillConfig
 from .history import DistillHistory
 from .repeats import Repeats
 from .run import StepReport, distill
+from .targets import TargetChoice, choose_target
 from .trainer import DistillationError
 from .woven import Woven
 
@@ -14,7 +15,9 @@ __all__ = [
     "DistillationError",
     "Repeats",
     "StepReport",
+    "TargetChoice",
     "Woven",
+    "choose_target",
     "data",
     "distill",
     "documents",

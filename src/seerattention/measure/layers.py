@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..hf.attach import set_policy
-from ..hf.contexts import dense
-from ..hf.head import logit_changes, token_logits
-from ..hf.prompts import last_hidden_states
 from ..hf.state import gated_layers, state_of
 from ..policies import Budget, Dense, RelativeThreshold
-from .stats import record
+from .output import DenseOutput
 
 LAYERS_DENSITY = 0.1
 """At which layers are compared, or the nearest that is fitted: where blocks are few, it matters which."""
@@ -35,8 +32,6 @@ _NUDGE = 2.0
 _EXPONENT, _BOUND = -0.5, 1.4
 # Of the largest worth, below which none is told from noise.
 _LEAST = 0.01
-# Positions of a prompt whose next token is looked at, evenly spread, and logits that exist at a time: 128 MB.
-_POSITIONS, _CHUNK = 512, 1 << 25
 
 
 @torch.no_grad()
@@ -61,14 +56,15 @@ def fit_layers(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> tuple[
     policy, own, count = state.policy, {layer.index: layer.policy for layer in state.layers}, len(state.layers)
     if not isinstance(policy, Budget | RelativeThreshold):
         raise ValueError(f"factors by layer are for a Budget or a RelativeThreshold, got {policy!r}")
-    output, worth = _Output(model, prompts), {}
+    output, worth = DenseOutput(model, prompts), {}
     try:
         for layer in gated_layers(state):
             found = []
             for times in (1.0, _NUDGE):
                 others = {index: Dense() if index != layer.index else None for index in range(count)}
                 set_policy(model, replace(policy, layers=(times,) * count), layers=others)
-                found.append(output.changed(layer.index))
+                lost, seen = output.changed()
+                found.append((lost, seen.per_layer[layer.index]))
             (less, dense_as), (more, sparse_as) = found
             if dense_as - sparse_as > 1e-4 * dense_as:  # else its blocks are floors, and there is nothing to compare
                 worth[layer.index] = (more - less) / (dense_as - sparse_as)
@@ -96,68 +92,3 @@ def _multipliers(worth: Mapping[int, float], count: int) -> tuple[float, ...]:
     found = {layer: _EXPONENT * min(max(log - mean, -_BOUND), _BOUND) for layer, log in logs.items()}
     middle = sum(found.values()) / len(found)
     return tuple(math.exp(found[layer] - middle) if layer in found else 1.0 for layer in range(count))
-
-
-class _Output:
-    """What a model says next at some positions of prompts when its attention is dense, to compare with.
-
-    The hidden states are kept, not the distributions, which are a hundred times larger.
-    """
-
-    def __init__(self, model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> None:
-        self.model, self.prompts, self.head = model, prompts, _Head(model)
-        with dense(model):
-            self.dense = list(self._states())
-
-    def changed(self, layer: int) -> tuple[float, float]:
-        """Mean divergence of the next token's distribution from the dense one's in nats, and a layer's density."""
-        total = weights = 0.0
-        with record(self.model) as seen:
-            for (states, counts), (wanted, _) in zip(self._states(), self.dense, strict=True):
-                step = max(1, _CHUNK // (self.head.vocabulary * len(states)))
-                for found, target, some in zip(*(x.split(step, 1) for x in (states, wanted, counts)), strict=True):
-                    dense_as, sparse_as = self.head(target), self.head(found)
-                    divergence = (dense_as.exp() * (dense_as - sparse_as)).sum(-1)
-                    total += float((divergence * some.to(divergence.device)).sum())
-                weights += float(counts.sum())
-        if not math.isfinite(total):
-            raise ValueError(
-                "factors by layer compare what the model says next, which is not finite on these prompts; does it "
-                "overflow in float16? Load it in bfloat16 or float32, or leave by_layer out"
-            )
-        return total / weights, seen.per_layer[layer]
-
-    def _states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each prompt ``[B, positions, hidden]``, and which of these are tokens, float32 ``[B, positions]``."""
-        for prompt in self.prompts:
-            states = last_hidden_states(self.model, prompt)
-            length = states.shape[1]
-            index = torch.linspace(0, length - 1, min(length, _POSITIONS)).round().long()
-            mask = prompt.get("attention_mask")
-            counts = torch.ones(states.shape[0], length) if mask is None else mask.float()
-            yield states[:, index.to(states.device)], counts[:, index.to(counts.device)].to(states.device)
-
-
-class _Head:
-    """Logarithms of the next token's probabilities, float32 ``[..., vocabulary]``, from states ``[..., hidden]``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        changes = logit_changes(config)
-        self.scale = float(changes.pop("logits_scaling", 1))
-        self.cap = changes.pop("final_logit_softcapping", None)
-        if head is None or changes:
-            what = f"changes its logits ({', '.join(changes)})" if changes else "has no LM head"
-            raise ValueError(
-                f"factors by layer compare what the model says next, and {type(model).__name__} {what}; leave by_layer "
-                "out (--no-by-layer)"
-            )
-        self.model, self.vocabulary = model, int(head.weight.shape[0])
-
-    def __call__(self, states: Tensor) -> Tensor:
-        logits = token_logits(self.model, states) / self.scale
-        if self.cap:
-            logits = (logits / self.cap).tanh() * self.cap
-        return logits.log_softmax(-1)

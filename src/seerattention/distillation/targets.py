@@ -1,0 +1,141 @@
+"""Which target suits a model: what blocks chosen by its true maps change in what it says next.
+
+A needle is the largest probability of its tile; attention that one query spreads over a block is none. Models that read
+plain text have more of the second: ranked by their largest probabilities, blocks lose twice as much of SmolLM2's
+perplexity as ranked by row masses, while models that were trained to look things up lose as much either way, and gates
+that learn row masses forget look-ups there (``docs/experiments.md``). So the largest probability, the target of the
+papers, is left only where it loses plainly more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import hf
+from ..baselines import Oracle
+from ..blocks import BlockIndices
+from ..hf.prompts import check_batch
+from ..measure.output import DenseOutput
+from ..measure.passes import read_prompts
+from ..ops.indices import read_lists
+from ..policies import RelativeThreshold
+from ..selectors import LayerInputs
+from .config import TARGETS
+
+__all__ = ["TargetChoice", "choose_target"]
+
+# At which maps are compared: where true maps of SmolLM2 differ by two points of perplexity. Of shorter prompts a little
+# more than what every row keeps, up to where maps lose next to nothing, whatever they are ranked by.
+_DENSITY, _ABOVE_FLOORS, _MOST = 0.15, 1.2, 0.25
+# How many times as much the largest probability must lose: 2.1 was seen on SmolLM2, and 0.9 and 1.04 on models that
+# look things up.
+_PLAINLY = 1.4
+# Factors that are tried, in half octaves.
+_FACTORS = tuple(2.0 ** (step / 2) for step in range(-10, 17))
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """What was chosen, and why.
+
+    Attributes:
+        target: one of ``TARGETS``.
+        lost: by target, the divergence in nats of the next token's distribution from the dense one's, when each layer
+            reads the blocks that its true map ranks first.
+        density: of blocks, at which that was.
+    """
+
+    target: str
+    lost: Mapping[str, float]
+    density: float
+
+
+@torch.no_grad()
+def choose_target(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, block_size: int = 64) -> TargetChoice:
+    """Which of ``TARGETS`` gates of prompts should learn, by what true maps ranked so lose of the model's own output.
+
+    It takes two dense forwards of the batches and two along true maps, which cost about a third more.
+
+    Args:
+        model: to which nothing is attached, and which has an LM head; it is left so.
+        batches: as :func:`~seerattention.hf.prompts.check_batch` takes them, a few of the length that is trained at.
+        block_size: tokens a block.
+
+    Raises:
+        ValueError: no batch, or too short ones: it takes about 4,096 tokens; the model has no LM head, or what it says
+            is not finite; something is attached already.
+    """
+    prompts = [check_batch(batch, model) for batch in batches]
+    if not prompts:
+        raise ValueError("a target is chosen on prompts, got none")
+    seen = _Seen(block_size)
+    with _attached(model, Oracle(RelativeThreshold(1.0), block_size)):
+        read_prompts(model, prompts, seen, densely=True)
+        output = DenseOutput(model, prompts)
+    lost = {}
+    for target in TARGETS:
+        policy = RelativeThreshold(seen.factor(target))
+        with _attached(model, Oracle(policy, block_size, target)):
+            lost[target] = output.changed()[0]
+    chosen = "row_mass" if lost["max"] > _PLAINLY * lost["row_mass"] else "max"
+    return TargetChoice(chosen, lost, seen.density)
+
+
+@contextmanager
+def _attached(model: nn.Module, selector: Oracle) -> Iterator[None]:
+    """A model with a selector, and none of it afterwards."""
+    hf.attach(model, selector=selector, min_context=0)
+    try:
+        yield
+    finally:
+        hf.detach(model)
+
+
+class _Seen:
+    """Blocks that each factor keeps of true maps, by target, over all layers, heads and rows."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.policies = [RelativeThreshold(factor) for factor in _FACTORS]
+        self.kept = {target: torch.zeros(len(_FACTORS), dtype=torch.float64) for target in TARGETS}
+        self.causal = 0
+
+    def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
+        for target in TARGETS:
+            scores = Oracle(block_size=self.block_size, reduce=target).scores(inputs)
+            lists = [
+                policy.select(scores, block_size=self.block_size, lengths=inputs.lengths) for policy in self.policies
+            ]
+            self.kept[target] += torch.stack([read_lists(found)[1].sum() for found in lists]).double().cpu()
+        rows = torch.arange(1, scores.shape[2] + 1, device=scores.device)
+        valid = rows > 0 if inputs.lengths is None else rows <= -(-inputs.lengths // self.block_size)[:, None]
+        self.causal += int((rows * valid).sum()) * scores.shape[1] * (scores.shape[0] if inputs.lengths is None else 1)
+
+    @property
+    def density(self) -> float:
+        """At which targets are compared."""
+        if not self.causal:
+            raise ValueError("no layer read these prompts as a whole")
+        least = max(float(kept[-1]) for kept in self.kept.values()) / self.causal
+        found = max(_DENSITY, _ABOVE_FLOORS * least)
+        if found > _MOST:
+            raise ValueError(
+                f"prompts are too short to compare targets: what every row keeps is {least:.2f} of the blocks; use "
+                f"{64 * self.block_size:,} tokens or more"
+            )
+        return found
+
+    def factor(self, target: str) -> float:
+        """With which a target's maps have that density, between the two nearest of those tried."""
+        density, found = self.density, (self.kept[target] / self.causal).tolist()  # falls
+        place = min(max(1, sum(value > density for value in found)), len(found) - 1)
+        high, low = found[place - 1], max(found[place], 1e-9)
+        share = (math.log(high) - math.log(density)) / (math.log(high) - math.log(low)) if high > low else 0.0
+        return _FACTORS[place - 1] * (_FACTORS[place] / _FACTORS[place - 1]) ** min(max(share, 0.0), 1.0)
