@@ -187,21 +187,52 @@ def test_the_model_decides_about_the_target_once(run, tmp_path, monkeypatch):
         stopped = run(output)
     said = " ".join(stopped.stderr.split())
     assert "--target row_mass: the best 0.15 of the blocks of true maps change the next token's distribution by" in said
-    assert "by 0.031 (max) and 0.015 (row_mass) nats" in said
+    assert "by 0.031 (max) and 0.0149 (row_mass) nats" in said
     assert asked == [(1, 64)]
     assert run(output).exit_code == 0  # goes on, and asks no more
     assert json.loads((output / "history.json").read_text())["settings"]["target"] == "row_mass"
+    assert run(tmp_path / "whole").exit_code == 0
+    settings = json.loads((tmp_path / "whole" / "history.json").read_text())["settings"]
+    assert settings["target decided by"] == {"lost": {"max": 0.031, "row_mass": 0.0149}, "density": 0.15}
     assert run(tmp_path / "max", "--target", "max").exit_code == 0
     assert run(tmp_path / "decode", "--phase", "decode").exit_code == 0
-    assert len(asked) == 1
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no kernel"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_choice_that_fails_ends_no_run(run, tmp_path, monkeypatch, error):
+    def fail(*given, **options):
+        raise error
+
+    monkeypatch.setattr(distillation, "choose_target", fail)
+    done = run(tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert f"--target max: the model could not decide: {error}" in " ".join(done.stderr.split())
+    settings = json.loads((tmp_path / "out" / "history.json").read_text())["settings"]
+    assert settings["target decided by"] == {"could not decide": str(error)}
+
+
+def test_the_target_is_chosen_for_the_blocks_of_the_gates(run, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(model, batches, *, block_size):
+        asked.append(block_size)
+        return TargetChoice("max", {"max": 0.01, "row_mass": 0.01}, 0.15)
+
+    monkeypatch.setattr(distillation, "choose_target", choose)
+    assert run(tmp_path / "small", "--block-size", 32).exit_code == 0
+    assert run(tmp_path / "again", "--gates", tmp_path / "small").exit_code == 0
+    assert asked == [32, 32]
 
 
 def test_where_the_model_cannot_decide_the_papers_target_is_taken(run, tmp_path):
     short = run(tmp_path / "short")
-    assert "--target max: prompts are too short to compare targets" in " ".join(short.stderr.split())
+    assert "--target max: the model could not decide: prompts are too short to compare targets" in " ".join(
+        short.stderr.split()
+    )
     assert "target" not in json.loads((tmp_path / "short" / "history.json").read_text())["settings"]
     none = run(tmp_path / "none", "--eval-sequences", 0)
-    assert "--target max: no sequences are held out" in " ".join(none.stderr.split())
+    assert "--target max: the model could not decide: no sequences are held out" in " ".join(none.stderr.split())
 
 
 def test_the_target_is_part_of_a_run(run, tmp_path):

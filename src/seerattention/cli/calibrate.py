@@ -16,7 +16,7 @@ from .parameters import Device, Dtype, ModelName, TextField, gates_option, text_
 def command(
     model: ModelName,
     output: Annotated[
-        Path, typer.Option(help="Folder to write: the gates with their budgets. It may be that of --gates.")
+        Path, typer.Option(help="Folder to write: the gates with what was fitted. It may be that of --gates.")
     ],
     gates: Annotated[str | None, gates_option()] = None,
     data: Annotated[str | None, text_option("Text that the gates were not trained on", "training")] = None,
@@ -49,7 +49,7 @@ def command(
     text_field: TextField = "text",
     dtype: Dtype = "auto",
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the budgets as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was fitted as JSON.")] = False,
 ) -> None:
     """Fit budgets, so that seerattention.attach(model, OUTPUT, density=0.1) spends that density at every length.
 

@@ -168,6 +168,8 @@ def command(
     the run and ends with the same gates. Several GPUs: accelerate launch -m seerattention.cli.distill, same options.
     """
     with errors():
+        from ..distillation.config import TARGETS
+
         terminal = Terminal(as_json)
         for option, number, least in (
             ("--batch-size", batch_size, 1),
@@ -198,6 +200,8 @@ def command(
                 "--phase both runs in one process; on several train prefill and decode one after the other, and put "
                 "them together by seer join"
             )
+        if target != AUTO and target not in TARGETS:
+            raise ValueError(f"--target must be one of {', '.join((AUTO, *TARGETS))}, got {target!r}")
         runs = {}
         for one in (PREFILL, DECODE) if phase == BOTH else (phase,):
             shape = GateForm(
@@ -310,6 +314,8 @@ def _distill(
     from ..distillation.processes import Processes
     from ..distillation.progress import distill_progress
     from ..distillation.saved import STATE_FILE
+    from ..gates.sources import load_gates
+    from ..hf.architectures import find_decoder
     from ..hf.state import state_of
 
     config, gate_config = configs
@@ -328,10 +334,14 @@ def _distill(
     identity = same_run(job, documents, output / STATE_FILE)
 
     model, tokenizer = load_model(job.model, device, job.dtype)
+    if job.gates is not None:
+        gate_config = load_gates(job.gates, find_decoder(model).config).gate_config
     batches, held_out = read_text(job, documents, tokenizer, processes, config)
-    if by_model.target:
+    decided: dict[str, Any] = {}
+    if by_model.target and PREFILL in gate_config.phases:
         size = gate_config.block_size_of(PREFILL)
-        config = replace(config, target=target_of(model, held_out, output / STATE_FILE, size, processes, terminal))
+        target, decided = target_of(model, held_out, output / STATE_FILE, size, processes, terminal)
+        config = replace(config, target=target)
     torch.manual_seed(config.seed)
     hf.attach(model, gate_config if job.gates is None else job.gates, min_context=0)
     main, result = processes.is_main, None
@@ -366,7 +376,8 @@ def _distill(
         if budgets and held_out and config.phase == "prefill":
             hf.save_gates(model, output)  # nothing is lost if that fails
             fit_budgets(model, held_out, terminal, by_layer=by_layer)
-        result = write_results(model, history, config, output, terminal, job.to_dict())
+        told = {**job.to_dict(), **({"target decided by": decided} if decided else {})}
+        result = write_results(model, history, config, output, terminal, told)
     return result
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .common import one_line
 from .gate_form import OPTION_OF
 from .options import named
 
@@ -105,10 +106,14 @@ def repeats_of(phase: str, length: int, terminal: Terminal) -> float:
 
 def target_of(
     model: Any, held_out: list[Any], state: Path, block_size: int, processes: Processes, terminal: Terminal
-) -> str:
-    """The target where none is given: that of the run in ``state``, or what suits the model. It says why.
+) -> tuple[str, dict[str, Any]]:
+    """The target where none is given: that of the run in ``state``, or what suits the model, and then why.
 
-    Every process reads the same sequences; the word of the first one counts.
+    Where the model cannot decide it is that of the papers, and it is said. Every process reads the same sequences; the
+    word of the first one counts.
+
+    Returns:
+        The target, and for the history what decided; nothing of a run that goes on.
     """
     import torch
 
@@ -117,23 +122,28 @@ def target_of(
     from ..distillation.saved import load_state
 
     if state.exists():
-        return str(load_state(state)[1].get("settings", {}).get("target", TARGETS[0]))
+        return str(load_state(state)[1].get("settings", {}).get("target", TARGETS[0])), {}
+    chosen, why = TARGETS[0], ""
+    told: dict[str, Any] = {}
     try:
         if not held_out:
             raise ValueError("no sequences are held out")
         found = choose_target(model, held_out[:_TARGET_SEQUENCES], block_size=block_size)
-        lost = " and ".join(f"{found.lost[target]:.3f} ({target})" for target in TARGETS)
-        chosen = found.target
-        said = (
-            f"the best {found.density:g} of the blocks of true maps change the next token's distribution by {lost} nats"
-        )
-    except ValueError as error:
-        chosen, said = TARGETS[0], str(error)
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # the last: out of memory, too
+        why = f"the model could not decide: {one_line(error)}"
+        told = {"could not decide": one_line(error)}
+    else:
+        lost = " and ".join(f"{found.lost[target]:.3g} ({target})" for target in TARGETS)
+        chosen, told = found.target, {"lost": dict(found.lost), "density": found.density}
+        share = f"{found.density:.2f}"
+        why = f"the best {share} of the blocks of true maps change the next token's distribution by {lost} nats"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     index = torch.tensor([TARGETS.index(chosen) if processes.is_main else 0], device=model.device)
     chosen = TARGETS[int(processes.sum_(index))]
     if processes.is_main:
-        terminal.say(f"--target {chosen}: {said}")
-    return chosen
+        terminal.say(f"--target {chosen}: {why}")
+    return chosen, told
 
 
 def check_job(job: DistillJob, settings: dict[str, Any]) -> tuple[DistillConfig, GateConfig]:

@@ -21,6 +21,7 @@ from torch import nn
 from .. import hf
 from ..baselines import Oracle
 from ..blocks import BlockIndices
+from ..hf.architectures import find_decoder, gated_indices
 from ..hf.prompts import check_batch
 from ..measure.output import DenseOutput
 from ..measure.passes import read_prompts
@@ -34,8 +35,10 @@ __all__ = ["TargetChoice", "choose_target"]
 # At which maps are compared: where true maps of SmolLM2 differ by two points of perplexity. Of shorter prompts a little
 # more than what every row keeps, up to where maps lose next to nothing, whatever they are ranked by.
 _DENSITY, _ABOVE_FLOORS, _MOST = 0.15, 1.2, 0.25
-# How many times as much the largest probability must lose: 2.1 was seen on SmolLM2, and 0.9 and 1.04 on models that
-# look things up.
+# How far from it a map may be, as a share, after how many tries; and what is too far to compare at all.
+_NEAR, _TRIES, _FAR = 0.03, 3, 0.1
+# How many times as much the largest probability must lose, in nats: 1.75 was seen on SmolLM2 and 1.07 on a model that
+# looks things up (of perplexity 2.1 and 1.04, and 0.9 on another such model).
 _PLAINLY = 1.4
 # Factors that are tried, in half octaves.
 _FACTORS = tuple(2.0 ** (step / 2) for step in range(-10, 17))
@@ -61,7 +64,8 @@ class TargetChoice:
 def choose_target(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, block_size: int = 64) -> TargetChoice:
     """Which of ``TARGETS`` gates of prompts should learn, by what true maps ranked so lose of the model's own output.
 
-    It takes two dense forwards of the batches and two along true maps, which cost about a third more.
+    It takes two dense forwards of the batches and two to six along true maps, which cost about a third more. Layers
+    that get no gates are dense.
 
     Args:
         model: to which nothing is attached, and which has an LM head; it is left so.
@@ -69,23 +73,43 @@ def choose_target(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, blo
         block_size: tokens a block.
 
     Raises:
-        ValueError: no batch, or too short ones: it takes about 4,096 tokens; the model has no LM head, or what it says
-            is not finite; something is attached already.
+        ValueError: no batch, or too short ones: it takes about 64 blocks; the model has no LM head, or what it says is
+            not finite; both maps cannot be brought to one density; something is attached already.
     """
     prompts = [check_batch(batch, model) for batch in batches]
     if not prompts:
         raise ValueError("a target is chosen on prompts, got none")
-    seen = _Seen(block_size)
+    _check_floors(prompts, block_size)
+    decoder: Any = find_decoder(model)
+    count = len(decoder.layers)
+    seen = _Seen(block_size, gated_indices(decoder.config, count))
     with _attached(model, Oracle(RelativeThreshold(1.0), block_size)):
         read_prompts(model, prompts, seen, densely=True)
         output = DenseOutput(model, prompts)
-    lost = {}
-    for target in TARGETS:
-        policy = RelativeThreshold(seen.factor(target))
-        with _attached(model, Oracle(policy, block_size, target)):
-            lost[target] = output.changed()[0]
+    lost = {target: _lost(model, output, seen, target, count) for target in TARGETS}
     chosen = "row_mass" if lost["max"] > _PLAINLY * lost["row_mass"] else "max"
     return TargetChoice(chosen, lost, seen.density)
+
+
+def _lost(model: nn.Module, output: DenseOutput, seen: _Seen, target: str, count: int) -> float:
+    """By true maps, at the density that is compared at: other layers change what a layer's map is, so it is tried."""
+    density = wanted = seen.density
+    others = () if len(seen.layers) == count else tuple(1.0 if i in seen.layers else 1e-9 for i in range(count))
+    for _ in range(_TRIES):
+        policy = RelativeThreshold(seen.factor(target, wanted), layers=others)
+        with _attached(model, Oracle(policy, seen.block_size, target)):
+            lost, read = output.changed()
+        found = [read.per_layer[layer] for layer in seen.observed]
+        had = sum(found) / len(found)
+        if abs(had / density - 1) < _NEAR:
+            break
+        wanted *= density / had
+    if abs(had / density - 1) > _FAR:
+        raise ValueError(
+            f"true maps ranked by {target} keep {had:.3f} of the blocks where {density:.3f} was asked for, so that "
+            "targets cannot be compared"
+        )
+    return lost
 
 
 @contextmanager
@@ -98,22 +122,53 @@ def _attached(model: nn.Module, selector: Oracle) -> Iterator[None]:
         hf.detach(model)
 
 
-class _Seen:
-    """Blocks that each factor keeps of true maps, by target, over all layers, heads and rows."""
+def _check_floors(prompts: Sequence[Mapping[str, Any]], block_size: int) -> None:
+    """Before any forward: whether what every row keeps leaves a choice."""
+    kept = causal = 0
+    for prompt in prompts:
+        batch, tokens = prompt["input_ids"].shape
+        blocks = -(-tokens // block_size)
+        lists = RelativeThreshold(1e9).select(torch.zeros(1, 1, blocks, blocks), block_size=block_size)
+        kept += batch * int(lists.counts.sum())
+        causal += batch * blocks * (blocks + 1) // 2
+    _compared_at(kept / causal, block_size)
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+
+def _compared_at(least: float, block_size: int) -> float:
+    """The density at which targets are compared where every row keeps so much.
+
+    Raises:
+        ValueError: too much.
+    """
+    found = max(_DENSITY, _ABOVE_FLOORS * least)
+    if found > _MOST:
+        raise ValueError(
+            f"prompts are too short to compare targets: what every row keeps is {least:.2f} of the blocks; use about "
+            f"{64 * block_size:,} tokens or more"
+        )
+    return found
+
+
+class _Seen:
+    """Blocks that each factor keeps of true maps, by target, over heads and rows of the layers that get gates."""
+
+    def __init__(self, block_size: int, layers: Sequence[int]) -> None:
+        self.block_size, self.layers = block_size, frozenset(layers)
+        self.observed: set[int] = set()
         self.policies = [RelativeThreshold(factor) for factor in _FACTORS]
         self.kept = {target: torch.zeros(len(_FACTORS), dtype=torch.float64) for target in TARGETS}
         self.causal = 0
 
     def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
+        if inputs.layer not in self.layers:
+            return
+        self.observed.add(inputs.layer)
+        how: dict[str, Any] = {"block_size": self.block_size, "lengths": inputs.lengths}
         for target in TARGETS:
             scores = Oracle(block_size=self.block_size, reduce=target).scores(inputs)
-            lists = [
-                policy.select(scores, block_size=self.block_size, lengths=inputs.lengths) for policy in self.policies
-            ]
-            self.kept[target] += torch.stack([read_lists(found)[1].sum() for found in lists]).double().cpu()
+            # One factor's lists at a time: each has room for all blocks.
+            counts = [read_lists(policy.select(scores, **how))[1].sum() for policy in self.policies]
+            self.kept[target] += torch.stack(counts).double().cpu()
         rows = torch.arange(1, scores.shape[2] + 1, device=scores.device)
         valid = rows > 0 if inputs.lengths is None else rows <= -(-inputs.lengths // self.block_size)[:, None]
         self.causal += int((rows * valid).sum()) * scores.shape[1] * (scores.shape[0] if inputs.lengths is None else 1)
@@ -122,19 +177,13 @@ class _Seen:
     def density(self) -> float:
         """At which targets are compared."""
         if not self.causal:
-            raise ValueError("no layer read these prompts as a whole")
+            raise ValueError("no layer that gets a gate read these prompts as a whole")
         least = max(float(kept[-1]) for kept in self.kept.values()) / self.causal
-        found = max(_DENSITY, _ABOVE_FLOORS * least)
-        if found > _MOST:
-            raise ValueError(
-                f"prompts are too short to compare targets: what every row keeps is {least:.2f} of the blocks; use "
-                f"{64 * self.block_size:,} tokens or more"
-            )
-        return found
+        return _compared_at(least, self.block_size)
 
-    def factor(self, target: str) -> float:
-        """With which a target's maps have that density, between the two nearest of those tried."""
-        density, found = self.density, (self.kept[target] / self.causal).tolist()  # falls
+    def factor(self, target: str, density: float) -> float:
+        """With which a target's maps have a density along the dense forward, between the two nearest of those tried."""
+        found = (self.kept[target] / self.causal).tolist()  # falls
         place = min(max(1, sum(value > density for value in found)), len(found) - 1)
         high, low = found[place - 1], max(found[place], 1e-9)
         share = (math.log(high) - math.log(density)) / (math.log(high) - math.log(low)) if high > low else 0.0

@@ -154,7 +154,8 @@ def write_checkpoint(
         notes: Markdown for the end of the card, second-level headings and below.
     """
     policies = {_PREFILL: checkpoint.policy, _DECODE: checkpoint.decode_policy}
-    older = checkpoint.budgets is None and not any(isinstance(policy, Budget) for policy in policies.values())
+    newer = any(isinstance(policy, Budget) or getattr(policy, "layers", ()) for policy in policies.values())
+    older = checkpoint.budgets is None and not newer
     description = {
         "format_version": 1 if older else FORMAT_VERSION,
         "package_version": __version__,

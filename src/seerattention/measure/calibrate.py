@@ -136,8 +136,10 @@ class _Factors:
             valid = rows <= -(-inputs.lengths // size)[:, None]
             self.causal += int((rows * valid).sum()) * logits.shape[1]
         tried = [policy.of_layer(inputs.layer) for policy in self.policies]
-        lists = [policy.select(logits, block_size=size, lengths=inputs.lengths) for policy in tried]
-        self.kept += torch.stack([read_lists(found)[1].sum() for found in lists]).double().cpu()
+        how: dict[str, Any] = {"block_size": size, "lengths": inputs.lengths}
+        # One factor's lists at a time: each has room for all blocks.
+        counts = [read_lists(policy.select(logits, **how))[1].sum() for policy in tried]
+        self.kept += torch.stack(counts).double().cpu()
 
     def policy(self, density: float) -> RelativeThreshold:
         least = float(self.kept[-1]) / self.causal

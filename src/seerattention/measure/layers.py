@@ -56,7 +56,7 @@ def fit_layers(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> tuple[
     policy, own, count = state.policy, {layer.index: layer.policy for layer in state.layers}, len(state.layers)
     if not isinstance(policy, Budget | RelativeThreshold):
         raise ValueError(f"factors by layer are for a Budget or a RelativeThreshold, got {policy!r}")
-    output, worth = DenseOutput(model, prompts), {}
+    output, worth = DenseOutput(model, prompts, "leave by_layer out (--no-by-layer)"), {}
     try:
         for layer in gated_layers(state):
             found = []

@@ -26,13 +26,15 @@ class DenseOutput:
     Args:
         model: attached, with an LM head.
         prompts: as :func:`~seerattention.hf.prompts.check_batch` gives them.
+        advice: what to do where nothing can be compared, for the end of messages.
 
     Raises:
         ValueError: the model has no LM head, or changes its logits in a way that is not known here.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> None:
-        self.model, self.prompts, self.head = model, prompts, _Head(model)
+    def __init__(self, model: nn.Module, prompts: Sequence[Mapping[str, Any]], advice: str = "") -> None:
+        self.model, self.prompts, self.advice = model, prompts, f"; {advice}" if advice else ""
+        self.head = _Head(model, self.advice)
         with dense(model):
             self.dense = list(self._states())
 
@@ -56,7 +58,7 @@ class DenseOutput:
         if not math.isfinite(total):
             raise ValueError(
                 "what the model says next is not finite on these prompts, and cannot be compared; does it overflow in "
-                "float16? Load it in bfloat16 or float32, or leave by_layer out (--no-by-layer)"
+                f"float16? Load it in bfloat16 or float32{self.advice}"
             )
         return total / weights, seen
 
@@ -74,7 +76,7 @@ class DenseOutput:
 class _Head:
     """Logarithms of the next token's probabilities, float32 ``[..., vocabulary]``, from states ``[..., hidden]``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, advice: str) -> None:
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -84,8 +86,8 @@ class _Head:
         if head is None or changes:
             what = f"changes its logits ({', '.join(changes)})" if changes else "has no LM head"
             raise ValueError(
-                f"what the model says next cannot be compared with its dense output: {type(model).__name__} {what}; "
-                "leave by_layer out (--no-by-layer)"
+                "what the model says next cannot be compared with its dense output: "
+                f"{type(model).__name__} {what}{advice}"
             )
         self.model, self.vocabulary = model, int(head.weight.shape[0])
 
