@@ -208,9 +208,8 @@ def test_gradients_of_rows_in_parts_are_those_of_all_at_once(monkeypatch, share_
         (logits.masked_fill(logits == -math.inf, 0) ** 2).sum().backward()
         found.append([parameter.grad.clone() for parameter in gate.parameters()])
     for whole, parts in zip(*found, strict=True):
-        # Sums in another order differ by last bits of their largest terms (gradients are up to 900 here), and with
-        # shared keys a group's heads add theirs up.
-        atol = max(1e-5, 2**-22 * float(whole.abs().max())) if share_keys else 1e-5
+        # Sums in another order differ by last bits of their largest terms: gradients are up to 900 here.
+        atol = max(1e-5, 2**-22 * float(whole.abs().max()))
         torch.testing.assert_close(parts, whole, rtol=1.3e-6, atol=atol)
 
 

@@ -3,6 +3,8 @@ its definition. Scores of sub-blocks: ``test_sub_block_scores.py``."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -172,21 +174,27 @@ def test_compiles():
 
 @needs_interpreter
 def test_rows_by_number_and_by_index_are_rows_of_the_whole():
+    """To the last bits of a sum: some CPUs multiply matrices of fewer rows in another order (AMD EPYC does)."""
+
+    def same(found, expected):
+        assert torch.equal(found == -math.inf, expected == -math.inf)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+
     inputs = make_inputs(40, dtype=torch.float16, batch=2)
     q, k = (encode_blocks(x, linear, implementation="triton") for x, linear in ((inputs[0], None), inputs[1:3]))
     for implementation in ("reference", "triton"):
         options = {"block_size": BLOCK_SIZE, "implementation": implementation}
         whole = gate_scores(q, k, **options)
-        assert torch.equal(gate_scores(q[:, :, 7:20], k, rows=7, **options), whole[:, :, 7:20])
-        assert torch.equal(gate_scores(q[:, :, 30:], k, **options), whole[:, :, 30:])
+        same(gate_scores(q[:, :, 7:20], k, rows=7, **options), whole[:, :, 7:20])
+        same(gate_scores(q[:, :, 30:], k, **options), whole[:, :, 30:])
         rows = torch.tensor([33, 2, 17])
-        assert torch.equal(gate_scores(q[:, :, rows], k, rows=rows, **options), whole[:, :, rows])
+        same(gate_scores(q[:, :, rows], k, rows=rows, **options), whole[:, :, rows])
         each = torch.stack((rows, rows - 2))
         found = gate_scores(q[torch.arange(2)[:, None], :, each].transpose(1, 2), k, rows=each, **options)
         for batch in range(2):
-            assert torch.equal(found[batch], whole[batch, :, each[batch]])
+            same(found[batch], whole[batch, :, each[batch]])
         strided = torch.stack((k, k), 3).flatten(2, 3)[:, :, ::2]  # keys of a state have room behind them
-        assert torch.equal(gate_scores(q, strided, **options), whole)
+        same(gate_scores(q, strided, **options), whole)
 
 
 def test_wrong_arguments():

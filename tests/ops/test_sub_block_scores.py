@@ -135,7 +135,10 @@ def test_triton_interpreted_sub_blocks_over_several_tiles(dtype, width, nan_fill
 @needs_interpreter
 @pytest.mark.parametrize("length", [8 * 70 - 3, 8 * 129])
 def test_triton_interpreted_sub_blocks_of_many_columns(length, nan_filled_empty, monkeypatch):
-    """Wider tiles, which Hopper GPUs take from 128K tokens on, give bit for bit what the others do."""
+    """Wider tiles, which Hopper GPUs take from 128K tokens on, give what the others do.
+
+    To the last bits of a sum: some CPUs multiply tiles of other widths in another order (AMD EPYC does).
+    """
     module = importlib.import_module("seerattention.ops.gate_scores.triton")
     monkeypatch.setattr(dispatch, "capability", lambda device: 9)
     generator = torch.Generator().manual_seed(length)
@@ -147,7 +150,9 @@ def test_triton_interpreted_sub_blocks_of_many_columns(length, nan_filled_empty,
         module, "launch", lambda *given, **named: tiles.append(named["BLOCK_N"]) or launch(*given, **named)
     )
     monkeypatch.setattr(module, "MANY_COLUMNS", 2)
-    assert torch.equal(gate_scores(q, k, implementation="triton", **options), expected)
+    found = gate_scores(q, k, implementation="triton", **options)
+    assert torch.equal(found == -math.inf, expected == -math.inf)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
     assert tiles == [128]
 
 
