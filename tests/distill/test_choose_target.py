@@ -33,7 +33,7 @@ def test_what_is_compared_are_true_maps_of_one_density(model):
         dense = logits_of(model, ids).float().log_softmax(-1)
     seer.detach(model)
     for target in ("max", "row_mass"):
-        policy = RelativeThreshold(seen.factor(target, found.density))
+        policy = RelativeThreshold(seen.kept[target].factor(found.density))
         seer.attach(model, selector=Oracle(policy, reduce=target), min_context=0)
         with seer.record(model) as stats:
             said = logits_of(model, ids).float().log_softmax(-1)
@@ -75,7 +75,7 @@ def test_the_papers_target_is_left_only_where_it_loses_plainly_more(model, monke
     values = iter(lost)
     read = SimpleNamespace(per_layer={0: 0.15, 1: 0.15})
     monkeypatch.setattr(DenseOutput, "changed", lambda self: (next(values), read))
-    monkeypatch.setattr(targets._Seen, "density", 0.15)
+    monkeypatch.setattr(targets, "_compared_at", lambda least, block_size: 0.15)
     found = choose_target(model, [{"input_ids": make_ids(LENGTH)}])
     assert (found.target, found.density, found.lost) == (
         target,
@@ -94,8 +94,9 @@ def test_padding_counts_for_nothing(model):
         with seer.observe(model, seen), seer.dense(model), torch.no_grad():
             model(**batch)
         seer.detach(model)
-    assert alone.causal == beside.causal
-    assert all(torch.equal(alone.kept[target], beside.kept[target]) for target in alone.kept)
+    for target, one in alone.kept.items():
+        assert one.causal == beside.kept[target].causal
+        assert torch.equal(one.kept, beside.kept[target].kept)
 
 
 def test_what_it_cannot_be_chosen_on(model):

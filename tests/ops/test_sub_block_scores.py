@@ -151,7 +151,6 @@ def test_triton_interpreted_sub_blocks_of_many_columns(length, nan_filled_empty,
     )
     monkeypatch.setattr(module, "MANY_COLUMNS", 2)
     found = gate_scores(q, k, implementation="triton", **options)
-    assert torch.equal(found == -math.inf, expected == -math.inf)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
     assert tiles == [128]
 

@@ -94,10 +94,10 @@ def command(
         with terminal.progress(
             f"reading {sequences} prompts of {tokens} tokens, {times} times", sequences * times
         ) as on:
-            how: dict[str, Any] = {"by_layer": by_layer, "advance": on}
-            how |= {"densities": asked, "shortest": least} if rule is None else {"density": rule[0]}
-            how |= {} if rule is None else {"policy": RelativeThreshold(1.0)}
-            found: Any = calibrate(loaded, list(prompts.split(1)), **how)
+            how: dict[str, Any] = {"densities": asked, "shortest": least}
+            if rule is not None:
+                how = {"density": rule[0], "policy": RelativeThreshold(1.0)}
+            found: Any = calibrate(loaded, list(prompts.split(1)), by_layer=by_layer, advance=on, **how)
         # Not hf.save_gates: the weights stay those of the folder, bit by bit, in their own precision.
         if rule is None:
             store_budgets(folder, output, found)

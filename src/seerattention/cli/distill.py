@@ -37,6 +37,7 @@ from .gate_form import (
 )
 from .opening import count_parameters, load_model
 from .options import (
+    check_choice,
     check_dtype,
     check_gates,
     check_model,
@@ -200,8 +201,7 @@ def command(
                 "--phase both runs in one process; on several train prefill and decode one after the other, and put "
                 "them together by seer join"
             )
-        if target != AUTO and target not in TARGETS:
-            raise ValueError(f"--target must be one of {', '.join((AUTO, *TARGETS))}, got {target!r}")
+        check_choice([target], (AUTO, *TARGETS), "target")
         runs = {}
         for one in (PREFILL, DECODE) if phase == BOTH else (phase,):
             shape = GateForm(
@@ -334,7 +334,7 @@ def _distill(
     identity = same_run(job, documents, output / STATE_FILE)
 
     model, tokenizer = load_model(job.model, device, job.dtype)
-    if job.gates is not None:
+    if job.gates is not None:  # before the text is read: gates of another model end the run here
         gate_config = load_gates(job.gates, find_decoder(model).config).gate_config
     batches, held_out = read_text(job, documents, tokenizer, processes, config)
     decided: dict[str, Any] = {}

@@ -9,7 +9,6 @@ papers, is left only where it loses plainly more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from ..baselines import Oracle
 from ..blocks import BlockIndices
 from ..hf.architectures import find_decoder, gated_indices
 from ..hf.prompts import check_batch
+from ..measure.factors import KeptByFactor
 from ..measure.output import DenseOutput
 from ..measure.passes import read_prompts
-from ..ops.indices import read_lists
 from ..policies import RelativeThreshold
 from ..selectors import LayerInputs
 from .config import TARGETS
@@ -86,17 +85,45 @@ def choose_target(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, blo
     with _attached(model, Oracle(RelativeThreshold(1.0), block_size)):
         read_prompts(model, prompts, seen, densely=True)
         output = DenseOutput(model, prompts)
-    lost = {target: _lost(model, output, seen, target, count) for target in TARGETS}
+    if not seen.observed:
+        raise ValueError("no layer that gets a gate read these prompts as a whole")
+    density = _compared_at(max(kept.least for kept in seen.kept.values()), block_size)
+    lost = {target: _lost(model, output, seen, target, density, count) for target in TARGETS}
     chosen = "row_mass" if lost["max"] > _PLAINLY * lost["row_mass"] else "max"
-    return TargetChoice(chosen, lost, seen.density)
+    return TargetChoice(chosen, lost, density)
 
 
-def _lost(model: nn.Module, output: DenseOutput, seen: _Seen, target: str, count: int) -> float:
-    """By true maps, at the density that is compared at: other layers change what a layer's map is, so it is tried."""
-    density = wanted = seen.density
+def _check_floors(prompts: Sequence[Mapping[str, Any]], block_size: int) -> None:
+    """Before any forward: whether what every row keeps at least leaves a choice."""
+    floors = KeptByFactor(RelativeThreshold(1.0), (1e9,))
+    for prompt in prompts:
+        batch, tokens = prompt["input_ids"].shape
+        blocks = -(-tokens // block_size)
+        floors.add(torch.zeros(batch, 1, blocks, blocks), 0, block_size, None)
+    _compared_at(floors.least, block_size)
+
+
+def _compared_at(least: float, block_size: int) -> float:
+    """The density at which targets are compared where every row keeps so much.
+
+    Raises:
+        ValueError: too much.
+    """
+    found = max(_DENSITY, _ABOVE_FLOORS * least)
+    if found > _MOST:
+        raise ValueError(
+            f"prompts are too short to compare targets: what every row keeps is {least:.2f} of the blocks; use about "
+            f"{64 * block_size:,} tokens or more"
+        )
+    return found
+
+
+def _lost(model: nn.Module, output: DenseOutput, seen: _Seen, target: str, density: float, count: int) -> float:
+    """By true maps of that density. Other layers' sparsity changes what a layer's map is, so that it is tried."""
+    wanted = density
     others = () if len(seen.layers) == count else tuple(1.0 if i in seen.layers else 1e-9 for i in range(count))
     for _ in range(_TRIES):
-        policy = RelativeThreshold(seen.factor(target, wanted), layers=others)
+        policy = RelativeThreshold(seen.kept[target].factor(wanted), layers=others)
         with _attached(model, Oracle(policy, seen.block_size, target)):
             lost, read = output.changed()
         found = [read.per_layer[layer] for layer in seen.observed]
@@ -122,69 +149,18 @@ def _attached(model: nn.Module, selector: Oracle) -> Iterator[None]:
         hf.detach(model)
 
 
-def _check_floors(prompts: Sequence[Mapping[str, Any]], block_size: int) -> None:
-    """Before any forward: whether what every row keeps leaves a choice."""
-    kept = causal = 0
-    for prompt in prompts:
-        batch, tokens = prompt["input_ids"].shape
-        blocks = -(-tokens // block_size)
-        lists = RelativeThreshold(1e9).select(torch.zeros(1, 1, blocks, blocks), block_size=block_size)
-        kept += batch * int(lists.counts.sum())
-        causal += batch * blocks * (blocks + 1) // 2
-    _compared_at(kept / causal, block_size)
-
-
-def _compared_at(least: float, block_size: int) -> float:
-    """The density at which targets are compared where every row keeps so much.
-
-    Raises:
-        ValueError: too much.
-    """
-    found = max(_DENSITY, _ABOVE_FLOORS * least)
-    if found > _MOST:
-        raise ValueError(
-            f"prompts are too short to compare targets: what every row keeps is {least:.2f} of the blocks; use about "
-            f"{64 * block_size:,} tokens or more"
-        )
-    return found
-
-
 class _Seen:
-    """Blocks that each factor keeps of true maps, by target, over heads and rows of the layers that get gates."""
+    """What each factor keeps of true maps, by target, in the layers that get gates."""
 
     def __init__(self, block_size: int, layers: Sequence[int]) -> None:
         self.block_size, self.layers = block_size, frozenset(layers)
         self.observed: set[int] = set()
-        self.policies = [RelativeThreshold(factor) for factor in _FACTORS]
-        self.kept = {target: torch.zeros(len(_FACTORS), dtype=torch.float64) for target in TARGETS}
-        self.causal = 0
+        self.kept = {target: KeptByFactor(RelativeThreshold(1.0), _FACTORS) for target in TARGETS}
 
     def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
         if inputs.layer not in self.layers:
             return
         self.observed.add(inputs.layer)
-        how: dict[str, Any] = {"block_size": self.block_size, "lengths": inputs.lengths}
-        for target in TARGETS:
+        for target, kept in self.kept.items():
             scores = Oracle(block_size=self.block_size, reduce=target).scores(inputs)
-            # One factor's lists at a time: each has room for all blocks.
-            counts = [read_lists(policy.select(scores, **how))[1].sum() for policy in self.policies]
-            self.kept[target] += torch.stack(counts).double().cpu()
-        rows = torch.arange(1, scores.shape[2] + 1, device=scores.device)
-        valid = rows > 0 if inputs.lengths is None else rows <= -(-inputs.lengths // self.block_size)[:, None]
-        self.causal += int((rows * valid).sum()) * scores.shape[1] * (scores.shape[0] if inputs.lengths is None else 1)
-
-    @property
-    def density(self) -> float:
-        """At which targets are compared."""
-        if not self.causal:
-            raise ValueError("no layer that gets a gate read these prompts as a whole")
-        least = max(float(kept[-1]) for kept in self.kept.values()) / self.causal
-        return _compared_at(least, self.block_size)
-
-    def factor(self, target: str, density: float) -> float:
-        """With which a target's maps have a density along the dense forward, between the two nearest of those tried."""
-        found = (self.kept[target] / self.causal).tolist()  # falls
-        place = min(max(1, sum(value > density for value in found)), len(found) - 1)
-        high, low = found[place - 1], max(found[place], 1e-9)
-        share = (math.log(high) - math.log(density)) / (math.log(high) - math.log(low)) if high > low else 0.0
-        return _FACTORS[place - 1] * (_FACTORS[place] / _FACTORS[place - 1]) ** min(max(share, 0.0), 1.0)
+            kept.add(scores, inputs.layer, self.block_size, inputs.lengths)

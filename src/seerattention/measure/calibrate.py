@@ -15,11 +15,11 @@ from ..blocks import BlockIndices, causal_block_mask
 from ..hf.phases import PREFILL
 from ..hf.prompts import check_batch
 from ..hf.state import gated_layers, state_of
-from ..ops.indices import read_lists
 from ..policies import Budgets, Policy, RelativeThreshold, Threshold, causal_softmax
 from ..policies.budget import SHORTEST, check_densities
 from ..selectors import LayerInputs
 from .budgets import DENSITIES, fit_budgets
+from .factors import KeptByFactor
 from .layers import fit_layers
 from .passes import NOTHING_SEEN, ToldPrompts, put_in_force, read_prompts
 
@@ -36,8 +36,9 @@ Found = TypeVar("Found", bound=Policy)
 class _Pass(Protocol[Found_co]):
     """Sees the layers of one pass over the prompts, and says which policy has a density on them."""
 
-    causal: int
-    """Causal blocks of all layers with a gate, heads and rows."""
+    @property
+    def causal(self) -> int:
+        """Causal blocks of all layers with a gate, heads and rows."""
 
     def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None: ...
 
@@ -105,7 +106,7 @@ class _Probabilities:
 
 
 class _Factors:
-    """Blocks that ``RelativeThreshold`` keeps with each of some factors, over all layers, heads and rows.
+    """What a ``RelativeThreshold`` keeps of what gates score, with each of some factors.
 
     Args:
         given: whose factor is to be found.
@@ -120,45 +121,23 @@ class _Factors:
             factors = [2.0 ** (step / 2) for step in range(least, 17)]
         else:
             factors = [found.factor * 2.0 ** (step / 8) for step in range(-8, 9)]
-        self.tried = policy
-        self.policies = [dataclasses.replace(policy, factor=factor) for factor in factors]
-        self.kept = torch.zeros(len(factors), dtype=torch.float64)
-        self.causal = 0
+        self.tried, self.seen = policy, KeptByFactor(policy, factors)
+
+    @property
+    def causal(self) -> int:
+        return self.seen.causal
 
     def __call__(self, inputs: LayerInputs, blocks: BlockIndices | None) -> None:
-        if inputs.gate is None:
-            return
-        logits, size = inputs.gate_logits(), inputs.gate.block_size
-        rows = torch.arange(1, logits.shape[2] + 1, device=logits.device)
-        if inputs.lengths is None:
-            self.causal += int(rows.sum()) * logits.shape[0] * logits.shape[1]
-        else:
-            valid = rows <= -(-inputs.lengths // size)[:, None]
-            self.causal += int((rows * valid).sum()) * logits.shape[1]
-        tried = [policy.of_layer(inputs.layer) for policy in self.policies]
-        how: dict[str, Any] = {"block_size": size, "lengths": inputs.lengths}
-        # One factor's lists at a time: each has room for all blocks.
-        counts = [read_lists(policy.select(logits, **how))[1].sum() for policy in tried]
-        self.kept += torch.stack(counts).double().cpu()
+        if inputs.gate is not None:
+            self.seen.add(inputs.gate_logits(), inputs.layer, inputs.gate.block_size, inputs.lengths)
 
     def policy(self, density: float) -> RelativeThreshold:
-        least = float(self.kept[-1]) / self.causal
-        if density < least:
+        if density < self.seen.least:
             raise ValueError(
-                f"density {density} is out of reach on these prompts: what {self.tried} always keeps is {least:.4f}; "
-                "use longer prompts, a higher density, or smaller floors"
+                f"density {density} is out of reach on these prompts: what {self.tried} always keeps is "
+                f"{self.seen.least:.4f}; use longer prompts, a higher density, or smaller floors"
             )
-        return dataclasses.replace(self.tried, factor=self._factor(density))
-
-    def _factor(self, density: float) -> float:
-        """The factor whose density that is, between the two nearest of those tried, in logarithms of both."""
-        found = (self.kept / max(self.causal, 1)).tolist()  # falls
-        place = min(max(1, sum(value > density for value in found)), len(found) - 1)
-        (low, high), (a, b) = found[place - 1 : place + 1], [p.factor for p in self.policies[place - 1 : place + 1]]
-        if low <= high or low <= 0 or high <= 0:
-            return b
-        share = (math.log(low) - math.log(density)) / (math.log(low) - math.log(high))
-        return a * (b / a) ** min(max(share, 0.0), 1.0)
+        return dataclasses.replace(self.tried, factor=self.seen.factor(density))
 
 
 def _one_policy(
