@@ -307,7 +307,7 @@ def test_first_factors_of_a_calibration_reach_long_prompts():
     from seerattention.measure.calibrate import _Factors
 
     for exponent in (0.0, 0.5, 1.0):
-        tried = _Factors(RelativeThreshold(1.0, exponent=exponent), None).policies
+        tried = _Factors(RelativeThreshold(1.0, exponent=exponent), None).seen.policies
         relative = [policy.factor_of(1024) for policy in tried]
         assert min(relative) <= 2**-6
         assert max(relative) >= 2**8
