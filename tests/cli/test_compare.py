@@ -5,10 +5,11 @@ import json
 import pytest
 
 from seerattention import testbed
-from seerattention.cli.compare import PRESETS, _command
+from seerattention.cli.compare import PRESETS, QUICK_OF_MODEL, _chosen, _command
 from seerattention.evaluate.contenders import make_contenders
 from seerattention.gates.sources import store_budgets, stored_budgets
 from seerattention.policies import Budget, Budgets
+from seerattention.tasks import TEXT_TASKS
 
 
 @pytest.fixture
@@ -80,6 +81,15 @@ def test_presets_can_be_run():
         assert "gates, budget rule" in {contender.family for contender in contenders}
         assert len({contender.family for contender in contenders}) == len(contenders), name
     assert len({c.label for c in make_contenders({"g": "f"}, PRESETS["quick"]["selectors"])}) == 6
+
+
+def test_the_quick_preset_asks_a_model_what_it_can_answer():
+    assert _chosen("quick", "testbed") == PRESETS["quick"]
+    assert _chosen("full", "smollm2") == PRESETS["full"]
+    assert _chosen("quick", "smollm2", tasks=None) == {**PRESETS["quick"], **QUICK_OF_MODEL["smollm2"]}
+    assert _chosen("quick", "smollm2", tasks="none", documents=8)["tasks"] == "none"
+    for options in QUICK_OF_MODEL.values():
+        assert set(options["tasks"].split(",")) <= set(TEXT_TASKS)
 
 
 @pytest.mark.parametrize(
