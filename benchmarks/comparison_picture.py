@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "h200" / "comparison"
 MODELS: Mapping[str, tuple[str, str]] = {
     "SmolLM2-135M": ("smollm2", "smollm2-texts"),
     "embedded model": ("testbed", "testbed-texts"),
-    "a model that looks up in layer 1": ("layer-1-steered", "layer-1-steered-texts"),
+    "a model that looks up in layer 1": ("layer-1", "layer-1-texts"),
 }
 
 
