@@ -195,6 +195,12 @@ def gib(peak: float | None) -> str:
     return "" if peak is None else f"{peak / 2**30:.1f}"
 
 
+def trained_gates(result: Result) -> str:
+    """Form of the gates, and the target where it is not that of the papers."""
+    case = result["case"]
+    return ", ".join([form_of(result), *([case["target"]] if "target" in case else [])])
+
+
 def hours(result: Result) -> str:
     """Hours for the 0.5 billion tokens on which the paper's gates were distilled (arXiv 2410.13276)."""
     return f"{0.5e9 / result['metrics']['tokens_per_s'] / 3600:.1f}"

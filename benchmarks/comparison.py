@@ -21,6 +21,7 @@ from seerattention.evaluate.comparison import Comparison, Entry
 from seerattention.evaluate.comparison_file import load_comparison, open_comparison, save_comparison
 from seerattention.evaluate.comparison_report import build_comparison_report
 from seerattention.evaluate.comparison_tables import relative, summary_table, task_table
+from seerattention.evaluate.environment import machine_name
 from seerattention.evaluate.equal_density import REFERENCE, equal_density_table
 from seerattention.evaluate.tables import Table, format_length, format_percent
 from seerattention.files import write_file
@@ -165,12 +166,12 @@ def between(text: str, marks: tuple[str, str], parts: Sequence[str]) -> str:
 def _parts(name: str, comparison: Comparison) -> list[str]:
     facts = comparison.facts
     environment = facts.get("environment", {})
-    machine = ", ".join(item["name"] for item in environment.get("devices", [])) or environment.get("processor", "")
     commit = str(environment.get("git_commit"))
     commands = facts.get("commands", [facts.get("command", [])])
     parts = [
-        f"### {name}, {machine}",
-        f"Commit {commit[:10]}{' and changes on top of it' if commit.endswith('+') else ''}:",
+        f"### {name}, {machine_name(environment)}",
+        f"{'The last of these at c' if len(commands) > 1 else 'C'}ommit {commit[:10]}"
+        f"{' and changes on top of it' if commit.endswith('+') else ''}:",
         "\n".join(f"    {' '.join(command)}" for command in commands),
     ]
     for length in comparison.lengths:

@@ -43,6 +43,7 @@ class Line(NamedTuple):
 FAMILIES: Mapping[str, Line] = {
     "gates, project rule": Line("gates (default rule)", 0, "o", "-"),
     "gates, own rule": Line("gates, plain threshold", 0, "o"),
+    "gates, budget rule": Line("gates, density= (budgets)", 0, "p", ":"),
     "xattention, project rule": Line("XAttention's score, this project's rule", 1, "s", "-"),
     "xattention, own rule": Line("XAttention", 1, "v"),
     "cosa, own rule": Line("CoSA", 2, "^"),

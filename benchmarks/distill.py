@@ -45,7 +45,7 @@ from seerattention.hf.prompts import run_prompt
 from seerattention.ops.indices import num_blocks
 from seerattention.ops.pooled_attention import pooled_attention
 
-from .command import PROMPT, ModelBenchmark, case_of, fits, gib, hours, make_table, metric, model_parser
+from .command import PROMPT, ModelBenchmark, case_of, fits, gib, hours, make_table, metric, model_parser, trained_gates
 from .models import num_layers, random_tokens, without_layers
 from .results import own_arguments
 
@@ -240,17 +240,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _gates(result: dict[str, Any]) -> str:
-    """Form of the gates, and the target where it is not that of the papers."""
-    case = result["case"]
-    return ", ".join([case.get("form", "paper"), *([case["target"]] if "target" in case else [])])
-
-
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         *PROMPT,
         ("rows", case_of("rows", "g")),
-        ("gates", _gates),
+        ("gates", trained_gates),
         ("GPUs x prompts", lambda r: f"{r['case'].get('gpus', 1)} x {r['case'].get('batch_size', 1)}"),
         ("step s", metric("step_s", ".3g")),
         ("tokens/s", metric("tokens_per_s", ".0f")),

@@ -21,7 +21,7 @@ from seerattention.evaluate.figures import line_figure
 from seerattention.evaluate.tables import Table, format_length
 from seerattention.files import write_file
 
-from .command import as_asked, case_of, fits, form_of, gib, make_table, metric, speedup, tokens
+from .command import as_asked, case_of, fits, form_of, gib, make_table, metric, speedup, tokens, trained_gates
 from .registry import OPS
 from .results import ROOT, latest_results, merge_folder, own_arguments
 from .targets import TARGETS, Target
@@ -158,16 +158,19 @@ def _e2e_table(results: Sequence[dict[str, Any]]) -> Table:
 def _distill_table(results: Sequence[dict[str, Any]]) -> Table:
     columns = [
         ("model shape", _model_shape),
-        ("gates", lambda result: str(result["case"].get("form", "paper"))),
+        ("gates", trained_gates),
         ("tokens", tokens),
         ("rows", case_of("rows", "g")),
+        ("GPUs", lambda result: str(result["case"].get("gpus", 1))),
         ("tokens/s", metric("tokens_per_s", ".0f")),
         ("extra ms a layer", metric("layer_extra_s", ".3g", 1e3)),
         ("step / forward", metric("step_over_forward", ".2f")),
         ("peak GiB", lambda result: gib(result["metrics"].get("peak_bytes"))),
         ("fits 24 GB", fits),
     ]
-    caption = "One step with one prompt; 'rows' is the share of query-block rows in the loss."
+    caption = (
+        "One step with one prompt on each GPU; memory is of each; 'rows' is the share of query-block rows in the loss."
+    )
     return make_table(results, columns, caption)
 
 

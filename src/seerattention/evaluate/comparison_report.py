@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..files import replacing
 from .comparison import Comparison, Entry
 from .comparison_tables import costs_table, summary_table, task_table
+from .environment import machine_name
 from .equal_density import equal_density_table
 from .figures import learning_curves, line_figure
 from .map_viewer import chosen_maps, map_viewer
@@ -204,13 +205,12 @@ def _maps(report: Report, comparison: Comparison, keep: _Keeper) -> None:
 def _provenance(comparison: Comparison) -> list[tuple[str, Any]]:
     facts = comparison.facts
     environment = facts.get("environment", {})
-    machine = ", ".join(item["name"] for item in environment.get("devices", [])) or environment.get("processor", "")
     versions = environment.get("versions", {})
     took = sum(entry.seconds for entry in comparison.entries.values())
     found: list[tuple[str, Any]] = [
         (name, facts[name]) for name in ("model", "parameters", "dtype", "device", "seed", "weights") if name in facts
     ]
-    found += [("gates", ", ".join(facts.get("gates", {}).values()) or "none"), ("machine", machine)]
+    found += [("gates", ", ".join(facts.get("gates", {}).values()) or "none"), ("machine", machine_name(environment))]
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
     found.append(("git commit", environment.get("git_commit") or "not a source checkout"))
     commands = facts.get("commands", [facts.get("command", [])])

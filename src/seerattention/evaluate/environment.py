@@ -7,12 +7,14 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["environment"]
+__all__ = ["environment", "machine_name"]
 
 _PACKAGES = (
     "seerattention",
@@ -43,6 +45,13 @@ def environment() -> dict[str, Any]:
         "compiler": _compiler(),
         "git_commit": _git_commit(),
     }
+
+
+def machine_name(facts: Mapping[str, Any]) -> str:
+    """What :func:`environment` found, in a word: ``2 x NVIDIA H200``, or the processor where there is no GPU."""
+    devices = Counter(item["name"] for item in facts.get("devices", []))
+    names = [name if count == 1 else f"{count} x {name}" for name, count in devices.items()]
+    return ", ".join(names) or str(facts.get("processor", ""))
 
 
 def _version(package: str) -> str | None:
