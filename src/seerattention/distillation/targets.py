@@ -36,8 +36,8 @@ __all__ = ["TargetChoice", "choose_target"]
 _DENSITY, _ABOVE_FLOORS, _MOST = 0.15, 1.2, 0.25
 # How far from it a map may be, as a share, after how many tries; and what is too far to compare at all.
 _NEAR, _TRIES, _FAR = 0.03, 3, 0.1
-# How many times as much the largest probability must lose, in nats: 1.50 to 1.75 were seen on SmolLM2, 0.73 to 1.07 on two
-# models that look things up (of perplexity 2.1, 1.04 and 0.9). To take row masses by mistake costs more.
+# How many times as much the largest probability must lose, in nats: 1.50 to 1.75 were seen on SmolLM2, and 0.73 to 1.07
+# on two models that look things up (of perplexity 2.1, 1.04 and 0.9). To take row masses by mistake costs more.
 _PLAINLY = 1.3
 # Factors that are tried, in half octaves.
 _FACTORS = tuple(2.0 ** (step / 2) for step in range(-10, 17))
