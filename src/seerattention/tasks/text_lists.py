@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-from .text import Body, Draft, Kit
+from .drafts import Body, Draft, Kit
 from .words import ADJECTIVES, NOUNS
 
 __all__ = ["MAKERS"]

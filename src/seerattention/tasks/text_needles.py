@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
+from .drafts import Body, Draft, Kit
 from .pieces import MULTIVALUE_QUESTION
-from .text import Body, Draft, Kit
 
 __all__ = ["MAKERS"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from .drafts import Body, Draft, Kit
 from .questions import Asked
-from .text import Body, Draft, Kit
 
 __all__ = ["MAKERS"]
 
