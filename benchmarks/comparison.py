@@ -168,10 +168,10 @@ def _parts(name: str, comparison: Comparison) -> list[str]:
     environment = facts.get("environment", {})
     commit = str(environment.get("git_commit"))
     commands = facts.get("commands", [facts.get("command", [])])
+    measured = "Commit" if len(commands) == 1 else "The last of these at commit"
     parts = [
         f"### {name}, {machine_name(environment)}",
-        f"{'The last of these at c' if len(commands) > 1 else 'C'}ommit {commit[:10]}"
-        f"{' and changes on top of it' if commit.endswith('+') else ''}:",
+        f"{measured} {commit[:10]}{' and changes on top of it' if commit.endswith('+') else ''}:",
         "\n".join(f"    {' '.join(command)}" for command in commands),
     ]
     for length in comparison.lengths:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seerattention import testbed
-from seerattention.cli.compare import PRESETS, QUICK_OF_MODEL, _chosen, _command
+from seerattention.cli.compare import PRESETS, PRESETS_OF_MODEL, _chosen, _command
 from seerattention.evaluate.contenders import make_contenders
 from seerattention.gates.sources import store_budgets, stored_budgets
 from seerattention.policies import Budget, Budgets
@@ -86,9 +86,9 @@ def test_presets_can_be_run():
 def test_the_quick_preset_asks_a_model_what_it_can_answer():
     assert _chosen("quick", "testbed") == PRESETS["quick"]
     assert _chosen("full", "smollm2") == PRESETS["full"]
-    assert _chosen("quick", "smollm2", tasks=None) == {**PRESETS["quick"], **QUICK_OF_MODEL["smollm2"]}
+    assert _chosen("quick", "smollm2", tasks=None) == {**PRESETS["quick"], **PRESETS_OF_MODEL["quick", "smollm2"]}
     assert _chosen("quick", "smollm2", tasks="none", documents=8)["tasks"] == "none"
-    for options in QUICK_OF_MODEL.values():
+    for options in PRESETS_OF_MODEL.values():
         assert set(options["tasks"].split(",")) <= set(TEXT_TASKS)
 
 

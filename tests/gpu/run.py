@@ -21,7 +21,7 @@ from queue import SimpleQueue
 
 import torch
 
-from seerattention.evaluate.environment import environment
+from seerattention.evaluate.environment import environment, machine_name
 
 from .conftest import SHARE_VARIABLE
 
@@ -80,10 +80,10 @@ class Log:
 def describe() -> str:
     """What the tests run on."""
     facts = environment()
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = machine_name(facts) if facts["devices"] else "no GPU"
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton", "transformers", "python"))
     return (
-        f"GPU tests on {' and '.join(names) or 'no GPU'}, driver {facts['driver']}, {versions}, {date.today()}, commit "
+        f"GPU tests on {machine}, driver {facts['driver']}, {versions}, {date.today()}, commit "
         f"{facts['git_commit']}.\nFiles run side by side, so durations are upper bounds; they are mostly compiling.\n"
     )
 

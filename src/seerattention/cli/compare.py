@@ -62,9 +62,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "repeats": 5,
     },
 }
-#: Of quick, where a model knows few tasks: means count those that dense attention solves.
-QUICK_OF_MODEL: dict[str, dict[str, Any]] = {
-    "smollm2": {"tasks": "niah_single_1,niah_single_2,niah_multikey_1", "densities": "0.15,0.25"}
+#: What else a preset stands for with a model that knows few tasks: means count those that dense attention solves.
+PRESETS_OF_MODEL: dict[tuple[str, str], dict[str, Any]] = {
+    ("quick", "smollm2"): {"tasks": "niah_single_1,niah_single_2,niah_multikey_1", "densities": "0.15,0.25"},
 }
 
 
@@ -198,7 +198,7 @@ def _chosen(preset: str, model: str, **given: Any) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     told = {name: value for name, value in given.items() if value is not None}
-    return {**PRESETS[preset], **(QUICK_OF_MODEL.get(model, {}) if preset == "quick" else {}), **told}
+    return {**PRESETS[preset], **PRESETS_OF_MODEL.get((preset, model), {}), **told}
 
 
 def _gate_folders(model: str, gates: str | None) -> dict[str, str]:

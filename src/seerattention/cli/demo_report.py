@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluate.environment import environment
+from ..evaluate.environment import environment, machine_name
 from ..evaluate.figures import bar_figure, line_figure
 from ..evaluate.maps import draw_maps, draw_recall
 from ..evaluate.report import Report
@@ -346,10 +346,10 @@ def _main_kind(result: DemoResult) -> str:
 
 def _facts(device: str, seed: int) -> list[tuple[str, str]]:
     facts = environment()
-    devices = ", ".join(item["name"] for item in facts["devices"]) if device.startswith("cuda") else facts["processor"]
+    machine = machine_name(facts) if device.startswith("cuda") else facts["processor"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     return [
-        ("device", f"{device} ({devices}, {facts['threads']} threads)"),
+        ("device", f"{device} ({machine}, {facts['threads']} threads)"),
         ("versions", versions),
         ("git commit", facts["git_commit"] or "not a source checkout"),
         ("seed", str(seed)),

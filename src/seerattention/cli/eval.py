@@ -308,6 +308,7 @@ def _to_dict(groups: Sequence[Group], **facts: Any) -> dict[str, Any]:
 
 def _report(groups: Sequence[Group], numbers: dict[str, Any], model: str) -> Report:
     from ..evaluate import Report
+    from ..evaluate.environment import machine_name
 
     report = Report(
         f"Evaluation of {model}", "Dense beside block-sparse prefill on the same samples; density beside every score."
@@ -320,11 +321,10 @@ def _report(groups: Sequence[Group], numbers: dict[str, Any], model: str) -> Rep
             report.figure(picture.figure, caption=picture.caption, alt=picture.alt)
     report.section("How it was measured")
     facts = numbers["environment"]
-    machine = ", ".join(item["name"] for item in facts["devices"]) or facts["processor"]
     report.definitions(
         [
             *((name, str(numbers[name])) for name in ("model", "gates", "dtype", "device", "seed")),
-            ("machine", machine),
+            ("machine", machine_name(facts)),
             ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)),
             ("git commit", facts["git_commit"] or "not a source checkout"),
         ]

@@ -24,7 +24,6 @@ from ..hf.architectures import find_decoder, gated_indices
 from ..hf.prompts import check_batch
 from ..measure.factors import KeptByFactor
 from ..measure.output import DenseOutput
-from ..measure.passes import read_prompts
 from ..policies import RelativeThreshold
 from ..selectors import LayerInputs
 from .config import TARGETS
@@ -63,7 +62,7 @@ class TargetChoice:
 def choose_target(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, block_size: int = 64) -> TargetChoice:
     """Which of ``TARGETS`` gates of prompts should learn, by what true maps ranked so lose of the model's own output.
 
-    It takes two dense forwards of the batches and two to six along true maps, which cost about a third more. Layers
+    It takes one dense forward of the batches and two to six along true maps, which cost about a third more. Layers
     that get no gates are dense.
 
     Args:
@@ -82,8 +81,7 @@ def choose_target(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, blo
     decoder: Any = find_decoder(model)
     count = len(decoder.layers)
     seen = _Seen(block_size, gated_indices(decoder.config, count))
-    with _attached(model, Oracle(RelativeThreshold(1.0), block_size)):
-        read_prompts(model, prompts, seen, densely=True)
+    with _attached(model, Oracle(RelativeThreshold(1.0), block_size)), hf.observe(model, seen):
         output = DenseOutput(model, prompts)
     if not seen.observed:
         raise ValueError("no layer that gets a gate read these prompts as a whole")
